@@ -1,0 +1,1 @@
+"""Train, fine-tune, sample and evaluate the Wuerstchen text-to-image cascade."""
