@@ -1,0 +1,134 @@
+"""Our networks and noise process against the authors' code, number by number."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from wuerstchen_pl import layouts
+from wuerstchen_pl.diffusion.objective import p2_weight
+from wuerstchen_pl.diffusion.sampler import ddim_step, ddpm_step
+from wuerstchen_pl.diffusion.schedule import CosineSchedule
+from wuerstchen_pl.models.diffnext import DiffNeXt
+from wuerstchen_pl.models.discriminator import Discriminator
+from wuerstchen_pl.models.prior import Prior
+from wuerstchen_pl.models.vqgan import VQGAN
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """The authors' arguments, the weights, and the inputs and outputs of a reference file."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        config = json.loads(file.metadata()["config"])
+    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+    return config, weights, {k: v for k, v in tensors.items() if not k.startswith("weights.")}
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def prior() -> tuple[Prior, dict[str, Tensor]]:
+    c, weights, io = golden("stage_c_prior")
+    net = Prior(
+        latent_channels=c["c_in"], width=c["c"], depth=c["depth"], num_heads=c["nhead"],
+        text_dim=c["c_cond"], time_dim=c["c_r"],
+    )  # fmt: skip
+    net.load_state_dict(layouts.prior_from_original(weights))
+    return net.eval(), io
+
+
+@torch.no_grad()
+def test_prior_equals_the_published_one(prior: tuple[Prior, dict[str, Tensor]]) -> None:
+    net, io = prior
+    close(net(io["x"], io["r"], io["c"]), io["out"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", ["r", "c", "x"])
+def test_prior_reads_every_input(prior: tuple[Prior, dict[str, Tensor]], changed: str) -> None:
+    net, io = prior
+    inputs = {k: io[k] * (0.5 if k == changed else 1) for k in ("x", "r", "c")}
+    assert (net(*inputs.values()) - io["out"]).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def diffnext() -> tuple[DiffNeXt, dict[str, Tensor]]:
+    c, weights, io = golden("stage_b_diffnext")
+    net = DiffNeXt(
+        latent_channels=c["c_in"], semantic_channels=c["effnet_embd"],
+        patch_size=c["patch_size"], widths=c["c_hidden"], num_blocks=c["blocks"],
+        num_heads=[n if n > 0 else None for n in c["nhead"]],
+        inject_semantic=c["inject_effnet"], cond_dim=c["c_cond"], text_dim=c["clip_embd"],
+        time_dim=c["c_r"],
+    )  # fmt: skip
+    net.load_state_dict(layouts.diffnext_from_original(weights))
+    return net.eval(), io
+
+
+@torch.no_grad()
+def test_diffnext_equals_the_published_one(diffnext: tuple[DiffNeXt, dict[str, Tensor]]) -> None:
+    net, io = diffnext
+    a, b = net.heads(io["x"], io["r"], io["effnet"], io["clip"])
+    close(a, io["a"])
+    close(b, io["b"])
+    close(net(io["x"], io["r"], io["effnet"], io["clip"]), io["out"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", ["x", "r", "effnet", "clip"])
+def test_diffnext_reads_every_input(
+    diffnext: tuple[DiffNeXt, dict[str, Tensor]], changed: str
+) -> None:
+    net, io = diffnext
+    inputs = {k: io[k] * (0.5 if k == changed else 1) for k in ("x", "r", "effnet", "clip")}
+    assert (net(*inputs.values()) - io["out"]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_vqgan_equals_the_published_one() -> None:
+    c, weights, io = golden("stage_a_vqgan")
+    net = VQGAN(
+        levels=c["levels"], bottleneck_blocks=c["bottleneck_blocks"], width=c["c_hidden"],
+        latent_channels=c["c_latent"], codebook_size=c["codebook_size"],
+        scale_factor=c["scale_factor"],
+    )  # fmt: skip
+    net.load_state_dict(layouts.vqgan_from_original(weights, scale_factor=c["scale_factor"]))
+    net.eval()
+    close(net.encode(io["x"]), io["latents"])
+    quantized = net.quantizer(net.features(io["x"]))
+    assert torch.equal(quantized.indices, io["indices"])
+    close(quantized.latents / net.scale_factor, io["quantized"])
+    loss = quantized.codebook_loss + 0.25 * quantized.commitment_loss
+    close(loss.flatten(), io["vq_plus_quarter_commit_loss"])
+    close(net.decode(io["latents"]), io["decoded_latents"])
+    close(net.decode_features(net.quantizer.lookup(io["indices"])), io["decoded_indices"])
+
+
+@torch.no_grad()
+def test_discriminator_equals_the_published_one() -> None:
+    c, weights, io = golden("stage_a_discriminator")
+    net = Discriminator(width=c["c_hidden"], depth=c["depth"])
+    net.load_state_dict(layouts.discriminator_from_original(weights))
+    close(net.eval()(io["x"]), io["out"])
+
+
+def test_noise_process_equals_the_published_one() -> None:
+    _, _, io = golden("diffusion")
+    schedule = CosineSchedule()
+    close(schedule.alpha_bar(io["t"]), io["alpha_cumprod"])
+    close(schedule.add_noise(io["x0"], io["t"], io["noise"]), io["noised"])
+    close(p2_weight(schedule, io["t"], "code"), io["p2_weight_k1_gamma1"])
+
+
+def test_sampler_steps_equal_the_published_ones() -> None:
+    _, _, io = golden("diffusion")
+    step = (CosineSchedule(), io["noised"], io["step_from"], io["step_to"], io["step_eps"])
+    close(ddpm_step(*step, io["ddpm_step_noise"]), io["ddpm_step"])
+    close(ddim_step(*step), io["ddim_step"])

@@ -1,0 +1,64 @@
+"""The noise process of Stages B and C: a cosine schedule in continuous time.
+
+t in [0, 1] is (B,) float32, whatever the precision of the networks; 0 is data, 1 is noise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """alpha_bar(t) = f(t) / f(0), f(t) = cos^2(pi/2 (t + s) / (1 + s)), clamped.
+
+    Nichol & Dhariwal 2021 (arXiv 2102.09672), Eq. 17; the clamp keeps the signal-to-noise ratio
+    finite at both ends.
+    """
+
+    s: float = 0.008
+    """Offset that keeps the first steps from being too small."""
+    min_alpha_bar: float = 1e-4
+    max_alpha_bar: float = 0.9999
+
+    def alpha_bar(self, t: Tensor) -> Tensor:
+        """(B,) time in [0, 1] -> (B,) share of signal power, float32."""
+        start = math.cos(math.pi / 2 * self.s / (1 + self.s)) ** 2
+        f = torch.cos((t.float() + self.s) / (1 + self.s) * (math.pi / 2)).square()
+        return (f / start).clamp(self.min_alpha_bar, self.max_alpha_bar)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """(B,) time in [0, 1] -> (B,) alpha_bar / (1 - alpha_bar)."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar / (1 - alpha_bar)
+
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Draw x_t ~ q(x_t | x_0) (Ho et al. 2020, arXiv 2006.11239, Eq. 4).
+
+        Args:
+            x0: (B, ...) clean latents of about unit variance.
+            t: (B,) time in [0, 1].
+            noise: as ``x0``, standard normal; passed in, so that it can be fixed.
+        """
+        alpha_bar = expand(self.alpha_bar(t), x0)
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+    def predict_x0(self, xt: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The x_0 from which ``noise`` leads to ``xt``; the inverse of ``add_noise``."""
+        alpha_bar = expand(self.alpha_bar(t), xt)
+        return (xt - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+
+
+def draw_time(uniform: Tensor) -> Tensor:
+    """(B,) in [0, 1) -> (B,) training times, clamp(1.08 (1 - u) + 0.001, 0.001, 1).
+
+    The published code's draw: 7.3 % of the times are exactly 1.
+    """
+    return (1.08 * (1 - uniform.float()) + 0.001).clamp(0.001, 1.0)
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, ...), to multiply ``like``."""
+    return values.view(-1, *[1] * (like.ndim - 1))

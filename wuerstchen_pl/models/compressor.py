@@ -1,0 +1,112 @@
+"""The Semantic Compressor: images -> the semantic latents in which Stage C works.
+
+Wuerstchen (arXiv 2306.00637), section 3.2: features of a picture at 0.75 of its size, mapped to 16
+channels by a 1x1 convolution and normalised. It is trained together with Stage B.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class SemanticCompressor(nn.Module):
+    """Resize, normalise, backbone, 1x1 convolution, batch norm.
+
+    Args:
+        backbone: image features; has ``channels`` and ``stride``.
+        latent_channels: channels of the semantic latents, 16 as published.
+        resize: factor by which pictures are resized first; 1024 px are seen at 768.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, *, backbone: "EfficientNet | ConvBackbone", latent_channels: int = 16,
+        resize: float = 0.75,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.backbone = backbone
+        self.latent_channels = latent_channels
+        self.resize = resize
+        self.mapper = nn.Conv2d(backbone.channels, latent_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(latent_channels)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which a picture of (height, width) pixels is seen."""
+        return round(height * self.resize), round(width * self.resize)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Semantic positions (h, w) of a picture: 24 x 24 for 1024 px as published."""
+        h, w = self.resized(height, width)
+        return math.ceil(h / self.backbone.stride), math.ceil(w / self.backbone.stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, latent_channels, *latent_size(H, W)) float32."""
+        size = self.resized(*images.shape[-2:])
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return self.norm(self.mapper(self.backbone(images)).float())
+
+
+class EfficientNet(nn.Module):
+    """torchvision's EfficientNetV2 features: 1280 channels at stride 32.
+
+    Args:
+        size: ``s`` (v2) or ``l`` (v1).
+        weights: ``imagenet`` takes torchvision's (downloaded once); a path reads a state dict of
+            torchvision's whole classifier; None starts from random weights.
+    """
+
+    channels, stride = 1280, 32
+
+    def __init__(self, *, size: Literal["s", "l"] = "s", weights: str | None = "imagenet") -> None:
+        super().__init__()
+        build = getattr(torchvision.models, f"efficientnet_v2_{size}")
+        net = build(weights="DEFAULT" if weights == "imagenet" else None)
+        if weights not in (None, "imagenet"):
+            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.features = net.features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised -> (B, 1280, ceil(H/32), ceil(W/32))."""
+        return self.features(images)
+
+
+class ConvBackbone(nn.Module):
+    """A small stack of stride-2 convolutions, for pictures of 64 px and laptops.
+
+    Args:
+        width: channels after the first convolution; doubled by each further one.
+        depth: number of convolutions; the stride is 2 ** depth.
+    """
+
+    def __init__(self, *, width: int, depth: int) -> None:
+        super().__init__()
+        self.stride = 2**depth
+        widths = [width * 2**i for i in range(depth)]
+        self.channels = widths[-1]
+        self.layers = nn.Sequential()
+        for c_in, c_out in zip([3, *widths], widths, strict=False):
+            self.layers.extend(
+                [
+                    nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
+                    nn.GroupNorm(1, c_out),
+                    nn.GELU(),
+                ]
+            )
+        self.layers.append(nn.Conv2d(self.channels, self.channels, 3, padding=1))
+        self.layers.append(nn.GELU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, channels, ceil(H / stride), ceil(W / stride))."""
+        return self.layers(images)

@@ -1,0 +1,219 @@
+"""Stage B's denoiser: noised Stage A latents and semantic latents -> the noise in the former.
+
+Wuerstchen (arXiv 2306.00637), section 3.2; published as ``DiffNeXt`` in dome272/Wuerstchen (MIT).
+A U-shaped net: each level adds the semantic latents, brought to its resolution, to every block.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wuerstchen_pl.models.layers import Block, LayerNorm2d, time_embedding, xavier_init
+
+
+def match_size(semantic: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) semantic latents -> (B, C, *size), bicubic with antialiasing, float32."""
+    return F.interpolate(
+        semantic.float(), size=size, mode="bicubic", antialias=True, align_corners=True
+    )
+
+
+class Level(nn.Module):
+    """The blocks of one resolution on one side of the U.
+
+    Args:
+        channels: C of this level.
+        num_blocks: blocks in it; ``num_heads`` None leaves attention out.
+        semantic_dim: channels of the mapped semantic latents, or None: this level ignores them.
+        skip_dim: channels that the first block takes from the other side of the U.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_blocks: int,
+        num_heads: int | None,
+        semantic_channels: int,
+        semantic_dim: int | None,
+        skip_dim: int,
+        time_dim: int,
+        text_dim: int | None,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.semantic_mapper = (
+            nn.Conv2d(semantic_channels, semantic_dim, 1) if semantic_dim is not None else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                channels,
+                time_dim=time_dim,
+                cond_dim=text_dim,
+                num_heads=num_heads,
+                skip_channels=(skip_dim if j == 0 else 0) + (semantic_dim or 0),
+                dropout=dropout,
+            )
+            for j in range(num_blocks)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        semantic: Tensor,
+        text: Tensor | None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); ``skip`` (B, skip_dim, H, W) enters the first block."""
+        mapped = None
+        if self.semantic_mapper is not None:
+            mapped = self.semantic_mapper(match_size(semantic, x.shape[-2:]))
+        for j, block in enumerate(self.blocks):
+            extra = [e for e in (skip if j == 0 else None, mapped) if e is not None]
+            x = block(x, time, text, torch.cat(extra, dim=1) if extra else None)
+        return x
+
+
+class DiffNeXt(nn.Module):
+    """eps_hat = (x_t - a) / b, b = sigmoid(.) (1 - 2e) + e with e = 1e-3.
+
+    Args:
+        latent_channels: channels of Stage A's latents.
+        semantic_channels: channels of the semantic latents.
+        patch_size: latents are folded by it first.
+        widths: channels per level, finest first.
+        num_blocks: blocks per level, on each side of the U.
+        num_heads: attention heads per level; None for a level without attention.
+        inject_semantic: per level, whether its blocks see the semantic latents.
+        cond_dim: channels of the mapped semantic latents and text.
+        text_dim: D of the text states, or None: a Stage B without text (the paper found that text
+            adds nothing to it, section 3.2).
+        time_dim: channels of the time embedding.
+        dropout: probability in blocks and attention.
+
+    Raises:
+        ValueError: if the per-level lists differ in length.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int = 4,
+        semantic_channels: int = 16,
+        patch_size: int = 2,
+        widths: Sequence[int],
+        num_blocks: Sequence[int],
+        num_heads: Sequence[int | None],
+        inject_semantic: Sequence[bool],
+        cond_dim: int,
+        text_dim: int | None = None,
+        time_dim: int = 64,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        lengths = {len(widths), len(num_blocks), len(num_heads), len(inject_semantic)}
+        if len(lengths) != 1:
+            raise ValueError(
+                "widths, num_blocks, num_heads and inject_semantic have "
+                f"{len(widths)}, {len(num_blocks)}, {len(num_heads)} and {len(inject_semantic)} "
+                "entries; give one of each per level"
+            )
+        self.latent_channels, self.semantic_channels = latent_channels, semantic_channels
+        self.text_dim, self.time_dim, self.patch_size = text_dim, time_dim, patch_size
+        self.text_mapper = nn.Linear(text_dim, cond_dim) if text_dim is not None else None
+        self.cond_dim = cond_dim
+
+        self.stem = nn.Conv2d(latent_channels * patch_size**2, widths[0], 1)
+        self.stem_norm = LayerNorm2d(widths[0])
+
+        def level(i: int, skip_dim: int) -> Level:
+            return Level(
+                widths[i],
+                num_blocks=num_blocks[i],
+                num_heads=num_heads[i],
+                semantic_channels=semantic_channels,
+                semantic_dim=cond_dim if inject_semantic[i] else None,
+                skip_dim=skip_dim,
+                time_dim=time_dim,
+                text_dim=cond_dim if text_dim is not None else None,
+                dropout=dropout,
+            )
+
+        last = len(widths) - 1
+        self.down = nn.ModuleList(level(i, 0) for i in range(last + 1))
+        self.up = nn.ModuleList(
+            level(i, widths[i] if i < last else 0) for i in reversed(range(last + 1))
+        )
+        self.downsample = nn.ModuleList(
+            nn.Sequential(LayerNorm2d(fine), nn.Conv2d(fine, coarse, 2, stride=2))
+            for fine, coarse in pairwise(widths)
+        )
+        self.upsample = nn.ModuleList(
+            nn.Sequential(LayerNorm2d(coarse), nn.ConvTranspose2d(coarse, fine, 2, stride=2))
+            for coarse, fine in pairwise(reversed(widths))
+        )
+        self.norm = LayerNorm2d(widths[0])
+        self.head = nn.Conv2d(widths[0], 2 * latent_channels * patch_size**2, 1)
+        self._init_weights(sum(num_blocks))
+
+    def _init_weights(self, depth: int) -> None:
+        self.apply(xavier_init)
+        if self.text_mapper is not None:
+            nn.init.normal_(self.text_mapper.weight, std=0.02)
+        nn.init.xavier_uniform_(self.stem.weight, gain=0.02)
+        nn.init.zeros_(self.head.weight)
+        for level in (*self.down, *self.up):
+            if level.semantic_mapper is not None:
+                nn.init.normal_(level.semantic_mapper.weight, std=0.02)
+            for block in level.blocks:
+                block.scale_residual(depth)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of the latents must be multiples of it."""
+        return self.patch_size * 2 ** len(self.downsample)
+
+    def heads(
+        self, xt: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The two heads a and b, (B, C, H, W) float32 each; arguments as in ``forward``."""
+        time = time_embedding(t, self.time_dim)
+        if self.text_mapper is not None and text is not None:
+            text = F.layer_norm(self.text_mapper(text), (self.cond_dim,), eps=1e-6)
+        x = F.pixel_unshuffle(xt, self.patch_size).contiguous(memory_format=torch.channels_last)
+        x = self.stem_norm(self.stem(x))
+
+        skips: list[Tensor | None] = []
+        for i, level in enumerate(self.down):
+            x = level(x, time, semantic, text)
+            if i < len(self.downsample):
+                skips.append(x)
+                x = self.downsample[i](x)
+        skips.append(None)  # the coarsest level goes straight up
+        for i, level in enumerate(self.up):
+            x = level(x, time, semantic, text, skips.pop())
+            if i < len(self.upsample):
+                x = self.upsample[i](x)
+
+        out = F.pixel_shuffle(self.head(self.norm(x)).float(), self.patch_size)
+        a, b = out.chunk(2, dim=1)
+        return a, b.sigmoid() * (1 - 2e-3) + 1e-3
+
+    def forward(self, xt: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            xt: (B, C, H, W) noised Stage A latents.
+            t: (B,) time in [0, 1], float32.
+            semantic: (B, S, h, w) semantic latents of any resolution.
+            text: (B, L, D) text states; only where the net was built with ``text_dim``.
+
+        Returns:
+            (B, C, H, W) float32.
+        """
+        a, b = self.heads(xt, t, semantic, text)
+        return (xt.float() - a) / b

@@ -1,0 +1,199 @@
+"""Blocks shared by the denoisers of Stage B and Stage C.
+
+Re-implementation of the published networks (dome272/Wuerstchen, MIT licence), which are made of
+ConvNeXt V2 blocks (Woo et al. 2023, arXiv 2301.00808), scale-and-shift time conditioning and
+attention to the pixels and the condition at once. Differences, all of layout and none of value:
+tensors stay channels-last inside a network, the three projections of attention are one product,
+and the response norm is one scale and shift.
+
+Letters: B batch, C channels, H and W height and width, L tokens, D width of the condition.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6
+
+
+def time_embedding(t: Tensor, dim: int, max_positions: int = 10_000) -> Tensor:
+    """Sinusoidal embedding of ``t * max_positions`` in float32.
+
+    Args:
+        t: (B,) diffusion time in [0, 1].
+        dim: even number of channels; the first half are sines, the second cosines.
+        max_positions: the longest period, and the factor that spreads [0, 1] over it.
+
+    Returns:
+        (B, dim) float32.
+    """
+    half = dim // 2
+    decay = math.log(max_positions) / (half - 1)
+    frequencies = torch.arange(half, device=t.device, dtype=torch.float32).mul(-decay).exp()
+    angles = (t.float() * max_positions)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def xavier_init(module: nn.Module) -> None:
+    """Xavier weights and zero biases for one linear or convolution layer; for ``apply``."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class LayerNorm2d(nn.Module):
+    """Layer norm over the channels of (B, C, H, W), without learned scale."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, (self.channels,), eps=LAYER_NORM_EPS).permute(0, 3, 1, 2)
+
+
+class GlobalResponseNorm(nn.Module):
+    """y = x (1 + gamma N(x)) + beta, with N(x) = |x|_HW / mean_C |x|_HW (ConvNeXt V2, Eq. 1-3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        # Squares are summed in float32: bfloat16 would lose the small ones. The inner epsilon
+        # keeps the root's gradient finite where a channel is all zero.
+        energy = x.square().sum(dim=(1, 2), keepdim=True, dtype=torch.float32)
+        response = (energy + 1e-12).sqrt()
+        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
+        return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * response).to(x.dtype))
+
+
+class ResBlock(nn.Module):
+    """ConvNeXt V2 block: depthwise 3x3, norm, MLP with global response norm; residual.
+
+    Args:
+        channels: C.
+        skip_channels: channels that are appended before the MLP (0 for none).
+        dropout: probability inside the MLP.
+    """
+
+    def __init__(self, channels: int, *, skip_channels: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm = LayerNorm2d(channels)
+        self.expand = nn.Linear(channels + skip_channels, channels * 4)
+        self.response_norm = GlobalResponseNorm(channels * 4)
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Linear(channels * 4, channels)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) and (B, skip_channels, H, W) -> (B, C, H, W)."""
+        h = self.norm(self.depthwise(x))
+        if skip is not None:
+            h = torch.cat([h, skip.to(h.dtype)], dim=1)
+        h = F.gelu(self.expand(h.permute(0, 2, 3, 1)))
+        h = self.project(self.dropout(self.response_norm(h)))
+        return x + h.permute(0, 3, 1, 2)
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift of every channel by the time embedding."""
+
+    def __init__(self, channels: int, time_dim: int) -> None:
+        super().__init__()
+        self.mapper = nn.Linear(time_dim, channels * 2)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(B, C, H, W) and (B, time_dim) -> (B, C, H, W)."""
+        scale, shift = self.mapper(time)[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(shift, x, 1 + scale)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys are the queries' own tokens followed by the condition's."""
+
+    def __init__(self, channels: int, num_heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the width {channels}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(channels, channels * 3)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """(B, N, C) tokens and (B, L, C) condition (or none) -> (B, N, C)."""
+        width = x.shape[-1]
+        q, k, v = self.qkv(x).split(width, dim=-1)
+        if cond is not None:
+            kv = F.linear(cond, self.qkv.weight[width:], self.qkv.bias[width:])
+            cond_k, cond_v = kv.split(width, dim=-1)
+            k, v = torch.cat([k, cond_k], dim=1), torch.cat([v, cond_v], dim=1)
+        q, k, v = (h.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for h in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class AttentionBlock(nn.Module):
+    """Residual attention of the pixels to themselves and to the condition."""
+
+    def __init__(
+        self, channels: int, cond_dim: int | None, num_heads: int, *, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm = LayerNorm2d(channels)
+        self.attention = Attention(channels, num_heads, dropout=dropout)
+        self.cond_mapper = nn.Linear(cond_dim, channels) if cond_dim is not None else None
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """(B, C, H, W) and (B, L, cond_dim), or none -> (B, C, H, W)."""
+        if cond is not None and self.cond_mapper is not None:
+            cond = self.cond_mapper(F.silu(cond))
+        tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        h = self.attention(tokens, cond).unflatten(1, x.shape[-2:])
+        return x + h.permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """One step of a denoiser: residual block, time, and attention if ``num_heads`` is given.
+
+    It is the unit of activation checkpointing and of sharding.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        time_dim: int,
+        cond_dim: int | None = None,
+        num_heads: int | None = None,
+        skip_channels: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.res = ResBlock(channels, skip_channels=skip_channels, dropout=dropout)
+        self.time = TimestepBlock(channels, time_dim)
+        self.attn = (
+            AttentionBlock(channels, cond_dim, num_heads, dropout=dropout) if num_heads else None
+        )
+
+    def forward(
+        self, x: Tensor, time: Tensor, cond: Tensor | None, skip: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, H, W), (B, time_dim), (B, L, D) or none -> (B, C, H, W)."""
+        x = self.time(self.res(x, skip), time)
+        return self.attn(x, cond) if self.attn is not None else x
+
+    def scale_residual(self, depth: int) -> None:
+        """Start ``depth`` residual blocks at a total variance of one, and time without effect."""
+        with torch.no_grad():
+            self.res.project.weight.mul_(math.sqrt(1 / depth))
+        nn.init.zeros_(self.time.mapper.weight)

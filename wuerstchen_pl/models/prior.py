@@ -1,0 +1,83 @@
+"""Stage C's denoiser: text and noised semantic latents -> the noise in them.
+
+Wuerstchen (arXiv 2306.00637), section 3.3 and appendix E; published as ``Prior`` in
+dome272/Wuerstchen (MIT). No down-sampling: a stack of equal blocks at the latents' resolution.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wuerstchen_pl.models.layers import Block, LayerNorm2d, time_embedding, xavier_init
+
+
+class Prior(nn.Module):
+    """eps_hat = (x_t - A) / (|1 - B| + 1e-5), where A, B are the two heads of the network.
+
+    Args:
+        latent_channels: channels of the semantic latents, 16 as published.
+        width: channels of every block (paper 1280, v2 1536).
+        depth: number of blocks (paper 16, v2 32).
+        num_heads: attention heads (paper 16, v2 24).
+        text_dim: D of the text states (ViT-bigG-14 1280, ViT-H-14 1024).
+        time_dim: channels of the time embedding.
+        dropout: probability in blocks and attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int = 16,
+        width: int,
+        depth: int,
+        num_heads: int,
+        text_dim: int,
+        time_dim: int = 64,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.text_dim = text_dim
+        self.time_dim = time_dim
+        self.stem = nn.Conv2d(latent_channels, width, 1)
+        self.text_in = nn.Linear(text_dim, width)
+        self.text_out = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(
+            Block(width, time_dim=time_dim, cond_dim=width, num_heads=num_heads, dropout=dropout)
+            for _ in range(depth)
+        )
+        self.norm = LayerNorm2d(width)
+        self.head = nn.Conv2d(width, latent_channels * 2, 1)
+        self._init_weights(depth)
+
+    def _init_weights(self, depth: int) -> None:
+        self.apply(xavier_init)
+        for layer in (self.stem, self.text_in, self.text_out):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        for block in self.blocks:
+            block.scale_residual(depth)
+
+    def heads(self, xt: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The two heads A and B, (B, C, h, w) each; arguments as in ``forward``."""
+        text = self.text_out(F.leaky_relu(self.text_in(text), 0.2))
+        time = time_embedding(t, self.time_dim)
+        x = self.stem(xt.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            x = block(x, time, text)
+        a, b = self.head(self.norm(x)).chunk(2, dim=1)
+        return a, b
+
+    def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            xt: (B, C, h, w) noised latents.
+            t: (B,) time in [0, 1], float32.
+            text: (B, L, D) text states.
+
+        Returns:
+            (B, C, h, w) float32: the division is too delicate for half precision.
+        """
+        a, b = self.heads(xt, t, text)
+        return (xt.float() - a.float()) / ((1 - b.float()).abs() + 1e-5)

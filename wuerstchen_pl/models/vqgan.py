@@ -1,0 +1,160 @@
+"""Stage A: the f4 VQGAN between pixels and latents.
+
+Wuerstchen (arXiv 2306.00637), section 3.1 and appendix E; published as ``VQModel`` in
+dome272/Wuerstchen (MIT), weights ``vqgan_f4_v1_500k.pt``. Stage B works in the latents *before*
+quantisation; the codebook regularises them while Stage A trains.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wuerstchen_pl.models.layers import LayerNorm2d, xavier_init
+
+
+class Quantized(NamedTuple):
+    """What the codebook makes of latents."""
+
+    latents: Tensor  # (B, C, H, W) nearest codes, gradient straight through to the input
+    indices: Tensor  # (B, H, W) int64
+    codebook_loss: Tensor  # scalar: codes towards latents
+    commitment_loss: Tensor  # scalar: latents towards codes
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-neighbour codebook (van den Oord et al. 2017, arXiv 1711.00937, Eq. 1-3)."""
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.codebook = nn.Embedding(size, channels)
+        nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
+
+    def indices(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H, W) int64 index of the nearest code, ties to the lowest."""
+        codes = self.codebook.weight.float()
+        flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2).float()
+        # |x - c|^2 without |x|^2, which does not change the nearest one
+        distance = torch.addmm(codes.square().sum(dim=1), flat, codes.t(), alpha=-2)
+        return distance.argmin(dim=1).view(latents.shape[0], *latents.shape[2:])
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """(B, H, W) int64 -> (B, C, H, W)."""
+        return self.codebook(indices).permute(0, 3, 1, 2)
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """(B, C, H, W) -> the nearest codes and the two losses."""
+        latents = latents.float()
+        indices = self.indices(latents)
+        codes = self.lookup(indices)
+        return Quantized(
+            latents=latents + (codes - latents).detach(),
+            indices=indices,
+            codebook_loss=F.mse_loss(codes, latents.detach()),
+            commitment_loss=F.mse_loss(latents, codes.detach()),
+        )
+
+
+class ScaledResBlock(nn.Module):
+    """Depthwise 3x3 and MLP, each with scalar scale, shift and gate that start at zero."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm2d(channels)
+        self.depthwise = nn.Conv2d(
+            channels, channels, 3, padding=1, padding_mode="replicate", groups=channels
+        )
+        self.expand = nn.Linear(channels, channels * 4)
+        self.project = nn.Linear(channels * 4, channels)
+        self.gammas = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.gammas
+        x = x + self.depthwise(self.norm(x) * (1 + scale1) + shift1) * gate1
+        h = (self.norm(x) * (1 + scale2) + shift2).permute(0, 2, 3, 1)
+        h = self.project(F.gelu(self.expand(h)))
+        return x + h.permute(0, 3, 1, 2) * gate2
+
+
+class VQGAN(nn.Module):
+    """Encoder, codebook and decoder; 2 ** levels pixels to a latent, in each direction.
+
+    Args:
+        levels: 2 for the published f4.
+        bottleneck_blocks: blocks of the decoder's coarsest level.
+        width: channels at the coarsest level; halved with each finer one.
+        latent_channels: C of the latents.
+        codebook_size: number of codes.
+        scale_factor: standard deviation of the encoder's output, by which latents are divided, so
+            that Stage B sees unit variance. v2: 0.3764. None: measured while Stage A trains and
+            kept in a buffer.
+    """
+
+    def __init__(
+        self,
+        *,
+        levels: int = 2,
+        bottleneck_blocks: int = 12,
+        width: int = 384,
+        latent_channels: int = 4,
+        codebook_size: int = 8192,
+        scale_factor: float | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [width // 2**i for i in reversed(range(levels))]  # finest first
+        self.latent_channels = latent_channels
+        self.factor = 2**levels
+        self.measure_scale = scale_factor is None
+        self.register_buffer("scale_factor", torch.tensor(scale_factor or 1.0))
+
+        self.stem = nn.Conv2d(3 * 4, widths[0], 1)
+        self.encoder = nn.Sequential()
+        for i, channels in enumerate(widths):
+            if i > 0:
+                self.encoder.add_module(
+                    f"downsample{i}", nn.Conv2d(widths[i - 1], channels, 4, stride=2, padding=1)
+                )
+            self.encoder.add_module(f"block{i}", ScaledResBlock(channels))
+        self.to_latent = nn.Conv2d(widths[-1], latent_channels, 1, bias=False)
+        self.latent_norm = nn.BatchNorm2d(latent_channels)
+
+        self.quantizer = VectorQuantizer(codebook_size, latent_channels)
+
+        self.from_latent = nn.Conv2d(latent_channels, widths[-1], 1)
+        self.decoder = nn.Sequential()
+        for i in reversed(range(levels)):
+            for j in range(bottleneck_blocks if i == levels - 1 else 1):
+                self.decoder.add_module(f"block{i}_{j}", ScaledResBlock(widths[i]))
+            if i > 0:
+                self.decoder.add_module(
+                    f"upsample{i}",
+                    nn.ConvTranspose2d(widths[i], widths[i - 1], 4, stride=2, padding=1),
+                )
+        self.head = nn.Conv2d(widths[0], 3 * 4, 1)
+        for block in self.modules():
+            if isinstance(block, ScaledResBlock):
+                block.apply(xavier_init)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, C, H/f, W/f) unquantized latents of unit variance."""
+        return self.features(images) / self.scale_factor
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, C, H/f, W/f) encoder output, in the codebook's scale."""
+        x = F.pixel_unshuffle(images, 2).contiguous(memory_format=torch.channels_last)
+        x = self.latent_norm(self.to_latent(self.encoder(self.stem(x))).float())
+        if self.training and self.measure_scale:
+            with torch.no_grad():
+                self.scale_factor.lerp_(x.detach().std(), 0.01)
+        return x
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) latents of unit variance -> (B, 3, h f, w f), not clamped."""
+        return self.decode_features(latents * self.scale_factor)
+
+    def decode_features(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) in the codebook's scale -> (B, 3, h f, w f), not clamped."""
+        x = self.from_latent(features.contiguous(memory_format=torch.channels_last))
+        return F.pixel_shuffle(self.head(self.decoder(x)), 2).float()
