@@ -25,7 +25,9 @@ def golden(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config = json.loads(file.metadata()["config"])
-    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+    weights = {
+        k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
+    }
     return config, weights, {k: v for k, v in tensors.items() if not k.startswith("weights.")}
 
 

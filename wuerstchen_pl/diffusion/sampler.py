@@ -21,7 +21,9 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def randn(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+def randn(
+    shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device
+) -> Tensor:
     """(B, *shape) standard normal, row b from generator b."""
     rows = [torch.randn(tuple(shape), generator=generator) for generator in generators]
     return torch.stack(rows).to(device)

@@ -203,7 +203,9 @@ class DiffNeXt(nn.Module):
         a, b = out.chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
-    def forward(self, xt: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(
+        self, xt: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None
+    ) -> Tensor:
         """Predict the noise.
 
         Args:

@@ -1,0 +1,68 @@
+"""Labelled picture grids at every validation: what a stage makes of the same few pictures."""
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+LABEL_HEIGHT = 16
+GAP = 2
+
+
+def draw_grid(columns: dict[str, Tensor]) -> Image.Image:
+    """Columns of pictures under their labels -> one picture.
+
+    Args:
+        columns: label -> (B, 3, H, W) in [0, 1]; all of one shape.
+    """
+    font = ImageFont.load_default(size=11)
+    first = next(iter(columns.values()))
+    rows, _, height, width = first.shape
+    column_width = max(width, *(int(font.getlength(label)) + 6 for label in columns)) + GAP
+    canvas = Image.new(
+        "RGB", (column_width * len(columns), LABEL_HEIGHT + rows * (height + GAP)), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+    for i, (label, pictures) in enumerate(columns.items()):
+        draw.text((i * column_width + 2, 1), label, fill="black", font=font)
+        for j, picture in enumerate(pictures):
+            corner = (i * column_width, LABEL_HEIGHT + j * (height + GAP))
+            canvas.paste(to_pil(picture), corner)
+    return canvas
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> an RGB picture, rounded to 8 bits."""
+    pixels = (picture.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+class Grids(L.Callback):
+    """Write ``grids/step0001000.png`` after each validation, from the stage's ``example_grid``.
+
+    Args:
+        folder: where they go.
+        num_pictures: rows of a grid, from the first validation batch.
+    """
+
+    def __init__(self, *, folder: str, num_pictures: int = 8) -> None:
+        self.folder, self.num_pictures = Path(folder), num_pictures
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: dict,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw the grid of the first batch."""
+        if batch_idx != 0 or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        rows = {key: value[: self.num_pictures] for key, value in batch.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        grid = draw_grid(pl_module.example_grid(rows))  # type: ignore[operator]
+        grid.save(self.folder / f"step{trainer.global_step:07d}.png")

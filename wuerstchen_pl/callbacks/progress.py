@@ -1,0 +1,60 @@
+"""One progress bar for a run: its steps, rate, time left and loss."""
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from tqdm import tqdm
+
+
+class StepProgress(ProgressBar):
+    """A bar over ``trainer.max_steps``; Lightning's own starts anew with every epoch."""
+
+    def __init__(self, *, label: str = "train") -> None:
+        super().__init__()
+        self.label = label
+        self._bar: tqdm | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Draw nothing; Lightning calls it on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Draw."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar at the step where the run goes on."""
+        self._bar = tqdm(
+            total=trainer.max_steps if trainer.max_steps > 0 else None,
+            initial=trainer.global_step,
+            desc=self.label,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not self._enabled,
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Move on, and show the loss and the last validation."""
+        if self._bar is None:
+            return
+        self._bar.update(trainer.global_step - self._bar.n)
+        if trainer.global_step % 10 == 0:
+            names = ("train/loss", "val/loss", "val/psnr")
+            values = trainer.callback_metrics
+            shown = {n: f"{float(values[n]):.4g}" for n in names if n in values}
+            self._bar.set_postfix(shown, refresh=False)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close the bar, whatever happened."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,229 @@
+"""Stage A: training the VQGAN (arXiv 2306.00637, section 3.1 and appendix E)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wuerstchen_pl.ema import EMA
+from wuerstchen_pl.models.discriminator import Discriminator
+from wuerstchen_pl.models.vqgan import VQGAN
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage
+
+
+class StageA(Stage):
+    """Reconstruction, perceptual, adversarial and codebook losses; two optimisers, by hand.
+
+    Args:
+        vqgan: encoder, codebook and decoder.
+        discriminator: the critic; it learns from the first step on.
+        perceptual: two pictures -> (B,) distance; frozen.
+        optimizer: for the VQGAN's parameters and, a second one, for the discriminator's.
+        lr_factor: of both learning rates, by step.
+        ema: average of the trainable weights.
+        mse_weight: weight of the squared error (paper: 1).
+        perceptual_weight: weight of the perceptual distance (paper: 0.1).
+        adversarial_weight: weight of the adversarial loss (paper: 0.01).
+        adversarial_start_step: first step at which it counts (paper: 10,000).
+        commitment_weight: weight of the commitment loss (code: 0.25).
+        quantize_drop_prob: share of steps that skip quantisation (paper: 0.1).
+        revive_every_steps: steps after which codes that nothing used are moved onto latents of the
+            present batch.
+    """
+
+    TRAINING_ONLY = (*Stage.TRAINING_ONLY, "perceptual")
+
+    def __init__(
+        self,
+        *,
+        vqgan: VQGAN,
+        discriminator: Discriminator,
+        perceptual: nn.Module | None = None,
+        optimizer: OptimizerFactory | None = None,
+        lr_factor: Callable[[int], float] | None = None,
+        ema: EMA | None = None,
+        mse_weight: float = 1.0,
+        perceptual_weight: float = 0.1,
+        adversarial_weight: float = 0.01,
+        adversarial_start_step: int = 10_000,
+        commitment_weight: float = 0.25,
+        quantize_drop_prob: float = 0.1,
+        revive_every_steps: int = 100,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema)
+        self.automatic_optimization = False
+        self.vqgan = vqgan
+        self.discriminator = discriminator
+        self.perceptual: nn.Module | None = None
+        if perceptual is not None:
+            self.freeze("perceptual", perceptual)
+        self.mse_weight, self.perceptual_weight = mse_weight, perceptual_weight
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start_step = adversarial_start_step
+        self.commitment_weight = commitment_weight
+        self.quantize_drop_prob = quantize_drop_prob
+        self.revive_every_steps = revive_every_steps
+        codes = vqgan.quantizer.codebook.num_embeddings
+        # uses of each code since codes were last revived, and since validation began
+        self.register_buffer("code_uses", torch.zeros(codes))
+        self.register_buffer("val_code_uses", torch.zeros(codes), persistent=False)
+
+    code_uses: Tensor
+    val_code_uses: Tensor
+
+    @property
+    def size_multiple(self) -> int:
+        """Pictures are folded into latents of 1 / 2^levels."""
+        return self.vqgan.factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.vqgan.latent_channels
+
+    # What Stage B uses
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, C, H/f, W/f) unquantized latents of unit variance."""
+        return self.vqgan.encode(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) latents -> (B, 3, h f, w f) in [0, 1]."""
+        return self.vqgan.decode(latents).clamp(0, 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> the same through the latents, unquantized as Stage B's are."""
+        return self.decode(self.encode(images))
+
+    # Losses
+
+    def generator_loss(
+        self, images: Tensor, *, quantize: bool, adversarial: bool
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The VQGAN's loss.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            quantize: False decodes the latents as they are.
+            adversarial: whether the discriminator counts.
+
+        Returns:
+            The loss, the reconstruction, and the terms by name, with ``indices`` and ``features``.
+        """
+        features = self.vqgan.features(images)
+        quantized = self.vqgan.quantizer(features)
+        decoded = self.vqgan.decode_features(quantized.latents if quantize else features)
+        terms = {
+            "mse": F.mse_loss(decoded, images),
+            "codebook": quantized.codebook_loss,
+            "commitment": quantized.commitment_loss,
+        }
+        loss = self.mse_weight * terms["mse"] + terms["codebook"]
+        loss = loss + self.commitment_weight * terms["commitment"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(decoded, images).mean()
+            loss = loss + self.perceptual_weight * terms["perceptual"]
+        if adversarial:
+            terms["adversarial"] = F.softplus(-self.discriminator.logits(decoded)).mean()
+            loss = loss + self.adversarial_weight * terms["adversarial"]
+        return loss, decoded, {**terms, "indices": quantized.indices, "features": features}
+
+    def discriminator_loss(self, images: Tensor, decoded: Tensor) -> Tensor:
+        """-log D(real) - log(1 - D(fake)), halved; the mean over patches."""
+        real = F.softplus(-self.discriminator.logits(images)).mean()
+        fake = F.softplus(self.discriminator.logits(decoded.detach())).mean()
+        return 0.5 * (real + fake)
+
+    # Training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One step of the VQGAN, then one of the discriminator."""
+        images = batch["image"]
+        # The critic is stepped by its bare optimiser: Lightning counts the steps of wrapped ones,
+        # and ``global_step`` is to count batches.
+        vqgan_opt = self.optimizers()[0]
+        critic_opt = self.optimizers(use_pl_optimizer=False)[1]
+        quantize = bool(torch.rand(()) >= self.quantize_drop_prob)
+        adversarial = self.global_step >= self.adversarial_start_step
+
+        self.discriminator.requires_grad_(False)
+        loss, decoded, terms = self.generator_loss(
+            images, quantize=quantize, adversarial=adversarial
+        )
+        vqgan_opt.zero_grad()
+        self.manual_backward(loss)
+        vqgan_opt.step()
+        self.discriminator.requires_grad_(True)
+
+        critic_loss = self.discriminator_loss(images, decoded)
+        critic_opt.zero_grad()
+        self.manual_backward(critic_loss)
+        critic_opt.step()
+
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+        self.ema.update(self)
+        self._count_codes(terms.pop("indices"), terms.pop("features"))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/discriminator", critic_loss.detach())
+        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
+
+    @torch.no_grad()
+    def _count_codes(self, indices: Tensor, features: Tensor) -> None:
+        """Count uses, and now and then move the codes that had none onto present latents."""
+        codebook = self.vqgan.quantizer.codebook.weight
+        self.code_uses += torch.bincount(indices.flatten(), minlength=len(codebook))
+        if self.global_step % self.revive_every_steps:
+            return
+        dead = (self.code_uses == 0).nonzero().flatten()
+        self.log("train/revived_codes", float(len(dead)))
+        if len(dead):
+            latents = features.permute(0, 2, 3, 1).flatten(0, 2).to(codebook.dtype)
+            codebook[dead] = latents[torch.randint(len(latents), (len(dead),))]
+            self.ema.overwrite(self, "vqgan.quantizer.codebook.weight", dead)
+        self.code_uses.zero_()
+
+    def configure_optimizers(self) -> Any:
+        """The VQGAN's and the discriminator's, apart."""
+        parts = (self.vqgan, self.discriminator)
+        configured = [self.scheduled(part.parameters()) for part in parts]
+        return [c["optimizer"] for c in configured], [c["lr_scheduler"] for c in configured]
+
+    # Validation, on averaged weights
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation's codes."""
+        self.val_code_uses.zero_()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss, and PSNR of the unquantized reconstruction in dB."""
+        images = batch["image"]
+        with self.ema.applied(self):
+            loss, _, terms = self.generator_loss(images, quantize=True, adversarial=False)
+            error = F.mse_loss(self.reconstruct(images), images, reduction="none")
+        psnr = -10 * error.flatten(1).mean(dim=1).log10().mean()
+        codes = len(self.val_code_uses)
+        self.val_code_uses += torch.bincount(terms["indices"].flatten(), minlength=codes)
+        metrics = {"val/loss": loss, "val/psnr": psnr}
+        self.log_dict(metrics, batch_size=len(images), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Codebook use: exp(entropy), and codes that no latent chose."""
+        uses = self.val_code_uses
+        share = uses / uses.sum().clamp(min=1)
+        perplexity = torch.special.entr(share).sum().exp()
+        self.log("val/codebook_perplexity", perplexity, sync_dist=True)
+        self.log("val/codebook_dead", (uses == 0).float().sum(), sync_dist=True)
+
+    @torch.no_grad()
+    def example_grid(self, batch: Batch) -> dict[str, Tensor]:
+        """Original, and what comes back: raw and averaged weights, and through the codebook."""
+        images = batch["image"]
+        raw = self.reconstruct(images)
+        with self.ema.applied(self):
+            averaged = self.reconstruct(images)
+            quantized = self.vqgan.quantizer(self.vqgan.features(images)).latents
+            codes = self.vqgan.decode_features(quantized).clamp(0, 1)
+        return {"original": images, "raw": raw, "EMA": averaged, "EMA, quantised": codes}

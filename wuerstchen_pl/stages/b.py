@@ -1,0 +1,224 @@
+"""Stage B: training DiffNeXt and the Semantic Compressor together (arXiv 2306.00637, section 3.2)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
+from wuerstchen_pl.diffusion.sampler import Method, generators, guided, randn, sample, timesteps
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
+from wuerstchen_pl.ema import EMA
+from wuerstchen_pl.models.compressor import SemanticCompressor
+from wuerstchen_pl.models.diffnext import DiffNeXt
+from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.stages.a import StageA
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage
+
+
+class StageB(Stage):
+    """Noise prediction in Stage A's unquantized latents, conditioned on semantic latents.
+
+    Args:
+        decoder: the trained Stage A; frozen.
+        diffnext: the denoiser.
+        compressor: images -> semantic latents, trained with the denoiser.
+        text_encoder: frozen; None trains without text.
+        optimizer: over denoiser and compressor.
+        lr_factor: of the learning rate, by step.
+        ema: average of the trainable weights.
+        p2: form of the loss weight.
+        semantic_drop_prob: share of samples whose semantic latents are zeroed (code: 0.05).
+        semantic_noise_prob: share of the others whose latents are noised, at a time drawn from
+            [0, 0.5] (code: 0.3).
+        text_drop_prob: share of captions replaced by the empty one (code: 0.05).
+    """
+
+    decoder: StageA
+    text_encoder: TextEncoder | None
+
+    def __init__(
+        self,
+        *,
+        decoder: StageA,
+        diffnext: DiffNeXt,
+        compressor: SemanticCompressor,
+        text_encoder: TextEncoder | None = None,
+        optimizer: OptimizerFactory | None = None,
+        lr_factor: Callable[[int], float] | None = None,
+        ema: EMA | None = None,
+        p2: P2Form = "code",
+        semantic_drop_prob: float = 0.05,
+        semantic_noise_prob: float = 0.3,
+        text_drop_prob: float = 0.05,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema)
+        if decoder.latent_channels != diffnext.latent_channels:
+            raise ValueError(
+                f"stage.diffnext.latent_channels={diffnext.latent_channels}, but Stage A's latents "
+                f"have {decoder.latent_channels} channels; set them equal"
+            )
+        if (text_encoder is None) != (diffnext.text_dim is None):
+            raise ValueError(
+                f"stage.diffnext.text_dim={diffnext.text_dim} and stage.text_encoder disagree; "
+                "give both or neither"
+            )
+        self.freeze("decoder", decoder)
+        self.diffnext = diffnext
+        self.compressor = compressor
+        object.__setattr__(self, "text_encoder", None)
+        if text_encoder is not None:
+            self.freeze("text_encoder", text_encoder)
+        self.schedule = CosineSchedule()
+        self.p2: P2Form = p2
+        self.semantic_drop_prob = semantic_drop_prob
+        self.semantic_noise_prob = semantic_noise_prob
+        self.text_drop_prob = text_drop_prob
+
+    @property
+    def size_multiple(self) -> int:
+        """Stage A's factor times the denoiser's."""
+        return self.decoder.size_multiple * self.diffnext.size_multiple
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the semantic latents."""
+        return self.compressor.latent_channels
+
+    # What Stage C uses
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, S, h, w) semantic latents."""
+        return self.compressor(images)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        semantic: Tensor,
+        *,
+        size: tuple[int, int],
+        seeds: Sequence[int],
+        captions: Sequence[str] | None = None,
+        num_steps: int = 12,
+        guidance_scale: float = 1.0,
+        method: Method = "ddpm",
+    ) -> Tensor:
+        """Semantic latents -> pictures.
+
+        Args:
+            semantic: (B, S, h, w).
+            size: (height, width) of the pictures, multiples of ``size_multiple``.
+            seeds: one per picture.
+            captions: one per picture, for a Stage B with text; None is the empty caption.
+            num_steps: denoising steps (paper: 12).
+            guidance_scale: towards the semantic latents; 1 is none (paper: 4).
+            method: ``ddpm`` or ``ddim``.
+
+        Returns:
+            (B, 3, H, W) in [0, 1].
+        """
+        factor = self.decoder.size_multiple
+        shape = (self.diffnext.latent_channels, size[0] // factor, size[1] // factor)
+        rngs = generators(seeds)
+        noise = randn(shape, rngs, semantic.device)
+        text = self.text(captions if captions is not None else [""] * len(semantic))
+        denoise = guided(
+            lambda xt, t: self.diffnext(xt, t, semantic, text),
+            lambda xt, t: self.diffnext(xt, t, torch.zeros_like(semantic), text),
+            guidance_scale,
+        )
+        latents = sample(
+            denoise, noise, timesteps(num_steps), rngs, schedule=self.schedule, method=method
+        )
+        return self.decoder.decode(latents)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, *, seeds: Sequence[int], num_steps: int = 12) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> the same through compressor, denoiser and Stage A."""
+        size = (images.shape[-2], images.shape[-1])
+        return self.decode(self.encode(images), size=size, seeds=seeds, num_steps=num_steps)
+
+    # Objective
+
+    def text(self, captions: Sequence[str]) -> Tensor | None:
+        """Captions -> (B, L, D) states, or None for a Stage B without text."""
+        if self.text_encoder is None:
+            return None
+        with torch.no_grad():
+            return self.text_encoder(captions)
+
+    def loss(
+        self, x0: Tensor, t: Tensor, noise: Tensor, semantic: Tensor, text: Tensor | None
+    ) -> Tensor:
+        """p2(t) |noise - prediction|^2, the mean over the batch (section 3.4)."""
+        pred = self.diffnext(self.schedule.add_noise(x0, t, noise), t, semantic, text)
+        return (p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)).mean()
+
+    def corrupt(self, semantic: Tensor, chance: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Zero some samples' semantic latents and noise others', so that Stage C's errors do less.
+
+        Args:
+            semantic: (B, S, h, w).
+            chance: (B, 2) uniform in [0, 1): against the probability to zero, and to noise.
+            t: (B,) uniform in [0, 0.5), time of the noise.
+            noise: as ``semantic``, standard normal.
+        """
+        drop, disturb = chance[:, 0], chance[:, 1]
+        keep = (drop >= self.semantic_drop_prob)[:, None, None, None]
+        noised = (disturb < self.semantic_noise_prob)[:, None, None, None]
+        return torch.where(noised, self.schedule.add_noise(semantic, t, noise), semantic) * keep
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Draw times, noise and what is dropped; return the loss."""
+        images = batch["image"]
+        rows = len(images)
+        with torch.no_grad():
+            x0 = self.decoder.encode(images)
+        semantic = self.encode(images)
+        chance, time = torch.rand(rows, 2), torch.rand(rows) * 0.5
+        semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), torch.randn_like(semantic))
+        dropped = torch.rand(rows) < self.text_drop_prob
+        captions = ["" if d else c for c, d in zip(batch["caption"], dropped, strict=True)]
+        t = draw_time(torch.rand(rows)).to(x0.device)
+        loss = self.loss(x0, t, torch.randn_like(x0), semantic, self.text(captions))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    # Validation, on averaged weights
+
+    @torch.no_grad()
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss, at the same times and noise in every validation."""
+        images = batch["image"]
+        with self.ema.applied(self):
+            x0, semantic = self.decoder.encode(images), self.encode(images)
+            rng = torch.Generator().manual_seed(batch_idx)
+            t = ((torch.arange(len(images)) + torch.rand(1, generator=rng)) / len(images)).to(x0)
+            noise = torch.randn(x0.shape, generator=rng).to(x0)
+            loss = self.loss(x0, t, noise, semantic, self.text(batch["caption"]))
+        self.log("val/loss", loss, batch_size=len(images), sync_dist=True)
+
+    @torch.no_grad()
+    def example_grid(self, batch: Batch) -> dict[str, Tensor]:
+        """Original, noised, x_0 in one step, sample, and the last two with averaged weights."""
+        images, captions = batch["image"], batch["caption"]
+        rows, size = len(images), (images.shape[-2], images.shape[-1])
+        x0 = self.decoder.encode(images)
+        t = torch.full((rows,), 0.5, device=x0.device)
+        noise = randn(x0.shape[1:], generators(range(rows)), x0.device)
+        xt = self.schedule.add_noise(x0, t, noise)
+
+        def drawn() -> Tensor:
+            return self.decode(self.encode(images), size=size, seeds=range(rows), captions=captions)
+
+        raw = drawn()
+        with self.ema.applied(self):
+            pred = self.diffnext(xt, t, self.encode(images), self.text(captions))
+            averaged = drawn()
+        return {
+            "original": images,
+            "noised, t=0.5": self.decoder.decode(xt),
+            "one step (EMA)": self.decoder.decode(self.schedule.predict_x0(xt, t, pred)),
+            "sample": raw,
+            "sample (EMA)": averaged,
+        }

@@ -1,0 +1,194 @@
+"""Stage C: training the text-conditional prior (arXiv 2306.00637, section 3.3)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
+from wuerstchen_pl.diffusion.sampler import Method, generators, guided, randn, sample, timesteps
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
+from wuerstchen_pl.ema import EMA
+from wuerstchen_pl.models.prior import Prior
+from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.stages.b import StageB
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage
+
+
+class StageC(Stage):
+    """Noise prediction in the semantic latents, conditioned on text.
+
+    Args:
+        decoder: the trained Stage B, which holds Stage A; frozen.
+        prior: the denoiser.
+        text_encoder: captions -> token states.
+        train_text_encoder: True trains it with the prior (tiny preset), False freezes it.
+        optimizer: over everything that is not frozen.
+        lr_factor: of the learning rate, by step.
+        ema: average of the trainable weights.
+        p2: form of the loss weight.
+        caption_drop_prob: share of captions replaced by the empty one (0.05); the empty caption is
+            the unconditional branch of guidance.
+        semantic_shift: Stage C works in (s + shift) / scale of the compressor's s (v1, v2: 1).
+        semantic_scale: see ``semantic_shift`` (v1, v2: 42).
+    """
+
+    decoder: StageB
+
+    def __init__(
+        self,
+        *,
+        decoder: StageB,
+        prior: Prior,
+        text_encoder: TextEncoder,
+        train_text_encoder: bool = False,
+        optimizer: OptimizerFactory | None = None,
+        lr_factor: Callable[[int], float] | None = None,
+        ema: EMA | None = None,
+        p2: P2Form = "code",
+        caption_drop_prob: float = 0.05,
+        semantic_shift: float = 0.0,
+        semantic_scale: float = 1.0,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema)
+        if prior.latent_channels != decoder.latent_channels:
+            raise ValueError(
+                f"stage.prior.latent_channels={prior.latent_channels}, but Stage B's compressor "
+                f"gives {decoder.latent_channels}; set them equal"
+            )
+        if prior.text_dim != text_encoder.width:
+            raise ValueError(
+                f"stage.prior.text_dim={prior.text_dim}, but stage.text_encoder.width="
+                f"{text_encoder.width}; set them equal"
+            )
+        self.freeze("decoder", decoder)
+        self.prior = prior
+        if train_text_encoder:
+            self.text_encoder = text_encoder
+        else:
+            self.freeze("text_encoder", text_encoder)
+        self.train_text_encoder = train_text_encoder
+        self.schedule = CosineSchedule()
+        self.p2: P2Form = p2
+        self.caption_drop_prob = caption_drop_prob
+        self.semantic_shift, self.semantic_scale = semantic_shift, semantic_scale
+
+    @property
+    def size_multiple(self) -> int:
+        """Stage B's: the prior takes any size."""
+        return self.decoder.size_multiple
+
+    # Latents
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, S, h, w) latents in Stage C's scale."""
+        return (self.decoder.encode(images) + self.semantic_shift) / self.semantic_scale
+
+    def to_semantic(self, latents: Tensor) -> Tensor:
+        """(B, S, h, w) in Stage C's scale -> in the compressor's, which Stage B reads."""
+        return latents * self.semantic_scale - self.semantic_shift
+
+    def text(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> (B, L, D) states, with gradients if the encoder is trained."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text_encoder):
+            return self.text_encoder(captions)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        captions: Sequence[str],
+        *,
+        size: tuple[int, int],
+        seeds: Sequence[int],
+        num_steps: int = 60,
+        guidance_scale: float = 4.0,
+        method: Method = "ddpm",
+    ) -> Tensor:
+        """Captions -> semantic latents.
+
+        Args:
+            captions: B of them.
+            size: (height, width) in pixels of the pictures to be.
+            seeds: one per picture.
+            num_steps: denoising steps (paper: 60).
+            guidance_scale: away from the empty caption; 1 is none (paper: 4).
+            method: ``ddpm`` or ``ddim``.
+
+        Returns:
+            (B, S, h, w) in the compressor's scale, for ``decoder.decode``.
+        """
+        rngs = generators(seeds)
+        shape = (self.prior.latent_channels, *self.decoder.compressor.latent_size(*size))
+        noise = randn(shape, rngs, self.device)
+        text, empty = self.text(captions), self.text([""] * len(captions))
+        denoise = guided(
+            lambda xt, t: self.prior(xt, t, text),
+            lambda xt, t: self.prior(xt, t, empty),
+            guidance_scale,
+        )
+        latents = sample(
+            denoise, noise, timesteps(num_steps), rngs, schedule=self.schedule, method=method
+        )
+        return self.to_semantic(latents)
+
+    # Objective
+
+    def loss(self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor) -> Tensor:
+        """p2(t) |noise - prediction|^2, the mean over the batch (section 3.4)."""
+        pred = self.prior(self.schedule.add_noise(x0, t, noise), t, text)
+        return (p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)).mean()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Draw times, noise and dropped captions; return the loss."""
+        rows = len(batch["image"])
+        with torch.no_grad():
+            x0 = self.encode(batch["image"])
+        dropped = torch.rand(rows) < self.caption_drop_prob
+        captions = ["" if d else c for c, d in zip(batch["caption"], dropped, strict=True)]
+        t = draw_time(torch.rand(rows)).to(x0.device)
+        loss = self.loss(x0, t, torch.randn_like(x0), self.text(captions))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    # Validation, on averaged weights
+
+    @torch.no_grad()
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss, at the same times and noise in every validation."""
+        rows = len(batch["image"])
+        with self.ema.applied(self):
+            x0 = self.encode(batch["image"])
+            rng = torch.Generator().manual_seed(batch_idx)
+            t = ((torch.arange(rows) + torch.rand(1, generator=rng)) / rows).to(x0)
+            noise = torch.randn(x0.shape, generator=rng).to(x0)
+            loss = self.loss(x0, t, noise, self.text(batch["caption"]))
+        self.log("val/loss", loss, batch_size=rows, sync_dist=True)
+
+    @torch.no_grad()
+    def example_grid(self, batch: Batch) -> dict[str, Tensor]:
+        """Original, noised, x_0 in one step, sample and averaged sample, all through Stage B."""
+        images, captions = batch["image"], batch["caption"]
+        seeds, size = range(len(images)), (images.shape[-2], images.shape[-1])
+        x0 = self.encode(images)
+        t = torch.full((len(images),), 0.5, device=x0.device)
+        xt = self.schedule.add_noise(x0, t, randn(x0.shape[1:], generators(seeds), x0.device))
+
+        def drawn(latents: Tensor) -> Tensor:
+            semantic = self.to_semantic(latents)
+            return self.decoder.decode(semantic, size=size, seeds=seeds, captions=captions)
+
+        def sampled() -> Tensor:
+            semantic = self.sample(captions, size=size, seeds=seeds, num_steps=20)
+            return self.decoder.decode(semantic, size=size, seeds=seeds, captions=captions)
+
+        raw = sampled()
+        with self.ema.applied(self):
+            pred = self.prior(xt, t, self.text(captions))
+            averaged = sampled()
+        return {
+            "original": images,
+            "noised, t=0.5": drawn(xt),
+            "one step (EMA)": drawn(self.schedule.predict_x0(xt, t, pred)),
+            "sample": raw,
+            "sample (EMA)": averaged,
+        }

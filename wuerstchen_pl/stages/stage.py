@@ -1,0 +1,135 @@
+"""What the three stages share: frozen parts, EMA, the optimiser's shape, what a checkpoint holds."""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from wuerstchen_pl.ema import EMA
+
+Batch = dict[str, Any]
+"""The batch of ``data/datamodule.py``: ``image`` (B, 3, H, W) in [0, 1], ``caption`` list[str]."""
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class WarmupCosine:
+    """Factor of the learning rate: linear from 0 to 1, then constant or half a cosine down to 0.
+
+    Args:
+        warmup_steps: steps until the factor is 1.
+        total_steps: step at which a cosine reaches 0; None stays at 1, as the paper does.
+    """
+
+    def __init__(self, *, warmup_steps: int = 0, total_steps: int | None = None) -> None:
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+
+    def __call__(self, step: int) -> float:
+        """Steps done -> factor in [0, 1]."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.total_steps is None:
+            return 1.0
+        span = max(1, self.total_steps - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / span)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Stage(L.LightningModule):
+    """Base of StageA, StageB and StageC.
+
+    A frozen part is held outside of the module registry: it follows the stage to its device and
+    appears in no checkpoint, optimiser or EMA. A checkpoint names it by path and sha256.
+    """
+
+    TRAINING_ONLY: tuple[str, ...] = ("optimizer", "lr_factor", "ema")
+    """Constructor arguments that a stage which only samples does without."""
+
+    def __init__(
+        self,
+        *,
+        optimizer: OptimizerFactory | None,
+        lr_factor: Callable[[int], float] | None,
+        ema: EMA | None,
+    ) -> None:
+        super().__init__()
+        self.optimizer_factory = optimizer
+        self.lr_factor = lr_factor or WarmupCosine()
+        self.ema = ema or EMA(decay=0.0)
+        self.frozen: dict[str, nn.Module] = {}
+        self.config: dict[str, Any] | None = None
+        """The ``stage`` part of the run's config; goes into checkpoints."""
+        self.source: dict[str, str] | None = None
+        """``path`` and ``sha256`` of the checkpoint that this stage was loaded from."""
+
+    # Frozen parts
+
+    def freeze(self, name: str, module: nn.Module) -> None:
+        """Hold ``module`` as attribute ``name``: in eval mode, without gradients, not registered."""
+        object.__setattr__(self, name, module.eval().requires_grad_(False))
+        self.frozen[name] = module
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        for module in self.frozen.values():
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    # Optimisation
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths of pictures must be multiples of it."""
+        raise NotImplementedError
+
+    def scheduled(self, params: Iterable[nn.Parameter]) -> dict[str, Any]:
+        """An optimiser of ``params`` with the learning rate's schedule, in Lightning's form."""
+        if self.optimizer_factory is None:
+            raise ValueError("stage.optimizer is missing; a stage that trains needs one")
+        optimizer = self.optimizer_factory(params)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser over everything that is not frozen."""
+        return self.scheduled(self.parameters())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then average: here, and not in a batch hook, so that no checkpoint lies between."""
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the averaged weights, the stage's config, and the names of the frozen stages."""
+        checkpoint["ema"] = self.ema.state_dict()
+        checkpoint["stage"] = self.config
+        root = self.trainer.default_root_dir
+        checkpoint["frozen"] = {
+            name: {**part.source, "path": os.path.relpath(part.source["path"], root)}
+            for name, part in self.frozen.items()
+            if isinstance(part, Stage) and part.source is not None
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the averaged weights back, and refuse to go on over other frozen weights."""
+        self.ema.load_state_dict(checkpoint["ema"])
+        for name, named in checkpoint["frozen"].items():
+            source = getattr(self.frozen[name], "source", None)
+            if source is not None and source["sha256"] != named["sha256"]:
+                raise ValueError(
+                    f"the run was started with {name} sha256 {named['sha256'][:12]}, and "
+                    f"{source['path']} has {source['sha256'][:12]}; put the old weights back or "
+                    "start a new run"
+                )
+
+    def example_grid(self, batch: Batch) -> dict[str, Tensor]:
+        """Columns of a validation grid: label -> (B, 3, H, W) in [0, 1]."""
+        raise NotImplementedError

@@ -1,0 +1,99 @@
+"""Train one stage: ``python -m wuerstchen_pl.train stage=a|b|c experiment=...``."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from wuerstchen_pl import checkpoint
+from wuerstchen_pl.cli import command
+from wuerstchen_pl.config import check_config
+
+if TYPE_CHECKING:
+    from wuerstchen_pl.stages.stage import Stage
+
+
+def run(cfg: DictConfig) -> float:
+    """Check, build, fit; returns the last validation loss."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
+    check_config(cfg)
+    output_dir = Path(cfg.paths.output_dir)
+    resume = find_resume(cfg.ckpt, output_dir, cfg.trainer.max_steps)
+    _quieten()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+
+    data: L.LightningDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
+    stage: Stage = hydra.utils.instantiate(cfg.stage, _convert_="all")
+    check_sizes(stage, data)
+    stage.config = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
+    if cfg.init_from is not None:
+        state = checkpoint.read(checkpoint.find(cfg.init_from))
+        stage.load_state_dict({**state["state_dict"], **state["ema"]["shadow"]})
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+    trainer: L.Trainer = hydra.utils.instantiate(
+        cfg.trainer,
+        callbacks=[hydra.utils.instantiate(c) for c in cfg.callbacks.values() if c is not None],
+        logger=[hydra.utils.instantiate(c) for c in cfg.logger.values() if c is not None],
+        _convert_="all",
+    )
+    trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
+    return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
+
+
+def find_resume(ckpt: str | None, output_dir: Path, max_steps: int) -> Path | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        FileNotFoundError: if ``ckpt`` names none.
+        ValueError: if the run's folder holds a run that nobody said to go on with.
+    """
+    has_run = any(output_dir.glob("checkpoints/step*.ckpt"))
+    if ckpt == "auto":
+        return checkpoint.find(output_dir) if has_run else None
+    if ckpt is not None:
+        return checkpoint.find(ckpt)
+    if has_run:
+        raise ValueError(
+            f"paths.output_dir={output_dir} holds a run already; go on with it (ckpt=auto), or "
+            "choose another paths.output_dir or name"
+        )
+    return None
+
+
+def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
+    """Refuse picture sizes that the stages cannot divide.
+
+    Raises:
+        ValueError: naming the first such size.
+    """
+    for height, width in data.sizes:  # type: ignore[attr-defined]
+        if height % stage.size_multiple or width % stage.size_multiple:
+            raise ValueError(
+                f"a bucket of {height} x {width} px is no multiple of {stage.size_multiple}, as "
+                f"{type(stage).__name__} needs; set data.bucket_multiple={stage.size_multiple} or "
+                "a multiple of it"
+            )
+
+
+def _quieten() -> None:
+    """Silence Lightning's advice, which these runs have taken or cannot take."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for advice in ("does not have many workers", "Checkpoint directory", "You are trying to `self"):
+        warnings.filterwarnings("ignore", message=f".*{advice}.*")
+
+
+main = command("train", run)
+
+if __name__ == "__main__":
+    main()
