@@ -6,6 +6,7 @@ its config names are built only if they stand in ``BUILDABLE``.
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,12 @@ def find(run: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(f"{path} holds no checkpoint")
     return found[-1]
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, or -1 where it bears none."""
+    match = re.fullmatch(r"step(\d+)", path.stem)
+    return int(match[1]) if match else -1
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -97,9 +104,7 @@ def _refuse_foreign(node: Any) -> None:
         for value in node:
             _refuse_foreign(value)
     elif isinstance(node, str) and "${" in node:
-        raise ValueError(
-            f"{node!r} in a checkpoint is an interpolation; its config is not resolved"
-        )
+        raise ValueError(f"{node!r} in a checkpoint is an interpolation, which is not read")
 
 
 def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
@@ -160,7 +165,7 @@ def _follow(path: Path, name: str, named: dict[str, str]) -> Path:
         raise FileNotFoundError(f"{path} needs its {name} {beside}, which is not there")
     if sha256(found) != named["sha256"]:
         raise ValueError(
-            f"{path} was trained over {found} with sha256 {named['sha256'][:12]}, and that file has "
-            f"changed to {sha256(found)[:12]}; put the old one back or train again"
+            f"{path} was trained over {found} with sha256 {named['sha256'][:12]}, and that file "
+            f"has changed to {sha256(found)[:12]}; put the old one back or train again"
         )
     return found

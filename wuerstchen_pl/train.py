@@ -26,7 +26,10 @@ def run(cfg: DictConfig) -> float:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
     check_config(cfg)
     output_dir = Path(cfg.paths.output_dir)
-    resume = find_resume(cfg.ckpt, output_dir, cfg.trainer.max_steps)
+    resume = find_resume(cfg.ckpt, output_dir)
+    if resume is not None and checkpoint.step_of(resume) >= cfg.trainer.max_steps >= 0:
+        print(f"{output_dir} is finished, at step {checkpoint.step_of(resume)}")
+        return float("nan")
     _quieten()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -51,7 +54,7 @@ def run(cfg: DictConfig) -> float:
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
 
 
-def find_resume(ckpt: str | None, output_dir: Path, max_steps: int) -> Path | None:
+def find_resume(ckpt: str | None, output_dir: Path) -> Path | None:
     """The checkpoint to go on from.
 
     Raises:

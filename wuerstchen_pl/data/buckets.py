@@ -162,11 +162,12 @@ def validation_batches(
 ) -> list[tuple[Size, list[int]]]:
     """List (size, indices) so that each sample comes exactly once, unshuffled.
 
-    The last batch of a bucket may be smaller. With several ranks a batch is dealt out in turns; a
-    rank that would get nothing repeats its first sample, as ranks must take equally many steps.
+    The fullest bucket comes first. The last batch of a bucket may be smaller. With several ranks a
+    batch is dealt out in turns; a rank that would get nothing repeats its first sample, as ranks
+    must take equally many steps.
     """
     found = []
-    for size, items in sorted(buckets.items()):
+    for size, items in sorted(buckets.items(), key=lambda bucket: (-len(bucket[1]), bucket[0])):
         for start in range(0, len(items), batch_size * world_size):
             chunk = items[start : start + batch_size * world_size]
             found.append((size, chunk[rank::world_size] or chunk[:1]))

@@ -235,8 +235,12 @@ class ImageTextDataModule(L.LightningDataModule):
         return self._loader
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Return every sample of the validation split once, in a fixed order, cropped centrally."""
-        pictures = self._pictures["val"]
+        """Return every sample of the validation split once."""
+        return self.in_order("val")
+
+    def in_order(self, split: Split) -> DataLoader[Batch]:
+        """Return every sample of a split once, in a fixed order, cropped centrally."""
+        pictures = self._pictures[split]
         batches = validation_batches(_buckets(pictures), self.val_batch_size, *_place())
         requests = [Request(size, indices, None) for size, indices in batches]
         return DataLoader(pictures, batch_size=None, sampler=requests, **self._options())

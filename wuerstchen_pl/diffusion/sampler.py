@@ -5,6 +5,7 @@ that it does not depend on the others in its batch.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -110,7 +111,7 @@ def sample(
     if method not in ("ddpm", "ddim"):
         raise ValueError(f"sampler={method!r} is unknown; use 'ddpm' or 'ddim'")
     x = noise
-    for now, then in zip(times, times[1:], strict=False):
+    for now, then in pairwise(times):
         t, t_next = (torch.full((len(x),), v, device=x.device) for v in (now, then))
         pred = denoise(x, t)
         if method == "ddpm":

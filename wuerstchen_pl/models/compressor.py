@@ -69,7 +69,7 @@ class EfficientNet(nn.Module):
 
     channels, stride = 1280, 32
 
-    def __init__(self, *, size: Literal["s", "l"] = "s", weights: str | None = "imagenet") -> None:
+    def __init__(self, *, size: Literal["s", "l"] = "s", weights: str | None = None) -> None:
         super().__init__()
         build = getattr(torchvision.models, f"efficientnet_v2_{size}")
         net = build(weights="DEFAULT" if weights == "imagenet" else None)

@@ -71,7 +71,7 @@ class Level(nn.Module):
         """(B, C, H, W) -> (B, C, H, W); ``skip`` (B, skip_dim, H, W) enters the first block."""
         mapped = None
         if self.semantic_mapper is not None:
-            mapped = self.semantic_mapper(match_size(semantic, x.shape[-2:]))
+            mapped = self.semantic_mapper(match_size(semantic, (x.shape[-2], x.shape[-1])))
         for j, block in enumerate(self.blocks):
             extra = [e for e in (skip if j == 0 else None, mapped) if e is not None]
             x = block(x, time, text, torch.cat(extra, dim=1) if extra else None)

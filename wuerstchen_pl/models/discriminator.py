@@ -4,6 +4,8 @@ Published as ``Discriminator`` in dome272/Wuerstchen (MIT). Here ``logits`` are 
 so that the loss can take the logarithm safely.
 """
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -21,7 +23,7 @@ class Discriminator(nn.Module):
         halvings = max(depth - 3, 3)
         widths = [width // 2 ** max(halvings - i, 0) for i in range(depth)]
         self.encoder = nn.Sequential(_strided(3, widths[0]), nn.LeakyReLU(0.2))
-        for c_in, c_out in zip(widths, widths[1:], strict=False):
+        for c_in, c_out in pairwise(widths):
             self.encoder.extend(
                 [_strided(c_in, c_out), nn.InstanceNorm2d(c_out), nn.LeakyReLU(0.2)]
             )

@@ -43,13 +43,15 @@ class RandomFeatures(nn.Module):
     def __init__(self, *, widths: Sequence[int] = (16, 32, 64), seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.layers = nn.ModuleList(
+        layers = [
             nn.Conv2d(c_in, c_out, 3, stride=1 if i == 0 else 2, padding=1)
             for i, (c_in, c_out) in enumerate(pairwise([3, *widths]))
-        )
-        for layer in self.layers:
+        ]
+        for layer in layers:
+            assert layer.bias is not None
             nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=generator)
             nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(layers)
 
     def _features(self, images: Tensor) -> list[Tensor]:
         x, features = images * 2 - 1, []
@@ -61,4 +63,5 @@ class RandomFeatures(nn.Module):
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Two (B, 3, H, W) in [0, 1] -> (B,)."""
         pairs = zip(self._features(images), self._features(others), strict=True)
-        return sum((a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs)
+        distances = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]
+        return torch.stack(distances).sum(dim=0)

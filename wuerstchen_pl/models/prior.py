@@ -55,8 +55,9 @@ class Prior(nn.Module):
         for layer in (self.stem, self.text_in, self.text_out):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
-        for block in self.blocks:
-            block.scale_residual(depth)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.scale_residual(depth)
 
     def heads(self, xt: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The two heads A and B, (B, C, h, w) each; arguments as in ``forward``."""

@@ -56,6 +56,19 @@ class VectorQuantizer(nn.Module):
         )
 
 
+def codebook_use(uses: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of a codebook is used.
+
+    Args:
+        uses: (K,) how often each code was chosen.
+
+    Returns:
+        The perplexity exp(entropy) in [1, K], and the number of codes that nothing chose.
+    """
+    share = uses / uses.sum().clamp(min=1)
+    return torch.special.entr(share).sum().exp(), (uses == 0).sum().float()
+
+
 class ScaledResBlock(nn.Module):
     """Depthwise 3x3 and MLP, each with scalar scale, shift and gate that start at zero."""
 
@@ -91,6 +104,8 @@ class VQGAN(nn.Module):
             that Stage B sees unit variance. v2: 0.3764. None: measured while Stage A trains and
             kept in a buffer.
     """
+
+    scale_factor: Tensor
 
     def __init__(
         self,
@@ -147,7 +162,7 @@ class VQGAN(nn.Module):
         x = self.latent_norm(self.to_latent(self.encoder(self.stem(x))).float())
         if self.training and self.measure_scale:
             with torch.no_grad():
-                self.scale_factor.lerp_(x.detach().std(), 0.01)
+                self.scale_factor.lerp_(x.std(), 0.01)
         return x
 
     def decode(self, latents: Tensor) -> Tensor:

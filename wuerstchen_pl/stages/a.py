@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.discriminator import Discriminator
-from wuerstchen_pl.models.vqgan import VQGAN
+from wuerstchen_pl.models.vqgan import VQGAN, codebook_use
 from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage
 
 
@@ -58,7 +58,7 @@ class StageA(Stage):
         self.discriminator = discriminator
         self.perceptual: nn.Module | None = None
         if perceptual is not None:
-            self.freeze("perceptual", perceptual)
+            self.hold_frozen("perceptual", perceptual)
         self.mse_weight, self.perceptual_weight = mse_weight, perceptual_weight
         self.adversarial_weight = adversarial_weight
         self.adversarial_start_step = adversarial_start_step
@@ -143,8 +143,8 @@ class StageA(Stage):
         images = batch["image"]
         # The critic is stepped by its bare optimiser: Lightning counts the steps of wrapped ones,
         # and ``global_step`` is to count batches.
-        vqgan_opt = self.optimizers()[0]
-        critic_opt = self.optimizers(use_pl_optimizer=False)[1]
+        vqgan_opt = self.optimizers()[0]  # type: ignore[index]
+        critic_opt = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
         quantize = bool(torch.rand(()) >= self.quantize_drop_prob)
         adversarial = self.global_step >= self.adversarial_start_step
 
@@ -162,7 +162,7 @@ class StageA(Stage):
         self.manual_backward(critic_loss)
         critic_opt.step()
 
-        for scheduler in self.lr_schedulers():
+        for scheduler in self.lr_schedulers():  # type: ignore[union-attr]
             scheduler.step()
         self.ema.update(self)
         self._count_codes(terms.pop("indices"), terms.pop("features"))
@@ -210,12 +210,10 @@ class StageA(Stage):
         self.log_dict(metrics, batch_size=len(images), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Codebook use: exp(entropy), and codes that no latent chose."""
-        uses = self.val_code_uses
-        share = uses / uses.sum().clamp(min=1)
-        perplexity = torch.special.entr(share).sum().exp()
+        """Codebook use."""
+        perplexity, dead = codebook_use(self.val_code_uses)
         self.log("val/codebook_perplexity", perplexity, sync_dist=True)
-        self.log("val/codebook_dead", (uses == 0).float().sum(), sync_dist=True)
+        self.log("val/codebook_dead", dead, sync_dist=True)
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:

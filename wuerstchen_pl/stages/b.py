@@ -1,4 +1,4 @@
-"""Stage B: training DiffNeXt and the Semantic Compressor together (arXiv 2306.00637, section 3.2)."""
+"""Stage B: DiffNeXt and the Semantic Compressor, trained together (arXiv 2306.00637, 3.2)."""
 
 from collections.abc import Callable, Sequence
 
@@ -63,12 +63,12 @@ class StageB(Stage):
                 f"stage.diffnext.text_dim={diffnext.text_dim} and stage.text_encoder disagree; "
                 "give both or neither"
             )
-        self.freeze("decoder", decoder)
+        self.hold_frozen("decoder", decoder)
         self.diffnext = diffnext
         self.compressor = compressor
         object.__setattr__(self, "text_encoder", None)
         if text_encoder is not None:
-            self.freeze("text_encoder", text_encoder)
+            self.hold_frozen("text_encoder", text_encoder)
         self.schedule = CosineSchedule()
         self.p2: P2Form = p2
         self.semantic_drop_prob = semantic_drop_prob

@@ -61,12 +61,12 @@ class StageC(Stage):
                 f"stage.prior.text_dim={prior.text_dim}, but stage.text_encoder.width="
                 f"{text_encoder.width}; set them equal"
             )
-        self.freeze("decoder", decoder)
+        self.hold_frozen("decoder", decoder)
         self.prior = prior
         if train_text_encoder:
             self.text_encoder = text_encoder
         else:
-            self.freeze("text_encoder", text_encoder)
+            self.hold_frozen("text_encoder", text_encoder)
         self.train_text_encoder = train_text_encoder
         self.schedule = CosineSchedule()
         self.p2: P2Form = p2

@@ -1,4 +1,4 @@
-"""What the three stages share: frozen parts, EMA, the optimiser's shape, what a checkpoint holds."""
+"""What the three stages share: frozen parts, EMA, the optimiser, what a checkpoint holds."""
 
 import math
 import os
@@ -68,8 +68,8 @@ class Stage(L.LightningModule):
 
     # Frozen parts
 
-    def freeze(self, name: str, module: nn.Module) -> None:
-        """Hold ``module`` as attribute ``name``: in eval mode, without gradients, not registered."""
+    def hold_frozen(self, name: str, module: nn.Module) -> None:
+        """Hold ``module`` as attribute ``name``: in eval mode, gradient-free, unregistered."""
         object.__setattr__(self, name, module.eval().requires_grad_(False))
         self.frozen[name] = module
 

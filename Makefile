@@ -1,0 +1,42 @@
+# `make` or `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-full test test-all lint format bench
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.installed ## make .venv and install the package with its tests' needs
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev,sweep]'
+	@touch $@
+
+demo: setup ## train on 291 drawings, sample, evaluate: outputs/demo/index.html (15 minutes, 2 CPU cores)
+	$(BIN)/python -m scripts.demo --experiment demo
+
+demo-full: setup ## the same on all 1,659 drawings, with larger networks
+	$(BIN)/python -m scripts.demo --experiment openmoji
+
+test: setup ## the fast tests
+	$(BIN)/python -m pytest
+
+test-all: setup ## every test
+	$(BIN)/python -m pytest -m ''
+
+lint: setup ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## mend the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## time the training steps of every preset: benchmarks/
+	$(BIN)/python -m scripts.bench

@@ -1,0 +1,143 @@
+"""The demo's page: pictures, loss curves and numbers in one file of HTML."""
+
+import base64
+import csv
+import html
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wuerstchen_pl.callbacks.grids import to_pil
+from wuerstchen_pl.evaluate import draw_like, run_data
+from wuerstchen_pl.pipeline import Settings, WuerstchenPipeline
+from wuerstchen_pl.sample import tile
+
+NUM_TRAINING = 32
+OWN_CAPTIONS = (
+    "black dog", "white bear", "red fish", "green bird", "tiger cat", "polar fox", "red pepper",
+    "green tomato", "black horse", "tropical butterfly", "ice panda", "hot chocolate", "apple pie",
+    "strawberry cake", "red mushroom", "pineapple pizza",
+)  # fmt: skip
+"""New combinations of words that the animals and food of the demo's captions hold."""
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+figure { display: inline-block; margin: 4px; width: 100px; vertical-align: top; font-size: 12px }
+figure img { display: block; margin: 0 auto; image-rendering: auto; height: 84px; max-width: 100px;
+  object-fit: contain } figcaption { text-align: center; line-height: 1.2; color: #444 }
+.pair figure { width: 84px } .pair { display: inline-block; border: 1px solid #ddd; margin: 3px }
+td, th { padding: 2px 14px 2px 0; text-align: left } svg { margin-right: 12px; background: #fafafa }
+"""
+
+
+def write_page(folder: Path, *, bf16: bool) -> Path:
+    """Draw what the page shows with the trained stages of ``folder``, and write ``index.html``."""
+    torch.manual_seed(0)
+    pipeline = WuerstchenPipeline.from_pretrained(str(folder / "c"), bf16=bf16)
+    data = run_data(folder / "c")
+    pictures, captions = [], []
+    for batch in data.in_order("train"):
+        pictures += list(batch["image"])
+        captions += batch["caption"]
+    chosen = [i * len(pictures) // NUM_TRAINING for i in range(NUM_TRAINING)]
+    drawn = draw_like(pipeline, pictures, captions, chosen, Settings(), seed=0)
+    own = list(
+        tqdm(
+            pipeline(OWN_CAPTIONS, seeds=range(len(OWN_CAPTIONS)), height=64, width=64),
+            total=len(OWN_CAPTIONS),
+            desc="drawing own captions",
+            unit="picture",
+        )
+    )
+    body = "\n".join(
+        [
+            "<h1>Würstchen, trained on this machine</h1>",
+            section("Own captions", "Words that the model knows, in new combinations.",
+                    [figure(p, c) for p, c in zip(own, OWN_CAPTIONS, strict=True)]),
+            section("Training captions", "Left the drawing, right what the model draws from its "
+                    "caption alone (Stages C, B, A).",
+                    [pair((pictures[i], "drawing"), (p, captions[i]))
+                     for i, p in zip(chosen, drawn, strict=True)]),
+            section("Reconstructions of validation pictures", "Input, Stage A, and compressor + "
+                    "Stage B + Stage A.", reconstructions(pipeline, data)),
+            "<h2>Losses</h2>", *[curve(folder / s, s) for s in "abc"],
+            "<h2>Numbers</h2>", numbers(folder / "metrics.json"),
+        ]
+    )  # fmt: skip
+    page = folder / "index.html"
+    head = f"<meta charset=utf-8><title>Würstchen demo</title><style>{STYLE}</style>"
+    page.write_text(f"<!doctype html>{head}{body}\n", encoding="utf-8")
+    to_pil(tile(own, columns=8)).save(folder / "own_captions.png")
+    return page
+
+
+def section(title: str, text: str, items: list[str]) -> str:
+    """A heading, a sentence and pictures."""
+    return f"<h2>{title}</h2><p>{text}</p><div>{''.join(items)}</div>"
+
+
+def figure(picture: Tensor, label: str) -> str:
+    """(3, H, W) in [0, 1] over its label."""
+    buffer = io.BytesIO()
+    to_pil(picture).save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    label = html.escape(label)
+    source = f"data:image/png;base64,{data}"
+    return f'<figure><img alt="{label}" src="{source}"><figcaption>{label}</figcaption></figure>'
+
+
+def pair(*labelled: tuple[Tensor, str]) -> str:
+    """Pictures that belong together, in one frame."""
+    return f'<div class="pair">{"".join(figure(*item) for item in labelled)}</div>'
+
+
+def reconstructions(pipeline: WuerstchenPipeline, data: object) -> list[str]:
+    """A frame per validation picture: input, through A, through compressor + B + A."""
+    frames = []
+    for batch in data.in_order("val"):  # type: ignore[attr-defined]
+        images = batch["image"]
+        through_a = pipeline.reconstruct(images, stage="a")
+        through_b = pipeline.reconstruct(images, stage="b")
+        for original, a, b in zip(images, through_a, through_b, strict=True):
+            frames.append(pair((original, "input"), (a, "Stage A"), (b, "Stage B")))
+    return frames
+
+
+def curve(run: Path, stage: str, width: int = 320, height: int = 160) -> str:
+    """Training (grey) and validation (blue) loss of a run, on a logarithmic axis, as SVG."""
+    series = defaultdict(list)
+    with (run / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["metric"] in ("train/loss", "val/loss"):
+                series[row["metric"]].append((int(row["step"]), float(row["value"])))
+    values = [v for points in series.values() for _, v in points]
+    steps = max(s for points in series.values() for s, _ in points)
+    low, high = (torch.tensor(f(values)).log().item() for f in (min, max))
+    lines = ""
+    for name, colour in (("train/loss", "#aaa"), ("val/loss", "#06c")):
+        points = " ".join(
+            f"{width * s / steps:.1f},"
+            f"{20 + (height - 30) * (high - torch.tensor(v).log().item()) / (high - low):.1f}"
+            for s, v in series[name]
+        )
+        lines += f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{points}"/>'
+    text = f"Stage {stage.upper()}: {min(values):.3g} to {max(values):.3g}, {steps + 1} steps"
+    label = f'<text x="6" y="14" font-size="12">{text}</text>'
+    return f'<svg width="{width}" height="{height}">{label}{lines}</svg>'
+
+
+def numbers(path: Path) -> str:
+    """The metrics as a table."""
+    rows = ""
+    for group, values in json.loads(path.read_text()).items():
+        if isinstance(values, dict):
+            cells = ", ".join(
+                f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, int | float)
+            )
+            rows += f"<tr><th>{group}</th><td>{cells}</td></tr>" if cells else ""
+    return f"<table>{rows}</table>"
