@@ -25,6 +25,11 @@ def run(cfg: DictConfig) -> float:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
     check_config(cfg)
+    if str(cfg.trainer.precision).startswith("16"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision} overflows in these networks; use "
+            "bf16-mixed or 32-true"
+        )
     output_dir = Path(cfg.paths.output_dir)
     resume = find_resume(cfg.ckpt, output_dir)
     if resume is not None and checkpoint.step_of(resume) >= cfg.trainer.max_steps >= 0:

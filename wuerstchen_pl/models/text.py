@@ -55,6 +55,8 @@ class TextEncoder(nn.Module):
         )
         if weights is not None:
             self._load(weights)
+        else:  # CLIP's 0.02 is for towers eight times as wide, and for more captions
+            nn.init.normal_(self.tower.token_embedding.weight, std=width**-0.5)
 
     def _load(self, path: str) -> None:
         from open_clip.factory import load_state_dict

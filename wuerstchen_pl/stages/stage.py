@@ -105,6 +105,17 @@ class Stage(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm, and log the norm; Lightning's own refuses fused optimisers."""
+        limit = gradient_clip_val or math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.log("train/grad_norm", norm)
+
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,81 @@
+"""A cascade of the smallest networks, trained for a few steps once for all tests."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from wuerstchen_pl import evaluate, sample, train
+
+SMALL_DATA = ("data.source.limit=24", "data.source.val_fraction=0.2", "data.batch_size=4")
+SMALL_NETWORK = {
+    "a": (
+        "stage.vqgan.width=16",
+        "stage.vqgan.bottleneck_blocks=1",
+        "stage.vqgan.codebook_size=16",
+        "stage.discriminator.width=16",
+        "stage.perceptual.widths=[4,8]",
+    ),
+    "b": (
+        "stage.diffnext.widths=[16,16]",
+        "stage.diffnext.num_blocks=[1,1]",
+        "stage.diffnext.num_heads=[null,2]",
+        "stage.diffnext.cond_dim=8",
+        "stage.compressor.backbone.width=4",
+    ),
+    "c": (
+        "stage.prior.width=16",
+        "stage.prior.depth=1",
+        "stage.prior.num_heads=2",
+        "stage.prior.text_dim=16",
+        "stage.text_encoder.width=16",
+        "stage.text_encoder.depth=1",
+        "stage.text_encoder.num_heads=2",
+    ),
+}
+PROGRAMS = {"train": train, "sample": sample, "evaluate": evaluate}
+
+
+def small(stage: str, root: Path, steps: int = 4) -> list[str]:
+    """The command line that trains a small stage under ``root``."""
+    return [
+        f"stage={stage}",
+        f"paths.root={root}",
+        f"trainer.max_steps={steps}",
+        "trainer.accelerator=cpu",
+        "stage.lr_factor.warmup_steps=0",
+        "stage.optimizer.lr=1e-3",
+        f"validate_every_steps={steps}",
+        "logger=csv",
+        *SMALL_DATA,
+        *SMALL_NETWORK[stage],
+    ]
+
+
+def run_program(name: str, arguments: list[str]) -> int:
+    """Run one of the commands in this process; its exit code."""
+    before = sys.argv
+    sys.argv = [f"wuerstchen-{name}", *arguments]
+    try:
+        PROGRAMS[name].main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture
+def program() -> Callable[..., int]:
+    """Runs a command: ``program("sample", "prompt=...")`` gives its exit code."""
+    return lambda name, *arguments: run_program(name, list(arguments))
+
+
+@pytest.fixture(scope="session")
+def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs a, b and c of a small cascade."""
+    root = tmp_path_factory.mktemp("outputs")
+    for stage in "abc":
+        assert run_program("train", small(stage, root)) == 0
+    return root / "default"
