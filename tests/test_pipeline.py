@@ -18,9 +18,7 @@ def pipeline(cascade: Path) -> WuerstchenPipeline:
 def draw(
     pipeline: WuerstchenPipeline, prompts: list[str], seeds: list[int], settings: Settings = FAST
 ) -> torch.Tensor:
-    return torch.stack(
-        list(pipeline(prompts, seeds=seeds, height=64, width=64, settings=settings))
-    )
+    return torch.stack(list(pipeline(prompts, seeds=seeds, height=64, width=64, settings=settings)))
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipeline: WuerstchenPipeline) -> None:

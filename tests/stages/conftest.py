@@ -1,0 +1,90 @@
+"""Small stages without files: A in B, B in C."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from wuerstchen_pl.ema import EMA
+from wuerstchen_pl.models.compressor import ConvBackbone, SemanticCompressor
+from wuerstchen_pl.models.diffnext import DiffNeXt
+from wuerstchen_pl.models.discriminator import Discriminator
+from wuerstchen_pl.models.perceptual import RandomFeatures
+from wuerstchen_pl.models.prior import Prior
+from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.models.vqgan import VQGAN
+from wuerstchen_pl.stages.a import StageA
+from wuerstchen_pl.stages.b import StageB
+from wuerstchen_pl.stages.c import StageC
+from wuerstchen_pl.stages.stage import Batch, Stage
+
+CAPTIONS = ["red apple", "green frog", "black bear", "polar bear"]
+
+
+def training(lr: float) -> dict:
+    """What a stage needs to train."""
+    return {
+        "optimizer": partial(torch.optim.AdamW, lr=lr, fused=True),
+        "ema": EMA(decay=0.9),
+    }
+
+
+def stage_a(**options: object) -> StageA:
+    torch.manual_seed(0)
+    return StageA(
+        vqgan=VQGAN(width=16, bottleneck_blocks=1, codebook_size=16),
+        discriminator=Discriminator(width=16, depth=3),
+        perceptual=RandomFeatures(widths=[4, 8]),
+        **{**training(3e-3), **options},  # type: ignore[arg-type]
+    )
+
+
+def stage_b(**options: object) -> StageB:
+    decoder = stage_a()
+    torch.manual_seed(0)
+    return StageB(
+        decoder=decoder,
+        diffnext=DiffNeXt(
+            widths=[16, 24], num_blocks=[1, 1], num_heads=[None, 2],
+            inject_semantic=[True, True], cond_dim=8, dropout=0.0,
+        ),
+        compressor=SemanticCompressor(backbone=ConvBackbone(width=4, depth=3)),
+        **{**training(3e-3), **options},  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def stage_c(**options: object) -> StageC:
+    decoder = stage_b()
+    torch.manual_seed(0)
+    return StageC(
+        decoder=decoder,
+        prior=Prior(width=32, depth=2, num_heads=2, text_dim=16, dropout=0.0),
+        text_encoder=TextEncoder(width=16, depth=1, num_heads=2, context_length=8),
+        **{"train_text_encoder": True, **training(3e-3), **options},  # type: ignore[arg-type]
+    )
+
+
+STAGES = {"a": stage_a, "b": stage_b, "c": stage_c}
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Four smooth pictures of 32 px with their captions."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.interpolate(
+        torch.rand(4, 3, 4, 4, generator=rng), size=(32, 32), mode="bilinear"
+    )
+    return {"image": images, "caption": list(CAPTIONS), "key": list("abcd")}
+
+
+def fit(stage: Stage, batch: Batch, steps: int, **options: object) -> L.Trainer:
+    """Train on one batch, again and again."""
+    torch.manual_seed(0)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    trainer.fit(stage, DataLoader([batch] * steps, batch_size=None))
+    return trainer

@@ -1,0 +1,128 @@
+"""What holds for every stage."""
+
+import pytest
+import torch
+
+from tests.stages.conftest import STAGES, fit
+from wuerstchen_pl.stages.stage import Batch, Stage, WarmupCosine
+
+
+def validation_loss(stage: Stage, batch: Batch) -> float:
+    """The averaged weights' loss, at fixed times and noise."""
+    logged: dict[str, torch.Tensor] = {}
+    stage.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
+    stage.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign]
+    with torch.no_grad():
+        stage.eval().validation_step(batch, 0)
+    del stage.log, stage.log_dict
+    return float(logged["val/loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "left"), [("a", 150, 0.3), ("b", 120, 0.8), ("c", 150, 0.5)]
+)
+def test_one_batch_overfits(name: str, steps: int, left: float, batch: Batch) -> None:
+    stage = STAGES[name]()
+    fit(stage, batch, 1)
+    before = validation_loss(stage, batch)
+    stage = STAGES[name]()
+    fit(stage, batch, steps)
+    assert validation_loss(stage, batch) < left * before
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_trained_parameter_moves_and_no_frozen_one(name: str, batch: Batch) -> None:
+    options = {"adversarial_start_step": 0} if name == "a" else {}
+    stage = STAGES[name](**options)
+    # gates and heads that start at zero would hide what lies behind them from the first gradients
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    frozen = {
+        f"{part}.{key}": tensor.clone()
+        for part, module in stage.frozen.items()
+        for key, tensor in module.state_dict().items()
+    }
+    before = {key: p.detach().clone() for key, p in stage.named_parameters()}
+    fit(stage, batch, 3)
+    stuck = [key for key, p in stage.named_parameters() if torch.equal(before[key], p.detach())]
+    assert not stuck
+    for part, module in stage.frozen.items():
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(tensor, frozen[f"{part}.{key}"]), f"{part}.{key} moved"
+        assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_frozen_parts_are_in_no_state(name: str) -> None:
+    stage = STAGES[name]()
+    for part in stage.frozen:
+        assert not [key for key in stage.state_dict() if key.startswith(f"{part}.")]
+        assert not [key for key, _ in stage.named_parameters() if key.startswith(f"{part}.")]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_frozen_parts_follow_their_stage_and_stay_in_eval(name: str) -> None:
+    stage = STAGES[name]().to(torch.float64).train()
+    for module in stage.frozen.values():
+        assert not any(m.training for m in module.modules())
+        assert {p.dtype for p in module.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_step_is_counted_once_for_a_batch(name: str, batch: Batch) -> None:
+    stage = STAGES[name]()
+    trainer = fit(stage, batch, 5)
+    assert trainer.global_step == 5
+    assert stage.ema.num_steps == 5
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_gradients_are_accumulated_before_a_step_and_an_average(name: str, batch: Batch) -> None:
+    stage = STAGES[name]()
+    trainer = fit(stage, batch, 2, accumulate_grad_batches=2, limit_train_batches=4)
+    assert trainer.global_step == stage.ema.num_steps == 1
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_grid_shows_the_original_and_both_weights(name: str, batch: Batch) -> None:
+    stage = STAGES[name]()
+    fit(stage, batch, 3)
+    with torch.no_grad():
+        for parameter in stage.parameters():  # raw weights that are far from the average
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    columns = stage.eval().example_grid(batch)
+    raw, averaged = ("raw", "EMA") if name == "a" else ("sample", "sample (EMA)")
+    assert torch.equal(columns["original"], batch["image"])
+    assert (columns[raw] - columns[averaged]).abs().max() > 1e-3
+    with stage.ema.applied(stage):  # now both columns are drawn by the average
+        again = stage.example_grid(batch)
+    torch.testing.assert_close(again[raw], columns[averaged], atol=1e-5, rtol=0)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    factor = WarmupCosine(warmup_steps=3, total_steps=13)
+    assert [factor(s) for s in (0, 1, 2, 3)] == [0.25, 0.5, 0.75, 1.0]
+    assert factor(8) == pytest.approx(0.5)
+    assert factor(13) == factor(99) == 0
+    assert WarmupCosine(warmup_steps=3)(10**6) == 1
+
+
+def test_clipping_bounds_the_gradient(batch: Batch) -> None:
+    stage = STAGES["c"]()
+    norms = []
+    stage.log = lambda name, value, **_: norms.append(float(value)) if "norm" in name else None  # type: ignore[method-assign]
+    stage.on_before_zero_grad = lambda *_: None  # type: ignore[method-assign]
+    after = []
+    stage.on_before_optimizer_step = lambda *_: None  # type: ignore[method-assign]
+    step = stage.optimizer_step
+
+    def measured(*args: object, **kwargs: object) -> None:
+        step(*args, **kwargs)
+        grads = [p.grad.norm() for p in stage.parameters() if p.grad is not None]
+        after.append(float(torch.stack(grads).norm()))
+
+    stage.optimizer_step = measured  # type: ignore[method-assign]
+    fit(stage, batch, 2, gradient_clip_val=0.01)
+    assert min(norms) > 0.01
+    assert max(after) <= 0.0101

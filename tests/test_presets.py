@@ -1,0 +1,55 @@
+"""The published sizes, on the meta device: shipped configs against the parameter counts of the paper
+and of the releases."""
+
+import open_clip
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from open_clip.model import CLIPTextCfg, _build_text_tower
+
+from wuerstchen_pl.cli import conf_dir
+
+COUNTS = [
+    ("a", "v2", "vqgan", 18_406_894),
+    ("a", "v1", "vqgan", 18_406_894),
+    ("b", "v2", "diffnext", 1_055_365_280),
+    ("c", "paper", "prior", 347_037_472),
+    ("c", "v1", "prior", 993_243_680),
+    ("c", "v2", "prior", 993_636_896),
+]
+
+
+@pytest.mark.parametrize(("stage", "preset", "part", "count"), COUNTS)
+def test_a_preset_has_the_published_number_of_parameters(
+    stage: str, preset: str, part: str, count: int
+) -> None:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("train", [f"stage={stage}", f"preset={preset}"])
+    with torch.device("meta"):
+        net = instantiate(cfg.stage[part], _convert_="all")
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+def test_the_compressors_published_positions() -> None:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("train", ["stage=b", "preset=v2", "stage.compressor.backbone.weights=null"])
+    with torch.device("meta"):
+        compressor = instantiate(cfg.stage.compressor, _convert_="all")
+        seen = compressor(torch.empty(1, 3, 1024, 1024))
+    assert compressor.latent_size(1024, 1024) == tuple(seen.shape[-2:]) == (24, 24)
+    assert compressor.latent_size(1024, 1536) == (24, 36)  # ceil(px / 42.67)
+
+
+@pytest.mark.parametrize(("preset", "model"), [("v1", "ViT-H-14"), ("v2", "ViT-bigG-14")])
+def test_the_text_towers_are_clips(preset: str, model: str) -> None:
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("train", ["stage=c", f"preset={preset}", "stage.text_encoder.weights=null"])
+    clip = open_clip.get_model_config(model)
+    with torch.device("meta"):
+        ours = instantiate(cfg.stage.text_encoder).tower
+        theirs = _build_text_tower(clip["embed_dim"], CLIPTextCfg(**clip["text_cfg"]))
+    shapes = {name: p.shape for name, p in theirs.named_parameters() if name != "text_projection"}
+    assert {name: p.shape for name, p in ours.named_parameters()} == shapes
+    heads = [t.transformer.resblocks[0].attn.num_heads for t in (ours, theirs)]
+    assert heads[0] == heads[1]
