@@ -43,9 +43,16 @@ def test_raw_weights_come_back_whatever_raises() -> None:
     ema = EMA(decay=0.5)
     module = follow(ema, [1.0, 3.0])
     averaged = float(ema.shadow["weight"])
-    with pytest.raises(RuntimeError, match="in the middle"), ema.applied(module):
-        assert module.weight.item() == averaged != 3.0
-        raise RuntimeError("in the middle")
+    seen = []
+
+    def interrupted() -> None:
+        with ema.applied(module):
+            seen.append(module.weight.item())
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        interrupted()
+    assert seen == [averaged] != [3.0]
     assert module.weight.item() == 3.0
     assert float(ema.shadow["weight"]) == averaged
 

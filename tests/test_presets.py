@@ -1,5 +1,4 @@
-"""The published sizes, on the meta device: shipped configs against the parameter counts of the paper
-and of the releases."""
+"""The shipped configs, on the meta device, against the sizes of the paper and the releases."""
 
 import open_clip
 import pytest

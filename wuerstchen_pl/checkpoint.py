@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
+from hydra.errors import InstantiationException
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
@@ -47,10 +48,11 @@ def find(run: str | Path) -> Path:
     path = Path(run)
     if path.is_file():
         return path
-    found = sorted(path.glob("checkpoints/step*.ckpt"))
+    found = list(path.glob("checkpoints/step*.ckpt"))
     if not found:
-        raise FileNotFoundError(f"{path} holds no checkpoint")
-    return found[-1]
+        missing = "holds no checkpoint" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {missing}")
+    return max(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -65,14 +67,16 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is damaged, or wants more than tensors and plain values.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no readable checkpoint, or is damaged: {reason}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("stage"), dict):
+    with path.open("rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's own text advises to load it all the same
+            raise ValueError(
+                f"{path} is damaged or no checkpoint, or holds more than tensors and plain values; "
+                "it is not loaded"
+            ) from error
+    kept = ("stage", "state_dict", "ema", "frozen")
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in kept):
         raise ValueError(f"{path} is no checkpoint of a wuerstchen_pl run: it names no stage")
     return content
 
@@ -90,7 +94,10 @@ def build(config: Any) -> Any:
         ValueError: for a ``_target_`` outside of ``BUILDABLE``, or an interpolation.
     """
     _refuse_foreign(config)
-    return hydra.utils.instantiate(config, _convert_="all")
+    try:
+        return hydra.utils.instantiate(config, _convert_="all")
+    except InstantiationException as error:  # around the one that says what is wrong
+        raise error.__cause__ or error from None
 
 
 def _refuse_foreign(node: Any) -> None:
@@ -100,7 +107,7 @@ def _refuse_foreign(node: Any) -> None:
             raise ValueError(f"_target_={target!r} in a checkpoint is not one of this package's")
         for value in node.values():
             _refuse_foreign(value)
-    elif isinstance(node, list):
+    elif isinstance(node, list | tuple):
         for value in node:
             _refuse_foreign(value)
     elif isinstance(node, str) and "${" in node:
@@ -120,40 +127,59 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
         ValueError: if it holds another stage, is damaged, or was trained over weights that are no
             longer there.
     """
-    try:
-        path = find(run)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; train Stage {stage.upper()} first "
-            f"(python -m wuerstchen_pl.train stage={stage}), or name its run with "
-            f"{'paths.stage_' + stage if stage != 'c' else 'model'}="
-        ) from None
+    path = _trained(run, stage)
     content = read(path)
-    config = dict(content["stage"])
-    _refuse_foreign({k: v for k, v in config.items() if k not in _training_only(config)})
-    held = str(config.get("_target_", "")).rsplit(".", 1)[-1]
-    if held != f"Stage{stage.upper()}":
-        raise ValueError(f"{path} holds {held or 'no stage'}, where Stage{stage.upper()} is needed")
-    for name in _training_only(config):
-        config.pop(name, None)
+    needed = f"wuerstchen_pl.stages.{stage}.Stage{stage.upper()}"
+    if content["stage"].get("_target_") != needed:
+        held = str(content["stage"].get("_target_")).rsplit(".", 1)[-1]
+        raise ValueError(
+            f"{path} holds {held}, where Stage{stage.upper()} is needed; name one of stage={stage}"
+        )
+    config = _to_sample(content)
     for name, named in content["frozen"].items():
         config[name] = {**config[name], "run": str(_follow(path, name, named))}
     module: Stage = build(config)
     state = dict(content["state_dict"])
     if ema:
         state |= content["ema"]["shadow"]
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of the networks it names") from error
     module.ema.load_state_dict({**content["ema"], "shadow": {}})
     module.config = content["stage"]
     module.source = {"path": str(path), "sha256": sha256(path)}
     return module.eval()
 
 
-def _training_only(config: dict[str, Any]) -> tuple[str, ...]:
-    """Constructor arguments of the stage that ``config`` names which sampling does without."""
-    if config.get("_target_") not in BUILDABLE:
-        raise ValueError(f"_target_={config.get('_target_')!r} is no stage of this package")
-    return hydra.utils.get_class(config["_target_"]).TRAINING_ONLY  # type: ignore[attr-defined]
+def _trained(run: str | Path, stage: str) -> Path:
+    try:
+        return find(run)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; train Stage {stage.upper()} first "
+            f"(python -m wuerstchen_pl.train stage={stage}), or name its run with "
+            f"{'paths.stage_' + stage if stage != 'c' else 'model'}="
+        ) from None
+
+
+def _to_sample(content: dict[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint's stage, without what only training needs."""
+    config = content["stage"]
+    training_only = hydra.utils.get_class(config["_target_"]).TRAINING_ONLY  # type: ignore[attr-defined]
+    held = {key.partition(".")[0] for key in content["state_dict"]}
+    return {
+        key: _without_weights(value) if key in held else value
+        for key, value in config.items()
+        if key not in training_only
+    }
+
+
+def _without_weights(node: Any) -> Any:
+    """A part's config without the pretrained weights it started from: its own are at hand."""
+    if not isinstance(node, dict):
+        return node
+    return {k: None if k == "weights" else _without_weights(v) for k, v in node.items()}
 
 
 def _follow(path: Path, name: str, named: dict[str, str]) -> Path:

@@ -4,17 +4,28 @@ A failure that a user can mend is one line on stderr and exit code 1; HYDRA_FULL
 traceback instead.
 """
 
+import difflib
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from wuerstchen_pl.config import takes
 
 _PACKAGE = Path(__file__).resolve().parent
+_TRACEBACKS = "HYDRA_FULL_ERROR"
 
 
 def conf_dir() -> str:
@@ -34,25 +45,80 @@ def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Call
 
     What ``run`` returns is what a sweeper minimises.
     """
-    tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     @functools.wraps(run)
     def guarded(cfg: DictConfig) -> float | None:
         # Hydra would announce an exception of its task in a line of its own, but lets an exit pass.
-        with nullcontext() if tracebacks else one_line_errors():
+        with _environment(None), one_line_errors():
             return run(cfg)
 
     composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)
 
     def main() -> None:
-        if tracebacks:
-            composed(guarded)()
-            return
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors of composition on, not printed
-        with one_line_errors():
-            composed(guarded)()
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_text(config_name, inspect.getdoc(inspect.getmodule(run)) or ""))
+        elif os.environ.get(_TRACEBACKS) == "1":
+            composed(run)()
+        else:  # Hydra then hands errors of composition on, and does not print them
+            with _environment("1"), one_line_errors():
+                composed(guarded)()
 
     return main
+
+
+def help_text(config_name: str, description: str) -> str:
+    """A program's keys with their comments, as its YAML has them, and the choices of each group."""
+    folder = Path(conf_dir())
+    text = (folder / f"{config_name}.yaml").read_text()
+    groups = [line.split(":")[0].strip("- ") for line in text.splitlines() if line[:4] == "  - "]
+    listed = (f"  {group}={'|'.join(choices(group))}" for group in groups if choices(group))
+    keys = text.partition("\nhydra:")[0].partition("\n\n")[2]
+    further = "--cfg job prints all keys as composed; -m runs every combination of key=value,value"
+    return "\n".join([description, "", *listed, "", keys, further])
+
+
+def choices(group: str) -> list[str]:
+    """Names of the YAML files of a group."""
+    return sorted(path.stem for path in Path(conf_dir(), group).glob("*.yaml"))
+
+
+def output_folder(configured: str) -> Path:
+    """The folder that a run writes to: ``configured``, or its numbered one of a sweep.
+
+    It is not made yet, but refused if it cannot be: before there is work to lose.
+
+    Raises:
+        OSError: naming what is in the way.
+    """
+    folder, hydra_config = Path(configured), HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        folder = Path(hydra_config.runtime.output_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"output_dir={folder} is no folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"output_dir={folder} cannot be written: no right to write {there}")
+    return folder
+
+
+class KnownToInterpolations(Callback):
+    """Lets ``hydra.sweep.dir`` be made of ``${hydra:...}``, which Hydra sets only later."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Set what those interpolations read."""
+        HydraConfig.instance().set_config(config)
+
+
+@contextmanager
+def _environment(value: str | None) -> Iterator[None]:
+    """Set or unset HYDRA_FULL_ERROR within the block, so that processes started in it see that."""
+    before = os.environ.pop(_TRACEBACKS, None)
+    os.environ |= {} if value is None else {_TRACEBACKS: value}
+    try:
+        yield
+    finally:
+        os.environ.pop(_TRACEBACKS, None)
+        os.environ |= {} if before is None else {_TRACEBACKS: before}
 
 
 @contextmanager
@@ -69,11 +135,69 @@ def one_line_errors() -> Iterator[None]:
 
 def explain(error: BaseException) -> str:
     """One line that says what went wrong: the cause that Hydra wraps, without its layout."""
-    while type(error).__module__.startswith("hydra") and error.__cause__ is not None:
-        error = error.__cause__
+    if (sentence := _composition(error)) is not None:
+        return sentence
+    if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
+        return explain(error.__cause__)
     text = " ".join(str(error).split()) or type(error).__name__
     expected = (ValueError, OSError, ModuleNotFoundError)
     foreign = type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
     if isinstance(error, expected) or foreign:
         return text
     return f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _composition(error: BaseException) -> str | None:
+    """What a user does about an error of the command line; None if it is not one."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read; write key=value, and quote a value that holds one "
+            "of ,=:[]{}() twice: 'key=\"a,b\"'"
+        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        known = ", ".join(error.options)
+        if group == "network":  # named by two keys, of which the user typed at least one
+            stage, _, preset = name.partition("_")
+            known = ", ".join(c[2:] for c in error.options if c.startswith(f"{stage}_"))
+            return f"preset={preset} has no networks for stage={stage}; choose from {known}"
+        return f"{group}={name} is unknown; choose from {known}"
+    if isinstance(error, ConfigCompositionException) and str(error).startswith("You must specify"):
+        group = str(error).split("'")[1]
+        return f"{group} is missing; choose {' or '.join(f'{group}={c}' for c in choices(group))}"
+    if str(error).startswith("Error resolving interpolation"):
+        name = str(error).split("'")[1]
+        return f"{name} names a config: what it is made of cannot be swept; run once for each value"
+    if str(error).startswith("Config group override must be"):
+        for group, _, name in (argument.partition("=") for argument in sys.argv[1:]):
+            if choices(group) and name not in choices(group):
+                return f"{group}={name} is unknown; choose from {', '.join(choices(group))}"
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
+        key, parent = str(error.full_key), error.parent_node
+        if isinstance(parent, DictConfig) and takes(parent.get("_target_", ""), str(error.key)):
+            return f"{key} stands in no YAML; add it with +{key}=..."
+        close = _closest(key, OmegaConf.to_container(parent._get_root()))
+        return f"{key} is no key; " + (f"did you mean {close}?" if close else "remove it")
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _closest(key: str, config: Any) -> str | None:
+    """The key of a config, or the group, that a mistyped one was meant for."""
+    groups = [path.name for path in Path(conf_dir()).iterdir() if path.is_dir()]
+    by_name: dict[str, list[str]] = {}
+    for known in [*_keys(config), *groups]:
+        by_name.setdefault(known.rpartition(".")[2], []).append(known)
+    for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.7):
+        return difflib.get_close_matches(key, by_name[name], n=1, cutoff=0)[0]
+    return None
+
+
+def _keys(node: Any, above: str = "") -> Iterator[str]:
+    """Every key of a config, with those above it."""
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if not (above or name != "hydra"):
+            continue
+        yield f"{above}{name}"
+        yield from _keys(value, f"{above}{name}.")

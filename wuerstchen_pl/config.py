@@ -1,49 +1,75 @@
 """Checks of a composed config, before anything heavy is built: a config cannot lie.
 
 Hydra refuses keys on the command line that no YAML file has. Here the rest: a ``_target_`` that is
-nothing, a key that its constructor does not take, one that it needs and lacks, and a key at the
-root or in ``paths`` that nothing reads.
+nothing, a key that its constructor does not take, one that it needs and lacks, a value of another
+type than it takes, and a key at the root or in ``paths`` that nothing reads.
 """
 
+import collections.abc
 import inspect
+import pydoc
 import re
-from collections.abc import Iterator
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-READ_BY_TRAIN = frozenset({"stage", "data", "trainer", "callbacks", "logger", "seed", "ckpt"}) | {
-    "init_from", "paths.output_dir",
-}  # fmt: skip
+READ_BY_TRAIN: Mapping[str, Any] = {
+    # read by the program
+    "stage": dict,
+    "data": dict,
+    "trainer": dict,
+    "callbacks": dict,
+    "logger": dict,
+    "seed": int,
+    "ckpt": str | None,
+    "init_from": str | None,
+    "paths.output_dir": str,
+    # what other keys are made of; a stage, or an override, may do without some of them
+    "name": str,
+    "image_size": int,
+    "checkpoint_every_steps": int,
+    "validate_every_steps": int,
+    "paths.root": str,
+    "paths.data": str,
+    "paths.stage_a": str,
+    "paths.stage_b": str,
+}
+"""The keys at the root, and in ``paths``, that ``train`` has, and their types."""
+
+KEYWORDS_GO_TO = {
+    "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
+    "lightning.pytorch.loggers.WandbLogger": "wandb.init",
+}
+"""What takes the ``**kwargs`` of a constructor, so that they can be checked as well."""
 
 
-def check_config(cfg: DictConfig, read: frozenset[str] = READ_BY_TRAIN) -> None:
+def check_config(cfg: DictConfig, read: Mapping[str, Any] = READ_BY_TRAIN) -> None:
     """Refuse a config with a key that nothing reads, or an object that cannot be built.
 
     Args:
         cfg: the composed config.
-        read: keys at the root, and ``paths.*``, that the program itself reads.
+        read: keys at the root, and ``paths.*``, that the program reads, and their types.
 
     Raises:
         ValueError: naming the key and the fix.
     """
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(plain, dict)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} is missing; set {missing[0]}=...")
-    used = read | set(_references(plain))
-    paths = plain.get("paths", {})
-    for key in [*plain, *(f"paths.{name}" for name in paths)]:
-        if key != "paths" and key not in used and key.split(".")[-1] not in _SPARE:
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    used = {*read, *_references(plain)}
+    for key in [*plain, *(f"paths.{name}" for name in plain.get("paths", {}))]:
+        if key != "paths" and key not in used:
             raise ValueError(f"{key} is read by nothing; remove it")
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    for key, hint in read.items():
+        _check_value(key, OmegaConf.select(cfg, key), hint)
     for path, node in _objects(plain):
         _check_object(path, node)
-
-
-# Paths that one stage reads and another does not.
-_SPARE = frozenset({"stage_a", "stage_b", "name"})
 
 
 def _references(node: Any) -> Iterator[str]:
@@ -70,17 +96,92 @@ def _objects(node: Any, path: str = "") -> Iterator[tuple[str, dict]]:
 
 def _check_object(path: str, node: dict) -> None:
     target = node["_target_"]
-    try:
-        function = hydra.utils.get_object(target)
-    except Exception as error:
-        raise ValueError(f"{path}._target_={target} is nothing that can be imported") from error
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    given = {key for key in node if not key.startswith("_")}
-    for key in sorted(given - parameters.keys()):
-        raise ValueError(f"{path}.{key} is no argument of {target}; remove it or mend its name")
-    needed = {name for name, p in parameters.items() if p.default is p.empty}
+    function = _locate(target)
+    if function is None:
+        raise ValueError(f"{path}._target_={target} is nothing that can be called; mend its name")
+    named, needed = _parameters(function)
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    if (taken := _taken(target, function)) is not None:
+        for key in sorted(given.keys() - taken):
+            raise ValueError(f"{path}.{key} is no argument of {target}; remove it or mend its name")
     if not node.get("_partial_"):
-        for key in sorted(needed - given):
+        for key in sorted(needed - given.keys()):
             raise ValueError(f"{path}.{key} is missing, and {target} needs it; set {path}.{key}")
+    hints = _hints(function)
+    for key in given.keys() & named & hints.keys():
+        _check_value(f"{path}.{key}", given[key], hints[key])
+
+
+def _parameters(function: Callable) -> tuple[set[str], set[str]]:
+    """Names of a function's parameters, and of those without a default."""
+    found = inspect.signature(function).parameters.values()
+    named = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return {p.name for p in named}, {p.name for p in named if p.default is p.empty}
+
+
+def _taken(target: str, function: Callable) -> set[str] | None:
+    """Keys that ``function`` takes; None if it takes any."""
+    named, _ = _parameters(function)
+    found = inspect.signature(function).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in found):
+        return named
+    further = _locate(KEYWORDS_GO_TO.get(target, ""))
+    if further is None:  # or it is of an extra that is not installed, as the constructor will say
+        return None
+    return named | _parameters(further)[0]
+
+
+def takes(target: str, key: str) -> bool:
+    """Whether what ``target`` names has a parameter ``key``."""
+    function = _locate(target)
+    return function is not None and key in _parameters(function)[0]
+
+
+def _locate(target: str) -> Callable | None:
+    """What a dotted name calls, or None; Hydra's own also logs what it does not find."""
+    try:
+        found = pydoc.locate(target) if "." in str(target) else None
+    except pydoc.ErrorDuringImport:
+        return None
+    return found if callable(found) else None
+
+
+def _hints(function: Callable) -> dict[str, Any]:
+    """Annotations of a constructor's or a function's parameters, as far as they can be read."""
+    try:
+        return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except (NameError, TypeError):  # imported for type checking only, or compiled
+        return {}
+
+
+def _check_value(key: str, value: Any, hint: Any) -> None:
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    if not _fits(value, hint):
+        name = hint.__name__ if inspect.isclass(hint) else str(hint)
+        name = re.sub(r"(\w+\.)+", "", name).replace("NoneType", "null").replace("None", "null")
+        shown = "an object" if isinstance(value, dict) else "null" if value is None else repr(value)
+        raise ValueError(f"{key} is {shown}, and must be {name}; set {key}=...")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value as YAML knows it can stand for a parameter that is annotated ``hint``."""
+    origin, of = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in of)
+    if origin is Literal:
+        return value in of
+    if hint is None or hint is type(None):
+        return value is None
+    if hint in (bool, int, float, str, Path):
+        # a bool is an int to Python, and an int serves as a float
+        as_written = {float: (int, float), Path: (str,)}.get(hint, (hint,))
+        return isinstance(value, as_written) and isinstance(value, bool) == (hint is bool)
+    if origin in _LISTS:
+        of = tuple(each for each in of if each is not Ellipsis) or (Any,)
+        return isinstance(value, list) and all(any(_fits(v, each) for each in of) for v in value)
+    # of any other class: an object, which YAML writes as a mapping
+    return isinstance(value, dict) if inspect.isclass(origin) and origin is not Any else True
+
+
+_LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable)

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wuerstchen_pl import checkpoint
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.metrics.reconstruction import reconstruction
 from wuerstchen_pl.metrics.retrieval import pooled_pixels, retrieval, shifted
 from wuerstchen_pl.pipeline import Settings, WuerstchenPipeline
 
-READ = frozenset(
-    {"model", "metric", "num_captions", "seed", "output_dir", "sample", "device", "bf16"}
-)
+READ: Mapping[str, Any] = {
+    "model": str,
+    "metric": list[str],
+    "num_captions": int,
+    "seed": int,
+    "output_dir": str,
+    "sample": dict,
+    "device": str | None,
+    "bf16": bool,
+}
 METRICS = ("reconstruction", "retrieval")
 
 
@@ -33,6 +40,7 @@ def run(cfg: DictConfig) -> float:
     if unknown or not cfg.metric:
         raise ValueError(f"metric={list(cfg.metric)} is unknown; choose from {', '.join(METRICS)}")
     settings: Settings = hydra.utils.instantiate(cfg.sample)
+    folder = output_folder(cfg.output_dir)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = WuerstchenPipeline.from_pretrained(cfg.model, device=device, bf16=cfg.bf16)
     data = run_data(Path(cfg.model))
@@ -42,7 +50,7 @@ def run(cfg: DictConfig) -> float:
         results |= reconstructions(pipeline, data, settings)
     if "retrieval" in cfg.metric:
         results |= retrievals(pipeline, data, settings, cfg.num_captions, cfg.seed)
-    path = write_json(Path(cfg.output_dir) / "metrics.json", results)
+    path = write_json(folder / "metrics.json", results)
     print(table(results))
     print(path)
     if "retrieval" in results:

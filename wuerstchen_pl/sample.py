@@ -4,23 +4,39 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from wuerstchen_pl.callbacks.grids import to_pil
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.pipeline import Settings, WuerstchenPipeline
 
-READ = frozenset(
-    {"model", "prompt", "prompts", "count", "seed", "height", "width", "output_dir", "bf16"}
-    | {"device", "sample", "grid"}
-)
+READ: Mapping[str, Any] = {
+    "model": str,
+    "prompt": Any,  # a number is a prompt as well
+    "prompts": str | None,
+    "count": int,
+    "seed": int,
+    "height": int,
+    "width": int,
+    "output_dir": str,
+    "grid": bool,
+    "sample": dict,
+    "device": str | None,
+    "bf16": bool,
+}
+MOST = 10_000
+"""Pictures per prompt."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -28,34 +44,37 @@ def run(cfg: DictConfig) -> None:
     check_config(cfg, READ)
     prompts = read_prompts(cfg.prompt, cfg.prompts)
     settings: Settings = hydra.utils.instantiate(cfg.sample)
-    if cfg.count < 1:
-        raise ValueError(f"count={cfg.count} draws nothing; use at least 1")
+    if not 1 <= cfg.count <= MOST:
+        raise ValueError(f"count={cfg.count} is out of range; use 1 to {MOST}")
+    if not 0 <= cfg.seed < 2**63 - MOST:
+        raise ValueError(f"seed={cfg.seed} is out of range; use 0 to {2**63 - MOST - 1}")
+    folder = output_folder(cfg.output_dir)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = WuerstchenPipeline.from_pretrained(cfg.model, device=device, bf16=cfg.bf16)
     wanted = [(prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.count)]
     texts, seeds = [p for p, _ in wanted], [s for _, s in wanted]
     pipeline.check(texts, cfg.height, cfg.width)
 
-    folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = pipeline(texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings)
-    pictures = []
-    for number, picture in enumerate(tqdm(drawn, total=len(wanted), unit="picture")):
-        prompt, seed = wanted[number]
-        facts = {"prompt": prompt, "seed": seed, "model": str(cfg.model), **vars(settings)}
-        name = f"{number:04d}-{slug(prompt)}-{seed}.png"
-        write_png(folder / name, picture, facts)
-        pictures.append(picture)
+    shared = {"model": str(cfg.model), "model_sha256": (pipeline.stage_c.source or {})["sha256"]}
+    shared |= {"height": cfg.height, "width": cfg.width, "bf16": cfg.bf16, **vars(settings)}
+    pictures: list[torch.Tensor] = []
+    with tqdm(total=len(wanted), unit="picture") as bar:
+        for (prompt, seed), picture in zip(wanted, drawn, strict=True):
+            name = f"{len(pictures):04d}-{slug(prompt)}-{seed}.png"
+            write_png(folder / name, picture, {"prompt": prompt, "seed": seed, **shared})
+            pictures.append(picture)
+            bar.update()
     if cfg.grid and len(pictures) > 1:
         write_png(folder / "grid.png", tile(pictures, columns=cfg.count), {})
-    print(f"{len(pictures)} pictures in {folder}")
+    print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {folder}")
 
 
-def read_prompts(prompt: str | ListConfig | None, prompts: str | None) -> list[str]:
+def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
     """The prompts of the command line, and those of a file, one a line.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or they are no text.
         FileNotFoundError: if the file is missing.
     """
     given = list(prompt) if isinstance(prompt, ListConfig) else [prompt]
@@ -64,10 +83,16 @@ def read_prompts(prompt: str | ListConfig | None, prompts: str | None) -> list[s
         path = Path(prompts)
         if not path.is_file():
             raise FileNotFoundError(f"prompts={prompts} is no file; give one with a prompt a line")
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompts={prompts} is no text in UTF-8: {error}") from error
         found += [line.strip(" \r") for line in lines if line.strip()]
     if not found:
         raise ValueError('no prompt; set prompt="a red heart", or prompts= to a file of them')
+    for text in found:  # bytes of the command line that are no UTF-8 come as lone surrogates
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"prompt={text[:40]!r} is no text in UTF-8; encode it so")
     return found
 
 
@@ -87,10 +112,17 @@ def write_png(path: Path, picture: torch.Tensor, facts: dict) -> None:
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     aside = path.with_suffix(".partial")
     try:
-        to_pil(picture).save(aside, format="PNG", pnginfo=info)
-        os.replace(aside, path)
+        made = not path.parent.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            to_pil(picture).save(aside, format="PNG", pnginfo=info)
+            os.replace(aside, path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            if made:
+                path.parent.rmdir()
+            raise
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
@@ -105,12 +137,33 @@ def tile(pictures: list[torch.Tensor], columns: int) -> torch.Tensor:
 
 
 def quote_prompt(argument: str) -> str:
-    """Let ``prompt=`` take any text: Hydra's grammar would read commas, braces and more in it."""
+    """Let ``prompt=`` take any text: Hydra's grammar would read commas, braces and more in it.
+
+    What that grammar reads as a list, or as quoted text, stays one.
+    """
     key, sign, text = argument.partition("=")
-    if key != "prompt" or not sign or text[:1] in ("'", '"', "["):
+    if key != "prompt" or not sign:
         return argument
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
-    return f"prompt='{escaped}'"
+    try:
+        value: Any = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        value = text
+    if isinstance(value, list):
+        return f"prompt=[{','.join(_quote(str(item)) for item in value)}]"
+    return f"prompt={_quote(value if text[:1] in QUOTES else text)}"
+
+
+QUOTES = ("'", '"')
+
+
+def _quote(text: str) -> str:
+    """Text as a quoted value of Hydra's, in which nothing is interpolated.
+
+    A backslash stands for itself but where it could escape what follows: there it is doubled.
+    """
+    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
+    text = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{text}'"
 
 
 _main = command("sample", run)

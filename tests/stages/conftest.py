@@ -44,15 +44,15 @@ def stage_a(**options: object) -> StageA:
 def stage_b(**options: object) -> StageB:
     decoder = stage_a()
     torch.manual_seed(0)
+    diffnext = DiffNeXt(
+        widths=[16, 24], num_blocks=[1, 1], num_heads=[None, 2],
+        inject_semantic=[True, True], cond_dim=8, dropout=0.0,
+    )  # fmt: skip
     return StageB(
         decoder=decoder,
-        diffnext=DiffNeXt(
-            widths=[16, 24], num_blocks=[1, 1], num_heads=[None, 2],
-            inject_semantic=[True, True], cond_dim=8, dropout=0.0,
-        ),
         compressor=SemanticCompressor(backbone=ConvBackbone(width=4, depth=3)),
-        **{**training(3e-3), **options},  # type: ignore[arg-type]
-    )  # fmt: skip
+        **{"diffnext": diffnext, **training(3e-3), **options},  # type: ignore[arg-type]
+    )
 
 
 def stage_c(**options: object) -> StageC:

@@ -259,7 +259,9 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def _options(self) -> dict[str, Any]:
         # Workers that persist keep what keep_decoded holds, and their open shards.
+        # Their own generator, as a loader draws a number at every epoch from the global one else.
         return {
+            "generator": torch.Generator().manual_seed(self.seed),
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

@@ -168,7 +168,9 @@ class DiffNeXt(nn.Module):
         nn.init.zeros_(self.head.weight)
         for level in (*self.down, *self.up):
             if level.semantic_mapper is not None:
-                nn.init.normal_(level.semantic_mapper.weight, std=0.02)
+                # unit variance; at the published 0.02 the net hears the latents late
+                channels = level.semantic_mapper.in_channels
+                nn.init.normal_(level.semantic_mapper.weight, std=channels**-0.5)
             for block in level.blocks:
                 block.scale_residual(depth)
 

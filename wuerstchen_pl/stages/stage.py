@@ -65,6 +65,7 @@ class Stage(L.LightningModule):
         """The ``stage`` part of the run's config; goes into checkpoints."""
         self.source: dict[str, str] | None = None
         """``path`` and ``sha256`` of the checkpoint that this stage was loaded from."""
+        self._resumed_rng: Tensor | None = None
 
     # Frozen parts
 
@@ -122,6 +123,7 @@ class Stage(L.LightningModule):
         """Add the averaged weights, the stage's config, and the names of the frozen stages."""
         checkpoint["ema"] = self.ema.state_dict()
         checkpoint["stage"] = self.config
+        checkpoint["rng"] = torch.get_rng_state()
         root = self.trainer.default_root_dir
         checkpoint["frozen"] = {
             name: {**part.source, "path": os.path.relpath(part.source["path"], root)}
@@ -132,6 +134,7 @@ class Stage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averaged weights back, and refuse to go on over other frozen weights."""
         self.ema.load_state_dict(checkpoint["ema"])
+        self._resumed_rng = checkpoint["rng"]
         for name, named in checkpoint["frozen"].items():
             source = getattr(self.frozen[name], "source", None)
             if source is not None and source["sha256"] != named["sha256"]:
@@ -140,6 +143,12 @@ class Stage(L.LightningModule):
                     f"{source['path']} has {source['sha256'][:12]}; put the old weights back or "
                     "start a new run"
                 )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Go on with the random numbers where the checkpoint was made, whatever drew some since."""
+        if self._resumed_rng is not None:
+            torch.set_rng_state(self._resumed_rng)
+            self._resumed_rng = None
 
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
         """Columns of a validation grid: label -> (B, 3, H, W) in [0, 1]."""

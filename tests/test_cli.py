@@ -1,0 +1,131 @@
+"""How the programs fail, help and sweep."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from tests.conftest import small
+from wuerstchen_pl.cli import explain, help_text, one_line_errors
+
+Program = Any
+
+
+def test_an_error_that_users_mend_is_shown_without_its_type() -> None:
+    assert explain(ValueError("seed=-1 is\n  out of range")) == "seed=-1 is out of range"
+    assert explain(FileNotFoundError("x is missing")) == "x is missing"
+
+
+def test_an_error_of_the_program_says_where_to_look() -> None:
+    shown = explain(RuntimeError("mat1 and mat2"))
+    assert shown == "RuntimeError: mat1 and mat2 (HYDRA_FULL_ERROR=1 shows where)"
+    assert explain(KeyError()).startswith("KeyError")
+
+
+def test_an_interrupt_says_nothing_and_exits_as_shells_expect(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_failed_run_leaves_nothing_for_the_next_in_its_process(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    for arguments in (["stage=d"], ["stage=a", "seed=x"], ["-m", "stage=a", "seed=x,y"]):
+        assert program("train", *arguments, f"paths.root={tmp_path}") == 1
+        assert "HYDRA_FULL_ERROR" not in os.environ
+        assert not GlobalHydra.instance().is_initialized()
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_a_traceback_is_shown_to_who_asks(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="seed is 'x'"):
+        program("train", "stage=a", "seed=x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_process_shows_a_traceback_only_if_asked(asked: bool) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    command = [sys.executable, "-m", "wuerstchen_pl.train", "stage=a", "seed=x"]
+    env |= {"HYDRA_FULL_ERROR": "1"} if asked else {}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert ("Traceback" in done.stderr) is asked
+    assert asked or done.stderr == "error: seed is 'x', and must be int; set seed=...\n"
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate"])
+def test_help_names_every_key_and_choice(
+    name: str, program: Program, capsys: pytest.CaptureFixture
+) -> None:
+    assert program(name, "--help") == 0
+    said = capsys.readouterr().out
+    assert f"python -m wuerstchen_pl.{name}" in said
+    assert "hydra" not in said
+    expected = {
+        "train": ["stage=a|b|c", "experiment=demo|", "init_from: null # "],
+        "sample": ["prompt: null # one, or a list", "count: 1 # pictures per prompt"],
+        "evaluate": ["metric: [", "model: outputs/demo/c # "],
+    }
+    assert all(each in said for each in expected[name])
+
+
+def test_help_does_not_change_what_runs() -> None:
+    assert help_text("train", "what it does").startswith("what it does\n")
+
+
+# Sweeps
+
+
+def finished(folder: Path) -> bool:
+    return json.loads((folder / "run.json").read_text())["steps"] == 1
+
+
+def test_a_sweep_numbers_its_runs_and_mixes_nothing(program: Program, tmp_path: Path) -> None:
+    arguments = [*small("a", tmp_path, steps=1), "stage.optimizer.lr=1e-3,1e-4"]
+    arguments.remove("stage.optimizer.lr=1e-3")
+    assert program("train", "-m", *arguments) == 0
+    runs = tmp_path / "default/a"
+    assert sorted(p.name for p in runs.iterdir()) == ["0", "1", "multirun.yaml"]
+    assert all(finished(runs / number) for number in "01")
+    for number, lr in (("0", "0.001"), ("1", "0.0001")):
+        config = (runs / number / "config.yaml").read_text()
+        assert f"lr: {lr}\n" in config
+        assert f"output_dir: {runs / number}\n" in config
+
+
+def test_a_sweep_stops_at_a_run_that_fails(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [*small("a", tmp_path, steps=1), "stage.vqgan.width=0.5,16"]
+    arguments.remove("stage.vqgan.width=16")
+    assert program("train", "-m", *arguments) == 1
+    assert capsys.readouterr().err.startswith("error: stage.vqgan.width is 0.5, and must be int")
+    assert not (tmp_path / "default/a/1").exists()
+
+
+@pytest.mark.slow
+def test_optuna_searches(program: Program, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    arguments = [*small("a", tmp_path, steps=1), "stage.optimizer.lr=interval(1e-4,1e-2)"]
+    arguments.remove("stage.optimizer.lr=1e-3")
+    search = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
+    assert program("train", *search, *arguments) == 0
+    runs = tmp_path / "default/a"
+    assert finished(runs / "0")
+    assert finished(runs / "1")
+    assert "best_value" in (runs / "optimization_results.yaml").read_text()

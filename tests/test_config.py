@@ -1,0 +1,211 @@
+"""Configs that cannot lie: what is shipped composes, and what is wrong is refused by name."""
+
+import re
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from tests.conftest import small
+from wuerstchen_pl import evaluate, sample
+from wuerstchen_pl.cli import choices, conf_dir
+from wuerstchen_pl.config import READ_BY_TRAIN, _fits, check_config
+
+CONF = Path(conf_dir())
+NETWORKS = [name.split("_", 1) for name in choices("network")]
+USUAL = {"data": "openmoji", "experiment": "null", "logger": "default", "trainer": "auto"}
+CHOICES = [
+    {"data": data, "experiment": experiment, "logger": logger, "trainer": trainer}
+    for data, experiment, logger, trainer in product(
+        choices("data"), ["null", *choices("experiment")], choices("logger"), choices("trainer")
+    )
+    if experiment == "null" or data == "openmoji"  # an experiment chooses its data
+]
+
+
+def composed(*overrides: str, program: str = "train") -> DictConfig:
+    """The config of a command line, as the program gets it; what the user must give is given."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(program, list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    for key in OmegaConf.missing_keys(cfg):
+        assert key.rpartition(".")[2] in ("weights", "urls"), f"{key} is a surprise to users"
+        OmegaConf.update(cfg, key, "given")
+    return cfg
+
+
+@pytest.fixture
+def cfg() -> DictConfig:
+    return composed("stage=a")
+
+
+# composing takes a tenth of a second: fast, each choice once; slow, each with each
+@pytest.mark.parametrize("differing", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stage", "preset"), NETWORKS)
+def test_every_shipped_combination_holds_only_what_is_read(
+    stage: str, preset: str, differing: int
+) -> None:
+    for chosen in CHOICES:
+        other = {group: name for group, name in chosen.items() if USUAL[group] != name}
+        if len(other) <= differing:
+            overrides = [f"{group}={name}" for group, name in other.items()]
+            check_config(composed(f"stage={stage}", f"preset={preset}", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("program", "read"), [("sample", sample.READ), ("evaluate", evaluate.READ)]
+)
+def test_the_programs_that_use_a_cascade_hold_only_what_is_read(
+    program: str, read: dict[str, Any]
+) -> None:
+    cfg = composed(program=program)
+    check_config(cfg, read)
+    assert read.keys() == cfg.keys()
+
+
+def test_every_key_that_train_offers_is_read() -> None:
+    source = (Path(sample.__file__).parent / "train.py").read_text()
+    in_program = {f"{m}" for m in re.findall(r"cfg\.(paths\.\w+|\w+)", source)}
+    in_yaml = {
+        m for path in CONF.rglob("*.yaml") for m in re.findall(r"\$\{([\w.]+)\}", path.read_text())
+    }
+    assert READ_BY_TRAIN.keys() - in_program - in_yaml == set()
+
+
+def test_every_recipe_belongs_to_an_experiment_and_a_stage() -> None:
+    known = {f"{e}_{s}" for e, s in product(choices("experiment"), "abc")}
+    assert set(choices("recipe")) <= known
+
+
+REFUSED = {
+    "depht": ("stage.vqgan.depht", 3, "stage.vqgan.depht is no argument of .*VQGAN"),
+    "root": ("surplus", 1, "surplus is read by nothing; remove it"),
+    "path": ("paths.surplus", "x", "paths.surplus is read by nothing"),
+    "target": ("stage.ema._target_", "os.nothing", "stage.ema._target_=os.nothing is nothing"),
+    "module": ("stage.ema._target_", "os.path", "stage.ema._target_=os.path is nothing"),
+    "number": ("stage.ema._target_", 3, "stage.ema._target_=3 is nothing that can be called"),
+    "trainer": ("trainer.max_stepss", 3, "trainer.max_stepss is no argument of lightning.Trainer"),
+    "kwargs": ("logger.tensorboard.save_dirr", "x", "logger.tensorboard.save_dirr is no argument"),
+    "optimizer": ("stage.optimizer.momentum", 0.9, "stage.optimizer.momentum is no argument"),
+    "missing": ("data.batch_size", "???", "data.batch_size is missing; set data.batch_size="),
+    "word": ("stage.vqgan.width", "wide", "stage.vqgan.width is 'wide', and must be int"),
+    "fraction": ("stage.vqgan.width", 1.5, "stage.vqgan.width is 1.5, and must be int"),
+    "truth": ("data.batch_size", True, "data.batch_size is True, and must be int"),
+    "null": ("data.image_size", None, "data.image_size is null, and must be int"),
+    "object": ("stage.ema", 3, "stage.ema is 3, and must be EMA"),
+    "list": ("stage.optimizer.betas", [0.9, "x"], "stage.optimizer.betas is"),
+    "choice": ("trainer.precision", "half", "trainer.precision is 'half'"),
+    "seed": ("seed", "abc", "seed is 'abc', and must be int"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_key_or_value_that_is_wrong_in_a_yaml_is_refused_by_name(
+    cfg: DictConfig, case: str
+) -> None:
+    key, value, message = REFUSED[case]
+    OmegaConf.update(cfg, key, value, force_add=True)
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg)
+
+
+def test_a_needed_key_that_a_yaml_lacks_is_named(cfg: DictConfig) -> None:
+    with open_dict(cfg):
+        del cfg.stage.vqgan
+    with pytest.raises(ValueError, match=r"stage\.vqgan is missing, and .*StageA needs it"):
+        check_config(cfg)
+
+
+def test_what_a_logger_hands_on_is_no_unknown_key(cfg: DictConfig) -> None:
+    OmegaConf.update(cfg, "logger.tensorboard.flush_secs", 5, force_add=True)
+    check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "fits"),
+    [
+        (1, float, True), (1.0, int, False), (True, int, False), (1, bool, False),
+        (None, int | None, True), (None, int, False), ("a", Literal["a", "b"], True),
+        ("c", Literal["a", "b"], False), ([1, None], list[int | None], True),
+        ([1, "x"], tuple[int, ...], False), (3, list[int], False), ("x", Path, True),
+        ({"_target_": "x"}, DictConfig, True), ("x", DictConfig, False), (3, Any, True),
+    ],
+)  # fmt: skip
+def test_a_value_fits_its_annotation(value: object, hint: object, fits: bool) -> None:
+    assert _fits(value, hint) is fits
+
+
+COMMAND_LINES = {
+    "no stage": ([], "stage is missing; choose stage=a or stage=b or stage=c"),
+    "stage d": (["stage=d"], "stage=d is unknown; choose from a, b, c"),
+    "stage 1": (["stage=1"], "stage=1 is unknown; choose from a, b, c"),
+    "preset": (["stage=b", "preset=v1"], "no networks for stage=b; choose from paper, tiny, v2"),
+    "experiment": (["stage=a", "experiment=x"], "experiment=x is unknown; choose from demo"),
+    "logger": (["stage=a", "logger=null"], "logger=null is unknown; choose from csv, default"),
+    "root key": (["stage=a", "sede=1"], "sede is no key; did you mean seed?"),
+    "group": (["stage=a", "experimnt=demo"], "experimnt is no key; did you mean experiment?"),
+    "key": (["stage=a", "stage.vqgan.widht=1"], "did you mean stage.vqgan.width?"),
+    "not in YAML": (["stage=a", "trainer.strategy=ddp"], "add it with +trainer.strategy=..."),
+    "nothing like it": (["stage=a", "zzz=1"], "zzz is no key; remove it"),
+    "added": (["stage=a", "+zzz=1"], "zzz is read by nothing; remove it"),
+    "word": (["stage=c", "stage.prior.depth=abc"], "stage.prior.depth is 'abc', and must be int"),
+    "empty": (["stage=a", "trainer.max_steps="], "trainer.max_steps is '', and must be int"),
+    "interpolation": (["stage=a", "image_size=${no}"], "image_size: Interpolation key 'no' not"),
+    "grammar": (["stage=a", "name=a,b:]"], "'name=a,b:]' cannot be read; write key=value, and"),
+    "size": (["stage=a", "image_size=8"], "data.image_size is 8 pixels"),
+    "swept stage": (["-m", "stage=a,b"], "cannot be swept; run once for each value"),
+    "resume": (["stage=a", "ckpt=/no/such.ckpt"], "/no/such.ckpt does not exist"),
+    "precision": (["stage=a", "trainer.precision=16-mixed"], "16-mixed overflows"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def nothing_written(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "outputs"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", COMMAND_LINES)
+def test_a_wrong_command_line_ends_with_one_line(
+    case: str, program: Any, capsys: pytest.CaptureFixture, nothing_written: Path
+) -> None:
+    arguments, message = COMMAND_LINES[case]
+    assert program("train", *arguments, f"paths.root={nothing_written}") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_a_size_that_the_stages_cannot_divide_is_refused_before_training(
+    cascade: Path, program: Any, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    lines = [*small("b", tmp_path), f"paths.stage_a={cascade / 'a'}"]
+    wrong = ["image_size=24", "data.bucket_multiple=8", "stage.diffnext.patch_size=4"]
+    assert program("train", *lines, *wrong) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "set data.bucket_multiple=" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_key_of_a_users_own_yaml_is_refused(
+    program: Any, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    own = tmp_path / "experiment" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text("# @package _global_\n" + yaml.dump({"stage": {"vqgan": {"depht": 3}}}))
+    arguments = ["--config-dir", str(tmp_path), "stage=a", "experiment=mine"]
+    assert program("train", *arguments, f"paths.root={tmp_path / 'out'}") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "stage.vqgan.depht" in said
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,85 @@
+"""The README's commands, as they stand there, with a few steps and small networks."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_program, small
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(name: str) -> list[list[str]]:
+    """The arguments of every ``python -m wuerstchen_pl.<name>`` in the README's code blocks."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+    lines = [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m")]
+    return [line[3:] for line in lines if line[2] == f"wuerstchen_pl.{name}"]
+
+
+def test_the_readme_is_short_and_has_every_command() -> None:
+    assert len(README.splitlines()) <= 200
+    assert len(commands("train")) >= 6
+    assert commands("sample")
+    assert commands("evaluate")
+
+
+def test_make_targets_in_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    wanted = set(re.findall(r"`?make ([a-z-]+)", README))
+    assert wanted >= {"demo", "test", "help"}
+    assert not [t for t in wanted if not re.search(rf"^{t}:", makefile, re.MULTILINE)]
+
+
+def test_paths_in_the_readme_exist() -> None:
+    named = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    assert named
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("arguments", commands("train"), ids=lambda a: " ".join(a)[:60])
+def test_training_commands(arguments: list[str], cascade: Path, tmp_path: Path) -> None:
+    stage = next(a[-1] for a in arguments if a.startswith("stage="))
+    if "hydra/sweeper=optuna" in arguments:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="extra: sweep")
+        arguments = [a.replace("n_trials=4", "n_trials=1") for a in arguments]
+    shrink = [a for a in small(stage, tmp_path, steps=2) if a.split("=")[0] not in keys(arguments)]
+    if "data=shards" in arguments:
+        tar = next((cascade.parent / "data").glob("*/00000.tar"))
+        arguments = [a for a in arguments if not a.startswith("data.source.urls")]
+        shrink = [a for a in shrink if not a.startswith("data.source.limit")]
+        shrink += [f"data.source.urls={tar}", "data.num_workers=0"]
+    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    before = set(tmp_path.rglob("*.ckpt"))
+    assert run_program("train", [*arguments, *shrink, *above]) == 0
+    assert set(tmp_path.rglob("step0000002.ckpt")) > before
+
+
+def keys(arguments: list[str]) -> set[str]:
+    """The keys that a command line sets."""
+    return {a.split("=")[0] for a in arguments}
+
+
+@pytest.mark.parametrize("arguments", commands("sample"), ids=lambda a: " ".join(a)[:60])
+def test_sampling_commands(
+    arguments: list[str], cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red heart\na blue bird\n")
+    arguments = [a for a in arguments if not a.startswith("model=")]
+    fewer = ["sample.decoder_steps=1"]
+    if "sample.prior_steps" not in keys(arguments):
+        fewer.append("sample.prior_steps=2")
+    assert run_program("sample", [*arguments, *fewer, f"model={cascade / 'c'}"]) == 0
+    assert list((tmp_path / "outputs/samples").glob("0000-*.png"))
+
+
+@pytest.mark.parametrize("arguments", commands("evaluate"), ids=lambda a: " ".join(a)[:60])
+def test_evaluation_commands(arguments: list[str], cascade: Path, tmp_path: Path) -> None:
+    arguments = [a for a in arguments if not a.startswith("model=")]
+    fast = ["num_captions=4", "sample.prior_steps=2", "sample.decoder_steps=1"]
+    where = [f"model={cascade / 'c'}", f"output_dir={tmp_path}"]
+    assert run_program("evaluate", [*arguments, *fast, *where]) == 0
+    assert (tmp_path / "metrics.json").is_file()

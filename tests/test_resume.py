@@ -1,0 +1,81 @@
+"""A run that was interrupted ends bit-equal to one that was not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import run_program, small
+from wuerstchen_pl import checkpoint
+
+STEPS = 7  # an epoch of the small data has 4 or 5
+
+
+def train(stage: str, root: Path, above: Path, *overrides: str) -> dict:
+    """Run the program; the contents of the newest checkpoint."""
+    arguments = [a for a in small(stage, root, STEPS) if not a.startswith("validate_every")]
+    above_keys = [f"paths.stage_{s}={above / s}" for s in "ab"]
+    data = f"paths.data={above.parent / 'data'}"
+    arguments += ["validate_every_steps=2", "checkpoint_every_steps=1", data, *above_keys]
+    # the perceptual network, dropouts and draws all take part
+    assert run_program("train", [*arguments, *overrides]) == 0
+    return checkpoint.read(checkpoint.find(root / "default" / stage))
+
+
+def differing(one: dict, other: dict) -> list[str]:
+    """Names of the tensors that differ in weights, averages or optimisers."""
+    found = [k for k, v in one["state_dict"].items() if not torch.equal(v, other["state_dict"][k])]
+    shadow = other["ema"]["shadow"]
+    found += [f"ema.{k}" for k, v in one["ema"]["shadow"].items() if not torch.equal(v, shadow[k])]
+    pairs = zip(one["optimizer_states"], other["optimizer_states"], strict=True)
+    for mine, theirs in pairs:
+        for index, state in mine["state"].items():
+            for name, value in state.items():
+                if not torch.equal(
+                    torch.as_tensor(value), torch.as_tensor(theirs["state"][index][name])
+                ):
+                    found.append(f"optimizer.{index}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("stage", "abc")
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_resume_is_bit_exact(stage: str, stop: int, cascade: Path, tmp_path: Path) -> None:
+    whole = train(stage, tmp_path / "whole", cascade)
+    train(stage, tmp_path / "parts", cascade, f"trainer.max_steps={stop}")
+    first = train(stage, tmp_path / "parts", cascade, "ckpt=auto")
+    assert first["global_step"] == whole["global_step"] == STEPS
+    assert not differing(whole, first)
+
+
+def test_the_comparison_sees_another_seed(cascade: Path, tmp_path: Path) -> None:
+    whole = train("c", tmp_path / "whole", cascade)
+    assert differing(whole, train("c", tmp_path / "other", cascade, "seed=1"))
+
+
+def test_the_log_of_a_resumed_run_has_each_step_once(cascade: Path, tmp_path: Path) -> None:
+    train("c", tmp_path, cascade, "trainer.max_steps=4", "trainer.log_every_n_steps=1")
+    train("c", tmp_path, cascade, "trainer.log_every_n_steps=1", "ckpt=auto")
+    rows = (tmp_path / "default/c/metrics.csv").read_text().splitlines()
+    steps = [int(r.split(",")[0]) for r in rows if ",train/loss," in r]
+    assert steps == list(range(STEPS))
+
+
+def test_a_finished_run_is_not_done_again(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train("c", tmp_path, cascade)
+    path = checkpoint.find(tmp_path / "default/c")
+    before = path.stat().st_mtime_ns
+    train("c", tmp_path, cascade, "ckpt=auto")
+    assert path.stat().st_mtime_ns == before
+    assert "is finished, at step 7" in capsys.readouterr().out
+
+
+def test_a_run_is_not_overwritten(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train("c", tmp_path, cascade)
+    arguments = [*small("c", tmp_path), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
+    assert run_program("train", arguments) == 1
+    assert "ckpt=auto" in capsys.readouterr().err

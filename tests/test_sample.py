@@ -1,0 +1,281 @@
+"""Drawing from the command line: what it writes, and what it does with bad input."""
+
+import errno
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from PIL import Image
+
+from wuerstchen_pl.checkpoint import find
+from wuerstchen_pl.sample import quote_prompt
+
+FAST = ("sample.prior_steps=2", "sample.decoder_steps=1", "device=cpu")
+Draw = Callable[..., int]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def draw(program: Any, cascade: Path, out: Path) -> Draw:
+    """Runs ``sample`` with a small cascade; its exit code."""
+    usual = (f"model={cascade / 'c'}", f"output_dir={out}", *FAST)
+
+    def run(*arguments: str) -> int:
+        flags = [argument for argument in arguments if argument.startswith("-")]
+        return program("sample", *flags, *usual, *(a for a in arguments if a not in flags))
+
+    return run
+
+
+def pictures(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*.png") if p.name != "grid.png")
+
+
+def facts(path: Path) -> dict[str, str]:
+    with Image.open(path) as picture:
+        return dict(picture.text)  # type: ignore[attr-defined]
+
+
+# Good input
+
+
+def test_a_picture_says_how_to_draw_it_again(draw: Draw, out: Path, tmp_path: Path) -> None:
+    assert draw('prompt="a red heart"', "count=2", "seed=7", "width=48", "sample.sampler=ddim") == 0
+    first, second = pictures(out)
+    told = facts(second)
+    assert told["seed"] == "8"
+    again = [f"{key}={told[key]}" for key in ("prompt", "seed", "model", "height", "width", "bf16")]
+    again += [
+        f"sample.{key}={value}"
+        for key, value in told.items()
+        if key not in ("prompt", "seed", "model", "model_sha256", "height", "width", "bf16")
+    ]
+    assert draw(*again, f"output_dir={tmp_path / 'again'}") == 0
+    (redrawn,) = pictures(tmp_path / "again")
+    old, new = (np.asarray(Image.open(path), dtype=int) for path in (second, redrawn))
+    assert old.shape == (64, 48, 3)
+    # a batch of one may round the last bit of a float otherwise than a batch of two
+    assert np.abs(old - new).max() <= 1
+    assert facts(redrawn) == told
+    assert np.abs(old - np.asarray(Image.open(first), dtype=int)).max() > 1
+
+
+def test_a_single_picture_is_redrawn_to_the_pixel(draw: Draw, out: Path, tmp_path: Path) -> None:
+    assert draw("prompt=frog") == 0
+    assert draw("prompt=frog", f"output_dir={tmp_path / 'again'}") == 0
+    (old,), (new,) = pictures(out), pictures(tmp_path / "again")
+    assert old.read_bytes() == new.read_bytes()
+    assert not (out / "grid.png").exists(), "one picture needs no grid"
+
+
+def test_prompts_of_the_command_line_and_of_a_file(draw: Draw, out: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffgreen frog\r\n\n  \n  Bär, 熊 = {x}\n", encoding="utf-8")
+    assert draw("prompt=[red heart,'blue, fish']", f"prompts={file}", "count=2") == 0
+    told = [facts(path)["prompt"] for path in pictures(out)]
+    expected = ["red heart", "blue, fish", "green frog", "Bär, 熊 = {x}"]
+    assert told == [prompt for prompt in expected for _ in range(2)]
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size == (2 * 66, 4 * 66), "a row for each prompt"
+
+
+AWKWARD = [
+    "a, b, and c",
+    "x=1, y={2}: (three) [four]",
+    "[not a list",
+    'it\'s a "quoted" dog',
+    '"hello" she said',
+    "'twas a cat",
+    "${oc.env:HOME} sweet ${oc.env:HOME}",
+    "\\${oc.env:HOME} back\\slash \\",
+    "ein Käse für 熊 🐻",
+    "null",
+    "3.5",
+    "a\nb",
+    "*?~!#%&;|<>`$HOME",
+]
+
+
+@pytest.mark.parametrize("prompt", AWKWARD)
+def test_a_prompt_is_taken_literally(prompt: str) -> None:
+    assert read_back(prompt) == prompt
+
+
+def test_any_text_is_taken_literally() -> None:
+    parts = ["\\", "'", '"', "$", "{", "}", "[", "(", ",", "=", "a", " ", "\n", "é", "${a}", "%"]
+    rng = random.Random(0)
+    for _ in range(300):
+        # a bracket or a quote in front may make a list or a quoted text, which are meant so
+        prompt = "w" + "".join(rng.choice(parts) for _ in range(rng.randint(0, 8)))
+        assert read_back(prompt) == prompt
+
+
+def read_back(prompt: str) -> str:
+    argument = quote_prompt(f"prompt={prompt}")
+    value: Any = OverridesParser.create().parse_override(argument).value()
+    return str(OmegaConf.create({"prompt": value}).prompt)
+
+
+def test_lists_and_quotes_are_hydras_and_interpolate_nothing() -> None:
+    def read(text: str) -> Any:
+        value: Any = OverridesParser.create().parse_override(quote_prompt(text)).value()
+        return OmegaConf.to_container(OmegaConf.create({"p": value}), resolve=True)["p"]  # type: ignore[index, call-overload]
+
+    assert read("prompt=[a red heart,'b, c',3]") == ["a red heart", "b, c", "3"]
+    assert read("prompt=[${oc.env:HOME}]") == ["${oc.env:HOME}"]
+    assert read("prompt='a, b'") == "a, b"
+    assert read('prompt="it is ${x}"') == "it is ${x}"
+    assert quote_prompt("seed=3") == "seed=3"
+
+
+def test_an_awkward_prompt_reaches_the_metadata(draw: Draw, out: Path) -> None:
+    prompt = "${HOME}, it's \\"
+    assert draw(f"prompt={prompt}") == 0
+    assert [facts(path)["prompt"] for path in pictures(out)] == [prompt]
+
+
+def test_a_sweeps_pictures_do_not_overwrite_each_other(draw: Draw, out: Path) -> None:
+    assert draw("-m", "prompt=frog", "sample.sampler=ddpm,ddim") == 0
+    told = [facts(path)["sampler"] for path in sorted(out.glob("*/*.png"))]
+    assert told == ["ddpm", "ddim"]
+
+
+# Bad input
+
+
+BAD = {
+    "empty prompt": (["prompt="], "holds no word"),
+    "no prompt": ([], "no prompt; set prompt="),
+    "long prompt": (["prompt=" + "frog " * 600], "tokens with start and end"),
+    "emoji": (["prompt=🐸🐸"], "holds no word"),
+    "not UTF-8": (["prompt=fr\udcffog"], "is no text in UTF-8"),
+    "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use a multiple of 16"),
+    "height": (["prompt=a", "height=1000003"], "height=1000003 cannot be drawn"),
+    "fraction": (["prompt=a", "height=64.5"], "height is 64.5, and must be int"),
+    "word": (["prompt=a", "width=wide"], "width is 'wide', and must be int"),
+    "count": (["prompt=a", "count=0"], "count=0 is out of range; use 1 to"),
+    "many": (["prompt=a", "count=1000003"], "count=1000003 is out of range"),
+    "seed": (["prompt=a", "seed=-1"], "seed=-1 is out of range"),
+    "large seed": (["prompt=a", "seed=99999999999999999999"], "is out of range"),
+    "steps": (["prompt=a", "sample.prior_steps=0"], "prior_steps=0 is out of range"),
+    "nan": (["prompt=a", "sample.prior_guidance_scale=nan"], "prior_guidance_scale=nan is out"),
+    "negative": (["prompt=a", "sample.decoder_guidance_scale=-1"], "decoder_guidance_scale=-1"),
+    "sampler": (["prompt=a", "sample.sampler=euler"], "sampler is 'euler', and must be"),
+    "key": (["prompt=a", "sample.steps=3"], "sample.steps is no key"),
+    "no model": (["model=/no/such", "prompt=a"], "/no/such does not exist; train Stage C first"),
+    "no prompts": (["prompts=/no/such.txt"], "prompts=/no/such.txt is no file"),
+}  # fmt: skip
+
+
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    """What stderr said behind any progress bar: one line, and no traceback."""
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    line = said.rstrip("\n").rpartition("\n")[2]
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_line_and_writes_nothing(
+    case: str, draw: Draw, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments, message = BAD[case]
+    assert draw(*arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert message in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no prompt; set prompt="),
+        (b"\n \r\n", "no prompt; set prompt="),
+        (b"frog\nre\x00d heart\n", "holds a control character"),
+        (b"gr\xfcner Frosch\n", "is no text in UTF-8"),
+        ("🐸\n".encode(), "holds no word"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_refused_before_drawing(
+    content: bytes, message: str, draw: Draw, out: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert draw(f"prompts={tmp_path / 'prompts.txt'}") == 1
+    assert message in one_line(capsys)
+    assert not out.exists()
+
+
+def test_a_model_of_another_stage_is_refused_by_name(
+    draw: Draw, out: Path, cascade: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert draw("prompt=a", f"model={cascade / 'a'}") == 1
+    assert "holds StageA, where StageC is needed; name one of stage=c" in one_line(capsys)
+    assert not out.exists()
+
+
+def test_a_truncated_model_is_refused_by_name(
+    draw: Draw, out: Path, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    half = tmp_path / "half.ckpt"
+    half.write_bytes(find(cascade / "c").read_bytes()[:5000])
+    assert draw("prompt=a", f"model={half}") == 1
+    assert "half.ckpt is damaged" in one_line(capsys)
+    assert not out.exists()
+
+
+def full_disk(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half_written(self: Image.Image, path: Path, **kwargs: object) -> None:
+    Path(path).write_bytes(b"half a picture")
+    full_disk()
+
+
+@pytest.mark.parametrize(
+    ("call", "replacement"), [("PIL.Image.Image.save", half_written), ("os.replace", full_disk)]
+)
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_full_disk_leaves_nothing_half_written(
+    call: str, replacement: Any, existed: bool, draw: Draw, out: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    if existed:
+        out.mkdir()
+    monkeypatch.setattr(call, replacement)
+    assert draw("prompt=frog") == 1
+    assert "0000-frog-0.png could not be written: No space left on device" in one_line(capsys)
+    assert out.exists() is existed
+    assert not existed or list(out.iterdir()) == []
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_model_loads(
+    draw: Draw, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out.write_text("mine")
+    for folder in (out, out / "deeper"):
+        assert draw("prompt=frog", f"output_dir={folder}", "model=/no/such") == 1
+        assert f"{out} is a file" in one_line(capsys)
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_that_may_not_be_written_is_refused(
+    draw: Draw, out: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out.mkdir(mode=0o500)
+    assert draw("prompt=frog", f"output_dir={out / 'deeper'}") == 1
+    assert "no right to write" in one_line(capsys)
