@@ -71,7 +71,8 @@ def main() -> None:
     lines = [
         f"# Training step, preset {options.preset}",
         "",
-        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}.",
+        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{date.today()}.",
         f"`python -m scripts.bench --preset {options.preset} --batch {options.batch}`",
         "",
         "| stage | parameters | precision | ms | samples/s |",

@@ -29,9 +29,9 @@ class EMA:
 
     def __init__(self, *, decay: float, every_steps: int = 1, start_step: int = 0) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay={decay} is out of range; use 0 <= decay < 1")
+            raise ValueError(f"stage.ema.decay={decay} is out of range; use 0 <= decay < 1")
         if every_steps < 1:
-            raise ValueError(f"ema.every_steps={every_steps} is out of range; use 1 or more")
+            raise ValueError(f"stage.ema.every_steps={every_steps} is out of range; use 1 or more")
         self.decay, self.every_steps, self.start_step = decay, every_steps, start_step
         self.num_steps = 0
         self.num_updates = 0

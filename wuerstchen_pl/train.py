@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from wuerstchen_pl import checkpoint
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
 
 if TYPE_CHECKING:
@@ -21,16 +21,12 @@ if TYPE_CHECKING:
 
 
 def run(cfg: DictConfig) -> float:
-    """Check, build, fit; returns the last validation loss."""
+    """Check, build, fit; returns the last validation loss, which a sweep minimises."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
     check_config(cfg)
-    if str(cfg.trainer.precision).startswith("16"):
-        raise ValueError(
-            f"trainer.precision={cfg.trainer.precision} overflows in these networks; use "
-            "bf16-mixed or 32-true"
-        )
-    output_dir = Path(cfg.paths.output_dir)
+    check_ranges(cfg)
+    output_dir = output_folder(cfg.paths.output_dir)
     resume = find_resume(cfg.ckpt, output_dir)
     if resume is not None and checkpoint.step_of(resume) >= cfg.trainer.max_steps >= 0:
         print(f"{output_dir} is finished, at step {checkpoint.step_of(resume)}")
@@ -40,23 +36,51 @@ def run(cfg: DictConfig) -> float:
     torch.set_float32_matmul_precision("high")
 
     data: L.LightningDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
-    stage: Stage = hydra.utils.instantiate(cfg.stage, _convert_="all")
+    stage = build_stage(cfg)
     check_sizes(stage, data)
-    stage.config = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
-    if cfg.init_from is not None:
-        state = checkpoint.read(checkpoint.find(cfg.init_from))
-        stage.load_state_dict({**state["state_dict"], **state["ema"]["shadow"]})
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     trainer: L.Trainer = hydra.utils.instantiate(
         cfg.trainer,
         callbacks=[hydra.utils.instantiate(c) for c in cfg.callbacks.values() if c is not None],
         logger=[hydra.utils.instantiate(c) for c in cfg.logger.values() if c is not None],
         _convert_="all",
     )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
+    if trainer.interrupted or trainer.received_sigterm:
+        raise InterruptedError(f"{output_dir} was interrupted; ckpt=auto goes on with it")
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
+
+
+def build_stage(cfg: DictConfig) -> "Stage":
+    """The stage of a config, with the weights of ``init_from`` if that is given."""
+    stage: Stage = hydra.utils.instantiate(cfg.stage, _convert_="all")
+    stage.config = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
+    if cfg.init_from is not None:
+        state = checkpoint.read(checkpoint.find(cfg.init_from))
+        stage.load_state_dict({**state["state_dict"], **state["ema"]["shadow"]})
+    return stage
+
+
+def check_ranges(cfg: DictConfig) -> None:
+    """Refuse numbers that would fail only once training has begun.
+
+    Raises:
+        ValueError: naming the key, its value and the fix.
+    """
+    precision = str(cfg.trainer.precision)
+    if precision not in ("32-true", "bf16-mixed"):
+        raise ValueError(
+            f"trainer.precision={precision} overflows or mixes types in these networks; use "
+            "bf16-mixed or 32-true"
+        )
+    for key in ("validate_every_steps", "checkpoint_every_steps"):
+        if cfg[key] < 1:
+            raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")
+    if cfg.stage.optimizer.lr <= 0:
+        raise ValueError(
+            f"stage.optimizer.lr={cfg.stage.optimizer.lr} learns nothing; use more than 0"
+        )
 
 
 def find_resume(ckpt: str | None, output_dir: Path) -> Path | None:

@@ -32,12 +32,12 @@ def test_limit_chooses_the_same_drawings_and_grows_by_adding() -> None:
     few = select(found, ["food-drink"], 20)
     assert few == select(found[::-1], ["food-drink"], 20)
     assert set(few) < set(select(found, ["food-drink"], 40))
-    with pytest.raises(ValueError, match=r"data\.limit is 131.*holds 130"):
+    with pytest.raises(ValueError, match=r"data\.source\.limit is 131.*holds 130"):
         select(found, ["food-drink"], 131)
 
 
 def test_unknown_group_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.groups is \['cars'\]"):
+    with pytest.raises(ValueError, match=r"data\.source\.groups is \['cars'\]"):
         OpenMoji(root="x", image_size=64, groups=["cars"])
 
 

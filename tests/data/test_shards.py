@@ -88,18 +88,18 @@ def test_damaged_shard_is_refused_instead_of_losing_samples(folder: Path, damage
     else:
         del data[fourth + 700 :]
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"data\.urls names .*00000\.tar.*write it again"):
+    with pytest.raises(ValueError, match=r"data\.source\.urls names .*00000\.tar.*write it again"):
         Shards(urls=str(folder))
 
 
 @pytest.mark.parametrize("url", ["pipe:cat x.tar", "https://host/x.tar", "s3://bucket/x.tar"])
 def test_addresses_are_refused_before_anything_is_read(url: str) -> None:
-    with pytest.raises(ValueError, match=r"data\.urls=.* is not a local path"):
+    with pytest.raises(ValueError, match=r"data\.source\.urls=.* is not a local path"):
         ShardSource(urls=["/nowhere/a.tar", url])
 
 
 def test_missing_and_empty_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data\.urls=.*no tar file"):
+    with pytest.raises(FileNotFoundError, match=r"data\.source\.urls=.*no tar file"):
         ShardSource(urls=str(tmp_path / "no.tar")).prepare()
     with pytest.raises(FileNotFoundError, match=r"no tar file"):
         Shards(urls=str(tmp_path))

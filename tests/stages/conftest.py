@@ -58,11 +58,11 @@ def stage_b(**options: object) -> StageB:
 def stage_c(**options: object) -> StageC:
     decoder = stage_b()
     torch.manual_seed(0)
+    text = TextEncoder(width=16, depth=1, num_heads=2, context_length=8)
     return StageC(
         decoder=decoder,
         prior=Prior(width=32, depth=2, num_heads=2, text_dim=16, dropout=0.0),
-        text_encoder=TextEncoder(width=16, depth=1, num_heads=2, context_length=8),
-        **{"train_text_encoder": True, **training(3e-3), **options},  # type: ignore[arg-type]
+        **{"text_encoder": text, "train_text_encoder": True, **training(3e-3), **options},  # type: ignore[arg-type]
     )
 
 

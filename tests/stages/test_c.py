@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.stages.conftest import fit, stage_c
+from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.stages.stage import Batch
 
 
@@ -53,7 +54,11 @@ def test_guidance_of_one_is_the_conditional_prediction() -> None:
 
 
 def test_a_frozen_text_encoder_gets_no_gradient_and_is_not_saved(batch: Batch) -> None:
-    stage = stage_c(train_text_encoder=False)
+    with pytest.raises(ValueError, match="leaves a frozen text encoder random"):
+        stage_c(train_text_encoder=False)
+    encoder = TextEncoder(width=16, depth=1, num_heads=2, context_length=8)
+    encoder.weights = "clip.pt"
+    stage = stage_c(train_text_encoder=False, text_encoder=encoder)
     before = {k: v.clone() for k, v in stage.text_encoder.state_dict().items()}
     fit(stage, batch, 2)
     assert all(torch.equal(before[k], v) for k, v in stage.text_encoder.state_dict().items())

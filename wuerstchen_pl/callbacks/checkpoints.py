@@ -51,8 +51,11 @@ class Checkpoints(Checkpoint):
                 os.replace(aside, path)
         except OSError as error:
             aside.unlink(missing_ok=True)
-            raise OSError(f"checkpoint {path} could not be written: {error}") from error
+            reason = error.strerror or error
+            raise OSError(f"checkpoint {path} could not be written: {reason}") from error
         self._saved_step = step
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step*.ckpt"))[: -self.keep]:
+            # by step: names have seven digits, and sort wrongly from ten million on
+            saved = sorted(self.folder.glob("step*.ckpt"), key=lambda p: int(p.stem[4:]))
+            for old in saved[: -self.keep]:
                 old.unlink()

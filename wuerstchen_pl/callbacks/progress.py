@@ -53,6 +53,12 @@ class StepProgress(ProgressBar):
             shown = {n: f"{float(values[n]):.4g}" for n in names if n in values}
             self._bar.set_postfix(shown, refresh=False)
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the bar, so that what is said of the failure stands on a line of its own."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Close the bar, whatever happened."""
         if self._bar is not None:

@@ -91,12 +91,15 @@ class OpenMoji:
         unknown = sorted(set(groups or ()) - set(GROUPS))
         if unknown or (groups is not None and not groups):
             raise ValueError(
-                f"data.groups is {groups}: give one or more of {sorted(GROUPS)}, or null for all."
+                f"data.source.groups is {groups}: give one or more of {sorted(GROUPS)}, or null "
+                "for all."
             )
         if image_size < 8:
-            raise ValueError(f"data.image_size is {image_size} pixels: give 8 or more.")
+            raise ValueError(f"data.source.image_size is {image_size} pixels: give 8 or more.")
         if limit is not None and limit < 2:
-            raise ValueError(f"data.limit is {limit} drawings: give 2 or more, or null for all.")
+            raise ValueError(
+                f"data.source.limit is {limit} drawings: give 2 or more, or null for all."
+            )
         self.image_size = image_size
         self.groups = None if groups is None else sorted(set(groups))
         self.limit = limit
@@ -139,7 +142,7 @@ class OpenMoji:
         """List the drawings of one split, in the order of the shards."""
         if self._shards is None:
             self.prepare()
-            self._shards = Shards(urls=str(self.folder), key="data.root")
+            self._shards = Shards(urls=str(self.folder), key="data.source.root")
         found = self._shards.samples
         families = [family(sample.caption) for sample in found]
         chosen = validation_names(families, self.val_fraction)
@@ -149,7 +152,7 @@ class OpenMoji:
     def read(self, sample: Sample) -> bytes:
         """Return the PNG of a drawing."""
         if self._shards is None:
-            self._shards = Shards(urls=str(self.folder), key="data.root")
+            self._shards = Shards(urls=str(self.folder), key="data.source.root")
         return self._shards.read(sample)
 
     def _write(self, folder: Path) -> None:
@@ -190,8 +193,8 @@ class OpenMoji:
             whole = False
         if not whole:
             raise ValueError(
-                f"data.root holds {str(self.folder)!r}, which does not match its shards.json: "
-                "delete that folder and it will be drawn again."
+                f"data.source.root holds {str(self.folder)!r}, which does not match its "
+                "shards.json: delete that folder and it will be drawn again."
             )
 
 
@@ -232,8 +235,8 @@ def select(found: list[Drawing], groups: Sequence[str] | None, limit: int | None
         return kept
     if limit > len(kept):
         raise ValueError(
-            f"data.limit is {limit}, but data.groups={groups} holds {len(kept)} drawings: "
-            f"lower data.limit to {len(kept)} or set it to null."
+            f"data.source.limit is {limit}, but data.source.groups={groups} holds {len(kept)} "
+            f"drawings: lower data.source.limit to {len(kept)} or set it to null."
         )
     by_hash = sorted(kept, key=lambda drawing: hashlib.sha256(drawing.key.encode()).digest())
     return sorted(by_hash[:limit], key=lambda drawing: drawing.key)

@@ -33,7 +33,7 @@ class Shards:
         skipped: how many samples were left out, by reason.
     """
 
-    def __init__(self, *, urls: Urls, key: str = "data.urls") -> None:
+    def __init__(self, *, urls: Urls, key: str = "data.source.urls") -> None:
         """Read the headers, captions and sizes of every shard.
 
         Args:
@@ -117,10 +117,10 @@ class ShardSource:
         check_val_fraction(val_fraction)
         if val_urls is not None and val_fraction > 0:
             raise ValueError(
-                f"data.val_urls={val_urls!r} and data.val_fraction={val_fraction} both say what "
-                "validation uses: set one of them."
+                f"data.source.val_urls={val_urls!r} and data.source.val_fraction={val_fraction} "
+                "both say what validation uses: set one of them."
             )
-        expand_urls(urls, key="data.urls", must_exist=False)
+        expand_urls(urls, key="data.source.urls", must_exist=False)
         self.urls = urls
         self.val_urls = val_urls
         self.val_fraction = val_fraction
@@ -129,15 +129,15 @@ class ShardSource:
 
     def prepare(self) -> None:
         """Check that the shards exist."""
-        expand_urls(self.urls, key="data.urls")
+        expand_urls(self.urls, key="data.source.urls")
         if self.val_urls is not None:
-            expand_urls(self.val_urls, key="data.val_urls")
+            expand_urls(self.val_urls, key="data.source.val_urls")
 
     def samples(self, split: Split) -> list[Sample]:
         """List the samples of one split, in the order of the shards."""
         if self.val_urls is not None and split == "val":
-            return self._index("data.val_urls", self.val_urls).samples
-        found = self._index("data.urls", self.urls).samples
+            return self._index("data.source.val_urls", self.val_urls).samples
+        found = self._index("data.source.urls", self.urls).samples
         chosen = validation_names((sample.key for sample in found), self.val_fraction)
         return [sample for sample in found if (sample.key in chosen) == (split == "val")]
 

@@ -68,7 +68,7 @@ def check_val_fraction(val_fraction: float) -> None:
     """Raise ValueError unless `val_fraction` lies in [0, 1)."""
     if not 0 <= val_fraction < 1:
         raise ValueError(
-            f"data.val_fraction is {val_fraction}, but it is the share kept for validation: "
+            f"data.source.val_fraction is {val_fraction}, but it is the share kept for validation: "
             "give a number from 0 up to, not including, 1."
         )
 

@@ -44,6 +44,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.width = width
         self.context_length = context_length
+        self.weights = weights
         self.tokenizer = SimpleTokenizer(context_length=context_length)
         self.tower = TextTransformer(
             context_length=context_length,

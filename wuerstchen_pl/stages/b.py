@@ -63,6 +63,11 @@ class StageB(Stage):
                 f"stage.diffnext.text_dim={diffnext.text_dim} and stage.text_encoder disagree; "
                 "give both or neither"
             )
+        if text_encoder is not None and text_encoder.weights is None:
+            raise ValueError(
+                "stage.text_encoder.weights=null leaves a frozen text encoder random; name CLIP's "
+                "weights"
+            )
         self.hold_frozen("decoder", decoder)
         self.diffnext = diffnext
         self.compressor = compressor

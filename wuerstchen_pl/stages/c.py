@@ -61,6 +61,11 @@ class StageC(Stage):
                 f"stage.prior.text_dim={prior.text_dim}, but stage.text_encoder.width="
                 f"{text_encoder.width}; set them equal"
             )
+        if not train_text_encoder and text_encoder.weights is None:
+            raise ValueError(
+                "stage.text_encoder.weights=null leaves a frozen text encoder random; name CLIP's "
+                "weights, or set stage.train_text_encoder=true"
+            )
         self.hold_frozen("decoder", decoder)
         self.prior = prior
         if train_text_encoder:
