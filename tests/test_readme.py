@@ -47,7 +47,8 @@ def test_training_commands(arguments: list[str], cascade: Path, tmp_path: Path) 
         arguments = [a.replace("n_trials=4", "n_trials=1") for a in arguments]
     shrink = [a for a in small(stage, tmp_path, steps=2) if a.split("=")[0] not in keys(arguments)]
     if "data=shards" in arguments:
-        tar = next((cascade.parent / "data").glob("*/00000.tar"))
+        tars = (cascade.parent / "data").glob("*/00000.tar")
+        tar = max(tars, key=lambda path: path.stat().st_size)
         arguments = [a for a in arguments if not a.startswith("data.source.urls")]
         shrink = [a for a in shrink if not a.startswith("data.source.limit")]
         shrink += [f"data.source.urls={tar}", "data.num_workers=0"]

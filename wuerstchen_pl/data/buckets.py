@@ -99,8 +99,8 @@ class BucketBatches:
         self.buckets = {size: items for size, items in sorted(buckets.items()) if items}
         if not self.buckets:
             raise ValueError(
-                "data.urls or data.root holds no training sample: "
-                "add samples or lower data.val_fraction."
+                "data.source holds no training sample: "
+                "add samples or lower data.source.val_fraction."
             )
         self.batch_size = batch_size
         self.seed = seed

@@ -1,0 +1,73 @@
+"""Training that cannot go on: one line, the last checkpoint intact, nothing half-written."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_program, small
+from wuerstchen_pl import checkpoint
+
+
+def arguments(cascade: Path, root: Path, *overrides: str) -> list[str]:
+    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    data = f"paths.data={cascade.parent / 'data'}"
+    return [*small("c", root), "checkpoint_every_steps=2", data, *above, *overrides]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    replace = os.replace
+
+    def full(source: str, target: str) -> None:
+        if "step0000004" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert run_program("train", arguments(cascade, tmp_path)) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: checkpoint ")
+    assert said.endswith("could not be written: No space left on device")
+    folder = tmp_path / "default/c/checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step0000002.ckpt"]
+    assert checkpoint.read(checkpoint.find(folder.parent))["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("trainer.precision=bf16-true", "use bf16-mixed or 32-true"),
+        ("validate_every_steps=0", "validate_every_steps=0 is out of range"),
+        ("checkpoint_every_steps=0", "checkpoint_every_steps=0 is out of range"),
+        ("stage.optimizer.lr=-1", "stage.optimizer.lr=-1 learns nothing"),
+        ("data.bucket_multiple=8", "set data.bucket_multiple=16"),
+        ("stage.prior.latent_channels=8", "stage.prior.latent_channels=8"),
+        ("stage.prior.text_dim=99", "stage.prior.text_dim=99"),
+        ("stage.prior.num_heads=5", "num_heads=5 does not divide the width 16"),
+        ("stage.train_text_encoder=false", "leaves a frozen text encoder random"),
+        ("paths.stage_b=nowhere", "train Stage B first"),
+        ("ckpt=nowhere", "nowhere"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_anything_is_written(
+    override: str, sentence: str, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    key = override.split("=")[0]
+    kept = [a for a in arguments(cascade, tmp_path) if a.split("=")[0] != key]
+    assert run_program("train", [*kept, override]) == 1
+    said = capsys.readouterr().err.strip()
+    assert sentence in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "default").exists()
+
+
+def test_starting_weights_are_those_of_the_run_named(cascade: Path, tmp_path: Path) -> None:
+    source = checkpoint.read(checkpoint.find(cascade / "c"))["ema"]["shadow"]
+    slow = arguments(cascade, tmp_path, f"init_from={cascade / 'c'}")
+    slow = [a for a in slow if not a.startswith(("stage.optimizer.lr", "trainer.max_steps"))]
+    assert run_program("train", [*slow, "stage.optimizer.lr=1e-12", "trainer.max_steps=2"]) == 0
+    state = checkpoint.read(checkpoint.find(tmp_path / "default/c"))["state_dict"]
+    assert max(float((state[k] - v).abs().max()) for k, v in source.items()) < 1e-6
