@@ -23,18 +23,19 @@ def test_an_installed_wheel_finds_its_configs(tmp_path: Path) -> None:
     shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "conf").rglob("*.yaml")}
     assert {f"wuerstchen_pl/{name}" for name in shipped} <= set(names)
     commands = next(site.glob("*.dist-info/entry_points.txt")).read_text()
+    environment = {**os.environ, "PYTHONPATH": str(site)}
     for program in ("train", "sample", "evaluate"):
         assert f"wuerstchen-{program} = wuerstchen_pl.{program}:main" in commands
         stage = ["stage=c"] if program == "train" else []
         shown = subprocess.run(
             [sys.executable, "-m", f"wuerstchen_pl.{program}", "--cfg", "job", *stage],
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
+            cwd=tmp_path, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert shown.returncode == 0, shown.stderr
         assert "_target_: wuerstchen_pl." in shown.stdout
     where = "import wuerstchen_pl.cli as c; print(c.conf_dir())"
     found = subprocess.run(
-        [sys.executable, "-c", where], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)},
+        [sys.executable, "-c", where], cwd=tmp_path, env=environment,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == str(site / "wuerstchen_pl/conf")

@@ -238,7 +238,8 @@ def select(found: list[Drawing], groups: Sequence[str] | None, limit: int | None
             f"data.source.limit is {limit}, but data.source.groups={groups} holds {len(kept)} "
             f"drawings: lower data.source.limit to {len(kept)} or set it to null."
         )
-    by_hash = sorted(kept, key=lambda drawing: hashlib.sha256(drawing.key.encode()).digest())
+    # Not of the bare key, by which shards are split: a small choice would be all validation.
+    by_hash = sorted(kept, key=lambda d: hashlib.sha256(f"limit {d.key}".encode()).digest())
     return sorted(by_hash[:limit], key=lambda drawing: drawing.key)
 
 
