@@ -2,12 +2,17 @@
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from tests.conftest import run_program, small
 from wuerstchen_pl import checkpoint
+from wuerstchen_pl.stages.c import StageC
+from wuerstchen_pl.stages.stage import Batch
 
 
 def arguments(cascade: Path, root: Path, *overrides: str) -> list[str]:
@@ -34,6 +39,32 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     folder = tmp_path / "default/c/checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step0000002.ckpt"]
     assert checkpoint.read(checkpoint.find(folder.parent))["global_step"] == 2
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SIGTERMException])
+def test_an_interrupted_run_says_so_and_goes_on(
+    interruption: type[BaseException],
+    cascade: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    step = StageC.training_step
+
+    def interrupted(stage: StageC, batch: Batch, batch_idx: int) -> Tensor:
+        if stage.global_step == 3:
+            raise interruption
+        return step(stage, batch, batch_idx)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(StageC, "training_step", interrupted)
+        assert run_program("train", arguments(cascade, tmp_path)) == 1
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores a second Ctrl-C for good
+    assert "interrupted at step 3; ckpt=auto goes on" in capsys.readouterr().err
+    assert checkpoint.step_of(checkpoint.find(tmp_path / "default/c")) == 2
+    assert run_program("train", arguments(cascade, tmp_path, "ckpt=auto")) == 0
+    assert checkpoint.step_of(checkpoint.find(tmp_path / "default/c")) == 4
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,13 @@ def run(cfg: DictConfig) -> float:
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
-    trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted or trainer.received_sigterm:
-        raise InterruptedError(f"{output_dir} was interrupted; ckpt=auto goes on with it")
+    try:
+        trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to Ctrl-C, and to SIGTERM with exit code 0
+        raise InterruptedError(
+            f"{output_dir} was interrupted at step {trainer.global_step}; ckpt=auto goes on from "
+            "its last checkpoint"
+        ) from stop
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
 
 
