@@ -144,7 +144,8 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if q.device.type != "cpu":
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        # A CPU's backward pass of this takes six times as long in bfloat16 as in float32.
+        # Backward in bfloat16 took 27 ms, in float32 4 ms, at the tiny preset's shapes on a Zen 4
+        # CPU (64 x 6 heads x 36 queries); at 576 queries both took 44 ms.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), dropout_p=dropout
