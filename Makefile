@@ -14,6 +14,7 @@ setup: $(VENV)/.installed ## make .venv and install the package with its tests' 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
+	@echo 'Installing the package into $(VENV): two minutes and 6 GB, torch for the most part.'
 	$(BIN)/pip install --quiet --editable '.[dev,sweep]'
 	@touch $@
 
@@ -38,5 +39,5 @@ format: setup ## mend the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## time the training steps of every preset: benchmarks/
+bench: setup ## time a training step of each network: benchmarks/
 	$(BIN)/python -m scripts.bench

@@ -17,7 +17,6 @@ def train(stage: str, root: Path, above: Path, *overrides: str) -> dict:
     above_keys = [f"paths.stage_{s}={above / s}" for s in "ab"]
     data = f"paths.data={above.parent / 'data'}"
     arguments += ["validate_every_steps=2", "checkpoint_every_steps=1", data, *above_keys]
-    # the perceptual network, dropouts and draws all take part
     assert run_program("train", [*arguments, *overrides]) == 0
     return checkpoint.read(checkpoint.find(root / "default" / stage))
 

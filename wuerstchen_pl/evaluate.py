@@ -34,11 +34,13 @@ METRICS = ("reconstruction", "retrieval")
 
 
 def run(cfg: DictConfig) -> float:
-    """Check, measure, write; returns the validation PSNR of Stage A, or top-5 retrieval."""
+    """Check, measure, write; returns top-5 retrieval, or else Stage A's PSNR."""
     check_config(cfg, READ)
     unknown = sorted(set(cfg.metric) - set(METRICS))
     if unknown or not cfg.metric:
         raise ValueError(f"metric={list(cfg.metric)} is unknown; choose from {', '.join(METRICS)}")
+    if cfg.num_captions < 1:
+        raise ValueError(f"num_captions={cfg.num_captions} draws nothing; use at least 1")
     settings: Settings = hydra.utils.instantiate(cfg.sample)
     folder = output_folder(cfg.output_dir)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +119,6 @@ def retrievals(
         reference, ours = features(pictures), features(drawn)
         found[f"retrieval{suffix}"] = retrieval(ours, reference, own)
         found[f"retrieval{suffix}_shuffled"] = retrieval(ours, reference, shifted(own))
-    found["retrieval_shuffled"] = found.pop("retrieval_shuffled")
     found["retrieval"] |= {"captions": count, "pictures": len(pictures)}
     return found
 
@@ -158,11 +159,19 @@ def pooled_semantic(pipeline: WuerstchenPipeline, pictures: Iterable[Tensor]) ->
 
 
 def write_json(path: Path, results: dict[str, Any]) -> Path:
-    """Write results whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write results whole, or not at all.
+
+    Raises:
+        OSError: if they cannot be written, naming the path.
+    """
     aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(results, indent=2) + "\n")
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     return path
 
 

@@ -50,7 +50,8 @@ def test_p2_weight_has_both_forms(form: str, weight: object) -> None:
     t = torch.tensor([0.1, 0.4, 0.9])
     wanted = torch.tensor([weight(a) for a in SCHEDULE.alpha_bar(t).tolist()])  # type: ignore[operator]
     torch.testing.assert_close(p2_weight(SCHEDULE, t, form), wanted)  # type: ignore[arg-type]
-    snr = SCHEDULE.snr(t)
+    alpha_bar = SCHEDULE.alpha_bar(t)
+    snr = alpha_bar / (1 - alpha_bar)
     if form == "code":  # k = gamma = 1 of Choi et al.
         torch.testing.assert_close(p2_weight(SCHEDULE, t, "code"), 1 / (1 + snr))
 

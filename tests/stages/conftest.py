@@ -26,7 +26,8 @@ CAPTIONS = ["red apple", "green frog", "black bear", "polar bear"]
 def training(lr: float) -> dict:
     """What a stage needs to train."""
     return {
-        "optimizer": partial(torch.optim.AdamW, lr=lr, fused=True),
+        # without decay, which would move a parameter that no gradient reaches
+        "optimizer": partial(torch.optim.AdamW, lr=lr, weight_decay=0.0, fused=True),
         "ema": EMA(decay=0.9),
     }
 

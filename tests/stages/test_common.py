@@ -118,9 +118,7 @@ def test_clipping_bounds_the_gradient(batch: Batch) -> None:
     stage = STAGES["c"]()
     norms = []
     stage.log = lambda name, value, **_: norms.append(float(value)) if "norm" in name else None  # type: ignore[method-assign]
-    stage.on_before_zero_grad = lambda *_: None  # type: ignore[method-assign]
     after = []
-    stage.on_before_optimizer_step = lambda *_: None  # type: ignore[method-assign]
     step = stage.optimizer_step
 
     def measured(*args: object, **kwargs: object) -> None:

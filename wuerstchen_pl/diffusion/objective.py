@@ -14,7 +14,7 @@ def p2_weight(schedule: CosineSchedule, t: Tensor, form: P2Form) -> Tensor:
     """The weight of a time in the loss (Choi et al. 2022, arXiv 2204.00227).
 
     Args:
-        schedule: gives the signal-to-noise ratio of a time.
+        schedule: the noise process.
         t: (B,) time in [0, 1].
         form: ``code``: 1 / (1 + SNR) = 1 - alpha_bar, as released. ``paper``:
             (1 - alpha_bar) / (1 + alpha_bar), as printed. ``none``: 1.

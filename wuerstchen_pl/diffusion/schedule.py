@@ -29,11 +29,6 @@ class CosineSchedule:
         f = torch.cos((t.float() + self.s) / (1 + self.s) * (math.pi / 2)).square()
         return (f / start).clamp(self.min_alpha_bar, self.max_alpha_bar)
 
-    def snr(self, t: Tensor) -> Tensor:
-        """(B,) time in [0, 1] -> (B,) alpha_bar / (1 - alpha_bar)."""
-        alpha_bar = self.alpha_bar(t)
-        return alpha_bar / (1 - alpha_bar)
-
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw x_t ~ q(x_t | x_0) (Ho et al. 2020, arXiv 2006.11239, Eq. 4).
 
@@ -57,6 +52,17 @@ def draw_time(uniform: Tensor) -> Tensor:
     The published code's draw: 7.3 % of the times are exactly 1.
     """
     return (1.08 * (1 - uniform.float()) + 0.001).clamp(0.001, 1.0)
+
+
+def validation_draw(x0: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Times spread evenly over (0, 1), and noise, for a batch of latents: a function of ``seed``.
+
+    Returns:
+        (B,) times and noise as ``x0``; the same in every validation, whatever the device.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    t = (torch.arange(len(x0)) + torch.rand(1, generator=rng)) / len(x0)
+    return t.to(x0.device), torch.randn(x0.shape, generator=rng).to(x0)
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ class Discriminator(nn.Module):
                 [_strided(c_in, c_out), nn.InstanceNorm2d(c_out), nn.LeakyReLU(0.2)]
             )
         self.head = nn.Conv2d(widths[-1], 1, 1)
-        self.size_multiple = 2**depth
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 1, H / 2^depth, W / 2^depth), rounded up."""

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
 from wuerstchen_pl.diffusion.sampler import Method, generators, guided, randn, sample, timesteps
-from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time, validation_draw
 from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.stages.a import StageA
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, drop_captions
 
 
 class StageB(Stage):
@@ -182,8 +182,7 @@ class StageB(Stage):
         semantic = self.encode(images)
         chance, time = torch.rand(rows, 2), torch.rand(rows) * 0.5
         semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), torch.randn_like(semantic))
-        dropped = torch.rand(rows) < self.text_drop_prob
-        captions = ["" if d else c for c, d in zip(batch["caption"], dropped, strict=True)]
+        captions = drop_captions(batch["caption"], self.text_drop_prob)
         t = draw_time(torch.rand(rows)).to(x0.device)
         loss = self.loss(x0, t, torch.randn_like(x0), semantic, self.text(captions))
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -197,9 +196,7 @@ class StageB(Stage):
         images = batch["image"]
         with self.ema.applied(self):
             x0, semantic = self.decoder.encode(images), self.encode(images)
-            rng = torch.Generator().manual_seed(batch_idx)
-            t = ((torch.arange(len(images)) + torch.rand(1, generator=rng)) / len(images)).to(x0)
-            noise = torch.randn(x0.shape, generator=rng).to(x0)
+            t, noise = validation_draw(x0, seed=batch_idx)
             loss = self.loss(x0, t, noise, semantic, self.text(batch["caption"]))
         self.log("val/loss", loss, batch_size=len(images), sync_dist=True)
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
 from wuerstchen_pl.diffusion.sampler import Method, generators, guided, randn, sample, timesteps
-from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time, validation_draw
 from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.stages.b import StageB
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, drop_captions
 
 
 class StageC(Stage):
@@ -148,8 +148,7 @@ class StageC(Stage):
         rows = len(batch["image"])
         with torch.no_grad():
             x0 = self.encode(batch["image"])
-        dropped = torch.rand(rows) < self.caption_drop_prob
-        captions = ["" if d else c for c, d in zip(batch["caption"], dropped, strict=True)]
+        captions = drop_captions(batch["caption"], self.caption_drop_prob)
         t = draw_time(torch.rand(rows)).to(x0.device)
         loss = self.loss(x0, t, torch.randn_like(x0), self.text(captions))
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -163,9 +162,7 @@ class StageC(Stage):
         rows = len(batch["image"])
         with self.ema.applied(self):
             x0 = self.encode(batch["image"])
-            rng = torch.Generator().manual_seed(batch_idx)
-            t = ((torch.arange(rows) + torch.rand(1, generator=rng)) / rows).to(x0)
-            noise = torch.randn(x0.shape, generator=rng).to(x0)
+            t, noise = validation_draw(x0, seed=batch_idx)
             loss = self.loss(x0, t, noise, self.text(batch["caption"]))
         self.log("val/loss", loss, batch_size=rows, sync_dist=True)
 

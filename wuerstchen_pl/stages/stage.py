@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import lightning as L
@@ -15,6 +15,12 @@ Batch = dict[str, Any]
 """The batch of ``data/datamodule.py``: ``image`` (B, 3, H, W) in [0, 1], ``caption`` list[str]."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def drop_captions(captions: Sequence[str], prob: float) -> list[str]:
+    """Replace each caption by the empty one with probability ``prob``; draws a number for each."""
+    dropped = torch.rand(len(captions)) < prob
+    return ["" if d else c for c, d in zip(captions, dropped, strict=True)]
 
 
 class WarmupCosine:
