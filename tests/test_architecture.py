@@ -11,23 +11,30 @@ import wuerstchen_pl
 PACKAGE = Path(wuerstchen_pl.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-ENTRY_POINTS = {"train", "sample", "evaluate", "cache", "convert"}
-# A layer is a folder or a file of the package; what it may import besides itself. `callbacks.grids`
-# turns tensors into pictures, which the entry points write as PNG.
+ENTRY_POINTS = {"train", "sample", "evaluate", "cache", "convert", "export"}
+# A layer is a folder or a file of the package; what it may import besides itself.
 SHARED = {"cli", "config"}
-BELOW_ENTRY_POINTS = {"pipeline", "stages", "metrics", "checkpoint", "layouts", "callbacks.grids"}
+BELOW_ENTRY_POINTS = {
+    "pipeline",
+    "stages",
+    "metrics",
+    "checkpoint",
+    "layouts",
+    "sampling",
+    "models",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: SHARED | BELOW_ENTRY_POINTS for name in ENTRY_POINTS},
     "cli": {"config"},
     "config": set(),
-    "pipeline": {"stages", "checkpoint", "diffusion", "models"},
-    "stages": {"models", "diffusion", "ema", "checkpoint"},
+    "pipeline": {"sampling", "layouts", "checkpoint", "diffusion", "models"},
+    "layouts": {"checkpoint", "models"},
+    "stages": {"sampling", "models", "diffusion", "ema", "checkpoint"},
+    "sampling": {"models", "diffusion"},
     "checkpoint": {"models"},
-    **{
-        name: set()
-        for name in ("layouts", "models", "diffusion", "data", "metrics", "ema", "callbacks")
-    },
-    "__init__": set(),
+    "callbacks": {"sampling.pictures"},
+    **{name: set() for name in ("models", "diffusion", "data", "metrics", "ema")},
+    "__init__": {"pipeline", "sampling"},
 }
 
 

@@ -1,14 +1,12 @@
 """Our networks and noise process against the authors' code, number by number."""
 
-import json
-from pathlib import Path
+import re
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from wuerstchen_pl import layouts
+from tests.golden_files import golden, load
 from wuerstchen_pl.diffusion.objective import p2_weight
 from wuerstchen_pl.diffusion.sampler import ddim_step, ddpm_step
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
@@ -16,19 +14,6 @@ from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.discriminator import Discriminator
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.vqgan import VQGAN
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def golden(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    """The authors' arguments, the weights, and the inputs and outputs of a reference file."""
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config = json.loads(file.metadata()["config"])
-    weights = {
-        k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
-    }
-    return config, weights, {k: v for k, v in tensors.items() if not k.startswith("weights.")}
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -42,8 +27,8 @@ def prior() -> tuple[Prior, dict[str, Tensor]]:
         latent_channels=c["c_in"], width=c["c"], depth=c["depth"], num_heads=c["nhead"],
         text_dim=c["c_cond"], time_dim=c["c_r"],
     )  # fmt: skip
-    net.load_state_dict(layouts.prior_from_original(weights))
-    return net.eval(), io
+    load(net, {}, weights)
+    return net, io
 
 
 @torch.no_grad()
@@ -63,21 +48,24 @@ def test_prior_reads_every_input(prior: tuple[Prior, dict[str, Tensor]], changed
 @pytest.fixture(scope="module")
 def diffnext() -> tuple[DiffNeXt, dict[str, Tensor]]:
     c, weights, io = golden("stage_b_diffnext")
+    shape = {
+        "num_blocks": c["blocks"], "num_heads": [n if n > 0 else None for n in c["nhead"]],
+    }  # fmt: skip
     net = DiffNeXt(
         latent_channels=c["c_in"], semantic_channels=c["effnet_embd"],
-        patch_size=c["patch_size"], widths=c["c_hidden"], num_blocks=c["blocks"],
-        num_heads=[n if n > 0 else None for n in c["nhead"]],
+        patch_size=c["patch_size"], widths=c["c_hidden"],
         inject_semantic=c["inject_effnet"], cond_dim=c["c_cond"], text_dim=c["clip_embd"],
-        time_dim=c["c_r"],
+        time_dim=c["c_r"], **shape,
     )  # fmt: skip
-    net.load_state_dict(layouts.diffnext_from_original(weights))
-    return net.eval(), io
+    load(net, shape, weights)
+    return net, io
 
 
 @torch.no_grad()
 def test_diffnext_equals_the_published_one(diffnext: tuple[DiffNeXt, dict[str, Tensor]]) -> None:
     net, io = diffnext
-    a, b = net.heads(io["x"], io["r"], io["effnet"], io["clip"])
+    size = (io["x"].shape[-2], io["x"].shape[-1])
+    a, b = net.heads(io["x"], net.inputs(io["r"], io["effnet"], io["clip"], size))
     close(a, io["a"])
     close(b, io["b"])
     close(net(io["x"], io["r"], io["effnet"], io["clip"]), io["out"])
@@ -101,8 +89,7 @@ def test_vqgan_equals_the_published_one() -> None:
         latent_channels=c["c_latent"], codebook_size=c["codebook_size"],
         scale_factor=c["scale_factor"],
     )  # fmt: skip
-    net.load_state_dict(layouts.vqgan_from_original(weights, scale_factor=c["scale_factor"]))
-    net.eval()
+    load(net, {"levels": c["levels"], "bottleneck_blocks": c["bottleneck_blocks"]}, weights)
     close(net.encode(io["x"]), io["latents"])
     quantized = net.quantizer(net.features(io["x"]))
     assert torch.equal(quantized.indices, io["indices"])
@@ -117,7 +104,14 @@ def test_vqgan_equals_the_published_one() -> None:
 def test_discriminator_equals_the_published_one() -> None:
     c, weights, io = golden("stage_a_discriminator")
     net = Discriminator(width=c["c_hidden"], depth=c["depth"])
-    net.load_state_dict(layouts.discriminator_from_original(weights))
+    for pattern, name in (  # torch's older spectral norm -> its newer one
+        (r"\.weight_orig$", ".parametrizations.weight.original"),
+        (r"\.weight_u$", ".parametrizations.weight.0._u"),
+        (r"\.weight_v$", ".parametrizations.weight.0._v"),
+        (r"^shuffle\.", "head."),
+    ):
+        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
+    net.load_state_dict(weights)
     close(net.eval()(io["x"]), io["out"])
 
 

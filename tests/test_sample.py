@@ -150,16 +150,28 @@ def test_a_sweeps_pictures_do_not_overwrite_each_other(draw: Draw, out: Path) ->
     assert told == ["ddpm", "ddim"]
 
 
+def test_the_end_of_a_long_prompt_is_cut_off_and_told(draw: Draw, out: Path) -> None:
+    with pytest.warns(UserWarning, match="reads 16 tokens; cut off: 'frog frog"):
+        assert draw("prompt=" + "frog " * 20) == 0
+    assert len(pictures(out)) == 1
+
+
+def test_a_size_between_steps_is_drawn_and_cropped(draw: Draw, out: Path) -> None:
+    with pytest.warns(UserWarning, match="64 x 80 px are drawn, and cropped"):
+        assert draw("prompt=frog", "height=60", "width=70") == 0
+    with Image.open(pictures(out)[0]) as picture:
+        assert picture.size == (70, 60)
+
+
 # Bad input
 
 
 BAD = {
     "empty prompt": (["prompt="], "holds no word"),
     "no prompt": ([], "no prompt; set prompt="),
-    "long prompt": (["prompt=" + "frog " * 600], "tokens with start and end"),
     "emoji": (["prompt=🐸🐸"], "holds no word"),
     "not UTF-8": (["prompt=fr\udcffog"], "is no text in UTF-8"),
-    "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use a multiple of 16"),
+    "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use 16 to 4096"),
     "height": (["prompt=a", "height=1000003"], "height=1000003 cannot be drawn"),
     "fraction": (["prompt=a", "height=64.5"], "height is 64.5, and must be int"),
     "word": (["prompt=a", "width=wide"], "width is 'wide', and must be int"),

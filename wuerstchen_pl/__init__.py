@@ -1,1 +1,18 @@
 """Train, fine-tune, sample and evaluate the Wuerstchen text-to-image cascade."""
+
+from typing import Any
+
+__all__ = ["DEFAULT_STAGE_C_TIMESTEPS", "WuerstchenPipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the pipeline when it is asked for: the commands' help does without."""
+    if name == "WuerstchenPipeline":
+        from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
+
+        return WuerstchenPipeline
+    if name == "DEFAULT_STAGE_C_TIMESTEPS":
+        from wuerstchen_pl.sampling.prior import DEFAULT_STAGE_C_TIMESTEPS
+
+        return DEFAULT_STAGE_C_TIMESTEPS
+    raise AttributeError(f"module 'wuerstchen_pl' has no attribute {name!r}")

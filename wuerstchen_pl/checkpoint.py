@@ -28,6 +28,7 @@ BUILDABLE = frozenset(
         "models.compressor.EfficientNet",
         "models.compressor.SemanticCompressor",
         "models.diffnext.DiffNeXt",
+        "models.paella.Paella",
         "models.discriminator.Discriminator",
         "models.prior.Prior",
         "models.text.TextEncoder",
@@ -53,6 +54,11 @@ def find(run: str | Path) -> Path:
         missing = "holds no checkpoint" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {missing}")
     return max(found, key=step_of)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is that of a run's folder, or of a checkpoint in one."""
+    return Path(path).suffix == ".ckpt" or (Path(path) / "checkpoints").is_dir()
 
 
 def step_of(path: Path) -> int:

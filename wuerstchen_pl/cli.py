@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Call
     @functools.wraps(run)
     def guarded(cfg: DictConfig) -> float | None:
         # Hydra would announce an exception of its task in a line of its own, but lets an exit pass.
-        with _environment(None), one_line_errors():
+        with _environment(None), one_line_errors(), one_line_warnings():
             return run(cfg)
 
     composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)
@@ -131,6 +132,17 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Print a warning without the place in the code that it came from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def explain(error: BaseException) -> str:

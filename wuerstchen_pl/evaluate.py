@@ -18,7 +18,9 @@ from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.metrics.reconstruction import reconstruction
 from wuerstchen_pl.metrics.retrieval import pooled_pixels, retrieval, shifted
-from wuerstchen_pl.pipeline import Settings, WuerstchenPipeline
+from wuerstchen_pl.models.vqgan import codebook_use
+from wuerstchen_pl.pipeline.draw import Settings, draw
+from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
 
 READ: Mapping[str, Any] = {
     "model": str,
@@ -41,13 +43,14 @@ def run(cfg: DictConfig) -> float:
         raise ValueError(f"metric={list(cfg.metric)} is unknown; choose from {', '.join(METRICS)}")
     if cfg.num_captions < 1:
         raise ValueError(f"num_captions={cfg.num_captions} draws nothing; use at least 1")
-    settings: Settings = hydra.utils.instantiate(cfg.sample)
+    settings: Settings = hydra.utils.instantiate(cfg.sample, _convert_="all")
     folder = output_folder(cfg.output_dir)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = WuerstchenPipeline.from_pretrained(cfg.model, device=device, bf16=cfg.bf16)
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    pipeline = WuerstchenPipeline.from_pretrained(cfg.model, device=device, torch_dtype=dtype)
     data = run_data(Path(cfg.model))
 
-    results: dict[str, Any] = {"model": str(cfg.model), "stage_c": pipeline.stage_c.source}
+    results: dict[str, Any] = {"model": str(cfg.model), "stage_c": pipeline.source}
     if "reconstruction" in cfg.metric:
         results |= reconstructions(pipeline, data, settings)
     if "retrieval" in cfg.metric:
@@ -85,16 +88,40 @@ def reconstructions(
     def pairs(split: str, stage: str) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in tqdm(data.in_order(split), desc=f"stage {stage}, {split}", unit="batch"):
             images = batch["image"]
-            steps = settings.decoder_steps
-            yield images, pipeline.reconstruct(images, stage=stage, decoder_steps=steps)
+            if stage == "a":
+                yield images, autoencoded(pipeline, images)
+            else:
+                yield images, pipeline.reconstruct(
+                    images, seed=0, num_inference_steps=settings.decoder_steps, output_type="pt",
+                    return_dict=False, progress=False,
+                ).cpu()  # fmt: skip
 
     found = {}
     for stage in ("a", "b"):
         found[f"stage_{stage}"] = reconstruction(pairs("val", stage))
         found[f"stage_{stage}_train"] = reconstruction(pairs("train", stage))
     images = (batch["image"] for batch in data.in_order("train"))
-    found["codebook"] = pipeline.codebook_use(images)
+    found["codebook"] = codes_used(pipeline, images)
     return found
+
+
+@torch.no_grad()
+def autoencoded(pipeline: WuerstchenPipeline, images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> the same through Stage A, unquantized as Stage B's latents are."""
+    vqgan = pipeline.decoder.vqgan
+    return vqgan.decode(vqgan.encode(images.to(pipeline.place.device))).clamp(0, 1).cpu()
+
+
+@torch.no_grad()
+def codes_used(pipeline: WuerstchenPipeline, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Pictures, (B, 3, H, W) in [0, 1] each -> perplexity, dead codes and size of the book."""
+    vqgan = pipeline.decoder.vqgan
+    uses = torch.zeros(vqgan.quantizer.codebook.num_embeddings)
+    for images in batches:
+        indices = vqgan.quantizer.indices(vqgan.features(images.to(pipeline.place.device)))
+        uses += torch.bincount(indices.flatten().cpu(), minlength=len(uses))
+    perplexity, dead = codebook_use(uses)
+    return {"perplexity": float(perplexity), "dead": float(dead), "codes": len(uses)}
 
 
 def retrievals(
@@ -138,7 +165,8 @@ def draw_like(
     drawn: dict[int, Tensor] = {}
     with tqdm(total=len(chosen), desc="drawing captions", unit="picture") as bar:
         for (height, width), indices in by_size.items():
-            images = pipeline(
+            images = draw(
+                pipeline,
                 [captions[i] for i in indices],
                 seeds=[seed + i for i in indices],
                 height=height,

@@ -16,13 +16,15 @@ from omegaconf import DictConfig, ListConfig
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from wuerstchen_pl.callbacks.grids import to_pil
 from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
-from wuerstchen_pl.pipeline import Settings, WuerstchenPipeline
+from wuerstchen_pl.pipeline.draw import Settings, draw
+from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
+from wuerstchen_pl.sampling.pictures import to_pil
 
 READ: Mapping[str, Any] = {
     "model": str,
+    "prior": str | None,
     "prompt": Any,  # a number is a prompt as well
     "prompts": str | None,
     "count": int,
@@ -43,20 +45,30 @@ def run(cfg: DictConfig) -> None:
     """Check, draw, write."""
     check_config(cfg, READ)
     prompts = read_prompts(cfg.prompt, cfg.prompts)
-    settings: Settings = hydra.utils.instantiate(cfg.sample)
+    settings: Settings = hydra.utils.instantiate(cfg.sample, _convert_="all")
     if not 1 <= cfg.count <= MOST:
         raise ValueError(f"count={cfg.count} is out of range; use 1 to {MOST}")
     if not 0 <= cfg.seed < 2**63 - MOST:
         raise ValueError(f"seed={cfg.seed} is out of range; use 0 to {2**63 - MOST - 1}")
     folder = output_folder(cfg.output_dir)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = WuerstchenPipeline.from_pretrained(cfg.model, device=device, bf16=cfg.bf16)
+    pipeline = WuerstchenPipeline.from_pretrained(
+        cfg.model,
+        prior=cfg.prior,
+        device=device,
+        torch_dtype=torch.bfloat16 if cfg.bf16 else torch.float32,
+    )
     wanted = [(prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.count)]
     texts, seeds = [p for p, _ in wanted], [s for _, s in wanted]
-    pipeline.check(texts, cfg.height, cfg.width)
+    for prompt in prompts:
+        pipeline.prior.text_encoder.check(prompt)
+    pipeline.drawn_size(cfg.height, cfg.width)
 
-    drawn = pipeline(texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings)
-    shared = {"model": str(cfg.model), "model_sha256": (pipeline.stage_c.source or {})["sha256"]}
+    drawn = draw(
+        pipeline, texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings
+    )
+    shared = {"model": str(cfg.model), **_sha256(pipeline)}
+    shared |= {} if cfg.prior is None else {"prior": cfg.prior}
     shared |= {"height": cfg.height, "width": cfg.width, "bf16": cfg.bf16, **vars(settings)}
     pictures: list[torch.Tensor] = []
     with tqdm(total=len(wanted), unit="picture") as bar:
@@ -68,6 +80,10 @@ def run(cfg: DictConfig) -> None:
     if cfg.grid and len(pictures) > 1:
         write_png(folder / "grid.png", tile(pictures, columns=cfg.count), {})
     print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {folder}")
+
+
+def _sha256(pipeline: WuerstchenPipeline) -> dict[str, str]:
+    return {} if pipeline.source is None else {"model_sha256": pipeline.source["sha256"]}
 
 
 def read_prompts(prompt: Any, prompts: str | None) -> list[str]:

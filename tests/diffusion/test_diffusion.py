@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from wuerstchen_pl.diffusion.guidance import Guidance
 from wuerstchen_pl.diffusion.objective import noise_error, p2_weight
-from wuerstchen_pl.diffusion.sampler import generators, guided, randn, sample, timesteps
+from wuerstchen_pl.diffusion.sampler import (
+    check_times,
+    generators,
+    randn,
+    sample,
+    seeded,
+    timesteps,
+)
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
 
 SCHEDULE = CosineSchedule()
@@ -71,12 +79,14 @@ def test_a_perfect_denoiser_leads_to_the_data(method: str) -> None:
     x0 = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     rngs = generators([1, 2, 3])
 
-    def denoise(xt: Tensor, t: Tensor) -> Tensor:  # the noise that leads from x0 to xt
-        alpha_bar = SCHEDULE.alpha_bar(t).view(-1, 1, 1, 1)
+    times = timesteps(10)
+
+    def denoise(xt: Tensor, i: int) -> Tensor:  # the noise that leads from x0 to xt
+        alpha_bar = SCHEDULE.alpha_bar(torch.tensor(times[i]))
         return (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
 
-    noise = randn(x0.shape[1:], rngs, CPU)
-    out = sample(denoise, noise, timesteps(10), rngs, schedule=SCHEDULE, method=method)
+    noise = randn(x0.shape, rngs, CPU)
+    out = sample(denoise, noise, times, rngs, schedule=SCHEDULE, method=method)
     # the clamped end of the schedule leaves noise of std 0.01
     torch.testing.assert_close(out, x0, atol=5e-2, rtol=0)
 
@@ -85,35 +95,89 @@ def test_ddpm_keeps_the_variance_of_standard_normal_data() -> None:
     # For x0 ~ N(0, 1) the best prediction of the noise is sqrt(1 - alpha_bar) x_t.
     rngs = generators(range(4))
 
-    def denoise(xt: Tensor, t: Tensor) -> Tensor:
-        return (1 - SCHEDULE.alpha_bar(t)).sqrt().view(-1, 1, 1, 1) * xt
+    times = timesteps(200)
 
-    noise = randn((8, 32, 32), rngs, CPU)
-    out = sample(denoise, noise, timesteps(200), rngs, schedule=SCHEDULE)
+    def denoise(xt: Tensor, i: int) -> Tensor:
+        return (1 - SCHEDULE.alpha_bar(torch.tensor(times[i]))).sqrt() * xt
+
+    noise = randn((4, 8, 32, 32), rngs, CPU)
+    out = sample(denoise, noise, times, rngs, schedule=SCHEDULE)
     assert float(out.std()) == pytest.approx(1, abs=0.03)
 
 
-def test_guidance_of_one_is_the_conditional_prediction_and_asks_nothing_else() -> None:
-    asked = []
+def test_guidance_goes_from_the_unconditional_prediction_through_the_conditional_one() -> None:
+    conditional, unconditional = torch.full((1, 2), 2.0), torch.full((1, 2), -1.0)
+    guided = Guidance(scale=3.0).combine(conditional, unconditional)
+    assert torch.equal(guided, torch.full((1, 2), 8.0))  # -1 + 3 * 3
 
-    def conditional(xt: Tensor, t: Tensor) -> Tensor:
-        return xt * 2
 
-    def unconditional(xt: Tensor, t: Tensor) -> Tensor:
-        asked.append(t)
-        return xt * -1
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_guidance_up_to_one_is_none(scale: float) -> None:
+    assert not Guidance(scale=scale).on
 
-    x, t = torch.ones(1, 2), torch.ones(1)
-    assert torch.equal(guided(conditional, unconditional, 1.0)(x, t), x * 2)
-    assert not asked
-    # uncond + w (cond - uncond) = -1 + 3 * 3
-    assert torch.equal(guided(conditional, unconditional, 3.0)(x, t), x * 8)
-    assert len(asked) == 1
+
+def test_guidance_keeps_to_its_interval() -> None:
+    guidance = Guidance(scale=4.0, interval=(0.2, 0.8))
+    assert [guidance.at(t) for t in (0.1, 0.2, 0.5, 0.8, 0.9)] == [False, True, True, True, False]
+    assert not Guidance(scale=1.0, interval=(0.2, 0.8)).at(0.5)
+
+
+def test_rescaled_guidance_has_the_conditional_predictions_deviation() -> None:
+    conditional, unconditional = torch.randn(
+        2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)
+    )
+    axes = (1, 2, 3)
+    plain = Guidance(scale=7.0).combine(conditional, unconditional)
+    whole = Guidance(scale=7.0, rescale=1.0).combine(conditional, unconditional)
+    half = Guidance(scale=7.0, rescale=0.5).combine(conditional, unconditional)
+    torch.testing.assert_close(whole.std(axes), conditional.std(axes))
+    torch.testing.assert_close(half, (plain + whole) / 2)
+    assert (plain.std(axes) > 3 * conditional.std(axes)).all()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"scale": -1.0}, "guidance_scale=-1.0 is out of range"),
+        ({"scale": 101.0}, "guidance_scale=101.0 is out of range"),
+        ({"rescale": 1.5}, "guidance_rescale=1.5 is out of range"),
+        ({"interval": (0.5, 0.5)}, "is empty"),
+    ],
+)
+def test_guidance_out_of_range_is_refused(argument: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Guidance(**argument)
 
 
 def test_noise_of_a_picture_is_its_seeds_alone() -> None:
-    together = randn((2, 3), generators([4, 5]), CPU)
-    assert torch.equal(together[1:], randn((2, 3), generators([5]), CPU))
+    together = randn((2, 2, 3), generators([4, 5]), CPU)
+    assert torch.equal(together[1:], randn((1, 2, 3), generators([5]), CPU))
+
+
+def test_one_generator_draws_for_the_whole_batch() -> None:
+    rng = torch.Generator().manual_seed(4)
+    wanted = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(randn((2, 2, 3), rng, CPU), wanted)
+
+
+def test_a_wrong_number_of_generators_or_seeds_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 generators for 3 pictures"):
+        randn((3, 2), generators([1, 2]), CPU)
+    with pytest.raises(ValueError, match="2 seeds for 3 pictures"):
+        seeded([1, 2], None, 3)
+    with pytest.raises(ValueError, match="seed and generator are both given"):
+        seeded(1, generators([1]), 1)
+
+
+def test_a_seed_is_that_of_the_first_picture() -> None:
+    first, second = (rng.initial_seed() for rng in seeded(7, None, 2) or [])
+    assert (first, second) == (7, 8)
+
+
+@pytest.mark.parametrize("times", [[], [1.0], [0.5, 0.5], [0.2, 0.4], [1.5, 0.0], [1.0, -0.1]])
+def test_times_that_do_not_fall_from_1_to_0_are_refused(times: list[float]) -> None:
+    with pytest.raises(ValueError, match="cannot be followed"):
+        check_times(times)
 
 
 def test_no_step_at_all_is_refused() -> None:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import lightning as L
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from wuerstchen_pl.sampling.pictures import to_pil
 
 LABEL_HEIGHT = 16
 GAP = 2
@@ -31,12 +32,6 @@ def draw_grid(columns: dict[str, Tensor]) -> Image.Image:
             corner = (i * column_width, LABEL_HEIGHT + j * (height + GAP))
             canvas.paste(to_pil(picture), corner)
     return canvas
-
-
-def to_pil(picture: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] -> an RGB picture, rounded to 8 bits."""
-    pixels = (picture.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 class Grids(L.Callback):

@@ -1,11 +1,11 @@
 """Sampling: from noise to latents with a denoiser, by DDPM or DDIM steps.
 
-A denoiser is any callable (x_t, t) -> predicted noise. Every picture has a generator of its own, so
-that it does not depend on the others in its batch.
+A denoiser is any callable (x_t, i) -> the noise predicted at the i-th time. With a generator for
+each picture, a picture does not depend on the others in its batch.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, expand
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, int], Tensor]
 Method = Literal["ddpm", "ddim"]
+Generator = torch.Generator | list[torch.Generator] | None
+"""Of all pictures of a batch together, of each picture, or torch's own."""
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -22,26 +24,37 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def randn(
-    shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device
-) -> Tensor:
-    """(B, *shape) standard normal, row b from generator b."""
-    rows = [torch.randn(tuple(shape), generator=generator) for generator in generators]
-    return torch.stack(rows).to(device)
+def seeded(seed: int | Sequence[int] | None, generator: Generator, number: int) -> Generator:
+    """``generator``, or one for each of ``number`` pictures.
 
-
-def guided(conditional: Denoiser, unconditional: Denoiser | None, scale: float) -> Denoiser:
-    """Classifier-free guidance: uncond + scale (cond - uncond) (Ho & Salimans 2022).
-
-    A scale of 1, or no unconditional denoiser, is the conditional prediction alone.
+    Raises:
+        ValueError: if both are given, or too few seeds.
     """
-    if unconditional is None or scale == 1:
-        return conditional
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("seed and generator are both given; give one of them")
+    seeds = range(seed, seed + number) if isinstance(seed, int) else list(seed)
+    if len(seeds) != number:
+        raise ValueError(f"{len(seeds)} seeds for {number} pictures; give one for each")
+    return generators(seeds)
 
-    def denoise(xt: Tensor, t: Tensor) -> Tensor:
-        return torch.lerp(unconditional(xt, t), conditional(xt, t), scale)
 
-    return denoise
+def randn(shape: Sequence[int], generator: Generator, device: torch.device) -> Tensor:
+    """Standard normal float32 of ``shape`` (B, ...), drawn where the generator is.
+
+    Raises:
+        ValueError: if there is a list of generators, and not one for each of B.
+    """
+    if not isinstance(generator, list):
+        drawn_on = generator.device if generator is not None else torch.device("cpu")
+        return torch.randn(tuple(shape), generator=generator, device=drawn_on).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(
+            f"{len(generator)} generators for {shape[0]} pictures; give one for each, or one in all"
+        )
+    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
+    return torch.stack(rows).to(device)
 
 
 def ddpm_step(
@@ -71,36 +84,52 @@ def ddim_step(
     return schedule.add_noise(schedule.predict_x0(xt, t, pred), t_next, pred)
 
 
-def timesteps(num_steps: int, start: float = 1.0) -> list[float]:
-    """``num_steps`` + 1 equally spaced times from ``start`` down to 0.
+def timesteps(num_steps: int) -> list[float]:
+    """``num_steps`` + 1 equally spaced times from 1 down to 0.
 
     Raises:
         ValueError: unless ``num_steps`` is at least 1.
     """
     if num_steps < 1:
         raise ValueError(f"steps={num_steps} draws nothing; use at least 1")
-    return torch.linspace(start, 0, num_steps + 1).tolist()
+    return torch.linspace(1, 0, num_steps + 1).tolist()
+
+
+def check_times(times: Sequence[float]) -> list[float]:
+    """Times that can be sampled along.
+
+    Raises:
+        ValueError: unless there are two or more, falling, within [0, 1].
+    """
+    found = [float(t) for t in times]
+    falling = all(now > then for now, then in itertools.pairwise(found))
+    if len(found) < 2 or not falling or not 0 <= found[-1] < found[0] <= 1:
+        shown = f"{found[:4]}{'...' if len(found) > 4 else ''}"
+        raise ValueError(f"timesteps={shown} cannot be followed; use falling ones from 1 to 0")
+    return found
 
 
 @torch.no_grad()
 def sample(
     denoise: Denoiser,
-    noise: Tensor,
+    x: Tensor,
     times: Sequence[float],
-    generators: Sequence[torch.Generator],
+    generator: Generator,
     *,
     schedule: CosineSchedule,
     method: Method = "ddpm",
+    on_step: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Follow ``denoise`` from ``noise`` along ``times``.
+    """Follow ``denoise`` from ``x`` along ``times``.
 
     Args:
         denoise: the denoiser, guided or not.
-        noise: (B, C, h, w) latents at ``times[0]``.
+        x: (B, C, h, w) latents at ``times[0]``.
         times: falling, from the start to 0.
-        generators: one per picture, for the noise of DDPM steps.
+        generator: of the noise of DDPM steps.
         schedule: the noise process.
         method: ``ddpm`` or ``ddim``.
+        on_step: called after step i with i and x at ``times[i + 1]``; returns x to go on from.
 
     Returns:
         (B, C, h, w) latents at ``times[-1]``.
@@ -110,13 +139,13 @@ def sample(
     """
     if method not in ("ddpm", "ddim"):
         raise ValueError(f"sampler={method!r} is unknown; use 'ddpm' or 'ddim'")
-    x = noise
-    for now, then in pairwise(times):
+    for i, (now, then) in enumerate(itertools.pairwise(times)):
         t, t_next = (torch.full((len(x),), v, device=x.device) for v in (now, then))
-        pred = denoise(x, t)
+        pred = denoise(x, i)
         if method == "ddpm":
-            fresh = randn(x.shape[1:], generators, x.device)
-            x = ddpm_step(schedule, x, t, t_next, pred, fresh)
+            x = ddpm_step(schedule, x, t, t_next, pred, randn(x.shape, generator, x.device))
         else:
             x = ddim_step(schedule, x, t, t_next, pred)
+        if on_step is not None:
+            x = on_step(i, x)
     return x

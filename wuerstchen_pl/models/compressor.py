@@ -38,8 +38,15 @@ class SemanticCompressor(nn.Module):
         self.resize = resize
         self.mapper = nn.Conv2d(backbone.channels, latent_channels, 1, bias=False)
         self.norm = nn.BatchNorm2d(latent_channels)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        # on the CPU: a network that is built on the meta device gets them from no file
+        mean, std = (torch.tensor(v, device="cpu") for v in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("mean", mean[:, None, None], persistent=False)
+        self.register_buffer("std", std[:, None, None], persistent=False)
+
+    @property
+    def resolution_multiple(self) -> float:
+        """Pixels per semantic position: 42.67 as published."""
+        return self.backbone.stride / self.resize
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size at which a picture of (height, width) pixels is seen."""
@@ -54,7 +61,8 @@ class SemanticCompressor(nn.Module):
         """(B, 3, H, W) in [0, 1] -> (B, latent_channels, *latent_size(H, W)) float32."""
         size = self.resized(*images.shape[-2:])
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        images = (images - self.mean.to(images)) / self.std.to(images)
+        images = images.to(self.mapper.weight.dtype).contiguous(memory_format=torch.channels_last)
         return self.norm(self.mapper(self.backbone(images)).float())
 
 

@@ -4,14 +4,22 @@ Wuerstchen (arXiv 2306.00637), section 3.2; published as ``DiffNeXt`` in dome272
 A U-shaped net: each level adds the semantic latents, brought to its resolution, to every block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_pl.models.layers import Block, LayerNorm2d, time_embedding, xavier_init
+from wuerstchen_pl.models.layers import (
+    Block,
+    Digest,
+    Inputs,
+    LayerNorm2d,
+    digest,
+    time_embedding,
+    xavier_init,
+)
 
 
 def match_size(semantic: Tensor, size: tuple[int, int]) -> Tensor:
@@ -54,27 +62,29 @@ class Level(nn.Module):
                 time_dim=time_dim,
                 cond_dim=text_dim,
                 num_heads=num_heads,
-                skip_channels=(skip_dim if j == 0 else 0) + (semantic_dim or 0),
+                skip_channels=skip_dim if j == 0 else 0,
+                semantic_channels=semantic_dim or 0,
                 dropout=dropout,
             )
             for j in range(num_blocks)
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        semantic: Tensor,
-        text: Tensor | None,
-        skip: Tensor | None = None,
-    ) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); ``skip`` (B, skip_dim, H, W) enters the first block."""
+    def inputs(
+        self, time: Tensor, semantic: Tensor, text: Tensor | None, size: tuple[int, int]
+    ) -> list[Inputs]:
+        """What each block reads; the semantic latents are brought to ``size``, the level's."""
         mapped = None
         if self.semantic_mapper is not None:
-            mapped = self.semantic_mapper(match_size(semantic, (x.shape[-2], x.shape[-1])))
+            resized = match_size(semantic, size).to(self.semantic_mapper.weight.dtype)
+            mapped = self.semantic_mapper(resized.contiguous(memory_format=torch.channels_last))
+        return [Inputs(time, text, mapped)] * len(self.blocks)
+
+    def forward(
+        self, x: Tensor, given: Iterator[Inputs | Digest], skip: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W); ``skip`` (B, skip_dim, H, W) enters the first block."""
         for j, block in enumerate(self.blocks):
-            extra = [e for e in (skip if j == 0 else None, mapped) if e is not None]
-            x = block(x, time, text, torch.cat(extra, dim=1) if extra else None)
+            x = block(x, next(given), skip if j == 0 else None)
         return x
 
 
@@ -179,31 +189,60 @@ class DiffNeXt(nn.Module):
         """Height and width of the latents must be multiples of it."""
         return self.patch_size * 2 ** len(self.downsample)
 
-    def heads(
-        self, xt: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The two heads a and b, (B, C, H, W) float32 each; arguments as in ``forward``."""
+    def inputs(
+        self, t: Tensor, semantic: Tensor, text: Tensor | None, size: tuple[int, int]
+    ) -> list[Inputs]:
+        """What each block reads, from the first level down to the last one up.
+
+        Args:
+            t: (B,) or (T,) times in [0, 1].
+            semantic: (B, S, h, w) semantic latents of any resolution.
+            text: (B, L, D) text states, or none.
+            size: (H, W) of the noised latents.
+        """
         time = time_embedding(t, self.time_dim)
         if self.text_mapper is not None and text is not None:
-            text = F.layer_norm(self.text_mapper(text), (self.cond_dim,), eps=1e-6)
-        x = F.pixel_unshuffle(xt, self.patch_size).contiguous(memory_format=torch.channels_last)
-        x = self.stem_norm(self.stem(x))
+            text = self.text_mapper(text.to(self.text_mapper.weight.dtype))
+            text = F.layer_norm(text, (self.cond_dim,), eps=1e-6)
+        folds = [self.patch_size * 2**i for i in range(len(self.down))]
+        found: list[Inputs] = []
+        for level, fold in zip([*self.down, *self.up], [*folds, *reversed(folds)], strict=True):
+            found += level.inputs(time, semantic, text, (size[0] // fold, size[1] // fold))
+        return found
 
+    def digest(
+        self, times: Tensor, semantic: Tensor, text: Tensor | None, size: tuple[int, int]
+    ) -> list[Digest]:
+        """What each block needs of (T,) times to come and the rest, as of ``inputs``."""
+        blocks = [block for level in (*self.down, *self.up) for block in level.blocks]
+        return digest(blocks, self.inputs(times, semantic, text, size))
+
+    def heads(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> tuple[Tensor, Tensor]:
+        """The two heads a and b, (B, C, H, W) float32 each; arguments as of ``step``."""
+        x = F.pixel_unshuffle(xt.to(self.stem.weight.dtype), self.patch_size)
+        x = self.stem_norm(self.stem(x.contiguous(memory_format=torch.channels_last)))
+
+        rest = iter(given)  # a level takes as many as it has blocks
         skips: list[Tensor | None] = []
         for i, level in enumerate(self.down):
-            x = level(x, time, semantic, text)
+            x = level(x, rest)
             if i < len(self.downsample):
                 skips.append(x)
                 x = self.downsample[i](x)
         skips.append(None)  # the coarsest level goes straight up
         for i, level in enumerate(self.up):
-            x = level(x, time, semantic, text, skips.pop())
+            x = level(x, rest, skips.pop())
             if i < len(self.upsample):
                 x = self.upsample[i](x)
 
         out = F.pixel_shuffle(self.head(self.norm(x)).float(), self.patch_size)
         a, b = out.chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
+
+    def step(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> Tensor:
+        """(B, C, H, W) noised latents, and each block's inputs or digest -> the noise, float32."""
+        a, b = self.heads(xt, given)
+        return (xt.float() - a) / b
 
     def forward(
         self, xt: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None
@@ -219,5 +258,5 @@ class DiffNeXt(nn.Module):
         Returns:
             (B, C, H, W) float32.
         """
-        a, b = self.heads(xt, t, semantic, text)
-        return (xt.float() - a) / b
+        size = (xt.shape[-2], xt.shape[-1])
+        return self.step(xt, self.inputs(t, semantic, text, size))

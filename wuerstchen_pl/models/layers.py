@@ -6,10 +6,16 @@ attention to the pixels and the condition at once. Differences, all of layout an
 tensors stay channels-last inside a network, the three projections of attention are one product,
 and the response norm is one scale and shift.
 
+What does not depend on the latents is digested apart: ``Block.digest`` makes of a block's inputs
+what its forward pass needs of them. Training leaves that to the forward pass, block by block;
+sampling does it once for all steps.
+
 Letters: B batch, C channels, H and W height and width, L tokens, D width of the condition.
 """
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +48,39 @@ def xavier_init(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class Inputs(NamedTuple):
+    """What a block reads besides the latents."""
+
+    time: Tensor  # (B, time_dim), or (T, time_dim) for T steps to come
+    cond: Tensor | None = None  # (B, L, D) text
+    semantic: Tensor | None = None  # (B, E, H, W) at the latents' resolution
+
+    def at(self, step: int) -> "Inputs":
+        """The inputs for one of T steps to come: time (1, time_dim)."""
+        return self._replace(time=self.time[step : step + 1])
+
+    def rows(self, count: int) -> "Inputs":
+        """The inputs of the first ``count`` samples, at one time."""
+        return Inputs(self.time, *(x if x is None else x[:count] for x in self[1:]))
+
+
+class Digest(NamedTuple):
+    """What a block needs of its inputs, whatever the latents are."""
+
+    modulation: Tensor  # (B, 2C): scale and shift; or (T, 2C) for T steps to come
+    keys: Tensor | None  # (B, heads, L, C / heads)
+    values: Tensor | None  # likewise
+    share: Tensor | None  # (B, H, W, 4C): what the semantic latents add to the first linear layer
+
+    def at(self, step: int) -> "Digest":
+        """The digest for one of T steps to come: modulation (1, 2C)."""
+        return self._replace(modulation=self.modulation[step : step + 1])
+
+    def rows(self, count: int) -> "Digest":
+        """The digest of the first ``count`` samples, at one time."""
+        return Digest(self.modulation, *(x if x is None else x[:count] for x in self[1:]))
 
 
 class LayerNorm2d(nn.Module):
@@ -81,25 +120,43 @@ class ResBlock(nn.Module):
     Args:
         channels: C.
         skip_channels: channels that are appended before the MLP (0 for none).
+        semantic_channels: channels of semantic latents, appended behind those (0 for none).
         dropout: probability inside the MLP.
     """
 
-    def __init__(self, channels: int, *, skip_channels: int = 0, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        skip_channels: int = 0,
+        semantic_channels: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.norm = LayerNorm2d(channels)
-        self.expand = nn.Linear(channels + skip_channels, channels * 4)
+        self.own = channels + skip_channels
+        self.expand = nn.Linear(self.own + semantic_channels, channels * 4)
         self.response_norm = GlobalResponseNorm(channels * 4)
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(channels * 4, channels)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) and (B, skip_channels, H, W) -> (B, C, H, W)."""
+    def share(self, semantic: Tensor) -> Tensor:
+        """(B, semantic_channels, H, W) -> (B, H, W, 4C): W [x; e] + b is W_x x + (W_e e + b)."""
+        weight = self.expand.weight[:, self.own :]
+        return F.linear(semantic.permute(0, 2, 3, 1), weight, self.expand.bias)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, share: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B, skip_channels, H, W) and ``share`` of the latents -> (B, C, H, W)."""
         h = self.norm(self.depthwise(x))
         if skip is not None:
             h = torch.cat([h, skip.to(h.dtype)], dim=1)
-        h = F.gelu(self.expand(h.permute(0, 2, 3, 1)))
-        h = self.project(self.dropout(self.response_norm(h)))
+        h = h.permute(0, 2, 3, 1)
+        if share is None:
+            h = self.expand(h)
+        else:
+            h = F.linear(h, self.expand.weight[:, : self.own]) + share
+        h = self.project(self.dropout(self.response_norm(F.gelu(h))))
         return x + h.permute(0, 3, 1, 2)
 
 
@@ -110,9 +167,9 @@ class TimestepBlock(nn.Module):
         super().__init__()
         self.mapper = nn.Linear(time_dim, channels * 2)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """(B, C, H, W) and (B, time_dim) -> (B, C, H, W)."""
-        scale, shift = self.mapper(time)[:, :, None, None].chunk(2, dim=1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """(B, C, H, W) and what ``mapper`` makes of the time, (B or 1, 2C) -> (B, C, H, W)."""
+        scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
         return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -128,17 +185,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, channels * 3)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """(B, N, C) tokens and (B, L, C) condition (or none) -> (B, N, C)."""
-        width = x.shape[-1]
-        q, k, v = self.qkv(x).split(width, dim=-1)
-        if cond is not None:
-            kv = F.linear(cond, self.qkv.weight[width:], self.qkv.bias[width:])
-            cond_k, cond_v = kv.split(width, dim=-1)
-            k, v = torch.cat([k, cond_k], dim=1), torch.cat([v, cond_v], dim=1)
-        q, k, v = (h.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for h in (q, k, v))
-        attended = self._attend(q, k, v)
-        return self.out(attended.transpose(1, 2).flatten(2))
+    def keys_and_values(self, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, C) condition -> its keys and values, (B, heads, L, C / heads) each."""
+        width = cond.shape[-1]
+        kv = F.linear(cond, self.qkv.weight[width:], self.qkv.bias[width:])
+        keys, values = kv.split(width, dim=-1)
+        return self._heads(keys), self._heads(values)
+
+    def forward(self, x: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
+        """(B, N, C) tokens, and the condition's keys and values, or none -> (B, N, C)."""
+        q, k, v = (self._heads(h) for h in self.qkv(x).split(x.shape[-1], dim=-1))
+        if keys is not None and values is not None:
+            k, v = torch.cat([k, keys.to(k)], dim=2), torch.cat([v, values.to(v)], dim=2)
+        return self.out(self._attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -147,9 +209,10 @@ class Attention(nn.Module):
         # Backward in bfloat16 took 27 ms, in float32 4 ms, at the tiny preset's shapes on a Zen 4
         # CPU (64 x 6 heads x 36 queries); at 576 queries both took 44 ms.
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(
+            attended = F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), dropout_p=dropout
             )
+        return attended.to(q.dtype)
 
 
 class AttentionBlock(nn.Module):
@@ -163,19 +226,24 @@ class AttentionBlock(nn.Module):
         self.attention = Attention(channels, num_heads, dropout=dropout)
         self.cond_mapper = nn.Linear(cond_dim, channels) if cond_dim is not None else None
 
-    def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """(B, C, H, W) and (B, L, cond_dim), or none -> (B, C, H, W)."""
-        if cond is not None and self.cond_mapper is not None:
-            cond = self.cond_mapper(F.silu(cond))
+    def keys_and_values(self, cond: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """(B, L, cond_dim) -> the condition's keys and values, or none of a block without."""
+        if cond is None or self.cond_mapper is None:
+            return None, None
+        return self.attention.keys_and_values(self.cond_mapper(F.silu(cond)))
+
+    def forward(self, x: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
+        """(B, C, H, W), and the condition's keys and values, or none -> (B, C, H, W)."""
         tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
-        h = self.attention(tokens, cond).unflatten(1, x.shape[-2:])
+        h = self.attention(tokens, keys, values).unflatten(1, x.shape[-2:])
         return x + h.permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
     """One step of a denoiser: residual block, time, and attention if ``num_heads`` is given.
 
-    It is the unit of activation checkpointing and of sharding.
+    It is the unit of activation checkpointing and of sharding: in training, its forward pass is
+    all that touches its weights.
     """
 
     def __init__(
@@ -186,24 +254,41 @@ class Block(nn.Module):
         cond_dim: int | None = None,
         num_heads: int | None = None,
         skip_channels: int = 0,
+        semantic_channels: int = 0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.res = ResBlock(channels, skip_channels=skip_channels, dropout=dropout)
+        self.res = ResBlock(
+            channels,
+            skip_channels=skip_channels,
+            semantic_channels=semantic_channels,
+            dropout=dropout,
+        )
         self.time = TimestepBlock(channels, time_dim)
         self.attn = (
             AttentionBlock(channels, cond_dim, num_heads, dropout=dropout) if num_heads else None
         )
 
-    def forward(
-        self, x: Tensor, time: Tensor, cond: Tensor | None, skip: Tensor | None = None
-    ) -> Tensor:
-        """(B, C, H, W), (B, time_dim), (B, L, D) or none -> (B, C, H, W)."""
-        x = self.time(self.res(x, skip), time)
-        return self.attn(x, cond) if self.attn is not None else x
+    def digest(self, inputs: Inputs) -> Digest:
+        """What the block needs of its inputs, whatever the latents are."""
+        keys, values = self.attn.keys_and_values(inputs.cond) if self.attn else (None, None)
+        share = None if inputs.semantic is None else self.res.share(inputs.semantic)
+        modulation = self.time.mapper(inputs.time.to(self.time.mapper.weight.dtype))
+        return Digest(modulation, keys, values, share)
+
+    def forward(self, x: Tensor, given: Inputs | Digest, skip: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), the inputs or their digest -> (B, C, H, W)."""
+        digest = given if isinstance(given, Digest) else self.digest(given)
+        x = self.time(self.res(x, skip, digest.share), digest.modulation)
+        return self.attn(x, digest.keys, digest.values) if self.attn is not None else x
 
     def scale_residual(self, depth: int) -> None:
         """Start ``depth`` residual blocks at a total variance of one, and time without effect."""
         with torch.no_grad():
             self.res.project.weight.mul_(math.sqrt(1 / depth))
         nn.init.zeros_(self.time.mapper.weight)
+
+
+def digest(blocks: Iterable[nn.Module], inputs: Sequence[Inputs]) -> list[Digest]:
+    """What each of the blocks needs of its inputs."""
+    return [block.digest(given) for block, given in zip(blocks, inputs, strict=True)]  # type: ignore[operator]

@@ -4,11 +4,21 @@ Wuerstchen (arXiv 2306.00637), section 3.3 and appendix E; published as ``Prior`
 dome272/Wuerstchen (MIT). No down-sampling: a stack of equal blocks at the latents' resolution.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_pl.models.layers import Block, LayerNorm2d, time_embedding, xavier_init
+from wuerstchen_pl.models.layers import (
+    Block,
+    Digest,
+    Inputs,
+    LayerNorm2d,
+    digest,
+    time_embedding,
+    xavier_init,
+)
 
 
 class Prior(nn.Module):
@@ -61,15 +71,23 @@ class Prior(nn.Module):
             if isinstance(module, Block):
                 module.scale_residual(depth)
 
-    def heads(self, xt: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """The two heads A and B, (B, C, h, w) each; arguments as in ``forward``."""
-        text = self.text_out(F.leaky_relu(self.text_in(text), 0.2))
-        time = time_embedding(t, self.time_dim)
-        x = self.stem(xt.contiguous(memory_format=torch.channels_last))
-        for block in self.blocks:
-            x = block(x, time, text)
-        a, b = self.head(self.norm(x)).chunk(2, dim=1)
-        return a, b
+    def inputs(self, t: Tensor, text: Tensor) -> list[Inputs]:
+        """(B,) or (T,) times and (B, L, D) text states -> what every block reads."""
+        mapped = self.text_in(text.to(self.text_in.weight.dtype))
+        mapped = self.text_out(F.leaky_relu(mapped, 0.2))
+        return [Inputs(time_embedding(t, self.time_dim), mapped)] * len(self.blocks)
+
+    def digest(self, times: Tensor, text: Tensor) -> list[Digest]:
+        """(T,) times to come and (B, L, D) text states -> what every block needs of them."""
+        return digest(self.blocks, self.inputs(times, text))
+
+    def step(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> Tensor:
+        """(B, C, h, w) noised latents, and each block's inputs or digest -> the noise, float32."""
+        x = self.stem(xt.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last))
+        for block, inputs in zip(self.blocks, given, strict=True):
+            x = block(x, inputs)
+        a, b = self.head(self.norm(x)).float().chunk(2, dim=1)
+        return (xt.float() - a) / ((1 - b).abs() + 1e-5)
 
     def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """Predict the noise.
@@ -82,5 +100,4 @@ class Prior(nn.Module):
         Returns:
             (B, C, h, w) float32: the division is too delicate for half precision.
         """
-        a, b = self.heads(xt, t, text)
-        return (xt.float() - a.float()) / ((1 - b.float()).abs() + 1e-5)
+        return self.step(xt, self.inputs(t, text))

@@ -7,14 +7,13 @@ open_clip pads with 0 and masks nothing; ``TextEncoder`` does what transformers 
 
 import unicodedata
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import TextTransformer
+from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
-END_OF_TEXT = 49407
-VOCABULARY = 49408
+from wuerstchen_pl.models.tokenizer import Tokenizer
 
 
 class TextEncoder(nn.Module):
@@ -25,6 +24,10 @@ class TextEncoder(nn.Module):
         depth: transformer layers (bigG: 32, H: 24).
         num_heads: attention heads (bigG: 20, H: 16).
         context_length: L, tokens per caption with start and end.
+        mlp_ratio: hidden units of a layer per unit of width.
+        activation: ``gelu``, or ``quick_gelu`` as in OpenAI's towers.
+        vocab_size: number of tokens; the tokenizer's if not given.
+        tokenizer: folder of a published tokenizer's files; None takes open_clip's vocabulary.
         weights: an open_clip checkpoint of the whole CLIP model (``.safetensors``, ``.pt``,
             ``.bin``), of which the text tower is taken; None starts from random weights.
 
@@ -39,21 +42,28 @@ class TextEncoder(nn.Module):
         depth: int,
         num_heads: int,
         context_length: int = 77,
+        mlp_ratio: float = 4.0,
+        activation: Literal["gelu", "quick_gelu"] = "gelu",
+        vocab_size: int | None = None,
+        tokenizer: str | None = None,
         weights: str | None = None,
     ) -> None:
         super().__init__()
         self.width = width
         self.context_length = context_length
         self.weights = weights
-        self.tokenizer = SimpleTokenizer(context_length=context_length)
+        self.tokenizer = Tokenizer(context_length=context_length, folder=tokenizer)
         self.tower = TextTransformer(
             context_length=context_length,
-            vocab_size=VOCABULARY,
+            vocab_size=vocab_size or self.tokenizer.size,
             width=width,
             heads=num_heads,
             layers=depth,
+            mlp_ratio=mlp_ratio,
+            act_layer=nn.GELU if activation == "gelu" else QuickGELU,
             output_dim=None,
         )
+        self.tower.attn_mask = None  # its own; here, padding is masked as well
         if weights is not None:
             self._load(weights)
         else:  # CLIP's 0.02 is for towers eight times as wide, and for more captions
@@ -70,49 +80,41 @@ class TextEncoder(nn.Module):
             raise ValueError(f"text_encoder.weights={path} lacks {missing[0]}; it is no CLIP model")
         self.tower.load_state_dict({key: state[key] for key in own})
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> (B, L) int64 ids, padded with the end token; too long ones are cut."""
-        ids = self.tokenizer(list(captions))
-        return torch.where(_after_end(ids), END_OF_TEXT, ids)
-
-    def num_tokens(self, caption: str) -> int:
-        """Tokens of a caption, start and end included, before any cut."""
-        return len(self.tokenizer.encode(caption)) + 2
+    def cut_off(self, caption: str) -> str:
+        """The end of a caption that is too long to be read, or nothing."""
+        return self.tokenizer.decode(self.tokenizer.encode(caption)[self.context_length - 2 :])
 
     def encode(self, ids: Tensor) -> Tensor:
-        """(B, L) ids, padded with the end token -> (B, L, D) states after the last norm."""
-        ids = ids.to(self.tower.token_embedding.weight.device)
+        """(B, L) padded ids -> (B, L, D) states after the last norm."""
         tower, length = self.tower, ids.shape[1]
-        causal = tower.attn_mask[None, :length, :length]
-        mask = causal.masked_fill(_after_end(ids)[:, None, :], float("-inf"))
-        heads = tower.transformer.resblocks[0].attn.num_heads
+        ids = ids.to(tower.token_embedding.weight.device)
         x = tower.token_embedding(ids) + tower.positional_embedding[:length]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
+        hidden = hidden | _after_end(ids, self.tokenizer.end)[:, None, :]
+        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=ids.device)
+        mask = mask.masked_fill(hidden, float("-inf"))
+        heads = tower.transformer.resblocks[0].attn.num_heads
         x = tower.transformer(x, attn_mask=mask.repeat_interleave(heads, dim=0))
         return tower.ln_final(x)
 
     def forward(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (B, L, D) states."""
-        return self.encode(self.tokenize(captions))
+        return self.encode(self.tokenizer(captions))
 
     def check(self, prompt: str) -> None:
-        """Refuse a prompt that the encoder cannot read whole, or at all.
+        """Refuse a prompt that the encoder cannot read.
 
         Raises:
-            ValueError: if it holds no letter or digit, a control character, or too many tokens.
+            ValueError: if it holds no letter or digit, or a control character.
         """
         shown = repr(prompt if len(prompt) <= 40 else prompt[:40] + "...")
         if any(unicodedata.category(c) == "Cc" and c not in "\t\n\r" for c in prompt):
             raise ValueError(f"prompt={shown} holds a control character; remove it")
         if not any(c.isalnum() for c in prompt):
             raise ValueError(f"prompt={shown} holds no word; describe the picture in words")
-        if (count := self.num_tokens(prompt)) > self.context_length:
-            raise ValueError(
-                f"prompt={shown} has {count} tokens with start and end, and the text encoder reads "
-                f"{self.context_length}; shorten it"
-            )
 
 
-def _after_end(ids: Tensor) -> Tensor:
-    """(B, L) true behind the first end token. Id 0 will not do: it is the token '!' as well."""
-    is_end = ids == END_OF_TEXT
+def _after_end(ids: Tensor, end: int) -> Tensor:
+    """(B, L) true behind the first end token. The pad id will not do: it may be the end's."""
+    is_end = ids == end
     return is_end.cumsum(dim=1) - is_end.long() > 0

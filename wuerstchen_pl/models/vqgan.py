@@ -158,7 +158,8 @@ class VQGAN(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, C, H/f, W/f) encoder output, in the codebook's scale."""
-        x = F.pixel_unshuffle(images, 2).contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(images.to(self.stem.weight.dtype), 2)
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.latent_norm(self.to_latent(self.encoder(self.stem(x))).float())
         if self.training and self.measure_scale:
             with torch.no_grad():
@@ -171,5 +172,6 @@ class VQGAN(nn.Module):
 
     def decode_features(self, features: Tensor) -> Tensor:
         """(B, C, h, w) in the codebook's scale -> (B, 3, h f, w f), not clamped."""
-        x = self.from_latent(features.contiguous(memory_format=torch.channels_last))
+        x = features.to(self.from_latent.weight.dtype)
+        x = self.from_latent(x.contiguous(memory_format=torch.channels_last))
         return F.pixel_shuffle(self.head(self.decoder(x)), 2).float()

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
-from wuerstchen_pl.diffusion.sampler import Method, generators, guided, randn, sample, timesteps
+from wuerstchen_pl.diffusion.sampler import Method, generators, randn
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time, validation_draw
 from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.sampling.decoder import DecoderPipeline
+from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, drop_captions
 
@@ -116,26 +118,34 @@ class StageB(Stage):
             seeds: one per picture.
             captions: one per picture, for a Stage B with text; None is the empty caption.
             num_steps: denoising steps (paper: 12).
-            guidance_scale: towards the semantic latents; 1 is none (paper: 4).
+            guidance_scale: towards the semantic latents; up to 1 is none (paper: 4).
             method: ``ddpm`` or ``ddim``.
 
         Returns:
             (B, 3, H, W) in [0, 1].
         """
-        factor = self.decoder.size_multiple
-        shape = (self.diffnext.latent_channels, size[0] // factor, size[1] // factor)
-        rngs = generators(seeds)
-        noise = randn(shape, rngs, semantic.device)
-        text = self.text(captions if captions is not None else [""] * len(semantic))
-        denoise = guided(
-            lambda xt, t: self.diffnext(xt, t, semantic, text),
-            lambda xt, t: self.diffnext(xt, t, torch.zeros_like(semantic), text),
-            guidance_scale,
+        return self.decoder_pipeline()(
+            semantic,
+            captions,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            generator=generators(seeds),
+            output_type="pt",
+            size=size,
+            sampler=method,
+            progress=False,
+        ).images
+
+    def decoder_pipeline(self) -> DecoderPipeline:
+        """What draws pictures with this stage's weights and Stage A's."""
+        vqgan = self.decoder.vqgan
+        return DecoderPipeline(
+            decoder=self.diffnext,
+            vqgan=vqgan,
+            text_encoder=self.text_encoder,
+            latent_dim_scale=self.compressor.resolution_multiple / vqgan.factor,
+            place=Place(self.device),
         )
-        latents = sample(
-            denoise, noise, timesteps(num_steps), rngs, schedule=self.schedule, method=method
-        )
-        return self.decoder.decode(latents)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, *, seeds: Sequence[int], num_steps: int = 12) -> Tensor:
@@ -207,7 +217,7 @@ class StageB(Stage):
         rows, size = len(images), (images.shape[-2], images.shape[-1])
         x0 = self.decoder.encode(images)
         t = torch.full((rows,), 0.5, device=x0.device)
-        noise = randn(x0.shape[1:], generators(range(rows)), x0.device)
+        noise = randn(x0.shape, generators(range(rows)), x0.device)
         xt = self.schedule.add_noise(x0, t, noise)
 
         def drawn() -> Tensor:

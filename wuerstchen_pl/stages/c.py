@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
-from wuerstchen_pl.diffusion.sampler import Method, generators, guided, randn, sample, timesteps
+from wuerstchen_pl.diffusion.sampler import Method, generators, randn
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time, validation_draw
 from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.sampling.place import Place
+from wuerstchen_pl.sampling.prior import PriorPipeline
 from wuerstchen_pl.stages.b import StageB
 from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, drop_captions
 
@@ -116,25 +118,32 @@ class StageC(Stage):
             size: (height, width) in pixels of the pictures to be.
             seeds: one per picture.
             num_steps: denoising steps (paper: 60).
-            guidance_scale: away from the empty caption; 1 is none (paper: 4).
+            guidance_scale: away from the empty caption; up to 1 is none (paper: 4).
             method: ``ddpm`` or ``ddim``.
 
         Returns:
             (B, S, h, w) in the compressor's scale, for ``decoder.decode``.
         """
-        rngs = generators(seeds)
-        shape = (self.prior.latent_channels, *self.decoder.compressor.latent_size(*size))
-        noise = randn(shape, rngs, self.device)
-        text, empty = self.text(captions), self.text([""] * len(captions))
-        denoise = guided(
-            lambda xt, t: self.prior(xt, t, text),
-            lambda xt, t: self.prior(xt, t, empty),
-            guidance_scale,
+        return self.prior_pipeline()(
+            captions,
+            *size,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            generator=generators(seeds),
+            sampler=method,
+            progress=False,
+        )[0]
+
+    def prior_pipeline(self) -> PriorPipeline:
+        """What draws semantic latents with this stage's weights."""
+        return PriorPipeline(
+            prior=self.prior,
+            text_encoder=self.text_encoder,
+            semantic_scale=self.semantic_scale,
+            semantic_shift=self.semantic_shift,
+            resolution_multiple=self.decoder.compressor.resolution_multiple,
+            place=Place(self.device),
         )
-        latents = sample(
-            denoise, noise, timesteps(num_steps), rngs, schedule=self.schedule, method=method
-        )
-        return self.to_semantic(latents)
 
     # Objective
 
@@ -173,7 +182,7 @@ class StageC(Stage):
         seeds, size = range(len(images)), (images.shape[-2], images.shape[-1])
         x0 = self.encode(images)
         t = torch.full((len(images),), 0.5, device=x0.device)
-        xt = self.schedule.add_noise(x0, t, randn(x0.shape[1:], generators(seeds), x0.device))
+        xt = self.schedule.add_noise(x0, t, randn(x0.shape, generators(seeds), x0.device))
 
         def drawn(latents: Tensor) -> Tensor:
             semantic = self.to_semantic(latents)

@@ -1,0 +1,109 @@
+"""Small random Wuerstchen models of diffusers' and transformers' own, to compare with.
+
+Fresh ones would compare nothing: diffusers' decoder starts with its residual weights at almost 0,
+norms, Stage A's gates and the time maps start at 0, and Stage C's output may divide by about 0. So
+every parameter is drawn anew here, and output layers are kept small.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDPMWuerstchenScheduler,
+    WuerstchenCombinedPipeline,
+    WuerstchenDecoderPipeline,
+    WuerstchenPriorPipeline,
+)
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenPrior
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import (
+    WuerstchenDiffNeXt,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from wuerstchen_pl.models.tokenizer import write_vocabulary
+
+PRIOR: dict[str, Any] = {"c_in": 16, "c": 32, "c_cond": 24, "c_r": 16, "depth": 2, "nhead": 4}
+DECODER: dict[str, Any] = {
+    "c_in": 4, "c_out": 4, "c_r": 16, "c_cond": 16, "c_hidden": [16, 24, 32], "nhead": [-1, 2, 4],
+    "blocks": [1, 2, 1], "level_config": ["CT", "CTA", "CTA"],
+    "inject_effnet": [False, True, True], "clip_embd": 20, "effnet_embd": 16,
+}  # fmt: skip
+VQGAN: dict[str, Any] = {"bottleneck_blocks": 2, "embed_dim": 16, "num_vq_embeddings": 32}
+
+
+@torch.no_grad()
+def randomised(net: Any, seed: int) -> Any:
+    """Every parameter and running mean drawn anew, of a size that keeps activations near one."""
+    rng = torch.Generator().manual_seed(seed)
+    for name, parameter in net.named_parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 16
+        std = 0.5 if name.endswith(("gamma", "beta", "gammas")) else fan_in**-0.5
+        parameter.copy_(torch.randn(parameter.shape, generator=rng) * std)
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn(buffer.shape, generator=rng) * 0.1)
+        if name.endswith("running_var"):
+            buffer.copy_(torch.rand(buffer.shape, generator=rng) + 0.5)
+    return net.eval()
+
+
+def text_encoder(width: int, seed: int) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        hidden_size=width, intermediate_size=width * 3, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=49408, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407,
+    )  # fmt: skip
+    return randomised(CLIPTextModel(config), seed)
+
+
+def combined(folder: Path) -> WuerstchenCombinedPipeline:
+    """A whole cascade; ``folder`` takes the tokenizer's files."""
+    write_vocabulary(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    prior = randomised(WuerstchenPrior(**PRIOR), 1)
+    decoder = randomised(WuerstchenDiffNeXt(**DECODER), 3)
+    vqgan = randomised(PaellaVQModel(**VQGAN), 4)
+    with torch.no_grad():  # noise of about unit variance, and pictures that few clamps touch
+        for layer in (prior.out[1], decoder.clf[1], vqgan.out_block[0]):
+            layer.weight.mul_(0.2)
+            layer.bias.mul_(0.2)
+        decoder.clf[1].bias[decoder.clf[1].bias.numel() // 2 :].add_(3)
+        vqgan.out_block[0].bias.add_(0.5)
+    pipe = WuerstchenCombinedPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder(DECODER["clip_embd"], 2),
+        decoder=decoder,
+        scheduler=DDPMWuerstchenScheduler(),
+        vqgan=vqgan,
+        prior_tokenizer=tokenizer,
+        prior_text_encoder=text_encoder(PRIOR["c_cond"], 5),
+        prior_prior=prior,
+        prior_scheduler=DDPMWuerstchenScheduler(),
+    )
+    for part in (pipe, pipe.prior_pipe, pipe.decoder_pipe):
+        part.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_pair(pipe: WuerstchenCombinedPipeline, folder: Path) -> tuple[Path, Path]:
+    """Write the parts as published: a folder of the decoder's, and one of the prior's."""
+    decoder, prior = folder / "wuerstchen", folder / "wuerstchen-prior"
+    _save(
+        pipe.decoder_pipe, decoder, ("text_encoder", "tokenizer", "decoder", "vqgan", "scheduler")
+    )
+    _save(pipe.prior_pipe, prior, ("text_encoder", "tokenizer", "prior", "scheduler"))
+    return decoder, prior
+
+
+def _save(
+    pipe: WuerstchenDecoderPipeline | WuerstchenPriorPipeline, folder: Path, parts: tuple[str, ...]
+) -> None:
+    index: dict[str, Any] = {"_class_name": type(pipe).__name__}
+    for part in parts:
+        getattr(pipe, part).save_pretrained(folder / part)
+        index[part] = ["diffusers", type(getattr(pipe, part)).__name__]
+    for key in ("latent_mean", "latent_std", "resolution_multiple", "latent_dim_scale"):
+        if key in pipe.config:
+            index[key] = pipe.config[key]
+    (folder / "model_index.json").write_text(json.dumps(index))

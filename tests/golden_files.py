@@ -1,0 +1,35 @@
+"""The authors' weights, inputs and outputs at small sizes, and their way into our networks."""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from wuerstchen_pl.layouts.names import inward, links
+from wuerstchen_pl.layouts.tensors import held
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """The authors' arguments, the weights, and the inputs and outputs of a reference file."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        config = json.loads(file.metadata()["config"])
+    weights = {
+        k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
+    }
+    return config, weights, {k: v for k, v in tensors.items() if not k.startswith("weights.")}
+
+
+def load(net: nn.Module, config: dict, weights: dict[str, Tensor]) -> nn.Module:
+    """Put the authors' weights into a network of ours."""
+    shapes = {k: tuple(v.shape) for k, v in net.state_dict().items() if k != "scale_factor"}
+    table = links({"_target_": type(net).__name__, **config}, shapes, "original")
+    theirs = {name: held(tensor) for name, tensor in weights.items()}
+    ours = inward(theirs, table, shapes, "the golden file")
+    state = {name: lazy.load() for name, lazy in ours.items()}
+    faults = net.load_state_dict(state, strict=False)
+    assert set(faults.missing_keys) <= {"scale_factor"}, faults
+    return net.eval()

@@ -1,0 +1,180 @@
+"""The layout of ``warp-ai/wuerstchen`` and ``warp-ai/wuerstchen-prior``, for diffusers.
+
+Two folders, one of Stage C and one of Stages A and B, or one with all parts, where Stage C's are
+prefixed ``prior_``. The published ones hold no compressor; ours is written beside the decoder,
+under the authors' names, where diffusers does not look.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from wuerstchen_pl.layouts.configs import from_diffusers, to_diffusers
+from wuerstchen_pl.layouts.model import Model, Part, complete, skeleton
+from wuerstchen_pl.layouts.names import Layout, inward, links, outward
+from wuerstchen_pl.layouts.ours import copy_tokenizer, dump_json, load_json, weights_in
+from wuerstchen_pl.layouts.tensors import Lazy, held, read_safetensors, write_safetensors
+
+INDEX = "model_index.json"
+PAIR = ("wuerstchen", "wuerstchen-prior")
+"""Folders of what we write, named as the published ones."""
+SCHEDULE = {"scaler": 1.0, "s": 0.008}
+KINDS = {
+    "prior": "prior.Prior", "prior_text_encoder": "text.TextEncoder",
+    "decoder": "diffnext.DiffNeXt", "text_encoder": "text.TextEncoder", "vqgan": "vqgan.VQGAN",
+}  # fmt: skip
+CLASSES = {
+    "prior": ["wuerstchen", "WuerstchenPrior"],
+    "decoder": ["wuerstchen", "WuerstchenDiffNeXt"],
+    "vqgan": ["wuerstchen", "PaellaVQModel"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "DDPMWuerstchenScheduler"],
+}
+SETTINGS = {
+    "semantic_scale": "latent_mean", "semantic_shift": "latent_std",
+    "resolution_multiple": "resolution_multiple", "latent_dim_scale": "latent_dim_scale",
+}  # fmt: skip
+
+
+def found(path: Path) -> bool:
+    """Whether a folder is of this layout, or holds the two that we write."""
+    return (path / INDEX).is_file() or all((path / name / INDEX).is_file() for name in PAIR)
+
+
+def read(path: Path, *, prior: Path | None = None, variant: str | None = None) -> Model:
+    """The parts of a folder, and of Stage C's folder if that is another one.
+
+    Args:
+        path: a pipeline's folder, or one that holds the two.
+        prior: Stage C's folder.
+        variant: ``fp16`` reads ``*.fp16.safetensors``.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if one does not fit.
+    """
+    if not (path / INDEX).is_file():
+        path, prior = path / PAIR[0], path / PAIR[1]
+    model = Model()
+    for folder in [path] if prior is None else [path, prior]:
+        index = load_json(folder / INDEX)
+        alone = "prior" in index  # Stage C's own folder does not prefix its parts
+        for name in ("text_encoder", "prior", "decoder", "vqgan"):
+            for prefix in ("", "prior_"):
+                if f"{prefix}{name}" not in index:
+                    continue
+                own = name if name == "prior" else f"{'prior_' if alone else prefix}{name}"
+                model.parts[own] = _read_part(folder, f"{prefix}{name}", own, variant)
+        _check_schedules(folder)
+        for ours, theirs in SETTINGS.items():
+            if theirs in index:
+                model.settings[ours] = float(index[theirs])
+        if (folder / "compressor").is_dir():
+            model.parts["compressor"] = _read_compressor(folder / "compressor")
+    return model
+
+
+def _check_schedules(folder: Path) -> None:
+    for path in folder.glob("*scheduler/scheduler_config.json"):
+        config = load_json(path)
+        for key, value in SCHEDULE.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"{path} has {key}={config[key]}; only {value} can be sampled")
+
+
+def _read_part(folder: Path, name: str, own: str, variant: str | None) -> Part:
+    is_text = name.endswith("text_encoder")
+    stem = "model" if is_text else "diffusion_pytorch_model"
+    config = folder / name / "config.json"
+    weights = weights_in(folder / name, stem, variant)
+    ours = complete(from_diffusers(KINDS[own], load_json(config), str(config)))
+    tensors = read_safetensors(weights)
+    if is_text:
+        tensors = _with_prefix(tensors)
+    part = Part(ours, _inward(tensors, ours, "diffusers", str(weights)))
+    if is_text:
+        part.tokenizer = folder / name.replace("text_encoder", "tokenizer")
+    return part
+
+
+def _with_prefix(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+    """Text towers of transformers 4, which are prefixed, and of 5, which are not."""
+    prefix = "text_model."
+    found = {f"{prefix}{name.removeprefix(prefix)}": lazy for name, lazy in tensors.items()}
+    found.pop("text_model.embeddings.position_ids", None)  # 0, 1, 2, ..., of older releases
+    return found
+
+
+def _read_compressor(folder: Path) -> Part:
+    config, weights = load_json(folder / "config.json"), weights_in(folder, "model")
+    return Part(config, _inward(read_safetensors(weights), config, "original", str(weights)))
+
+
+def _inward(
+    tensors: dict[str, Lazy], config: dict[str, Any], layout: Layout, where: str
+) -> dict[str, Lazy]:
+    """Their tensors under our names, and the scale of Stage A, which they hold in the config."""
+    state = skeleton(config).state_dict()
+    shapes = {name: tuple(t.shape) for name, t in state.items() if name != "scale_factor"}
+    found = inward(tensors, links(config, shapes, layout), shapes, where)
+    if "scale_factor" in state:
+        found["scale_factor"] = held(state["scale_factor"].new_tensor(0, device="cpu").fill_(
+            config["scale_factor"]
+        ))  # fmt: skip
+    return found
+
+
+def write(model: Model, path: Path) -> None:
+    """Write the two folders, with those parts that there are.
+
+    Raises:
+        OSError: if they cannot be written.
+        ValueError: for a part that diffusers has not.
+    """
+    written = {name: _with_scale(part) for name, part in model.parts.items()}
+    configs = {
+        name: to_diffusers(part.config) for name, part in written.items() if name != "compressor"
+    }
+    for folder, prefix, pipeline in (
+        (PAIR[0], "", "WuerstchenDecoderPipeline"),
+        (PAIR[1], "prior_", "WuerstchenPriorPipeline"),
+    ):
+        own = {"prior"} if prefix else {"decoder", "vqgan"}
+        index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.21.0"}
+        for name, config in configs.items():
+            if name not in own and name != f"{prefix}text_encoder":
+                continue
+            theirs = name.removeprefix(prefix) if name.endswith("text_encoder") else name
+            _write_part(written[name], config, path / folder / theirs)
+            index[theirs] = CLASSES[theirs]
+            if theirs == "text_encoder":
+                copy_tokenizer(written[name].tokenizer, path / folder / "tokenizer")
+                index["tokenizer"] = CLASSES["tokenizer"]
+        index["scheduler"] = CLASSES["scheduler"]
+        for ours, theirs in SETTINGS.items():
+            if ours in model.settings and (theirs == "latent_dim_scale") == (not prefix):
+                index[theirs] = model.settings[ours]
+        dump_json(path / folder / INDEX, index)
+        scheduler = {"_class_name": "DDPMWuerstchenScheduler", **SCHEDULE}
+        dump_json(path / folder / "scheduler" / "scheduler_config.json", scheduler)
+    if "compressor" in written:
+        part, folder_path = written["compressor"], path / PAIR[0] / "compressor"
+        dump_json(folder_path / "config.json", part.config)
+        table = links(part.config, part.tensors, "original")
+        write_safetensors(folder_path / "model.safetensors", outward(part.tensors, table))
+
+
+def _write_part(part: Part, config: dict[str, Any], folder: Path) -> None:
+    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
+    dump_json(folder / "config.json", config)
+    table = links(part.config, part.tensors, "diffusers")
+    write_safetensors(folder / f"{stem}.safetensors", outward(part.tensors, table))
+
+
+def _with_scale(part: Part) -> Part:
+    """A part whose scale of latents, if it has one, stands in its config and not in a tensor."""
+    tensors = dict(part.tensors)
+    if "scale_factor" not in tensors:
+        return part
+    scale = float(tensors.pop("scale_factor").load())
+    return Part({**part.config, "scale_factor": scale}, tensors, part.tokenizer)

@@ -1,0 +1,122 @@
+"""The authors' layout (dome272/Wuerstchen): a pickle of state dicts for each stage.
+
+Theirs hold no arguments; those that we write also hold ours, where the authors' code does not look.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wuerstchen_pl.layouts import configs
+from wuerstchen_pl.layouts.model import Model, Part, skeleton
+from wuerstchen_pl.layouts.names import inward, links, outward
+from wuerstchen_pl.layouts.tensors import Lazy, held, read_pickle
+
+STAGE_A, STAGE_B, STAGE_B_V1, STAGE_C = (
+    "vqgan_f4_v1_500k.pt", "model_v2_stage_b.pt", "model_stage_b.pt", "model_v3_stage_c.pt",
+)  # fmt: skip
+CONFIG = "wuerstchen_pl"
+"""Entry of the pickles that we write, with the parts' arguments."""
+PARTS = {
+    "vqgan": ("state_dict",),
+    "decoder": ("state_dict",),
+    "compressor": ("effnet_state_dict",),
+    "prior": ("ema_state_dict", "state_dict"),
+}
+"""Parts, and the entries that may hold them, best first."""
+
+
+def found(path: Path) -> bool:
+    """Whether a path is one of these files, or a folder with some."""
+    return path.suffix in (".pt", ".pth") if path.is_file() else bool(_files(path))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / n for n in (STAGE_A, STAGE_B, STAGE_B_V1, STAGE_C) if (folder / n).is_file()]
+
+
+def read(path: Path) -> Model:
+    """The parts of a file, or of those in a folder.
+
+    Raises:
+        ValueError: if a file is damaged, wants to run code, or does not fit.
+    """
+    model = Model()
+    for file in [path] if path.is_file() else _files(path):
+        content = read_pickle(file)
+        parts = _parts_of(content, file)
+        for part in parts:
+            entry = next(name for name in PARTS[part] if name in content)
+            named = content.get(CONFIG, {}).get(part)
+            model.parts[part] = _read_part(content[entry], part, named, f"{file}, {entry}")
+        model.settings |= content.get(CONFIG, {}).get("settings", {})
+    return model
+
+
+def _parts_of(content: dict[str, Any], file: Path) -> list[str]:
+    """Which parts the entries of a file are, told by a tensor that only they have."""
+    for part, sign in (
+        ("vqgan", "vquantizer.codebook.weight"),
+        ("prior", "projection.weight"),
+        ("decoder", "embedding.1.weight"),
+    ):
+        entries = [content[name] for name in PARTS[part] if name in content]
+        if any(isinstance(entry, dict) and sign in entry for entry in entries):
+            with_compressor = part == "decoder" and "effnet_state_dict" in content
+            return [part, "compressor"] if with_compressor else [part]
+    raise ValueError(f"{file} holds none of Stage A, B and C under the authors' names")
+
+
+def _read_part(
+    state: dict[str, Tensor], part: str, config: dict[str, Any] | None, where: str
+) -> Part:
+    tensors = {name: held(tensor) for name, tensor in state.items()}
+    if config is None:
+        found = {name: lazy.shape for name, lazy in tensors.items()}
+        config = configs.from_shapes(part, found)
+    expected = skeleton(config).state_dict()
+    shapes = {name: tuple(t.shape) for name, t in expected.items() if name != "scale_factor"}
+    ours = inward(tensors, links(config, shapes, "original"), shapes, where)
+    if "scale_factor" in expected:
+        ours["scale_factor"] = held(torch.tensor(config["scale_factor"]))
+    return Part(config, ours)
+
+
+def write(model: Model, path: Path) -> None:
+    """Write the files of those parts that there are; text encoders have none.
+
+    Raises:
+        OSError: if they cannot be written.
+        ValueError: for a Stage B without text, which the authors' code has not.
+    """
+    decoder = model.parts.get("decoder")
+    if decoder is not None and decoder.config.get("text_dim", 0) is None:
+        raise ValueError(
+            "the authors' code has no Stage B without text (text_dim=null); keep layout=ours"
+        )
+    is_v1 = decoder is not None and decoder.config["_target_"].endswith("Paella")
+    for name, parts in (
+        (STAGE_A, ("vqgan",)),
+        (STAGE_B_V1 if is_v1 else STAGE_B, ("decoder", "compressor")),
+        (STAGE_C, ("prior",)),
+    ):
+        content: dict[str, Any] = {}
+        told: dict[str, Any] = {"settings": model.settings}
+        for part in parts:
+            if part in model.parts:
+                told[part], content[PARTS[part][0]] = _outward(model.parts[part])
+        if content:
+            path.mkdir(parents=True, exist_ok=True)
+            torch.save({**content, CONFIG: told}, path / name)
+
+
+def _outward(part: Part) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A part's arguments, and its tensors under the authors' names."""
+    config, tensors = dict(part.config), dict(part.tensors)
+    scale: Lazy | None = tensors.pop("scale_factor", None)
+    if scale is not None:
+        config["scale_factor"] = float(scale.load())
+    table = links(config, tensors, "original")
+    return config, {name: lazy.load() for name, lazy in outward(tensors, table).items()}

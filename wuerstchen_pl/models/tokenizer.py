@@ -1,0 +1,123 @@
+"""CLIP's tokenizer: open_clip's byte-pair encoding, with its own vocabulary or a published one."""
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+    "special_tokens_map.json",
+)  # fmt: skip
+"""What a folder of a published tokenizer may hold."""
+
+
+class Tokenizer:
+    """Captions -> token ids, as transformers' CLIPTokenizer gives them.
+
+    Args:
+        context_length: L, tokens per caption with start and end.
+        folder: a published tokenizer's, with ``tokenizer.json`` or with ``vocab.json`` and
+            ``merges.txt``; None takes the vocabulary that open_clip ships, which is CLIP's.
+
+    Raises:
+        FileNotFoundError: if the folder lacks them.
+    """
+
+    def __init__(self, *, context_length: int = 77, folder: str | None = None) -> None:
+        self.context_length = context_length
+        self.bpe = SimpleTokenizer()
+        self.bpe.clean_fn = _clean
+        pad = END
+        if folder is None:  # the names that the published files give to these two
+            self.bpe.encoder |= {START: self.bpe.sot_token_id, END: self.bpe.eot_token_id}
+        else:
+            vocabulary, merges = _read(Path(folder))
+            self.bpe.encoder = vocabulary
+            self.bpe.bpe_ranks = {pair: rank for rank, pair in enumerate(merges)}
+            self.bpe.decoder = {i: token for token, i in vocabulary.items()}
+            pad = _pad_token(Path(folder)) or END
+        self.start, self.end = self.bpe.encoder[START], self.bpe.encoder[END]
+        self.pad = self.bpe.encoder[pad]
+        self.size = 1 + max(self.bpe.encoder.values())
+
+    def encode(self, caption: str) -> list[int]:
+        """All tokens of a caption, without start and end."""
+        return self.bpe.encode(caption)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Tokens -> text."""
+        return self.bpe.decode(ids).strip()
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> (B, L) int64, padded; too long ones are cut, and keep their end token."""
+        ids = torch.full((len(captions), self.context_length), self.pad)
+        for row, caption in zip(ids, captions, strict=True):
+            kept = [self.start, *self.encode(caption)[: self.context_length - 2], self.end]
+            row[: len(kept)] = torch.tensor(kept)
+        return ids
+
+
+def _clean(text: str) -> str:
+    """What CLIPTokenizer does; open_clip would also mend mojibake and HTML entities."""
+    return " ".join(unicodedata.normalize("NFC", text).split()).lower()
+
+
+def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges, best first."""
+    whole, vocabulary, merges = (folder / name for name in FILES[:3])
+    if whole.is_file():
+        content = _json(whole)
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        pairs = content["model"]["merges"]
+        split = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
+        return {**content["model"]["vocab"], **added}, [(first, second) for first, second in split]
+    if not (vocabulary.is_file() and merges.is_file()):
+        raise FileNotFoundError(
+            f"{folder} is no tokenizer: it has neither {whole.name} nor {vocabulary.name} with "
+            f"{merges.name}"
+        )
+    lines = merges.read_text(encoding="utf-8").splitlines()
+    split = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    return _json(vocabulary), [(first, second) for first, second in split]
+
+
+def _pad_token(folder: Path) -> str | None:
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        token = _json(folder / name).get("pad_token") if (folder / name).is_file() else None
+        if token is not None:
+            return str(token["content"]) if isinstance(token, dict) else str(token)
+    return None
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Write the vocabulary that open_clip ships in the published form.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    tokenizer = Tokenizer()
+    shipped = SimpleTokenizer()
+    shipped_special = {shipped.sot_token_id: START, shipped.eot_token_id: END}
+    vocabulary = {shipped_special.get(i, token): i for i, token in shipped.decoder.items()}
+    merges = [" ".join(pair) for pair in tokenizer.bpe.bpe_ranks]
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+    config = {
+        **special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer",
+        "do_lower_case": True,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")

@@ -1,0 +1,197 @@
+"""The pipeline that users hold: text to pictures, and from pictures."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from wuerstchen_pl.checkpoint import is_run, load_stage
+from wuerstchen_pl.diffusion.sampler import seeded
+from wuerstchen_pl.layouts import read as layouts
+from wuerstchen_pl.layouts.model import Model, network
+from wuerstchen_pl.pipeline.cascade import Cascade
+from wuerstchen_pl.sampling.decoder import DecoderPipeline
+from wuerstchen_pl.sampling.pictures import ImageOutput, Picture, as_type, cover, crop, to_tensor
+from wuerstchen_pl.sampling.prior import PriorPipeline
+
+
+class WuerstchenPipeline(Cascade):
+    """The cascade, and what it makes of pictures; the arguments are those of ``Cascade``."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        prior: str | None = None,
+        variant: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Load a model, of whatever layout, or what a run trained.
+
+        Args:
+            path: a model's folder or hub id, or Stage C's run folder or checkpoint.
+            prior: Stage C's, where that lies apart: ``warp-ai/wuerstchen-prior`` beside
+                ``warp-ai/wuerstchen``.
+            variant: ``fp16`` reads ``*.fp16.safetensors`` of diffusers' layout.
+            torch_dtype: of the weights.
+            device: to work on.
+
+        Raises:
+            FileNotFoundError: if there is nothing, or a part is missing.
+            ValueError: if it is damaged, or no model.
+        """
+        if is_run(path):
+            stage: Any = load_stage(run=path, stage="c")
+            decoder: Any = stage.decoder
+            pipeline = cls(
+                prior=stage.prior_pipeline(),
+                decoder=decoder.decoder_pipeline(),
+                compressor=decoder.compressor,
+            )
+            pipeline.source = stage.source
+        else:
+            pipeline = cls._of_model(layouts.read(path, prior=prior, variant=variant), path)
+        return pipeline.to(device, torch_dtype)
+
+    @classmethod
+    def _of_model(cls, model: Model, path: str) -> Self:
+        needed = {"prior", "prior_text_encoder", "decoder", "vqgan"}
+        decoder = model.parts.get("decoder")
+        if decoder is not None and decoder.config["_target_"].endswith("Paella"):
+            raise ValueError(
+                f"{path} holds v1's Stage B, which can be converted, and not yet drawn"
+            )
+        if decoder is not None and decoder.config["text_dim"] is not None:
+            needed.add("text_encoder")
+        if missing := sorted(needed - model.parts.keys()):
+            raise FileNotFoundError(
+                f"{path} lacks {', '.join(missing)}; where Stage C lies apart, name it with prior="
+            )
+        nets: dict[str, Any] = {name: network(part) for name, part in model.parts.items()}
+        of_prior: dict[str, Any] = {
+            k: v for k, v in model.settings.items() if k != "latent_dim_scale"
+        }
+        of_decoder: dict[str, Any] = {
+            k: v for k, v in model.settings.items() if k == "latent_dim_scale"
+        }
+        return cls(
+            prior=PriorPipeline(
+                prior=nets["prior"], text_encoder=nets["prior_text_encoder"], **of_prior
+            ),
+            decoder=DecoderPipeline(
+                decoder=nets["decoder"], vqgan=nets["vqgan"],
+                text_encoder=nets.get("text_encoder"), **of_decoder,
+            ),
+            compressor=nets.get("compressor"),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def encode(self, image: Picture | Sequence[Picture]) -> Tensor:
+        """Pictures -> (B, S, h, w) semantic latents in the compressor's scale.
+
+        Args:
+            image: PIL pictures of one size, or (B, 3, H, W) or (3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: if there is no compressor.
+        """
+        if self.compressor is None:
+            raise ValueError(
+                "this model has no compressor, without which pictures cannot be read; load one "
+                "that has (the published one lies in model_v2_stage_b.pt)"
+            )
+        with self.place.at_work(self.compressor):
+            return self.compressor(to_tensor(image).to(self.place.device))
+
+    def reconstruct(
+        self, image: Picture | Sequence[Picture], prompt: str | Sequence[str] = "", **options: Any
+    ) -> Any:
+        """Pictures through compressor, Stage B and Stage A.
+
+        Args:
+            image: as for ``encode``; drawn at its size, or cropped to it.
+            prompt: for a Stage B that reads text.
+            options: ``seed``, and the arguments of ``DecoderPipeline``.
+        """
+        images = to_tensor(image)
+        height, width = images.shape[-2:]
+        covered = cover(images, *self.drawn_size(height, width))
+        options["generator"] = seeded(
+            options.pop("seed", None), options.get("generator"), len(images)
+        )
+        output_type = options.pop("output_type", "pil")
+        drawn = self.decoder(
+            self.encode(covered), prompt, size=(covered.shape[-2], covered.shape[-1]),
+            **{**options, "output_type": "pt", "return_dict": False},
+        )  # fmt: skip
+        found = as_type(crop(drawn, height, width), output_type)
+        return ImageOutput(found) if options.get("return_dict", True) else found
+
+    def image_to_image(
+        self,
+        prompt: str | Sequence[str],
+        image: Picture | Sequence[Picture],
+        strength: float = 0.6,
+        **options: Any,
+    ) -> Any:
+        """Draw ``prompt`` on from a picture, in Stage C's latents.
+
+        Args:
+            prompt: one, or N.
+            image: as for ``encode``; one, or one for each picture to be drawn.
+            strength: in [0, 1]: time at which the picture's latents are noised; 0 keeps them.
+            options: further arguments of the pipeline.
+        """
+        images = to_tensor(image)
+        height, width = images.shape[-2:]
+        semantic = self.encode(cover(images, *self.drawn_size(height, width)))
+        return self(prompt, height, width, image_embeddings=semantic, strength=strength, **options)
+
+    def vary(
+        self, image: Picture | Sequence[Picture], strength: float = 0.6, **options: Any
+    ) -> Any:
+        """Draw pictures again, without a prompt or guidance; arguments as of ``image_to_image``."""
+        prompts = [""] * len(to_tensor(image))
+        return self.image_to_image(
+            prompts, image, strength, **{"prior_guidance_scale": 0.0, **options}
+        )
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str],
+        image: Picture,
+        mask: Picture,
+        strength: float = 1.0,
+        **options: Any,
+    ) -> Any:
+        """Draw a part of a picture anew.
+
+        Args:
+            prompt: what to draw.
+            image: one, as for ``encode``.
+            mask: of its size, white (1) where to draw; outside, the picture stays to the pixel.
+            strength: as of ``image_to_image``.
+            options: further arguments of the pipeline.
+
+        Raises:
+            ValueError: if the mask is of another size.
+        """
+        original, painted = to_tensor(image), to_tensor(mask)[:, :1]
+        height, width = original.shape[-2:]
+        if painted.shape[-2:] != original.shape[-2:]:
+            raise ValueError(
+                f"the mask has {painted.shape[-2]} x {painted.shape[-1]} px, and the picture "
+                f"{height} x {width}; give them the same size"
+            )
+        size = self.drawn_size(height, width)
+        output_type, return_dict = options.pop("output_type", "pil"), options.get("return_dict")
+        drawn = self(
+            prompt, height, width, image_embeddings=self.encode(cover(original, *size)),
+            mask=self.prior.mask_for(cover(painted, *size), *size), strength=strength,
+            **{**options, "output_type": "pt", "return_dict": False},
+        )  # fmt: skip
+        found = as_type(torch.lerp(original.to(drawn), drawn, painted.to(drawn)), output_type)
+        return found if return_dict is False else ImageOutput(found)

@@ -1,0 +1,200 @@
+"""Semantic latents to pictures: sampling of Stage B, and Stage A (arXiv 2306.00637, 3.1, 3.2)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from wuerstchen_pl.diffusion.guidance import Guidance
+from wuerstchen_pl.diffusion.sampler import Generator, Method, check_times, timesteps
+from wuerstchen_pl.diffusion.schedule import CosineSchedule
+from wuerstchen_pl.models.diffnext import DiffNeXt
+from wuerstchen_pl.models.layers import Digest, Inputs
+from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.models.vqgan import VQGAN
+from wuerstchen_pl.sampling.loop import Callback, How, check_callback_inputs, denoise
+from wuerstchen_pl.sampling.pictures import (
+    ImageOutput,
+    OutputType,
+    as_type,
+    check_output_type,
+    crop,
+)
+from wuerstchen_pl.sampling.place import Place
+from wuerstchen_pl.sampling.prior import start
+from wuerstchen_pl.sampling.prompts import Prompts, encode
+
+
+class DecoderPipeline:
+    """Draws pictures from semantic latents.
+
+    Args:
+        decoder: Stage B's denoiser.
+        vqgan: Stage A.
+        text_encoder: for a Stage B that reads text.
+        latent_dim_scale: Stage A's latents per semantic position, along a side (v1, v2: 10.67).
+        place: the device to work on; the CPU if not given.
+
+    Raises:
+        ValueError: if the denoiser reads text and there is no encoder, or the other way round.
+    """
+
+    CALLBACK_INPUTS = ("latents", "text_encoder_hidden_states", "image_embeddings")
+
+    def __init__(
+        self,
+        *,
+        decoder: DiffNeXt,
+        vqgan: VQGAN,
+        text_encoder: TextEncoder | None = None,
+        latent_dim_scale: float = 10.67,
+        place: Place | None = None,
+    ) -> None:
+        if (text_encoder is None) != (decoder.text_dim is None):
+            raise ValueError(
+                f"the decoder has text_dim={decoder.text_dim} and text_encoder is "
+                f"{'missing' if text_encoder is None else 'given'}; give both or neither"
+            )
+        self.decoder, self.vqgan, self.text_encoder = decoder, vqgan, text_encoder
+        self.latent_dim_scale = latent_dim_scale
+        self.schedule = CosineSchedule()
+        self.place = place or Place()
+        self.step = decoder.step
+        self.decode = vqgan.decode
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image_embeddings: Tensor | Sequence[Tensor],
+        prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 12,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float = 0.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generator = None,
+        latents: Tensor | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        size: tuple[int, int] | None = None,
+        sampler: Method = "ddpm",
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        progress: bool = True,
+    ) -> Any:
+        """Draw; the arguments are those of diffusers' ``WuerstchenDecoderPipeline``, and some more.
+
+        Args:
+            image_embeddings: (N, S, h, w) semantic latents in the compressor's scale, or several
+                such.
+            prompt: one, or one for each of N or of a divisor of it; empty if not given.
+            num_inference_steps: denoising steps (paper: 12).
+            timesteps: falling times in [0, 1] instead of equal steps.
+            guidance_scale: towards latents and prompt; up to 1 is none.
+            negative_prompt: one, or one for each prompt; empty if not given.
+            num_images_per_prompt: pictures of each of the N.
+            generator: of the whole batch, or a list with one for each picture.
+            latents: (B, C, H / 4, W / 4) noise to start from.
+            output_type: ``pil``, ``np``, ``pt``, or ``latent`` for Stage A's latents.
+            return_dict: False returns the pictures alone.
+            callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
+                those it changed.
+            callback_on_step_end_tensor_inputs: names of the tensors that it is given.
+            size: (height, width) in pixels; that of the semantic latents if not given.
+            sampler: ``ddpm`` or ``ddim``.
+            guidance_rescale: see ``diffusion.guidance.Guidance``.
+            guidance_interval: likewise.
+            progress: show a bar.
+
+        Returns:
+            Pictures in [0, 1]; a size that Stage B cannot divide is drawn larger, and cropped.
+
+        Raises:
+            ValueError: naming the argument, its value and the fix.
+        """
+        check_output_type(output_type, ("pil", "np", "pt", "latent"))
+        check_callback_inputs(callback_on_step_end_tensor_inputs, self.CALLBACK_INPUTS)
+        guidance = Guidance(
+            scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
+        )
+        times = _times(num_inference_steps, timesteps)
+        semantic = self._semantic(image_embeddings, num_images_per_prompt)
+        tensors = {"image_embeddings": semantic}
+        if self.text_encoder is not None:
+            prompts = Prompts(prompt or "", negative_prompt)
+            tensors["text_encoder_hidden_states"] = self._text(prompts, len(semantic), guidance.on)
+
+        height, width = size or self.size(semantic.shape[-2], semantic.shape[-1])
+        grid = self.latent_grid(height, width)
+        noise = start(
+            (len(semantic), self.decoder.latent_channels, *grid), latents, generator,
+            semantic.device,
+        )  # fmt: skip
+        how = How(
+            times=times, generator=generator, guidance=guidance, method=sampler,
+            callback=callback_on_step_end, callback_inputs=callback_on_step_end_tensor_inputs,
+            bar="Stage B" if progress else None,
+        )  # fmt: skip
+        steps = torch.tensor(times[:-1], device=semantic.device)
+
+        def digest(tensors: Mapping[str, Tensor]) -> list[Digest] | list[Inputs]:
+            latents = tensors["image_embeddings"]
+            if guidance.on:
+                latents = torch.cat([latents, torch.zeros_like(latents)])
+            text = tensors.get("text_encoder_hidden_states")
+            # digests take 0.5 GB a picture at 1024 px in bfloat16
+            prepare = self.decoder.inputs if self.place.offload else self.decoder.digest
+            return prepare(steps, latents, text, grid)
+
+        with self.place.at_work(self.decoder):
+            drawn = denoise(
+                self.step, digest, noise, tensors, how, owner=self, schedule=self.schedule
+            )
+        if output_type != "latent":
+            with self.place.at_work(self.vqgan):
+                drawn = crop(self.decode(drawn).clamp(0, 1), height, width)
+        found = as_type(drawn, output_type)
+        return ImageOutput(found) if return_dict else found
+
+    def size(self, h: int, w: int) -> tuple[int, int]:
+        """Pixels (height, width) of the picture that (h, w) semantic positions stand for."""
+        height, width = (int(side * self.latent_dim_scale + 1e-6) for side in (h, w))
+        return height * self.vqgan.factor, width * self.vqgan.factor
+
+    def latent_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Stage A's latents (H, W) that cover a picture, in steps that Stage B can divide."""
+        multiple = self.decoder.size_multiple
+        pixels = self.vqgan.factor * multiple
+        return math.ceil(height / pixels) * multiple, math.ceil(width / pixels) * multiple
+
+    def _semantic(self, given: Tensor | Sequence[Tensor], repeats: int) -> Tensor:
+        semantic = given if isinstance(given, Tensor) else torch.cat(
+            [torch.as_tensor(part) for part in given]
+        )  # fmt: skip
+        channels = self.decoder.semantic_channels
+        if semantic.ndim != 4 or semantic.shape[1] != channels:
+            raise ValueError(
+                f"image_embeddings have shape {tuple(semantic.shape)}; give (N, {channels}, h, w)"
+            )
+        semantic = semantic.to(self.place.device, torch.float32)
+        return semantic.repeat_interleave(repeats, dim=0)
+
+    def _text(self, prompts: Prompts, rows: int, guided: bool) -> Tensor:
+        encoder = cast(TextEncoder, self.text_encoder)
+        number = 1 if isinstance(prompts.prompt, str) else len(prompts.prompt or ())
+        if not number or rows % number:
+            raise ValueError(
+                f"{number} prompts for {rows} pictures; give one for each, or one in all"
+            )
+        with self.place.at_work(encoder):
+            text = encode(encoder, prompts, repeats=rows // number, guided=guided)
+        return text.to(self.place.device)
+
+
+def _times(steps: int, given: Sequence[float] | None) -> list[float]:
+    return timesteps(steps) if given is None else check_times(given)

@@ -1,0 +1,214 @@
+"""Text to semantic latents: sampling of Stage C (arXiv 2306.00637, section 3.3)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wuerstchen_pl.diffusion.guidance import Guidance
+from wuerstchen_pl.diffusion.sampler import Generator, Method, check_times, randn, timesteps
+from wuerstchen_pl.diffusion.schedule import CosineSchedule
+from wuerstchen_pl.models.layers import Digest
+from wuerstchen_pl.models.prior import Prior
+from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.sampling import pictures
+from wuerstchen_pl.sampling.loop import Callback, How, check_callback_inputs, denoise
+from wuerstchen_pl.sampling.place import Place
+from wuerstchen_pl.sampling.prompts import Prompts, encode
+
+DEFAULT_STAGE_C_TIMESTEPS: list[float] = [
+    *(1 - i / 57 for i in range(20)),
+    *((10 - i) / 15 for i in range(1, 11)),
+]
+"""The published 29 steps: 19 from 1 to 2/3, and 10 from there to 0."""
+
+
+class PriorOutput(NamedTuple):
+    """(B, S, h, w) semantic latents in the compressor's scale."""
+
+    image_embeddings: Any
+
+
+class PriorPipeline:
+    """Draws semantic latents from text.
+
+    Args:
+        prior: the denoiser.
+        text_encoder: prompts -> token states.
+        semantic_scale: Stage C works in (s + shift) / scale of the compressor's s (v1, v2: 42).
+        semantic_shift: see ``semantic_scale`` (v1, v2: 1).
+        resolution_multiple: pixels per semantic position (v1, v2: 42.67).
+        place: the device to work on; the CPU if not given.
+    """
+
+    CALLBACK_INPUTS = ("latents", "text_encoder_hidden_states")
+
+    def __init__(
+        self,
+        *,
+        prior: Prior,
+        text_encoder: TextEncoder,
+        semantic_scale: float = 42.0,
+        semantic_shift: float = 1.0,
+        resolution_multiple: float = 42.67,
+        place: Place | None = None,
+    ) -> None:
+        self.prior, self.text_encoder = prior, text_encoder
+        self.semantic_scale, self.semantic_shift = semantic_scale, semantic_shift
+        self.resolution_multiple = resolution_multiple
+        self.schedule = CosineSchedule()
+        self.place = place or Place()
+        self.step = prior.step
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        num_inference_steps: int = 60,
+        timesteps: Sequence[float] | None = None,
+        guidance_scale: float = 8.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generator = None,
+        latents: Tensor | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        sampler: Method = "ddpm",
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        image_embeddings: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
+        progress: bool = True,
+    ) -> PriorOutput | tuple[Any]:
+        """Draw; the arguments are those of diffusers' ``WuerstchenPriorPipeline``, and some more.
+
+        Args:
+            prompt: one or several.
+            height: of the picture to be, in pixels.
+            width: likewise.
+            num_inference_steps: denoising steps (paper: 60).
+            timesteps: falling times in [0, 1] instead of equal steps.
+            guidance_scale: away from the negative prompt; up to 1 is none.
+            negative_prompt: one, or one for each prompt; empty if not given.
+            prompt_embeds: (N, L, D) text states instead of ``prompt``.
+            negative_prompt_embeds: likewise.
+            num_images_per_prompt: pictures of each prompt.
+            generator: of the whole batch, or a list with one for each picture.
+            latents: (B, S, h, w) noise to start from.
+            output_type: ``pt`` or ``np``.
+            return_dict: False returns a tuple.
+            callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
+                those it changed.
+            callback_on_step_end_tensor_inputs: names of the tensors that it is given.
+            sampler: ``ddpm`` or ``ddim``.
+            guidance_rescale: see ``diffusion.guidance.Guidance``.
+            guidance_interval: likewise.
+            image_embeddings: (B, S, h, w) or (1, S, h, w) semantic latents to start from, noised to
+                the time ``strength``.
+            strength: in [0, 1]; 0 changes nothing of ``image_embeddings``.
+            mask: (B, 1, h, w) or (1, 1, h, w), 1 where ``image_embeddings`` are to be drawn anew.
+            progress: show a bar.
+
+        Returns:
+            (B, S, h, w) semantic latents, in the compressor's scale.
+
+        Raises:
+            ValueError: naming the argument, its value and the fix.
+        """
+        pictures.check_output_type(output_type, ("pt", "np"))
+        check_callback_inputs(callback_on_step_end_tensor_inputs, self.CALLBACK_INPUTS)
+        guidance = Guidance(
+            scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
+        )
+        times = _times(num_inference_steps, timesteps, strength)
+        prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        with self.place.at_work(self.text_encoder):
+            text = encode(
+                self.text_encoder, prompts, repeats=num_images_per_prompt, guided=guidance.on
+            )
+        text = text.to(self.place.device)
+        rows = len(text) // (2 if guidance.on else 1)
+        shape = (rows, self.prior.latent_channels, *self.latent_size(height, width))
+        noise = start(shape, latents, generator, text.device)
+        x, constrain = noise, None
+        if image_embeddings is not None:
+            known = image_embeddings.to(noise).expand(shape)
+            known = (known + self.semantic_shift) / self.semantic_scale
+            x = self._noised(known, times[0], noise)
+            if mask is not None:
+                grid = mask.to(noise).expand(rows, 1, *shape[2:])
+
+                def constrain(x: Tensor, t: float) -> Tensor:
+                    fresh = randn(x.shape, generator, x.device)
+                    return torch.lerp(self._noised(known, t, fresh), x, grid)
+
+        how = How(
+            times=times, generator=generator, guidance=guidance, method=sampler,
+            callback=callback_on_step_end, callback_inputs=callback_on_step_end_tensor_inputs,
+            bar="Stage C" if progress else None,
+        )  # fmt: skip
+        steps = torch.tensor(times[:-1], device=text.device)
+
+        def digest(tensors: Mapping[str, Tensor]) -> list[Digest]:
+            return self.prior.digest(steps, tensors["text_encoder_hidden_states"])
+
+        with self.place.at_work(self.prior):
+            drawn = denoise(
+                self.step, digest, x, {"text_encoder_hidden_states": text}, how,
+                owner=self, schedule=self.schedule, constrain=constrain,
+            )  # fmt: skip
+        semantic = drawn * self.semantic_scale - self.semantic_shift
+        found = semantic.float().cpu().numpy() if output_type == "np" else semantic
+        return PriorOutput(found) if return_dict else (found,)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Semantic positions of a picture of so many pixels: 24 x 24 for 1024 px, as published."""
+        multiple = self.resolution_multiple
+        # 1024 / 42.666... is a little more than 24
+        return math.ceil(height / multiple - 1e-6), math.ceil(width / multiple - 1e-6)
+
+    def mask_for(self, mask: Tensor, height: int, width: int) -> Tensor:
+        """(B, 1, H, W) in [0, 1] -> (B, 1, h, w): the greatest of a position's pixels."""
+        return F.adaptive_max_pool2d(mask, self.latent_size(height, width))
+
+    def _noised(self, known: Tensor, t: float, noise: Tensor) -> Tensor:
+        if t == 0:  # the schedule's clamped end would leave a little noise
+            return known
+        times = torch.full((len(known),), t, device=known.device)
+        return self.schedule.add_noise(known, times, noise)
+
+
+def start(
+    shape: tuple[int, ...], latents: Tensor | None, generator: Generator, device: torch.device
+) -> Tensor:
+    """The noise to start from: ``latents`` if given, else drawn.
+
+    Raises:
+        ValueError: if ``latents`` have another shape.
+    """
+    if latents is None:
+        return randn(shape, generator, device)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; give them {shape}")
+    return latents.to(device, torch.float32)
+
+
+def _times(steps: int, given: Sequence[float] | None, strength: float) -> list[float]:
+    """Times to sample along, of which those above ``strength`` are left out."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength} is out of range; use 0 to 1")
+    times = timesteps(steps) if given is None else check_times(given)
+    if strength >= times[0]:
+        return times
+    return [strength, *(t for t in times if t < strength)]
