@@ -143,7 +143,7 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
         )
     config = _to_sample(content)
     for name, named in content["frozen"].items():
-        config[name] = {**config[name], "run": str(_follow(path, name, named))}
+        config[name] = {**config[name], "run": str(follow(path, name, named))}
     module: Stage = build(config)
     state = dict(content["state_dict"])
     if ema:
@@ -175,20 +175,20 @@ def _to_sample(content: dict[str, Any]) -> dict[str, Any]:
     training_only = hydra.utils.get_class(config["_target_"]).TRAINING_ONLY  # type: ignore[attr-defined]
     held = {key.partition(".")[0] for key in content["state_dict"]}
     return {
-        key: _without_weights(value) if key in held else value
+        key: without_weights(value) if key in held else value
         for key, value in config.items()
         if key not in training_only
     }
 
 
-def _without_weights(node: Any) -> Any:
+def without_weights(node: Any) -> Any:
     """A part's config without the pretrained weights it started from: its own are at hand."""
     if not isinstance(node, dict):
         return node
-    return {k: None if k == "weights" else _without_weights(v) for k, v in node.items()}
+    return {k: None if k == "weights" else without_weights(v) for k, v in node.items()}
 
 
-def _follow(path: Path, name: str, named: dict[str, str]) -> Path:
+def follow(path: Path, name: str, named: dict[str, str]) -> Path:
     """Where the frozen stage of the checkpoint at ``path`` lies: beside its run, or as named."""
     run = path.parent.parent
     beside = Path(os.path.normpath(run / named["path"]))

@@ -19,8 +19,7 @@ PAIR = ("wuerstchen", "wuerstchen-prior")
 """Folders of what we write, named as the published ones."""
 SCHEDULE = {"scaler": 1.0, "s": 0.008}
 KINDS = {
-    "prior": "prior.Prior", "prior_text_encoder": "text.TextEncoder",
-    "decoder": "diffnext.DiffNeXt", "text_encoder": "text.TextEncoder", "vqgan": "vqgan.VQGAN",
+    "prior": "prior.Prior", "decoder": "diffnext.DiffNeXt", "vqgan": "vqgan.VQGAN",
 }  # fmt: skip
 CLASSES = {
     "prior": ["wuerstchen", "WuerstchenPrior"],
@@ -83,17 +82,22 @@ def _check_schedules(folder: Path) -> None:
 
 
 def _read_part(folder: Path, name: str, own: str, variant: str | None) -> Part:
-    is_text = name.endswith("text_encoder")
-    stem = "model" if is_text else "diffusion_pytorch_model"
+    if name.endswith("text_encoder"):
+        tokenizer = folder / name.replace("text_encoder", "tokenizer")
+        return read_text_encoder(folder / name, tokenizer, variant)
     config = folder / name / "config.json"
-    weights = weights_in(folder / name, stem, variant)
+    weights = weights_in(folder / name, "diffusion_pytorch_model", variant)
     ours = complete(from_diffusers(KINDS[own], load_json(config), str(config)))
-    tensors = read_safetensors(weights)
-    if is_text:
-        tensors = _with_prefix(tensors)
+    return Part(ours, _inward(read_safetensors(weights), ours, "diffusers", str(weights)))
+
+
+def read_text_encoder(folder: Path, tokenizer: Path, variant: str | None = None) -> Part:
+    """transformers' CLIPTextModel; the folder ``tokenizer``, if it is there, holds its files."""
+    config, weights = folder / "config.json", weights_in(folder, "model", variant)
+    ours = complete(from_diffusers("text.TextEncoder", load_json(config), str(config)))
+    tensors = _with_prefix(read_safetensors(weights))
     part = Part(ours, _inward(tensors, ours, "diffusers", str(weights)))
-    if is_text:
-        part.tokenizer = folder / name.replace("text_encoder", "tokenizer")
+    part.tokenizer = tokenizer if tokenizer.is_dir() else None
     return part
 
 
@@ -140,6 +144,8 @@ def write(model: Model, path: Path) -> None:
         (PAIR[1], "prior_", "WuerstchenPriorPipeline"),
     ):
         own = {"prior"} if prefix else {"decoder", "vqgan"}
+        if not own & configs.keys():
+            continue
         index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.21.0"}
         for name, config in configs.items():
             if name not in own and name != f"{prefix}text_encoder":

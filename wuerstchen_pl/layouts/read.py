@@ -80,8 +80,8 @@ def locate(source: str, variant: str | None = None) -> Path:
         ) from error
 
 
-def write(model: Model, path: Path, layout: LayoutName) -> None:
-    """Write a model into a new folder, whole or not at all.
+def write(model: Model, path: Path, layout: LayoutName, *, readme: str | None = None) -> None:
+    """Write a model, and its card, into a new folder, whole or not at all.
 
     Raises:
         FileExistsError: if the folder is there and not empty.
@@ -95,6 +95,8 @@ def write(model: Model, path: Path, layout: LayoutName) -> None:
     try:
         aside.mkdir(parents=True)
         LAYOUTS[layout].write(model, aside)
+        if readme is not None:
+            (aside / "README.md").write_text(readme, encoding="utf-8")
         if path.exists():
             path.rmdir()
         os.replace(aside, path)

@@ -1,0 +1,58 @@
+"""Convert a model: ``python -m wuerstchen_pl.convert from=PATH to=PATH layout=diffusers``."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from wuerstchen_pl.cli import command
+from wuerstchen_pl.config import check_config
+from wuerstchen_pl.layouts import clip, read
+from wuerstchen_pl.layouts.model import Model
+from wuerstchen_pl.layouts.read import LayoutName
+
+READ: Mapping[str, Any] = {
+    "from": str,
+    "prior": str | None,
+    "variant": str | None,
+    "text_encoder": str | None,
+    "prior_text_encoder": str | None,
+    "to": str,
+    "layout": LayoutName,
+}
+
+
+def run(cfg: DictConfig) -> None:
+    """Check, read, write."""
+    check_config(cfg, READ)
+    model = read.read(cfg["from"], prior=cfg.prior, variant=cfg.variant)
+    for name in ("text_encoder", "prior_text_encoder"):
+        if cfg[name] is not None:
+            model.parts[name] = clip.read(read.locate(cfg[name]))
+    write(model, Path(cfg.to), cfg.layout)
+
+
+def write(model: Model, path: Path, layout: LayoutName, *, readme: str | None = None) -> None:
+    """Write a model, and tell what was written; say what the layout has no place for."""
+    if layout == "original":
+        left = [name for name in model.parts if name.endswith("text_encoder")]
+        if left:
+            warnings.warn(
+                f"the authors' layout has no place for {' and '.join(left)}: left out", stacklevel=2
+            )
+        model = Model({k: v for k, v in model.parts.items() if k not in left}, model.settings)
+    read.write(model, path, layout, readme=readme)
+    for name, part in model.parts.items():
+        types = {str(t.dtype).removeprefix("torch.") for t in part.tensors.values()}
+        count = sum(math.prod(t.shape) for t in part.tensors.values())
+        print(f"{name:20s} {count:15,d} numbers, {', '.join(sorted(types))}")
+    print(path)
+
+
+main = command("convert", run)
+
+if __name__ == "__main__":
+    main()

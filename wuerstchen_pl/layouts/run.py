@@ -1,0 +1,62 @@
+"""A trained run as a model: the stage of a checkpoint, and the frozen ones that it stands on."""
+
+from pathlib import Path
+from typing import Any
+
+from wuerstchen_pl.checkpoint import find, load_stage, read, without_weights
+from wuerstchen_pl.layouts.model import Model, Part, complete
+from wuerstchen_pl.layouts.tensors import held
+
+OF_STAGE = {
+    "StageA": {"vqgan": "vqgan"},
+    "StageB": {"diffnext": "decoder", "compressor": "compressor", "text_encoder": "text_encoder"},
+    "StageC": {"prior": "prior", "text_encoder": "prior_text_encoder"},
+}
+"""Networks of a stage, by attribute, and the parts that they are."""
+
+
+def read_run(run: str | Path, *, ema: bool = True) -> Model:
+    """The networks of a run's newest checkpoint and of the stages below it.
+
+    Args:
+        run: a run's folder, or a checkpoint in it.
+        ema: averaged weights of its own stage, or raw ones; the stages below were averaged when it
+            was trained over them, and stay so.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is damaged.
+    """
+    path = find(run)
+    name = read(path)["stage"]["_target_"].rpartition(".")[2]
+    stage: Any = load_stage(run=path, stage=name[-1].lower(), ema=ema)
+    model = Model()
+    if name == "StageC":
+        model.settings = {
+            "semantic_scale": stage.semantic_scale,
+            "semantic_shift": stage.semantic_shift,
+        }
+    while stage is not None:
+        model.parts |= _parts(stage)
+        if (compressor := getattr(stage, "compressor", None)) is not None:
+            pixels = compressor.resolution_multiple
+            model.settings["resolution_multiple"] = pixels
+            model.settings["latent_dim_scale"] = pixels / stage.decoder.vqgan.factor
+        stage = getattr(stage, "decoder", None)
+    return model
+
+
+def _parts(stage: Any) -> dict[str, Part]:
+    found = {}
+    for attribute, part in OF_STAGE[type(stage).__name__].items():
+        network = getattr(stage, attribute)
+        if network is None:
+            continue
+        config = complete(without_weights(stage.config[attribute]))
+        if part.endswith("text_encoder"):
+            config |= {"tokenizer": None, "vocab_size": network.tower.vocab_size}
+        state = network.state_dict()
+        if part == "vqgan":
+            config["scale_factor"] = float(state["scale_factor"])
+        found[part] = Part(config, {name: held(tensor) for name, tensor in state.items()})
+    return found
