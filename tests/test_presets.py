@@ -1,10 +1,13 @@
 """The shipped configs, on the meta device, against the sizes of the paper and the releases."""
 
+from typing import Any
+
 import open_clip
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from open_clip.model import CLIPTextCfg, _build_text_tower
 
 from wuerstchen_pl.cli import conf_dir
@@ -19,14 +22,19 @@ COUNTS = [
 ]
 
 
+def part_config(stage: str, preset: str, part: str) -> dict[str, Any]:
+    """The arguments of a network as a preset has them."""
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("train", [f"stage={stage}", f"preset={preset}"])
+    return OmegaConf.to_container(cfg.stage[part])  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize(("stage", "preset", "part", "count"), COUNTS)
 def test_a_preset_has_the_published_number_of_parameters(
     stage: str, preset: str, part: str, count: int
 ) -> None:
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
-        cfg = compose("train", [f"stage={stage}", f"preset={preset}"])
     with torch.device("meta"):
-        net = instantiate(cfg.stage[part], _convert_="all")
+        net = instantiate(part_config(stage, preset, part), _convert_="all")
     assert sum(p.numel() for p in net.parameters()) == count
 
 

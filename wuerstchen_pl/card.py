@@ -21,7 +21,7 @@ pipeline_tag: text-to-image
 A text-to-image cascade ([arXiv 2306.00637](https://arxiv.org/abs/2306.00637)), trained with
 wuerstchen_pl. Licence of the weights: {stated}.
 
-| stage | steps | batch | learning rate | px | data | weights | hours x devices | hardware | sha256 |
+| stage | steps | batch | lr | px | data | weights | hours x devices | hardware | sha256 |
 |---|---|---|---|---|---|---|---|---|---|
 {rows}
 

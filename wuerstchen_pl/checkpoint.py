@@ -99,23 +99,24 @@ def build(config: Any) -> Any:
     Raises:
         ValueError: for a ``_target_`` outside of ``BUILDABLE``, or an interpolation.
     """
-    _refuse_foreign(config)
+    refuse_foreign(config)
     try:
         return hydra.utils.instantiate(config, _convert_="all")
     except InstantiationException as error:  # around the one that says what is wrong
         raise error.__cause__ or error from None
 
 
-def _refuse_foreign(node: Any) -> None:
+def refuse_foreign(node: Any) -> None:
+    """Refuse a config that names a class which is none of this package's, or interpolates."""
     if isinstance(node, dict):
         target = node.get("_target_")
         if target is not None and target not in BUILDABLE:
             raise ValueError(f"_target_={target!r} in a checkpoint is not one of this package's")
         for value in node.values():
-            _refuse_foreign(value)
+            refuse_foreign(value)
     elif isinstance(node, list | tuple):
         for value in node:
-            _refuse_foreign(value)
+            refuse_foreign(value)
     elif isinstance(node, str) and "${" in node:
         raise ValueError(f"{node!r} in a checkpoint is an interpolation, which is not read")
 

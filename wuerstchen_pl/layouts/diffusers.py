@@ -8,8 +8,10 @@ under the authors' names, where diffusers does not look.
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wuerstchen_pl.layouts.configs import from_diffusers, to_diffusers
-from wuerstchen_pl.layouts.model import Model, Part, complete, skeleton
+from wuerstchen_pl.layouts.model import SCALE, Model, Part, complete, skeleton, with_scale
 from wuerstchen_pl.layouts.names import Layout, inward, links, outward
 from wuerstchen_pl.layouts.ours import copy_tokenizer, dump_json, load_json, weights_in
 from wuerstchen_pl.layouts.tensors import Lazy, held, read_safetensors, write_safetensors
@@ -119,12 +121,10 @@ def _inward(
 ) -> dict[str, Lazy]:
     """Their tensors under our names, and the scale of Stage A, which they hold in the config."""
     state = skeleton(config).state_dict()
-    shapes = {name: tuple(t.shape) for name, t in state.items() if name != "scale_factor"}
+    shapes = {name: tuple(t.shape) for name, t in state.items() if name != SCALE}
     found = inward(tensors, links(config, shapes, layout), shapes, where)
-    if "scale_factor" in state:
-        found["scale_factor"] = held(state["scale_factor"].new_tensor(0, device="cpu").fill_(
-            config["scale_factor"]
-        ))  # fmt: skip
+    if SCALE in state:
+        found[SCALE] = held(torch.tensor(config[SCALE]))
     return found
 
 
@@ -135,7 +135,7 @@ def write(model: Model, path: Path) -> None:
         OSError: if they cannot be written.
         ValueError: for a part that diffusers has not.
     """
-    written = {name: _with_scale(part) for name, part in model.parts.items()}
+    written = {name: with_scale(part) for name, part in model.parts.items()}
     configs = {
         name: to_diffusers(part.config) for name, part in written.items() if name != "compressor"
     }
@@ -175,12 +175,3 @@ def _write_part(part: Part, config: dict[str, Any], folder: Path) -> None:
     dump_json(folder / "config.json", config)
     table = links(part.config, part.tensors, "diffusers")
     write_safetensors(folder / f"{stem}.safetensors", outward(part.tensors, table))
-
-
-def _with_scale(part: Part) -> Part:
-    """A part whose scale of latents, if it has one, stands in its config and not in a tensor."""
-    tensors = dict(part.tensors)
-    if "scale_factor" not in tensors:
-        return part
-    scale = float(tensors.pop("scale_factor").load())
-    return Part({**part.config, "scale_factor": scale}, tensors, part.tokenizer)

@@ -9,10 +9,12 @@ import torch
 from hydra.utils import get_class
 from torch import nn
 
-from wuerstchen_pl.checkpoint import build
+from wuerstchen_pl.checkpoint import build, refuse_foreign
 from wuerstchen_pl.layouts.tensors import Lazy
 
 PARTS = ("prior_text_encoder", "prior", "text_encoder", "decoder", "vqgan", "compressor")
+SCALE = "scale_factor"
+"""Stage A's tensor that the other layouts hold in a config, or nowhere."""
 
 
 @dataclass
@@ -52,6 +54,10 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: if the config names what is not this package's, or cannot be built.
     """
+    target = config.get("_target_")
+    if not str(target).startswith("wuerstchen_pl.models."):
+        refuse_foreign(config)
+        raise ValueError(f"_target_={target!r} in a config is no network of this package's")
     with torch.device("meta"):
         return build(config)
 
@@ -65,6 +71,17 @@ def network(part: Part) -> nn.Module:
 
 def _tokenizer(part: Part) -> dict[str, str]:
     return {} if part.tokenizer is None else {"tokenizer": str(part.tokenizer)}
+
+
+def with_scale(part: Part) -> Part:
+    """A part whose scale of latents, if it has one, stands in its config and not in a tensor."""
+    if SCALE not in part.tensors:
+        return part
+    tensors = dict(part.tensors)
+    scale, told = tensors.pop(SCALE).load(), part.config[SCALE]
+    if told is None or scale.new_tensor(told) != scale:  # 0.3764 is not quite what float32 holds
+        told = float(scale)
+    return Part({**part.config, SCALE: told}, tensors, part.tokenizer)
 
 
 def check(part: Part, where: str) -> None:

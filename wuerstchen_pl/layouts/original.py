@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.layouts import configs
-from wuerstchen_pl.layouts.model import Model, Part, skeleton
+from wuerstchen_pl.layouts.model import SCALE, Model, Part, skeleton, with_scale
 from wuerstchen_pl.layouts.names import inward, links, outward
-from wuerstchen_pl.layouts.tensors import Lazy, held, read_pickle
+from wuerstchen_pl.layouts.tensors import held, read_pickle
 
 STAGE_A, STAGE_B, STAGE_B_V1, STAGE_C = (
     "vqgan_f4_v1_500k.pt", "model_v2_stage_b.pt", "model_stage_b.pt", "model_v3_stage_c.pt",
@@ -77,10 +77,10 @@ def _read_part(
         found = {name: lazy.shape for name, lazy in tensors.items()}
         config = configs.from_shapes(part, found)
     expected = skeleton(config).state_dict()
-    shapes = {name: tuple(t.shape) for name, t in expected.items() if name != "scale_factor"}
+    shapes = {name: tuple(t.shape) for name, t in expected.items() if name != SCALE}
     ours = inward(tensors, links(config, shapes, "original"), shapes, where)
-    if "scale_factor" in expected:
-        ours["scale_factor"] = held(torch.tensor(config["scale_factor"]))
+    if SCALE in expected:
+        ours[SCALE] = held(torch.tensor(config[SCALE]))
     return Part(config, ours)
 
 
@@ -114,9 +114,6 @@ def write(model: Model, path: Path) -> None:
 
 def _outward(part: Part) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A part's arguments, and its tensors under the authors' names."""
-    config, tensors = dict(part.config), dict(part.tensors)
-    scale: Lazy | None = tensors.pop("scale_factor", None)
-    if scale is not None:
-        config["scale_factor"] = float(scale.load())
-    table = links(config, tensors, "original")
-    return config, {name: lazy.load() for name, lazy in outward(tensors, table).items()}
+    part = with_scale(part)
+    table = links(part.config, part.tensors, "original")
+    return part.config, {name: t.load() for name, t in outward(part.tensors, table).items()}

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from wuerstchen_pl.checkpoint import without_weights
 from wuerstchen_pl.layouts.model import PARTS, Model, Part, check
 from wuerstchen_pl.layouts.tensors import read_safetensors, write_safetensors
 from wuerstchen_pl.models import tokenizer
@@ -43,7 +44,7 @@ def _read_part(folder: Path) -> Part:
     weights = weights_in(folder, "model")
     files = folder / "tokenizer"
     part = Part(
-        load_json(folder / "config.json"),
+        without_weights(load_json(folder / "config.json")),
         read_safetensors(weights),
         files if files.is_dir() else None,
     )

@@ -111,7 +111,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
         shape, dtype, _ = tensors[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_BYTES)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(HEADER_BYTES, "little") + text)

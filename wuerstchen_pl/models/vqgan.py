@@ -5,6 +5,7 @@ dome272/Wuerstchen (MIT), weights ``vqgan_f4_v1_500k.pt``. Stage B works in the 
 quantisation; the codebook regularises them while Stage A trains.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,15 +70,17 @@ def codebook_use(uses: Tensor) -> tuple[Tensor, Tensor]:
     return torch.special.entr(share).sum().exp(), (uses == 0).sum().float()
 
 
+ROWS, ROWS_ON_CPU = 2**16, 2**11
+"""Positions at a time: four times their channels fill a GPU, and fit a CPU's cache."""
+
+
 class ScaledResBlock(nn.Module):
     """Depthwise 3x3 and MLP, each with scalar scale, shift and gate that start at zero."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = LayerNorm2d(channels)
-        self.depthwise = nn.Conv2d(
-            channels, channels, 3, padding=1, padding_mode="replicate", groups=channels
-        )
+        self.depthwise = nn.Conv2d(channels, channels, 3, groups=channels)  # padded by hand
         self.expand = nn.Linear(channels, channels * 4)
         self.project = nn.Linear(channels * 4, channels)
         self.gammas = nn.Parameter(torch.zeros(6))
@@ -85,10 +88,38 @@ class ScaledResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         scale1, shift1, gate1, scale2, shift2, gate2 = self.gammas
-        x = x + self.depthwise(self.norm(x) * (1 + scale1) + shift1) * gate1
-        h = (self.norm(x) * (1 + scale2) + shift2).permute(0, 2, 3, 1)
-        h = self.project(F.gelu(self.expand(h)))
-        return x + h.permute(0, 3, 1, 2) * gate2
+        spatial = folded(self.depthwise, scale1, shift1, gate1)
+        padded = F.pad(self.norm(x), (1, 1, 1, 1), mode="replicate")
+        x = x + F.conv2d(padded, *spatial, groups=x.shape[1])
+        first = folded(self.expand, scale2, shift2)
+        second = folded(self.project, gate=gate2)
+
+        def mlp(rows: Tensor) -> Tensor:
+            return F.linear(F.gelu(F.linear(rows, *first)), *second)
+
+        return x + in_parts(mlp, self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def folded(
+    layer: nn.Linear | nn.Conv2d, scale: Tensor | float = 0.0, shift: Tensor | float = 0.0,
+    gate: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight and bias that do to x what ``layer`` does to x (1 + scale) + shift, times ``gate``."""
+    assert layer.bias is not None
+    bias = layer.bias + shift * layer.weight.flatten(1).sum(dim=1)
+    return layer.weight * ((1 + scale) * gate), bias * gate
+
+
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of rows, (N, C) -> (N, C), over (B, H, W, C).
+
+    Without gradients it takes some rows at a time, which spares most of its memory.
+    """
+    if torch.is_grad_enabled():
+        return function(x)
+    rows = x.reshape(-1, x.shape[-1])
+    parts = rows.split(ROWS_ON_CPU if x.device.type == "cpu" else ROWS)
+    return torch.cat([function(part) for part in parts]).view(x.shape)
 
 
 class VQGAN(nn.Module):

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     DDPMWuerstchenScheduler,
@@ -24,13 +25,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from wuerstchen_pl.models.tokenizer import write_vocabulary
 
-PRIOR: dict[str, Any] = {"c_in": 16, "c": 32, "c_cond": 24, "c_r": 16, "depth": 2, "nhead": 4}
-DECODER: dict[str, Any] = {
+VERSION = diffusers.__version__
+Config = dict[str, Any]
+PRIOR: Config = {"c_in": 16, "c": 32, "c_cond": 24, "c_r": 16, "depth": 2, "nhead": 4}
+DECODER: Config = {
     "c_in": 4, "c_out": 4, "c_r": 16, "c_cond": 16, "c_hidden": [16, 24, 32], "nhead": [-1, 2, 4],
     "blocks": [1, 2, 1], "level_config": ["CT", "CTA", "CTA"],
     "inject_effnet": [False, True, True], "clip_embd": 20, "effnet_embd": 16,
 }  # fmt: skip
-VQGAN: dict[str, Any] = {"bottleneck_blocks": 2, "embed_dim": 16, "num_vq_embeddings": 32}
+PUBLISHED_DECODER: Config = {"clip_embd": 1024}
+VQGAN: Config = {"bottleneck_blocks": 2, "embed_dim": 16, "num_vq_embeddings": 32}
 
 
 @torch.no_grad()
@@ -50,6 +54,7 @@ def randomised(net: Any, seed: int) -> Any:
 
 
 def text_encoder(width: int, seed: int) -> CLIPTextModel:
+    """A text tower of CLIP's kind."""
     config = CLIPTextConfig(
         hidden_size=width, intermediate_size=width * 3, num_hidden_layers=2, num_attention_heads=2,
         vocab_size=49408, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407,
@@ -57,28 +62,30 @@ def text_encoder(width: int, seed: int) -> CLIPTextModel:
     return randomised(CLIPTextModel(config), seed)
 
 
-def combined(folder: Path) -> WuerstchenCombinedPipeline:
+def combined(
+    folder: Path, prior: Config = PRIOR, decoder: Config = DECODER, vqgan: Config = VQGAN
+) -> WuerstchenCombinedPipeline:
     """A whole cascade; ``folder`` takes the tokenizer's files."""
     write_vocabulary(folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    prior = randomised(WuerstchenPrior(**PRIOR), 1)
-    decoder = randomised(WuerstchenDiffNeXt(**DECODER), 3)
-    vqgan = randomised(PaellaVQModel(**VQGAN), 4)
+    stage_c = randomised(WuerstchenPrior(**prior), 1)
+    stage_b = randomised(WuerstchenDiffNeXt(**decoder), 3)
+    stage_a = randomised(PaellaVQModel(**vqgan), 4)
     with torch.no_grad():  # noise of about unit variance, and pictures that few clamps touch
-        for layer in (prior.out[1], decoder.clf[1], vqgan.out_block[0]):
+        for layer in (stage_c.out[1], stage_b.clf[1], stage_a.out_block[0]):
             layer.weight.mul_(0.2)
             layer.bias.mul_(0.2)
-        decoder.clf[1].bias[decoder.clf[1].bias.numel() // 2 :].add_(3)
-        vqgan.out_block[0].bias.add_(0.5)
+        stage_b.clf[1].bias[stage_b.clf[1].bias.numel() // 2 :].add_(3)
+        stage_a.out_block[0].bias.add_(0.5)
     pipe = WuerstchenCombinedPipeline(
         tokenizer=tokenizer,
-        text_encoder=text_encoder(DECODER["clip_embd"], 2),
-        decoder=decoder,
+        text_encoder=text_encoder(decoder["clip_embd"], 2),
+        decoder=stage_b,
         scheduler=DDPMWuerstchenScheduler(),
-        vqgan=vqgan,
+        vqgan=stage_a,
         prior_tokenizer=tokenizer,
-        prior_text_encoder=text_encoder(PRIOR["c_cond"], 5),
-        prior_prior=prior,
+        prior_text_encoder=text_encoder(prior["c_cond"], 5),
+        prior_prior=stage_c,
         prior_scheduler=DDPMWuerstchenScheduler(),
     )
     for part in (pipe, pipe.prior_pipe, pipe.decoder_pipe):

@@ -1,0 +1,168 @@
+"""Time inference beside diffusers: the same random weights, in turns, outputs compared."""
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.utils import logging
+
+from scripts import reference_models
+from scripts.timing import Work, side_by_side, write_table
+from wuerstchen_pl import WuerstchenPipeline
+
+TOLERANCE = 1e-4
+
+
+class Size(NamedTuple):
+    """Networks as diffusers names their arguments, and what to draw with them."""
+
+    prior: dict[str, Any]
+    decoder: dict[str, Any]
+    vqgan: dict[str, Any]
+    side: int  # of the picture, in pixels
+    prior_steps: int
+    batches: tuple[int, ...]
+
+
+SIZES = {
+    "small": Size(
+        {"c": 256, "c_cond": 256, "depth": 8, "nhead": 8},
+        {
+            "c_hidden": [64, 128, 256, 256], "c_cond": 256, "blocks": [2, 4, 6, 2],
+            "nhead": [-1, 2, 4, 4], "clip_embd": 256,
+        },
+        {"embed_dim": 96}, 512, 30, (1,),
+    ),
+    "published": Size(
+        {"c": 1536, "c_cond": 1280, "depth": 32, "nhead": 24}, {}, {}, 1024, 30, (1, 16)
+    ),
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One thing to time, both ways; each returns what is compared."""
+
+    name: str
+    theirs: Work
+    ours: Work
+
+
+def run(size: str, rounds: int) -> Path:
+    """Measure, print, write.
+
+    Raises:
+        RuntimeError: if the outputs differ: then there is nothing to compare.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    given = SIZES[size]
+    with tempfile.TemporaryDirectory() as folder:
+        decoder = {**reference_models.PUBLISHED_DECODER, **given.decoder}
+        theirs = reference_models.combined(Path(folder), given.prior, decoder, given.vqgan)
+        paths = reference_models.save_pair(theirs, Path(folder))
+        ours = WuerstchenPipeline.from_pretrained(str(paths[0]), prior=str(paths[1]))
+    theirs.to(device, dtype)
+    ours.to(device, dtype)
+    rows = []
+    for compiled in (False, True) if cuda else (False,):
+        if compiled:
+            _compile(theirs, ours)
+        for batch in given.batches:
+            for case in cases(theirs, ours, given, batch, device, dtype):
+                rows.append(_row(case, batch, compiled, rounds, check=dtype == torch.float32))
+                print(rows[-1], flush=True)
+    return write_table(
+        f"inference_{size}",
+        f"python scripts/bench.py inference --size {size} --rounds {rounds}"
+        + ("" if cuda else f" --threads {torch.get_num_threads()}"),
+        f"Against diffusers {reference_models.VERSION}, in {dtype}: milliseconds, medians of "
+        f"{rounds} rounds in turns; ratio is the median of the rounds' ratios, above 1 where this "
+        "package is faster. \"SDPA\" is diffusers with AttnProcessor2_0 in its prior. A run is "
+        f"{given.prior_steps} steps of Stage C with guidance 4, 12 of Stage B, and Stage A, "
+        f"{given.side} px.",
+        "| what | batch | mode | diffusers ms | ours ms | ratio | greatest difference |",
+        rows,
+    )  # fmt: skip
+
+
+def _row(case: Case, batch: int, compiled: bool, rounds: int, *, check: bool) -> str:
+    difference = float((case.theirs().float() - case.ours().float()).abs().max())
+    if check and not difference < TOLERANCE:
+        raise RuntimeError(f"{case.name}: outputs differ by {difference}; nothing was timed")
+    found = side_by_side(case.theirs, case.ours, rounds)
+    mode = "compiled" if compiled else "eager"
+    return (
+        f"| {case.name} | {batch} | {mode} | {found.theirs_ms:.1f} | {found.ours_ms:.1f} "
+        f"| {found.ratio:.2f} | {difference:.1e} |"
+    )
+
+
+def _compile(theirs: Any, ours: WuerstchenPipeline) -> None:
+    for net in (theirs.prior_prior, theirs.decoder):
+        net.forward = torch.compile(net.forward)
+    theirs.vqgan.decode = torch.compile(theirs.vqgan.decode)
+    ours.compile()
+
+
+@torch.no_grad()
+def cases(
+    theirs: Any, ours: WuerstchenPipeline, size: Size, batch: int, device: str, dtype: torch.dtype
+) -> Iterator[Case]:
+    """The steps of Stage C and B, Stage A's decoder, and the whole."""
+    rng = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=rng).to(device, dtype)
+
+    def quiet(work: Work) -> Work:
+        return torch.no_grad()(work)
+
+    grid, latents = -(-size.side * 3 // 128), size.side // 4
+    times = torch.tensor([0.5], device=device)
+    t = times.to(dtype).expand(2 * batch)
+    # Stage C, two rows a picture: guidance
+    x, text = (
+        randn(2 * batch, 16, grid, grid),
+        randn(2 * batch, 77, theirs.prior_prior.config.c_cond),
+    )
+    prior = [digest.at(0) for digest in ours.prior.prior.digest(times, text)]
+    plain = Case(
+        "Stage C step", quiet(lambda: theirs.prior_prior(x, t, text)),
+        quiet(lambda: ours.prior.step(x, prior)),
+    )  # fmt: skip
+    yield plain
+    processors = theirs.prior_prior.attn_processors
+    theirs.prior_prior.set_attn_processor(AttnProcessor2_0())
+    yield plain._replace(name="Stage C step (SDPA)")
+    theirs.prior_prior.set_attn_processor(processors)
+
+    z, semantic = randn(batch, 4, latents, latents), randn(batch, 16, grid, grid)
+    clip = randn(batch, 77, theirs.decoder.config.clip_embd)
+    decoder = [
+        digest.at(0)
+        for digest in ours.decoder.decoder.digest(times, semantic, clip, (latents, latents))
+    ]
+    yield Case(
+        "Stage B step", quiet(lambda: theirs.decoder(z, t[:batch], semantic, clip)),
+        quiet(lambda: ours.decoder.step(z, decoder)),
+    )  # fmt: skip
+    scale = theirs.vqgan.config.scale_factor
+    yield Case(
+        "Stage A decoding", quiet(lambda: theirs.vqgan.decode(z * scale).sample),
+        quiet(lambda: ours.decoder.decode(z)),
+    )  # fmt: skip
+
+    def whole(pipe: Any, **options: Any) -> torch.Tensor:
+        return pipe(
+            "a red heart", size.side, size.side, size.prior_steps, num_images_per_prompt=batch,
+            generator=torch.Generator().manual_seed(0), output_type="pt", **options,
+        ).images  # fmt: skip
+
+    yield Case("whole run", lambda: whole(theirs), lambda: whole(ours, progress=False))

@@ -1,0 +1,67 @@
+"""Time a training step of each stage's network: forward, backward and AdamW on random latents."""
+
+import statistics
+from pathlib import Path
+
+import hydra
+import torch
+from torch import nn
+
+from scripts.timing import Work, seconds, write_table
+from wuerstchen_pl.cli import conf_dir
+
+
+def stage_step(stage: str, preset: str, batch: int, device: torch.device) -> tuple[nn.Module, Work]:
+    """A stage's trained network, and one forward pass to a loss."""
+    overrides = [f"stage={stage}", f"preset={preset}"]
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = hydra.compose("train", overrides)
+    part = {"a": "vqgan", "b": "diffnext", "c": "prior"}[stage]
+    with device:
+        net = hydra.utils.instantiate(cfg.stage[part], _convert_="all").train()
+        side = 64 if preset == "tiny" else 512
+        semantic = torch.randn(batch, 16, *[4 if preset == "tiny" else 12] * 2)
+        t, images = torch.rand(batch), torch.rand(batch, 3, side, side)
+        latents = torch.randn(batch, 4, side // 4, side // 4)
+        text_dim = getattr(net, "text_dim", None)
+        text = torch.randn(batch, 77, text_dim) if text_dim else None
+    if stage == "a":
+        return net, lambda: (net.decode_features(net.features(images)) - images).square().mean()
+    if stage == "b":
+        return net, lambda: net(latents, t, semantic, text).square().mean()
+    return net, lambda: net(semantic, t, text).square().mean()
+
+
+def measure(net: nn.Module, step: Work, device: torch.device, *, bf16: bool) -> float:
+    """Seconds of a training step, the median of seven after two to warm up."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
+
+    def train() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return statistics.median([seconds(train) for _ in range(9)][2:])
+
+
+def run(preset: str, batch: int) -> Path:
+    """Measure, print, write."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for stage in "abc":
+        for bf16 in (False, True):
+            net, step = stage_step(stage, preset, batch, device)
+            took = measure(net, step, device, bf16=bf16)
+            count = sum(p.numel() for p in net.parameters())
+            row = f"| {stage} | {count:,} | {'bf16-mixed' if bf16 else '32-true'} "
+            rows.append(row + f"| {took * 1000:.1f} | {batch / took:.1f} |")
+            print(rows[-1], flush=True)
+    return write_table(
+        f"training_step_{preset}",
+        f"python scripts/bench.py training --preset {preset} --batch {batch}",
+        "No data and no frozen parts; pictures of 64 px for the tiny preset, 512 px else.",
+        "| stage | parameters | precision | ms | samples/s |",
+        rows,
+    )

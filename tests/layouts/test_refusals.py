@@ -1,0 +1,180 @@
+"""Files that do not fit, or want to do harm: refused by name, and nothing of them runs."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wuerstchen_pl.layouts import read
+from wuerstchen_pl.layouts.model import Model
+
+
+@pytest.fixture
+def copy(ours: Path, tmp_path: Path) -> Path:
+    """A copy of the model in our layout, to be damaged."""
+    return Path(shutil.copytree(ours, tmp_path / "copy"))
+
+
+def change_tensors(path: Path, change: Callable[[dict], None]) -> None:
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_every_fault_of_the_names_is_listed(copy: Path) -> None:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        del state["stem.weight"], state["head.bias"]
+        state["strange.weight"] = torch.zeros(1)
+        state["text_in.bias"] = torch.zeros(5)
+
+    change_tensors(copy / "prior" / "model.safetensors", change)
+    with pytest.raises(ValueError, match="does not fit its config") as caught:
+        read.read(str(copy))
+    told = str(caught.value)
+    assert "missing: head.bias, stem.weight" in told
+    assert "unexpected: strange.weight" in told
+    assert "mis-shaped: text_in.bias is (5,) and must be (128,)" in told
+
+
+def test_faults_of_another_layout_bear_its_names(model: Model, tmp_path: Path) -> None:
+    read.write(model, tmp_path / "there", "diffusers")
+    folder = tmp_path / "there" / "wuerstchen-prior" / "prior"
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        del state["blocks.2.attention.to_k.weight"]
+        state["lora.up"] = torch.zeros(1)
+
+    change_tensors(folder / "diffusion_pytorch_model.safetensors", change)
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        read.read(str(tmp_path / "there"))
+    assert "missing: blocks.2.attention.to_k.weight" in str(caught.value)
+    assert "unexpected: lora.up" in str(caught.value)
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
+    for name, save in (("new.pt", torch.save), ("old.pt", dump)):
+        save({"state_dict": Harmful(tmp_path / "ran")}, tmp_path / name)
+        with pytest.raises(ValueError, match="more than tensors and plain values; it is not load"):
+            read.read(str(tmp_path / name))
+    assert not (tmp_path / "ran").exists()
+
+
+def dump(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("os.system", "is not one of this package's"),
+        ("wuerstchen_pl.checkpoint.load_stage", "is no network"),
+        ("wuerstchen_pl.data.openmoji.OpenMoji", "is no network"),
+    ],
+)
+def test_a_config_builds_networks_alone(target: str, message: str, copy: Path) -> None:
+    change_json(copy / "prior" / "config.json", _target_=target)
+    with pytest.raises(ValueError, match=message):
+        read.read(str(copy))
+
+
+def test_a_config_reads_no_file_of_this_machine(copy: Path, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "mine.pt")
+    change_json(copy / "text_encoder" / "config.json", weights=str(tmp_path / "mine.pt"))
+    config = read.read(str(copy)).parts["text_encoder"].config
+    assert config["weights"] is None
+
+
+def test_an_index_of_shards_leads_nowhere_else(copy: Path, tmp_path: Path) -> None:
+    weights = copy / "prior" / "model.safetensors"
+    shutil.move(weights, tmp_path / "elsewhere.safetensors")
+    names = load_file(tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "../../elsewhere.safetensors")}
+    (copy / "prior" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        FileNotFoundError, match=r"names elsewhere\.safetensors, which is not there"
+    ):
+        read.read(str(copy))
+
+
+def test_damaged_files_are_named(copy: Path) -> None:
+    weights = copy / "vqgan" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"vqgan.model\.safetensors is damaged"):
+        read.read(str(copy))
+    (copy / "vqgan" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"vqgan.config\.json is no JSON"):
+        read.read(str(copy))
+    shutil.rmtree(copy / "vqgan")
+    with pytest.raises(FileNotFoundError, match="vqgan"):
+        read.read(str(copy))
+
+
+def test_later_formats_and_unknown_parts_are_refused(copy: Path) -> None:
+    change_json(copy / "wuerstchen_pl.json", parts=["controlnet"])
+    with pytest.raises(ValueError, match="names a part 'controlnet'"):
+        read.read(str(copy))
+    change_json(copy / "wuerstchen_pl.json", format=2)
+    with pytest.raises(ValueError, match="has format 2, and this release reads 1"):
+        read.read(str(copy))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no model"):
+        read.read(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read.read(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("wuerstchen/decoder", "kernel_size", 5, "kernel_size=5; only 3 can be read"),
+        ("wuerstchen/decoder", "level_config", ["CT", "C", "CTA"], "level_config=.*only"),
+        ("wuerstchen/vqgan", "in_channels", 4, "in_channels=4; only 3"),
+        ("wuerstchen/text_encoder", "layer_norm_eps", 0.1, "layer_norm_eps=0.1; only"),
+    ],
+)
+def test_what_our_networks_cannot_be_is_refused(
+    part: str, key: str, value: Any, message: str, model: Model, tmp_path: Path
+) -> None:
+    read.write(model, tmp_path / "there", "diffusers")
+    change_json(tmp_path / "there" / part / "config.json", **{key: value})
+    with pytest.raises(ValueError, match=message):
+        read.read(str(tmp_path / "there"))
+
+
+def test_another_noise_schedule_is_refused(model: Model, tmp_path: Path) -> None:
+    read.write(model, tmp_path / "there", "diffusers")
+    scheduler = tmp_path / "there" / "wuerstchen" / "scheduler" / "scheduler_config.json"
+    change_json(scheduler, scaler=2.0)
+    with pytest.raises(ValueError, match=r"scaler=2\.0; only 1\.0 can be sampled"):
+        read.read(str(tmp_path / "there"))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_a_stage_b_without_text_is_refused_by_those_who_have_none(
+    layout: read.LayoutName, model: Model, tmp_path: Path
+) -> None:
+    decoder = model.parts["decoder"]
+    part = type(decoder)({**decoder.config, "text_dim": None}, decoder.tensors)
+    with pytest.raises(ValueError, match="no Stage B without text"):
+        read.write(Model({"decoder": part}), tmp_path / "there", layout)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,150 @@
+"""Ours to another layout and back: bit for bit, type for type."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.layouts.conftest import assert_bit_equal, random_model, tensors
+from wuerstchen_pl.layouts import read
+from wuerstchen_pl.layouts.model import Model
+
+TEXT = ("text_encoder", "prior_text_encoder")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["ours", "diffusers"])
+def test_ours_to_a_layout_of_folders_and_back(
+    layout: read.LayoutName, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = random_model(dtype)
+    read.write(model, tmp_path / "there", layout)
+    there = read.read(str(tmp_path / "there"))
+    read.write(there, tmp_path / "back", "ours")
+    back = read.read(str(tmp_path / "back"))
+    assert_bit_equal(tensors(back), tensors(model))
+    assert back.settings == model.settings
+    for name, part in model.parts.items():
+        assert back.parts[name].config == part.config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_ours_to_original_and_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    whole = random_model(dtype)
+    model = Model({k: v for k, v in whole.parts.items() if k not in TEXT}, whole.settings)
+    read.write(model, tmp_path / "there", "original")
+    back = read.read(str(tmp_path / "there"))
+    assert_bit_equal(tensors(back), tensors(model))
+    assert back.settings == model.settings
+    assert {name: part.config for name, part in back.parts.items()} == {
+        name: part.config for name, part in model.parts.items()
+    }
+
+
+def test_the_authors_files_say_their_own_arguments(model: Model, tmp_path: Path) -> None:
+    # a compressor of theirs is an EfficientNet; see test_names
+    parts = {k: v for k, v in model.parts.items() if k not in (*TEXT, "compressor")}
+    read.write(Model(parts, model.settings), tmp_path / "there", "original")
+    for path in (tmp_path / "there").glob("*.pt"):
+        content = torch.load(path, weights_only=True)
+        del content["wuerstchen_pl"]  # what only we write
+        torch.save(content, path)
+    found = read.read(str(tmp_path / "there"))
+    assert_bit_equal(tensors(found), tensors(Model(parts)))
+    for name, part in parts.items():
+        assert found.parts[name].config == {
+            key: part.config[key] for key in found.parts[name].config
+        }
+
+
+@pytest.mark.parametrize("name", ["model_v3_stage_c.pt", "vqgan_f4_v1_500k.pt"])
+def test_one_of_the_authors_files_is_read_alone(model: Model, name: str, tmp_path: Path) -> None:
+    part = "prior" if "stage_c" in name else "vqgan"
+    read.write(Model({part: model.parts[part]}), tmp_path / "there", "original")
+    found = read.read(str(tmp_path / "there" / name))
+    assert_bit_equal(tensors(found), tensors(Model({part: model.parts[part]})))
+
+
+def test_what_is_written_is_what_safetensors_writes(model: Model, ours: Path) -> None:
+    path = ours / "decoder" / "model.safetensors"
+    state = load_file(path)
+    expected = {name: lazy.load() for name, lazy in model.parts["decoder"].tensors.items()}
+    assert_bit_equal(state, expected)
+    again = path.parents[2] / "again.safetensors"
+    save_file(expected, again, metadata={"format": "pt"})
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_shards_are_read(model: Model, ours: Path, tmp_path: Path) -> None:
+    read.write(read.read(str(ours)), tmp_path / "sharded", "ours")
+    folder = tmp_path / "sharded" / "prior"
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(state)
+    shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({name: state[name] for name in held}, folder / shard)
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_bit_equal(tensors(read.read(str(tmp_path / "sharded"))), tensors(model))
+    (folder / "two.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names two\.safetensors, which is not there"):
+        read.read(str(tmp_path / "sharded"))
+
+
+CONVERT = """
+import resource, sys
+from pathlib import Path
+from wuerstchen_pl.layouts import read
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read.write(read.read(sys.argv[1]), Path(sys.argv[2]), "diffusers")
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_part_of_a_billion_parameters_is_converted_in_little_memory(tmp_path: Path) -> None:
+    """v2's Stage C in bfloat16, 2 GB: within 3 GB over its own size, as files are mapped."""
+    make = (
+        "import sys; from pathlib import Path; import torch;"
+        "from tests.test_presets import part_config;"
+        "from wuerstchen_pl.layouts import read; from wuerstchen_pl.layouts.model import *;"
+        "from wuerstchen_pl.layouts.tensors import Lazy;"
+        "c = complete(part_config('c', 'v2', 'prior'));"
+        "s = skeleton(c).state_dict();"
+        "t = {k: Lazy(tuple(v.shape), torch.bfloat16, lambda v=v: torch.zeros(v.shape,"
+        " dtype=torch.bfloat16)) for k, v in s.items()};"
+        "read.write(Model({'prior': Part(c, t)}), Path(sys.argv[1]), 'ours')"
+    )
+    source, target = tmp_path / "ours", tmp_path / "diffusers"
+    subprocess.run([sys.executable, "-c", make, str(source)], check=True)
+    size = (source / "prior" / "model.safetensors").stat().st_size
+    assert size > 2 * 993_636_896
+    told = subprocess.run(
+        [sys.executable, "-c", CONVERT, str(source), str(target)],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    before, after = (int(kilobytes) * 1024 for kilobytes in told.split())
+    assert after - before < 3e9
+    assert after < size + 3e9
+
+
+def test_nothing_is_written_over_and_nothing_half(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match="is there already; choose another folder"):
+        read.write(model, tmp_path / "full", "ours")
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wuerstchen_pl.layouts.ours.write_safetensors", full_disk)
+    with pytest.raises(OSError, match="new could not be written: No space left on device"):
+        read.write(model, tmp_path / "new", "ours")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
