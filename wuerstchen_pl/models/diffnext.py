@@ -16,6 +16,7 @@ from wuerstchen_pl.models.layers import (
     Digest,
     Inputs,
     LayerNorm2d,
+    as_many,
     digest,
     time_embedding,
     xavier_init,
@@ -240,9 +241,12 @@ class DiffNeXt(nn.Module):
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
     def step(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> Tensor:
-        """(B, C, H, W) noised latents, and each block's inputs or digest -> the noise, float32."""
+        """(B, C, H, W) noised latents, and each block's inputs or digest -> the noise, float32.
+
+        Conditions of k B rows give k predictions of each, (k B, C, H, W).
+        """
         a, b = self.heads(xt, given)
-        return (xt.float() - a) / b
+        return (as_many(xt.float(), a) - a) / b
 
     def forward(
         self, xt: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None

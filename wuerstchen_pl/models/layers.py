@@ -83,6 +83,17 @@ class Digest(NamedTuple):
         return Digest(self.modulation, *(x if x is None else x[:count] for x in self[1:]))
 
 
+def as_many(x: Tensor, like: Tensor | None) -> Tensor:
+    """(B, ...) -> (k B, ...), as many rows as ``like`` has, the whole again and again.
+
+    Guided sampling asks for two predictions of the same latents: until a condition is met that
+    differs between the two, they are one.
+    """
+    if like is None or len(like) == len(x):
+        return x
+    return torch.cat([x] * (len(like) // len(x)))  # which keeps channels last, as repeat does not
+
+
 class LayerNorm2d(nn.Module):
     """Layer norm over the channels of (B, C, H, W), without learned scale."""
 
@@ -150,14 +161,14 @@ class ResBlock(nn.Module):
         """(B, C, H, W), (B, skip_channels, H, W) and ``share`` of the latents -> (B, C, H, W)."""
         h = self.norm(self.depthwise(x))
         if skip is not None:
-            h = torch.cat([h, skip.to(h.dtype)], dim=1)
+            h = torch.cat([h, as_many(skip.to(h.dtype), h)], dim=1)
         h = h.permute(0, 2, 3, 1)
         if share is None:
             h = self.expand(h)
         else:
-            h = F.linear(h, self.expand.weight[:, : self.own]) + share
+            h = as_many(F.linear(h, self.expand.weight[:, : self.own]), share) + share
         h = self.project(self.dropout(self.response_norm(F.gelu(h))))
-        return x + h.permute(0, 3, 1, 2)
+        return as_many(x, h) + h.permute(0, 3, 1, 2)
 
 
 class TimestepBlock(nn.Module):
@@ -280,7 +291,9 @@ class Block(nn.Module):
         """(B, C, H, W), the inputs or their digest -> (B, C, H, W)."""
         digest = given if isinstance(given, Digest) else self.digest(given)
         x = self.time(self.res(x, skip, digest.share), digest.modulation)
-        return self.attn(x, digest.keys, digest.values) if self.attn is not None else x
+        if self.attn is None:
+            return x
+        return self.attn(as_many(x, digest.keys), digest.keys, digest.values)
 
     def scale_residual(self, depth: int) -> None:
         """Start ``depth`` residual blocks at a total variance of one, and time without effect."""

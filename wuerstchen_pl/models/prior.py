@@ -15,6 +15,7 @@ from wuerstchen_pl.models.layers import (
     Digest,
     Inputs,
     LayerNorm2d,
+    as_many,
     digest,
     time_embedding,
     xavier_init,
@@ -82,12 +83,15 @@ class Prior(nn.Module):
         return digest(self.blocks, self.inputs(times, text))
 
     def step(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> Tensor:
-        """(B, C, h, w) noised latents, and each block's inputs or digest -> the noise, float32."""
+        """(B, C, h, w) noised latents, and each block's inputs or digest -> the noise, float32.
+
+        Conditions of k B rows give k predictions of each, (k B, C, h, w).
+        """
         x = self.stem(xt.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last))
         for block, inputs in zip(self.blocks, given, strict=True):
             x = block(x, inputs)
         a, b = self.head(self.norm(x)).float().chunk(2, dim=1)
-        return (xt.float() - a) / ((1 - b).abs() + 1e-5)
+        return (as_many(xt.float(), a) - a) / ((1 - b).abs() + 1e-5)
 
     def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """Predict the noise.

@@ -79,7 +79,7 @@ def denoise(
 
     def predict(xt: Tensor, i: int) -> Tensor:
         if how.guidance.at(how.times[i]):
-            both = step(torch.cat([xt, xt]), [d.at(i) for d in digests])
+            both = step(xt, [d.at(i) for d in digests])  # two predictions of each row
             return how.guidance.combine(*both.chunk(2))
         return step(xt, [d.at(i).rows(rows) for d in digests])
 
