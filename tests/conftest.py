@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wuerstchen_pl import evaluate, sample, train
+from wuerstchen_pl import convert, evaluate, export, sample, train
 
 SMALL_DATA = ("data.source.limit=24", "data.source.val_fraction=0.2", "data.batch_size=4")
 SMALL_NETWORK = {
@@ -34,7 +34,13 @@ SMALL_NETWORK = {
         "stage.text_encoder.num_heads=2",
     ),
 }
-PROGRAMS = {"train": train, "sample": sample, "evaluate": evaluate}
+PROGRAMS = {
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "convert": convert,
+    "export": export,
+}
 
 
 def small(stage: str, root: Path, steps: int = 4) -> list[str]:

@@ -234,7 +234,7 @@ def test_a_model_of_another_stage_is_refused_by_name(
     draw: Draw, out: Path, cascade: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert draw("prompt=a", f"model={cascade / 'a'}") == 1
-    assert "holds StageA, where StageC is needed; name one of stage=c" in one_line(capsys)
+    assert "lacks decoder, prior, prior_text_encoder; name a whole cascade" in one_line(capsys)
     assert not out.exists()
 
 

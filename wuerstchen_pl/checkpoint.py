@@ -56,11 +56,6 @@ def find(run: str | Path) -> Path:
     return max(found, key=step_of)
 
 
-def is_run(path: str | Path) -> bool:
-    """Whether a path is that of a run's folder, or of a checkpoint in one."""
-    return Path(path).suffix == ".ckpt" or (Path(path) / "checkpoints").is_dir()
-
-
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name, or -1 where it bears none."""
     match = re.fullmatch(r"step(\d+)", path.stem)

@@ -38,6 +38,8 @@ class Model:
     settings: dict[str, float] = field(default_factory=dict)
     """semantic_scale, semantic_shift, resolution_multiple and latent_dim_scale, as of the samplers;
     where one is missing, the published value is meant."""
+    source: dict[str, str] | None = None
+    """``path`` and ``sha256`` of the run's checkpoint that it was read from."""
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -108,4 +110,4 @@ def compare(
         told = (f"{name} is {found[name]} and must be {wanted[name]}" for name in shapes)
         faults.append(f"mis-shaped: {', '.join(told)}")
     if faults:
-        raise ValueError(f"{where} does not fit its config; {'; '.join(faults)}")
+        raise ValueError(f"{where} does not fit; {'; '.join(faults)}")

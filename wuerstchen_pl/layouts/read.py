@@ -8,7 +8,7 @@ from typing import Literal
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from wuerstchen_pl.layouts import diffusers, original, ours
+from wuerstchen_pl.layouts import diffusers, original, ours, run
 from wuerstchen_pl.layouts.model import Model
 
 LayoutName = Literal["ours", "diffusers", "original"]
@@ -42,7 +42,7 @@ def layout_of(path: Path) -> LayoutName:
 
 
 def read(source: str, *, prior: str | None = None, variant: str | None = None) -> Model:
-    """The model at a path, or of a hub repository.
+    """The model at a path, of a run, or of a hub repository.
 
     Args:
         source: a path, or an id such as ``warp-ai/wuerstchen``.
@@ -54,6 +54,8 @@ def read(source: str, *, prior: str | None = None, variant: str | None = None) -
         ValueError: if it is of no layout, or damaged.
     """
     path = locate(source, variant)
+    if run.found(path):
+        return run.read_run(path)
     if layout_of(path) == "diffusers":
         apart = None if prior is None else locate(prior, variant)
         return diffusers.read(path, prior=apart, variant=variant)

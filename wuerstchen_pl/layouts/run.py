@@ -15,6 +15,11 @@ OF_STAGE = {
 """Networks of a stage, by attribute, and the parts that they are."""
 
 
+def found(path: Path) -> bool:
+    """Whether a path is that of a run's folder, or of a checkpoint in one."""
+    return path.suffix == ".ckpt" or (path / "checkpoints").is_dir()
+
+
 def read_run(run: str | Path, *, ema: bool = True) -> Model:
     """The networks of a run's newest checkpoint and of the stages below it.
 
@@ -30,7 +35,7 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
     path = find(run)
     name = read(path)["stage"]["_target_"].rpartition(".")[2]
     stage: Any = load_stage(run=path, stage=name[-1].lower(), ema=ema)
-    model = Model()
+    model = Model(source=stage.source)
     if name == "StageC":
         model.settings = {
             "semantic_scale": stage.semantic_scale,

@@ -13,7 +13,14 @@ from wuerstchen_pl.diffusion.sampler import Generator, Method, seeded
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.sampling.decoder import DecoderPipeline
 from wuerstchen_pl.sampling.loop import Callback
-from wuerstchen_pl.sampling.pictures import ImageOutput, OutputType, as_type, crop
+from wuerstchen_pl.sampling.pictures import (
+    OUTPUT_TYPES,
+    ImageOutput,
+    OutputType,
+    as_type,
+    check_output_type,
+    crop,
+)
 from wuerstchen_pl.sampling.place import cast
 from wuerstchen_pl.sampling.prior import PriorPipeline
 from wuerstchen_pl.sampling.prompts import Prompts, count
@@ -138,6 +145,7 @@ class Cascade:
         Raises:
             ValueError: naming the argument, its value and the fix.
         """
+        check_output_type(output_type, OUTPUT_TYPES)
         drawn_height, drawn_width = self.drawn_size(height, width)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         number = count(prompts) * num_images_per_prompt

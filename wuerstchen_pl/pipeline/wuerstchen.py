@@ -6,14 +6,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.checkpoint import is_run, load_stage
 from wuerstchen_pl.diffusion.sampler import seeded
-from wuerstchen_pl.layouts import read as layouts
-from wuerstchen_pl.layouts.model import Model, network
+from wuerstchen_pl.layouts.read import read
 from wuerstchen_pl.pipeline.cascade import Cascade
-from wuerstchen_pl.sampling.decoder import DecoderPipeline
+from wuerstchen_pl.pipeline.load import assemble
 from wuerstchen_pl.sampling.pictures import ImageOutput, Picture, as_type, cover, crop, to_tensor
-from wuerstchen_pl.sampling.prior import PriorPipeline
 
 
 class WuerstchenPipeline(Cascade):
@@ -43,50 +40,10 @@ class WuerstchenPipeline(Cascade):
             FileNotFoundError: if there is nothing, or a part is missing.
             ValueError: if it is damaged, or no model.
         """
-        if is_run(path):
-            stage: Any = load_stage(run=path, stage="c")
-            decoder: Any = stage.decoder
-            pipeline = cls(
-                prior=stage.prior_pipeline(),
-                decoder=decoder.decoder_pipeline(),
-                compressor=decoder.compressor,
-            )
-            pipeline.source = stage.source
-        else:
-            pipeline = cls._of_model(layouts.read(path, prior=prior, variant=variant), path)
+        model = read(path, prior=prior, variant=variant)
+        pipeline = cls(**assemble(model, path))
+        pipeline.source = model.source
         return pipeline.to(device, torch_dtype)
-
-    @classmethod
-    def _of_model(cls, model: Model, path: str) -> Self:
-        needed = {"prior", "prior_text_encoder", "decoder", "vqgan"}
-        decoder = model.parts.get("decoder")
-        if decoder is not None and decoder.config["_target_"].endswith("Paella"):
-            raise ValueError(
-                f"{path} holds v1's Stage B, which can be converted, and not yet drawn"
-            )
-        if decoder is not None and decoder.config["text_dim"] is not None:
-            needed.add("text_encoder")
-        if missing := sorted(needed - model.parts.keys()):
-            raise FileNotFoundError(
-                f"{path} lacks {', '.join(missing)}; where Stage C lies apart, name it with prior="
-            )
-        nets: dict[str, Any] = {name: network(part) for name, part in model.parts.items()}
-        of_prior: dict[str, Any] = {
-            k: v for k, v in model.settings.items() if k != "latent_dim_scale"
-        }
-        of_decoder: dict[str, Any] = {
-            k: v for k, v in model.settings.items() if k == "latent_dim_scale"
-        }
-        return cls(
-            prior=PriorPipeline(
-                prior=nets["prior"], text_encoder=nets["prior_text_encoder"], **of_prior
-            ),
-            decoder=DecoderPipeline(
-                decoder=nets["decoder"], vqgan=nets["vqgan"],
-                text_encoder=nets.get("text_encoder"), **of_decoder,
-            ),
-            compressor=nets.get("compressor"),
-        )  # fmt: skip
 
     @torch.no_grad()
     def encode(self, image: Picture | Sequence[Picture]) -> Tensor:

@@ -16,6 +16,7 @@ from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.sampling.loop import Callback, How, check_callback_inputs, denoise
 from wuerstchen_pl.sampling.pictures import (
+    OUTPUT_TYPES,
     ImageOutput,
     OutputType,
     as_type,
@@ -117,7 +118,7 @@ class DecoderPipeline:
         Raises:
             ValueError: naming the argument, its value and the fix.
         """
-        check_output_type(output_type, ("pil", "np", "pt", "latent"))
+        check_output_type(output_type, OUTPUT_TYPES)
         check_callback_inputs(callback_on_step_end_tensor_inputs, self.CALLBACK_INPUTS)
         guidance = Guidance(
             scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval

@@ -1,7 +1,7 @@
 """Between tensors and the pictures that users give and ask for."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from PIL import Image
@@ -10,6 +10,7 @@ from torchvision.transforms import functional as TF
 
 Picture = Image.Image | Tensor
 OutputType = Literal["pil", "np", "pt", "latent"]
+OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 
 
 class ImageOutput(NamedTuple):

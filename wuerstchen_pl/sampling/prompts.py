@@ -25,10 +25,11 @@ def texts(prompt: str | Sequence[str]) -> list[str]:
     Raises:
         ValueError: if there are none, or they are no text.
     """
-    found = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not found or not all(isinstance(text, str) for text in found):
+    found = [prompt] if isinstance(prompt, str) else prompt
+    is_list = isinstance(found, list | tuple) and len(found) > 0
+    if not is_list or not all(isinstance(text, str) for text in found):
         raise ValueError(f"prompt={prompt!r} is no text; give a string or a list of them")
-    return found
+    return list(found)
 
 
 def count(prompts: Prompts) -> int:

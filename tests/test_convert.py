@@ -1,0 +1,176 @@
+"""The commands around layouts: export, convert, interpolate."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scripts import interpolate
+from tests.layouts.conftest import (
+    CONFIGS,
+    assert_bit_equal,
+    random_model,
+    random_part,
+    tensors,
+)
+from wuerstchen_pl import WuerstchenPipeline, checkpoint
+from wuerstchen_pl.layouts import read
+from wuerstchen_pl.layouts.model import Model
+
+Program = Callable[..., int]
+
+
+@pytest.fixture
+def exported(program: Program, cascade: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    assert program("export", f"ckpt={cascade / 'c'}", f"to={path}", "licence=mit") == 0
+    return path
+
+
+def test_an_exported_cascade_draws_what_its_run_draws(cascade: Path, exported: Path) -> None:
+    drawn = [
+        WuerstchenPipeline.from_pretrained(str(path))(
+            "red apple", 64, 64, 3, num_inference_steps=2, seed=1, output_type="pt", progress=False
+        ).images
+        for path in (cascade / "c", exported)
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_averaged_weights_are_exported_or_raw_ones(
+    program: Program, cascade: Path, exported: Path, tmp_path: Path
+) -> None:
+    path = checkpoint.find(cascade / "c")
+    content = checkpoint.read(path)
+    name = "prior.blocks.0.res.expand.weight"
+    averaged = load_file(exported / "prior" / "model.safetensors")[name.removeprefix("prior.")]
+    assert torch.equal(averaged, content["ema"]["shadow"][name])
+    assert program("export", f"ckpt={path}", f"to={tmp_path / 'raw'}", "ema=false") == 0
+    raw = load_file(tmp_path / "raw" / "prior" / "model.safetensors")[name.removeprefix("prior.")]
+    assert torch.equal(raw, content["state_dict"][name])
+    assert not torch.equal(raw, averaged)
+    below = "decoder/model.safetensors"  # what Stage C was trained over
+    assert_bit_equal(load_file(tmp_path / "raw" / below), load_file(exported / below))
+
+
+def test_the_card_says_what_was_trained_how_and_on_what(cascade: Path, exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n")
+    rows = [line for line in card.splitlines() if line.startswith("| Stage")]
+    assert [row.split(" | ")[0] for row in rows] == ["| StageC", "| StageB", "| StageA"]
+    assert all("| 4 | 4 | 0.001 | 64 | OpenMoji" in row for row in rows)
+    assert checkpoint.sha256(checkpoint.find(cascade / "b"))[:12] in rows[1]
+    code = card.partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+
+
+def test_convert_tells_what_it_wrote_and_what_has_no_place(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    read.write(random_model(torch.float16), tmp_path / "ours", "ours")
+    for layout in ("diffusers", "original"):
+        to = f"to={tmp_path / layout}"
+        if layout == "original":
+            with pytest.warns(UserWarning, match="no place for prior_text_encoder and text_enc"):
+                assert program("convert", f"from={tmp_path / 'ours'}", to, "layout=original") == 0
+        else:
+            assert program("convert", f"from={tmp_path / 'ours'}", to, "layout=diffusers") == 0
+    told = capsys.readouterr().out
+    count = sum(lazy.load().numel() for lazy in random_model().parts["prior"].tensors.values())
+    assert f"prior                {count:15,d} numbers, float16" in told
+
+
+def test_convert_brings_text_encoders_to_the_authors_files(
+    program: Program, tmp_path: Path
+) -> None:
+    model = random_model()
+    wide = {**CONFIGS["prior_text_encoder"], "width": 64, "num_heads": 1}  # 64 a head, as CLIP's
+    model.parts["prior_text_encoder"] = random_part(wide)
+    kept = {k: v for k, v in model.parts.items() if not k.endswith("text_encoder")}
+    read.write(Model(kept, model.settings), tmp_path / "original", "original")
+    read.write(model, tmp_path / "diffusers", "diffusers")
+    clip = {
+        name.removeprefix("tower."): lazy.load()
+        for name, lazy in model.parts["prior_text_encoder"].tensors.items()
+    }
+    torch.save({**clip, "visual.proj": torch.zeros(1)}, tmp_path / "clip.pt")
+    given = [
+        f"text_encoder={tmp_path / 'diffusers' / 'wuerstchen' / 'text_encoder'}",
+        f"prior_text_encoder={tmp_path / 'clip.pt'}",
+    ]
+    arguments = (f"from={tmp_path / 'original'}", f"to={tmp_path / 'whole'}", *given)
+    assert program("convert", *arguments) == 0
+    found = read.read(str(tmp_path / "whole"))
+    assert_bit_equal(tensors(found), tensors(model))
+    assert found.parts["text_encoder"].config["activation"] == "quick_gelu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["from=/no/such"], "to is missing; set to="),
+        (["from=/no/such", "to=/tmp/x"], "/no/such does not exist"),
+        (["from=/no/such", "to=/tmp/x", "layout=onnx"], "layout is 'onnx', and must be"),
+    ],
+)
+def test_bad_conversions_end_with_one_line(
+    arguments: list[str], message: str, program: Program, capsys: pytest.CaptureFixture
+) -> None:
+    assert program("convert", *arguments) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert message in told
+
+
+def shifted(model: Model, by: float) -> Model:
+    """Another model: every float moved."""
+    other = random_model()
+    for part in other.parts.values():
+        for name, lazy in part.tensors.items():
+            if lazy.dtype.is_floating_point:
+                moved = lazy.load() + by
+                part.tensors[name] = lazy._replace(load=lambda moved=moved: moved)
+    return other
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_a_blend_lies_between(weight: float) -> None:
+    first = random_model()
+    blended = tensors(interpolate.blend(first, shifted(first, 2.0), weight))
+    for name, tensor in tensors(first).items():
+        expected = tensor + 2 * weight if tensor.is_floating_point() else tensor
+        torch.testing.assert_close(blended[name], expected)
+
+
+def test_models_of_different_shape_are_not_blended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = random_model(), random_model()
+    prior = second.parts["prior"].tensors
+    prior["head.bias"] = prior["head.bias"]._replace(shape=(7,))
+    with pytest.raises(ValueError, match=r"the second model's prior .*head\.bias is \(7,\)"):
+        interpolate.blend(first, second, 0.5)
+    del second.parts["prior"]
+    with pytest.raises(ValueError, match="give the same parts"):
+        interpolate.blend(first, second, 0.5)
+    with pytest.raises(ValueError, match=r"weight=2\.0 is out of range"):
+        interpolate.blend(first, first, 2.0)
+
+
+def test_the_program_blends_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = random_model()
+    for name, model in (("a", first), ("b", shifted(first, 1.0))):
+        read.write(model, tmp_path / name, "ours")
+    arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--to", str(tmp_path / "c")]
+    monkeypatch.setattr(sys, "argv", ["interpolate", *arguments])
+    interpolate.main()
+    found = tensors(read.read(str(tmp_path / "c")))
+    torch.testing.assert_close(
+        found["prior.head.weight"], tensors(first)["prior.head.weight"] + 0.5
+    )
+    with pytest.raises(SystemExit, match="is there already"):
+        interpolate.main()

@@ -1,0 +1,49 @@
+"""From a model on disk to what a pipeline is made of."""
+
+from typing import Any
+
+from wuerstchen_pl.layouts.model import Model, network
+from wuerstchen_pl.sampling.decoder import DecoderPipeline
+from wuerstchen_pl.sampling.prior import PriorPipeline
+
+OF_DECODER = "latent_dim_scale"
+"""The one setting that is not Stage C's."""
+
+
+def assemble(model: Model, where: str) -> dict[str, Any]:
+    """The arguments of a pipeline.
+
+    Args:
+        model: with all parts that a text-to-image run needs.
+        where: it was read from, for the message.
+
+    Raises:
+        FileNotFoundError: if a part is missing.
+        ValueError: if Stage B is of a kind that cannot be drawn with.
+    """
+    needed = {"prior", "prior_text_encoder", "decoder", "vqgan"}
+    if (decoder := model.parts.get("decoder")) is not None:
+        if decoder.config["_target_"].endswith("Paella"):
+            raise ValueError(f"{where} holds v1's Stage B: it can be converted, and not yet drawn")
+        if decoder.config["text_dim"] is not None:
+            needed.add("text_encoder")
+    if missing := sorted(needed - model.parts.keys()):
+        raise FileNotFoundError(
+            f"{where} lacks {', '.join(missing)}; name a whole cascade, such as Stage C's run, or, "
+            "where Stage C lies apart, that with prior="
+        )
+    nets: dict[str, Any] = {name: network(part) for name, part in model.parts.items()}
+    settings: dict[str, Any] = dict(model.settings)
+    scale = {key: settings.pop(key) for key in (OF_DECODER,) if key in settings}
+    return {
+        "prior": PriorPipeline(
+            prior=nets["prior"], text_encoder=nets["prior_text_encoder"], **settings
+        ),
+        "decoder": DecoderPipeline(
+            decoder=nets["decoder"],
+            vqgan=nets["vqgan"],
+            text_encoder=nets.get("text_encoder"),
+            **scale,
+        ),
+        "compressor": nets.get("compressor"),
+    }
