@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,3 +85,37 @@ def test_evaluation_commands(arguments: list[str], cascade: Path, tmp_path: Path
     where = [f"model={cascade / 'c'}", f"output_dir={tmp_path}"]
     assert run_program("evaluate", [*arguments, *fast, *where]) == 0
     assert (tmp_path / "metrics.json").is_file()
+
+
+@pytest.fixture
+def exported(cascade: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "mine"
+    assert run_program("export", [f"ckpt={cascade / 'c'}", f"to={path}"]) == 0
+    return path
+
+
+@pytest.mark.parametrize("arguments", commands("export") + commands("convert"))
+def test_exporting_and_converting_commands(
+    arguments: list[str], exported: Path, cascade: Path, tmp_path: Path
+) -> None:
+    own = ("ckpt=", "from=", "to=")
+    kept = [a for a in arguments if not a.startswith(own)]
+    to = f"to={tmp_path / 'written'}"
+    if arguments in commands("export"):
+        assert run_program("export", [*kept, f"ckpt={cascade / 'c'}", to]) == 0
+    else:
+        assert run_program("convert", [*kept, f"from={exported}", to]) == 0
+    assert (tmp_path / "written" / "wuerstchen_pl.json").is_file()
+
+
+def test_the_readmes_python_runs(cascade: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    here = (
+        code[: code.index("\n\n")]
+        + code[code.index('\npipe = WuerstchenPipeline.from_pretrained("outputs') :]
+    )
+    names: dict[str, Any] = {}
+    exec(here.replace("outputs/demo/c", str(cascade / "c")), names)
+    sizes = {name: names[name].size for name in ("image", "again", "green", "other", "mended")}
+    assert set(sizes.values()) == {(64, 64)}
+    assert names["DEFAULT_STAGE_C_TIMESTEPS"][0] == 1
