@@ -10,16 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_pl.models.layers import (
-    Block,
-    Digest,
-    Inputs,
-    LayerNorm2d,
-    as_many,
-    digest,
-    time_embedding,
-    xavier_init,
-)
+from wuerstchen_pl.models.conditions import Digest, Inputs, as_many, digest
+from wuerstchen_pl.models.layers import Block, LayerNorm2d, time_embedding, xavier_init
 
 
 class Prior(nn.Module):

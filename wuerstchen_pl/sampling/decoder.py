@@ -10,8 +10,8 @@ from torch import Tensor
 from wuerstchen_pl.diffusion.guidance import Guidance
 from wuerstchen_pl.diffusion.sampler import Generator, Method, check_times, timesteps
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
+from wuerstchen_pl.models.conditions import Digest, Inputs
 from wuerstchen_pl.models.diffnext import DiffNeXt
-from wuerstchen_pl.models.layers import Digest, Inputs
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.sampling.loop import Callback, How, check_callback_inputs, denoise
@@ -120,47 +120,50 @@ class DecoderPipeline:
         """
         check_output_type(output_type, OUTPUT_TYPES)
         check_callback_inputs(callback_on_step_end_tensor_inputs, self.CALLBACK_INPUTS)
-        guidance = Guidance(
-            scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
+        how = How(
+            times=_times(num_inference_steps, timesteps),
+            generator=generator,
+            guidance=Guidance(
+                scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
+            ),
+            method=sampler,
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+            bar="Stage B" if progress else None,
         )
-        times = _times(num_inference_steps, timesteps)
         semantic = self._semantic(image_embeddings, num_images_per_prompt)
         tensors = {"image_embeddings": semantic}
         if self.text_encoder is not None:
             prompts = Prompts(prompt or "", negative_prompt)
-            tensors["text_encoder_hidden_states"] = self._text(prompts, len(semantic), guidance.on)
-
-        height, width = size or self.size(semantic.shape[-2], semantic.shape[-1])
-        grid = self.latent_grid(height, width)
-        noise = start(
-            (len(semantic), self.decoder.latent_channels, *grid), latents, generator,
-            semantic.device,
-        )  # fmt: skip
-        how = How(
-            times=times, generator=generator, guidance=guidance, method=sampler,
-            callback=callback_on_step_end, callback_inputs=callback_on_step_end_tensor_inputs,
-            bar="Stage B" if progress else None,
-        )  # fmt: skip
-        steps = torch.tensor(times[:-1], device=semantic.device)
-
-        def digest(tensors: Mapping[str, Tensor]) -> list[Digest] | list[Inputs]:
-            latents = tensors["image_embeddings"]
-            if guidance.on:
-                latents = torch.cat([latents, torch.zeros_like(latents)])
-            text = tensors.get("text_encoder_hidden_states")
-            # digests take 0.5 GB a picture at 1024 px in bfloat16
-            prepare = self.decoder.inputs if self.place.offload else self.decoder.digest
-            return prepare(steps, latents, text, grid)
-
-        with self.place.at_work(self.decoder):
-            drawn = denoise(
-                self.step, digest, noise, tensors, how, owner=self, schedule=self.schedule
+            tensors["text_encoder_hidden_states"] = self._text(
+                prompts, len(semantic), guided=how.guidance.on
             )
+        height, width = size or self.size(semantic.shape[-2], semantic.shape[-1])
+        shape = (len(semantic), self.decoder.latent_channels, *self.latent_grid(height, width))
+        drawn = self._denoise(start(shape, latents, generator, semantic.device), tensors, how)
         if output_type != "latent":
             with self.place.at_work(self.vqgan):
                 drawn = crop(self.decode(drawn).clamp(0, 1), height, width)
         found = as_type(drawn, output_type)
         return ImageOutput(found) if return_dict else found
+
+    def _denoise(self, noise: Tensor, tensors: dict[str, Tensor], how: How) -> Tensor:
+        """Stage A's latents at the last time."""
+        steps = torch.tensor(how.times[:-1], device=noise.device)
+        # digests take 0.5 GB a picture at 1024 px in bfloat16
+        prepare = self.decoder.inputs if self.place.offload else self.decoder.digest
+
+        def digest(tensors: Mapping[str, Tensor]) -> list[Digest] | list[Inputs]:
+            semantic = tensors["image_embeddings"]
+            if how.guidance.on:
+                semantic = torch.cat([semantic, torch.zeros_like(semantic)])
+            text = tensors.get("text_encoder_hidden_states")
+            return prepare(steps, semantic, text, (noise.shape[-2], noise.shape[-1]))
+
+        with self.place.at_work(self.decoder):
+            return denoise(
+                self.step, digest, noise, tensors, how, owner=self, schedule=self.schedule
+            )
 
     def size(self, h: int, w: int) -> tuple[int, int]:
         """Pixels (height, width) of the picture that (h, w) semantic positions stand for."""
@@ -185,7 +188,7 @@ class DecoderPipeline:
         semantic = semantic.to(self.place.device, torch.float32)
         return semantic.repeat_interleave(repeats, dim=0)
 
-    def _text(self, prompts: Prompts, rows: int, guided: bool) -> Tensor:
+    def _text(self, prompts: Prompts, rows: int, *, guided: bool) -> Tensor:
         encoder = cast(TextEncoder, self.text_encoder)
         number = 1 if isinstance(prompts.prompt, str) else len(prompts.prompt or ())
         if not number or rows % number:

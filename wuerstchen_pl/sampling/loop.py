@@ -11,7 +11,7 @@ from tqdm import tqdm
 from wuerstchen_pl.diffusion.guidance import Guidance
 from wuerstchen_pl.diffusion.sampler import Generator, Method, sample
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
-from wuerstchen_pl.models.layers import Digest, Inputs
+from wuerstchen_pl.models.conditions import Digest, Inputs
 
 Tensors = dict[str, Tensor]
 Callback = Callable[[Any, int, Tensor, Tensors], Tensors | None]
@@ -56,7 +56,7 @@ def denoise(
     *,
     owner: Any,
     schedule: CosineSchedule,
-    constrain: Callable[[Tensor, float], Tensor] | None = None,
+    constrain: Callable[[Tensor, float], Tensor] = lambda x, t: x,
 ) -> Tensor:
     """Follow a denoiser along ``how.times``.
 
@@ -86,8 +86,7 @@ def denoise(
     def after(i: int, x: Tensor) -> Tensor:
         nonlocal digests
         bar.update()
-        if constrain is not None:
-            x = constrain(x, how.times[i + 1])
+        x = constrain(x, how.times[i + 1])
         if how.callback is None:
             return x
         given = {name: {"latents": x, **tensors}[name] for name in how.callback_inputs}

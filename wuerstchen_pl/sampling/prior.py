@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from wuerstchen_pl.diffusion.guidance import Guidance
 from wuerstchen_pl.diffusion.sampler import Generator, Method, check_times, randn, timesteps
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
-from wuerstchen_pl.models.layers import Digest
+from wuerstchen_pl.models.conditions import Digest
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
-from wuerstchen_pl.sampling import pictures
 from wuerstchen_pl.sampling.loop import Callback, How, check_callback_inputs, denoise
+from wuerstchen_pl.sampling.pictures import check_output_type
 from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.sampling.prompts import Prompts, encode
 
@@ -30,6 +30,13 @@ class PriorOutput(NamedTuple):
     """(B, S, h, w) semantic latents in the compressor's scale."""
 
     image_embeddings: Any
+
+
+class Known(NamedTuple):
+    """Latents that are there already, in Stage C's scale, and where they are to be drawn anew."""
+
+    latents: Tensor  # (B, S, h, w)
+    mask: Tensor | None  # (B, 1, h, w), 1 where to draw; None: everywhere
 
 
 class PriorPipeline:
@@ -126,51 +133,57 @@ class PriorPipeline:
         Raises:
             ValueError: naming the argument, its value and the fix.
         """
-        pictures.check_output_type(output_type, ("pt", "np"))
+        check_output_type(output_type, ("pt", "np"))
         check_callback_inputs(callback_on_step_end_tensor_inputs, self.CALLBACK_INPUTS)
-        guidance = Guidance(
-            scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
+        how = How(
+            times=_times(num_inference_steps, timesteps, strength),
+            generator=generator,
+            guidance=Guidance(
+                scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
+            ),
+            method=sampler,
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+            bar="Stage C" if progress else None,
         )
-        times = _times(num_inference_steps, timesteps, strength)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        with self.place.at_work(self.text_encoder):
-            text = encode(
-                self.text_encoder, prompts, repeats=num_images_per_prompt, guided=guidance.on
-            )
-        text = text.to(self.place.device)
-        rows = len(text) // (2 if guidance.on else 1)
+        text = self._text(prompts, num_images_per_prompt, guided=how.guidance.on)
+        rows = len(text) // (2 if how.guidance.on else 1)
         shape = (rows, self.prior.latent_channels, *self.latent_size(height, width))
         noise = start(shape, latents, generator, text.device)
-        x, constrain = noise, None
-        if image_embeddings is not None:
-            known = image_embeddings.to(noise).expand(shape)
-            known = (known + self.semantic_shift) / self.semantic_scale
-            x = self._noised(known, times[0], noise)
-            if mask is not None:
-                grid = mask.to(noise).expand(rows, 1, *shape[2:])
-
-                def constrain(x: Tensor, t: float) -> Tensor:
-                    fresh = randn(x.shape, generator, x.device)
-                    return torch.lerp(self._noised(known, t, fresh), x, grid)
-
-        how = How(
-            times=times, generator=generator, guidance=guidance, method=sampler,
-            callback=callback_on_step_end, callback_inputs=callback_on_step_end_tensor_inputs,
-            bar="Stage C" if progress else None,
+        known = None if image_embeddings is None else Known(
+            self._scaled(image_embeddings.to(noise)).expand(shape),
+            None if mask is None else mask.to(noise).expand(rows, 1, *shape[2:]),
         )  # fmt: skip
-        steps = torch.tensor(times[:-1], device=text.device)
+        drawn = self._denoise(noise, text, known, how)
+        semantic = drawn * self.semantic_scale - self.semantic_shift
+        found = semantic.cpu().numpy() if output_type == "np" else semantic
+        return PriorOutput(found) if return_dict else (found,)
+
+    def _text(self, prompts: Prompts, repeats: int, *, guided: bool) -> Tensor:
+        with self.place.at_work(self.text_encoder):
+            text = encode(self.text_encoder, prompts, repeats=repeats, guided=guided)
+        return text.to(self.place.device)
+
+    def _denoise(self, noise: Tensor, text: Tensor, known: "Known | None", how: How) -> Tensor:
+        """Latents at the last time: from noise alone, or from known latents noised to the first."""
+        steps = torch.tensor(how.times[:-1], device=noise.device)
 
         def digest(tensors: Mapping[str, Tensor]) -> list[Digest]:
             return self.prior.digest(steps, tensors["text_encoder_hidden_states"])
 
+        def keep_known(x: Tensor, t: float) -> Tensor:
+            if known is None or known.mask is None:
+                return x
+            fresh = randn(x.shape, how.generator, x.device)
+            return torch.lerp(self._noised(known.latents, t, fresh), x, known.mask)
+
+        x = noise if known is None else self._noised(known.latents, how.times[0], noise)
         with self.place.at_work(self.prior):
-            drawn = denoise(
+            return denoise(
                 self.step, digest, x, {"text_encoder_hidden_states": text}, how,
-                owner=self, schedule=self.schedule, constrain=constrain,
+                owner=self, schedule=self.schedule, constrain=keep_known,
             )  # fmt: skip
-        semantic = drawn * self.semantic_scale - self.semantic_shift
-        found = semantic.float().cpu().numpy() if output_type == "np" else semantic
-        return PriorOutput(found) if return_dict else (found,)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Semantic positions of a picture of so many pixels: 24 x 24 for 1024 px, as published."""
@@ -181,6 +194,10 @@ class PriorPipeline:
     def mask_for(self, mask: Tensor, height: int, width: int) -> Tensor:
         """(B, 1, H, W) in [0, 1] -> (B, 1, h, w): the greatest of a position's pixels."""
         return F.adaptive_max_pool2d(mask, self.latent_size(height, width))
+
+    def _scaled(self, semantic: Tensor) -> Tensor:
+        """The compressor's scale -> Stage C's."""
+        return (semantic + self.semantic_shift) / self.semantic_scale
 
     def _noised(self, known: Tensor, t: float, noise: Tensor) -> Tensor:
         if t == 0:  # the schedule's clamped end would leave a little noise
