@@ -68,7 +68,7 @@ def test_a_process_shows_a_traceback_only_if_asked(asked: bool) -> None:
     assert asked or done.stderr == "error: seed is 'x', and must be int; set seed=...\n"
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "convert", "export"])
 def test_help_names_every_key_and_choice(
     name: str, program: Program, capsys: pytest.CaptureFixture
 ) -> None:
@@ -80,6 +80,8 @@ def test_help_names_every_key_and_choice(
         "train": ["stage=a|b|c", "experiment=demo|", "init_from: null # "],
         "sample": ["prompt: null # one, or a list", "count: 1 # pictures per prompt"],
         "evaluate": ["metric: [", "model: outputs/demo/c # "],
+        "convert": ["from: ??? # a model of any layout", "layout: ours"],
+        "export": ["ckpt: ??? # a run's folder", "licence: null # "],
     }
     assert all(each in said for each in expected[name])
 

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tests.conftest import small
-from wuerstchen_pl import evaluate, sample
+from wuerstchen_pl import convert, evaluate, export, sample
 from wuerstchen_pl.cli import choices, conf_dir
 from wuerstchen_pl.config import READ_BY_TRAIN, _fits, check_config
 
@@ -37,7 +37,8 @@ def composed(*overrides: str, program: str = "train") -> DictConfig:
     with open_dict(cfg):
         del cfg["hydra"]
     for key in OmegaConf.missing_keys(cfg):
-        assert key.rpartition(".")[2] in ("weights", "urls"), f"{key} is a surprise to users"
+        asked = ("weights", "urls", *({"from", "to", "ckpt"} if program != "train" else ()))
+        assert key.rpartition(".")[2] in asked, f"{key} is a surprise to users"
         OmegaConf.update(cfg, key, "given")
     return cfg
 
@@ -61,7 +62,13 @@ def test_every_shipped_combination_holds_only_what_is_read(
 
 
 @pytest.mark.parametrize(
-    ("program", "read"), [("sample", sample.READ), ("evaluate", evaluate.READ)]
+    ("program", "read"),
+    [
+        ("sample", sample.READ),
+        ("evaluate", evaluate.READ),
+        ("convert", convert.READ),
+        ("export", export.READ),
+    ],
 )
 def test_the_programs_that_use_a_cascade_hold_only_what_is_read(
     program: str, read: dict[str, Any]

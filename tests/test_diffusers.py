@@ -1,17 +1,30 @@
 """Our pipeline against diffusers' own: the same weights, the same generator, the same picture."""
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers.pipelines.deprecated.wuerstchen import pipeline_wuerstchen_prior
+from diffusers import DDPMWuerstchenScheduler, WuerstchenCombinedPipeline
+from diffusers.pipelines.deprecated.wuerstchen import (
+    PaellaVQModel,
+    WuerstchenPrior,
+    pipeline_wuerstchen_prior,
+)
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import (
+    WuerstchenDiffNeXt,
+)
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from scripts import reference_models
 from wuerstchen_pl import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenPipeline
+from wuerstchen_pl.layouts import read
+from wuerstchen_pl.models.tokenizer import Tokenizer, write_vocabulary
 from wuerstchen_pl.sampling.decoder import DecoderPipeline
 from wuerstchen_pl.sampling.prior import PriorPipeline
 
@@ -46,6 +59,7 @@ def drawn(pipe: Any, prompt: Any = "a red heart", **options: Any) -> Tensor:
     return pipe(prompt, output_type="pt", **options).images
 
 
+NEGATIVE = "negative_prompt_embeds"
 LATENTS = torch.randn(1, 16, 3, 6, generator=rng(9))
 CASES: dict[str, dict[str, Any]] = {
     "square": {},
@@ -185,11 +199,16 @@ def test_callbacks_see_and_change_the_same(theirs: Any, ours: WuerstchenPipeline
 
 def test_a_callback_changes_the_text(theirs: Any, ours: WuerstchenPipeline) -> None:
     def callback(pipe: Any, i: int, t: Tensor, tensors: dict) -> dict[str, Tensor]:
-        return {"text_encoder_hidden_states": tensors["text_encoder_hidden_states"] * 0.5}
+        states = tensors["text_encoder_hidden_states"]
+        assert torch.equal(states[1:] if i == 0 else states[1:] * 2**i, tensors[NEGATIVE])
+        return {"text_encoder_hidden_states": states * 0.5}
 
     options = {
         "prior_callback_on_step_end": callback,
-        "prior_callback_on_step_end_tensor_inputs": ["text_encoder_hidden_states"],
+        "prior_callback_on_step_end_tensor_inputs": [
+            "text_encoder_hidden_states",
+            NEGATIVE,
+        ],
     }
     expected, found = (drawn(pipe, **options) for pipe in (theirs, ours))
     assert float((found - expected).abs().max()) < TOLERANCE
@@ -229,3 +248,73 @@ def test_a_compiled_pipeline_draws_the_same(ours: WuerstchenPipeline, folder: Pa
         str(folder / "wuerstchen"), prior=str(folder / "wuerstchen-prior")
     ).compile(backend="aot_eager")
     assert float((drawn(compiled) - drawn(ours)).abs().max()) < TOLERANCE
+
+
+def test_diffusers_loads_every_part_that_we_write(
+    theirs: Any, ours: WuerstchenPipeline, folder: Path, tmp_path: Path
+) -> None:
+    model = read.read(str(folder / "wuerstchen"), prior=str(folder / "wuerstchen-prior"))
+    read.write(model, tmp_path / "ours", "ours")  # and from there
+    read.write(read.read(str(tmp_path / "ours")), tmp_path / "there", "diffusers")
+    decoder, prior = tmp_path / "there" / "wuerstchen", tmp_path / "there" / "wuerstchen-prior"
+    loaded = WuerstchenCombinedPipeline(
+        tokenizer=CLIPTokenizer.from_pretrained(decoder, subfolder="tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(decoder, subfolder="text_encoder"),
+        decoder=WuerstchenDiffNeXt.from_pretrained(decoder, subfolder="decoder"),
+        scheduler=DDPMWuerstchenScheduler.from_pretrained(decoder, subfolder="scheduler"),
+        vqgan=PaellaVQModel.from_pretrained(decoder, subfolder="vqgan"),
+        prior_tokenizer=CLIPTokenizer.from_pretrained(prior, subfolder="tokenizer"),
+        prior_text_encoder=CLIPTextModel.from_pretrained(prior, subfolder="text_encoder"),
+        prior_prior=WuerstchenPrior.from_pretrained(prior, subfolder="prior"),
+        prior_scheduler=DDPMWuerstchenScheduler.from_pretrained(prior, subfolder="scheduler"),
+    )
+    assert torch.equal(drawn(loaded), drawn(theirs))
+
+
+def test_open_clips_vocabulary_is_written_as_transformers_reads_it(tmp_path: Path) -> None:
+    write_vocabulary(tmp_path)
+    theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
+    theirs.save_pretrained(tmp_path / "whole")  # as tokenizer.json
+    for text in CAPTIONS:
+        expected = theirs(
+            [text], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
+        for tokenizer in (ours, *(Tokenizer(folder=str(tmp_path / f)) for f in ("", "whole"))):
+            assert torch.equal(tokenizer([text]), expected), text
+
+
+CAPTIONS = [
+    "", "a red heart", "A Bear's  42 ducks!!! & <b>&amp;</b>", "don't we'll I'VE it'd",
+    "na\u00efve caf\u00e9 \u718a\u732b \U0001f43b", "\u2116 \u00bd \u0130stanbul \u00df",
+    "e\u0301 \u201cquotes\u201d \u2026 \u2014", "tab\tnew\nline   ", "word " * 100, "x" * 300,
+]  # fmt: skip
+
+WITHOUT = """
+import sys
+sys.modules["diffusers"] = sys.modules["transformers"] = None
+from wuerstchen_pl import WuerstchenPipeline
+pipe = WuerstchenPipeline.from_pretrained(sys.argv[1], prior=sys.argv[2])
+pipe("a red heart", 128, 128, 2, num_inference_steps=1, seed=0, progress=False)
+"""
+
+
+def test_neither_diffusers_nor_transformers_is_needed(
+    ours: WuerstchenPipeline, folder: Path
+) -> None:
+    paths = [str(folder / "wuerstchen"), str(folder / "wuerstchen-prior")]
+    run = subprocess.run([sys.executable, "-c", WITHOUT, *paths], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_ids_of_a_hub_are_downloaded_without_pickles(
+    ours: WuerstchenPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def downloaded(name: str, allow_patterns: list[str]) -> str:
+        assert not {"*.bin", "*.pt", "*", "*.pkl", "*.py"} & set(allow_patterns)
+        return str(folder / name.removeprefix("warp-ai/"))
+
+    monkeypatch.setattr(read, "snapshot_download", downloaded)
+    found = WuerstchenPipeline.from_pretrained(
+        "warp-ai/wuerstchen", prior="warp-ai/wuerstchen-prior"
+    )
+    assert torch.equal(drawn(found), drawn(ours))

@@ -24,7 +24,7 @@ def test_an_installed_wheel_finds_its_configs(tmp_path: Path) -> None:
     assert {f"wuerstchen_pl/{name}" for name in shipped} <= set(names)
     commands = next(site.glob("*.dist-info/entry_points.txt")).read_text()
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    for program in ("train", "sample", "evaluate"):
+    for program in ("train", "sample", "evaluate", "convert", "export"):
         assert f"wuerstchen-{program} = wuerstchen_pl.{program}:main" in commands
         stage = ["stage=c"] if program == "train" else []
         shown = subprocess.run(
@@ -32,7 +32,8 @@ def test_an_installed_wheel_finds_its_configs(tmp_path: Path) -> None:
             cwd=tmp_path, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert shown.returncode == 0, shown.stderr
-        assert "_target_: wuerstchen_pl." in shown.stdout
+        wanted = "layout: ours" if program in ("convert", "export") else "_target_: wuerstchen_pl."
+        assert wanted in shown.stdout
     where = "import wuerstchen_pl.cli as c; print(c.conf_dir())"
     found = subprocess.run(
         [sys.executable, "-c", where], cwd=tmp_path, env=environment,

@@ -64,9 +64,16 @@ class Cascade:
     # Where and how to work
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """Work on ``device``, with weights of ``dtype``; latents stay float32."""
+        """Work on ``device``, with weights of ``dtype``, or with one of the two alone.
+
+        Latents stay float32.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         if device is not None:
             self.place.device = torch.device(device)
         for module in self.modules:

@@ -42,7 +42,9 @@ class DecoderPipeline:
         ValueError: if the denoiser reads text and there is no encoder, or the other way round.
     """
 
-    CALLBACK_INPUTS = ("latents", "text_encoder_hidden_states", "image_embeddings")
+    CALLBACK_INPUTS = (
+        "latents", "text_encoder_hidden_states", "negative_prompt_embeds", "image_embeddings",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -135,9 +137,10 @@ class DecoderPipeline:
         tensors = {"image_embeddings": semantic}
         if self.text_encoder is not None:
             prompts = Prompts(prompt or "", negative_prompt)
-            tensors["text_encoder_hidden_states"] = self._text(
-                prompts, len(semantic), guided=how.guidance.on
-            )
+            text = self._text(prompts, len(semantic), guided=how.guidance.on)
+            tensors["text_encoder_hidden_states"] = text
+            if how.guidance.on:
+                tensors["negative_prompt_embeds"] = text[len(semantic) :]
         height, width = size or self.size(semantic.shape[-2], semantic.shape[-1])
         shape = (len(semantic), self.decoder.latent_channels, *self.latent_grid(height, width))
         drawn = self._denoise(start(shape, latents, generator, semantic.device), tensors, how)

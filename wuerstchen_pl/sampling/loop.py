@@ -14,8 +14,8 @@ from wuerstchen_pl.diffusion.schedule import CosineSchedule
 from wuerstchen_pl.models.conditions import Digest, Inputs
 
 Tensors = dict[str, Tensor]
-Callback = Callable[[Any, int, Tensor, Tensors], Tensors | None]
-"""(pipeline, step, time, tensors by name) -> those that it changed."""
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor | None]], Tensors | None]
+"""(pipeline, step, time, tensors by name) -> those that it changed; None is what there is not."""
 Step = Callable[[Tensor, Sequence[Inputs | Digest]], Tensor]
 
 
@@ -89,7 +89,7 @@ def denoise(
         x = constrain(x, how.times[i + 1])
         if how.callback is None:
             return x
-        given = {name: {"latents": x, **tensors}[name] for name in how.callback_inputs}
+        given = {name: {"latents": x, **tensors}.get(name) for name in how.callback_inputs}
         changed = how.callback(owner, i, torch.tensor(how.times[i]), given) or {}
         x = changed.get("latents", x)
         news = {k: v for k, v in changed.items() if k in tensors and v is not tensors[k]}

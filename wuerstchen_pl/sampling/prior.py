@@ -51,7 +51,7 @@ class PriorPipeline:
         place: the device to work on; the CPU if not given.
     """
 
-    CALLBACK_INPUTS = ("latents", "text_encoder_hidden_states")
+    CALLBACK_INPUTS = ("latents", "text_encoder_hidden_states", "negative_prompt_embeds")
 
     def __init__(
         self,
@@ -178,10 +178,13 @@ class PriorPipeline:
             fresh = randn(x.shape, how.generator, x.device)
             return torch.lerp(self._noised(known.latents, t, fresh), x, known.mask)
 
+        seen = {"text_encoder_hidden_states": text}
+        if how.guidance.on:
+            seen["negative_prompt_embeds"] = text[len(noise) :]
         x = noise if known is None else self._noised(known.latents, how.times[0], noise)
         with self.place.at_work(self.prior):
             return denoise(
-                self.step, digest, x, {"text_encoder_hidden_states": text}, how,
+                self.step, digest, x, seen, how,
                 owner=self, schedule=self.schedule, constrain=keep_known,
             )  # fmt: skip
 
