@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wuerstchen_pl.callbacks.grids import to_pil
+from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.evaluate import draw_like, run_data
-from wuerstchen_pl.pipeline import Settings, WuerstchenPipeline
+from wuerstchen_pl.pipeline.draw import Settings, autoencoded, draw, reconstructed
 from wuerstchen_pl.sample import tile
+from wuerstchen_pl.sampling.pictures import to_pil
 
 NUM_TRAINING = 32
 OWN_CAPTIONS = (
@@ -38,7 +39,9 @@ td, th { padding: 2px 14px 2px 0; text-align: left } svg { margin-right: 12px; b
 def write_page(folder: Path, *, bf16: bool) -> Path:
     """Draw what the page shows with the trained stages of ``folder``, and write ``index.html``."""
     torch.manual_seed(0)
-    pipeline = WuerstchenPipeline.from_pretrained(str(folder / "c"), bf16=bf16)
+    pipeline = WuerstchenPipeline.from_pretrained(
+        str(folder / "c"), torch_dtype=torch.bfloat16 if bf16 else torch.float32
+    )
     data = run_data(folder / "c")
     pictures, captions = [], []
     for batch in data.in_order("train"):
@@ -48,7 +51,7 @@ def write_page(folder: Path, *, bf16: bool) -> Path:
     drawn = draw_like(pipeline, pictures, captions, chosen, Settings(), seed=0)
     own = list(
         tqdm(
-            pipeline(OWN_CAPTIONS, seeds=range(len(OWN_CAPTIONS)), height=64, width=64),
+            draw(pipeline, OWN_CAPTIONS, seeds=range(len(OWN_CAPTIONS)), height=64, width=64),
             total=len(OWN_CAPTIONS),
             desc="drawing own captions",
             unit="picture",
@@ -101,8 +104,8 @@ def reconstructions(pipeline: WuerstchenPipeline, data: object) -> list[str]:
     frames = []
     for batch in data.in_order("val"):  # type: ignore[attr-defined]
         images = batch["image"]
-        through_a = pipeline.reconstruct(images, stage="a")
-        through_b = pipeline.reconstruct(images, stage="b")
+        through_a = autoencoded(pipeline, images)
+        through_b = reconstructed(pipeline, images)
         for original, a, b in zip(images, through_a, through_b, strict=True):
             frames.append(pair((original, "input"), (a, "Stage A"), (b, "Stage B")))
     return frames

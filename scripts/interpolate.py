@@ -34,17 +34,15 @@ def blend(a: Model, b: Model, weight: float) -> Model:
         raise ValueError(f"one has {next(both)}, the other {next(both)}; give the same parts")
     parts = {}
     for name, part in a.parts.items():
-        shapes = (
-            {key: lazy.shape for key, lazy in tensors.items()}
-            for tensors in (part.tensors, b.parts[name].tensors)
-        )
-        compare(*shapes, f"the second model's {name}")
-        tensors = {
-            key: _between(lazy, b.parts[name].tensors[key], weight)
-            for key, lazy in part.tensors.items()
-        }
+        other = b.parts[name].tensors
+        compare(_shapes(part.tensors), _shapes(other), f"the second model's {name}")
+        tensors = {k: _between(lazy, other[k], weight) for k, lazy in part.tensors.items()}
         parts[name] = Part(part.config, tensors, part.tokenizer)
     return Model(parts, a.settings)
+
+
+def _shapes(tensors: dict[str, Lazy]) -> dict[str, tuple[int, ...]]:
+    return {name: lazy.shape for name, lazy in tensors.items()}
 
 
 def _between(a: Lazy, b: Lazy, weight: float) -> Lazy:

@@ -239,5 +239,5 @@ def test_an_imagenet_backbone_is_not_downloaded_to_sample(
         EfficientNet, "__init__", lambda self, *, weights=None: asked.append(weights)
     )
     backbone = {"_target_": "wuerstchen_pl.models.compressor.EfficientNet", "weights": "imagenet"}
-    checkpoint.build(checkpoint._without_weights(backbone))
+    checkpoint.build(checkpoint.without_weights(backbone))
     assert asked == [None]

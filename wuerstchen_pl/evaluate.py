@@ -19,7 +19,7 @@ from wuerstchen_pl.config import check_config
 from wuerstchen_pl.metrics.reconstruction import reconstruction
 from wuerstchen_pl.metrics.retrieval import pooled_pixels, retrieval, shifted
 from wuerstchen_pl.models.vqgan import codebook_use
-from wuerstchen_pl.pipeline.draw import Settings, draw
+from wuerstchen_pl.pipeline.draw import Settings, autoencoded, draw, reconstructed
 from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
 
 READ: Mapping[str, Any] = {
@@ -91,10 +91,7 @@ def reconstructions(
             if stage == "a":
                 yield images, autoencoded(pipeline, images)
             else:
-                yield images, pipeline.reconstruct(
-                    images, seed=0, num_inference_steps=settings.decoder_steps, output_type="pt",
-                    return_dict=False, progress=False,
-                ).cpu()  # fmt: skip
+                yield images, reconstructed(pipeline, images, settings.decoder_steps)
 
     found = {}
     for stage in ("a", "b"):
@@ -103,13 +100,6 @@ def reconstructions(
     images = (batch["image"] for batch in data.in_order("train"))
     found["codebook"] = codes_used(pipeline, images)
     return found
-
-
-@torch.no_grad()
-def autoencoded(pipeline: WuerstchenPipeline, images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> the same through Stage A, unquantized as Stage B's latents are."""
-    vqgan = pipeline.decoder.vqgan
-    return vqgan.decode(vqgan.encode(images.to(pipeline.place.device))).clamp(0, 1).cpu()
 
 
 @torch.no_grad()

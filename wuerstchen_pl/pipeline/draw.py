@@ -9,6 +9,7 @@ from torch import Tensor
 from wuerstchen_pl.diffusion.guidance import MAX_SCALE, Guidance
 from wuerstchen_pl.diffusion.sampler import Method, check_times, generators
 from wuerstchen_pl.pipeline.cascade import Cascade
+from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,3 +105,22 @@ def draw(
             progress=False,
         )
         yield from images.float().cpu()
+
+
+@torch.no_grad()
+def autoencoded(pipeline: Cascade, images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> the same through Stage A, unquantized as Stage B's latents are."""
+    vqgan = pipeline.decoder.vqgan
+    return vqgan.decode(vqgan.encode(images.to(pipeline.place.device))).clamp(0, 1).cpu()
+
+
+def reconstructed(pipeline: WuerstchenPipeline, images: Tensor, num_steps: int = 12) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> the same through compressor, Stage B in so many steps, and A."""
+    return pipeline.reconstruct(
+        images,
+        seed=0,
+        num_inference_steps=num_steps,
+        output_type="pt",
+        return_dict=False,
+        progress=False,
+    ).cpu()
