@@ -121,11 +121,12 @@ def curve(run: Path, stage: str, width: int = 320, height: int = 160) -> str:
     values = [v for points in series.values() for _, v in points]
     steps = max(s for points in series.values() for s, _ in points)
     low, high = (torch.tensor(f(values)).log().item() for f in (min, max))
+    span = high - low or 1.0  # a run of one logged step has a point, and no range
     lines = ""
     for name, colour in (("train/loss", "#aaa"), ("val/loss", "#06c")):
         points = " ".join(
-            f"{width * s / steps:.1f},"
-            f"{20 + (height - 30) * (high - torch.tensor(v).log().item()) / (high - low):.1f}"
+            f"{width * s / max(steps, 1):.1f},"
+            f"{20 + (height - 30) * (high - torch.tensor(v).log().item()) / span:.1f}"
             for s, v in series[name]
         )
         lines += f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{points}"/>'

@@ -1,0 +1,25 @@
+"""The demo's page, of a small cascade."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts.demo_page import NUM_TRAINING, OWN_CAPTIONS, write_page
+from wuerstchen_pl.evaluate import run_data
+
+
+def test_the_page_shows_pictures_curves_and_numbers(
+    program: Callable[..., int], cascade: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "outputs" / "default"
+    shutil.copytree(cascade, folder)
+    fast = ["num_captions=4", "sample.prior_steps=2", "sample.decoder_steps=1"]
+    assert program("evaluate", f"model={folder / 'c'}", f"output_dir={folder}", *fast) == 0
+    page = write_page(folder, bf16=False).read_text(encoding="utf-8")
+    validation = sum(len(batch["image"]) for batch in run_data(folder / "c").in_order("val"))
+    assert page.count("<figure") == len(OWN_CAPTIONS) + 2 * NUM_TRAINING + 3 * validation
+    assert page.count("<svg") == 3
+    numbers = json.loads((folder / "metrics.json").read_text())
+    assert f"<th>stage_a</th><td>psnr {numbers['stage_a']['psnr']:.4g}," in page
+    assert (folder / "own_captions.png").is_file()
