@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from wuerstchen_pl.convert import write
 from wuerstchen_pl.layouts import read
 from wuerstchen_pl.layouts.model import Model, Part, compare
 from wuerstchen_pl.layouts.tensors import Lazy
@@ -32,8 +33,12 @@ def blend(a: Model, b: Model, weight: float) -> Model:
     if a.parts.keys() != b.parts.keys():
         both = (", ".join(sorted(model.parts)) for model in (a, b))
         raise ValueError(f"one has {next(both)}, the other {next(both)}; give the same parts")
+    if a.settings != b.settings:
+        raise ValueError(f"one has settings {a.settings}, the other {b.settings}; give equal ones")
     parts = {}
     for name, part in a.parts.items():
+        if part.config != b.parts[name].config:
+            raise ValueError(f"the configs of the two models' {name} differ; give equal networks")
         other = b.parts[name].tensors
         compare(_shapes(part.tensors), _shapes(other), f"the second model's {name}")
         tensors = {k: _between(lazy, other[k], weight) for k, lazy in part.tensors.items()}
@@ -68,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         blended = blend(read.read(options.a), read.read(options.b), options.weight)
-        read.write(blended, options.to, options.layout)
+        write(blended, options.to, options.layout)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(options.to)

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ READ: Mapping[str, Any] = {
 def run(cfg: DictConfig) -> None:
     """Check, read, write."""
     check_config(cfg, READ)
+    read.check_free(Path(cfg.to))
     model = read.read(cfg["from"], prior=cfg.prior, variant=cfg.variant)
     for name in ("text_encoder", "prior_text_encoder"):
         if cfg[name] is not None:
@@ -35,7 +37,7 @@ def run(cfg: DictConfig) -> None:
     write(model, Path(cfg.to), cfg.layout)
 
 
-def write(model: Model, path: Path, layout: LayoutName, *, readme: str | None = None) -> None:
+def write(model: Model, path: Path, layout: LayoutName) -> None:
     """Write a model, and tell what was written; say what the layout has no place for."""
     if layout == "original":
         left = [name for name in model.parts if name.endswith("text_encoder")]
@@ -43,8 +45,8 @@ def write(model: Model, path: Path, layout: LayoutName, *, readme: str | None = 
             warnings.warn(
                 f"the authors' layout has no place for {' and '.join(left)}: left out", stacklevel=2
             )
-        model = Model({k: v for k, v in model.parts.items() if k not in left}, model.settings)
-    read.write(model, path, layout, readme=readme)
+        model = replace(model, parts={k: v for k, v in model.parts.items() if k not in left})
+    read.write(model, path, layout)
     for name, part in model.parts.items():
         types = {str(t.dtype).removeprefix("torch.") for t in part.tensors.values()}
         count = sum(math.prod(t.shape) for t in part.tensors.values())

@@ -10,7 +10,7 @@ from wuerstchen_pl import card, checkpoint
 from wuerstchen_pl.cli import command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.convert import write
-from wuerstchen_pl.layouts.read import LayoutName
+from wuerstchen_pl.layouts.read import LayoutName, check_free
 from wuerstchen_pl.layouts.run import read_run
 
 READ: Mapping[str, Any] = {
@@ -25,9 +25,11 @@ READ: Mapping[str, Any] = {
 def run(cfg: DictConfig) -> None:
     """Check, read, write the model and its card."""
     check_config(cfg, READ)
+    check_free(Path(cfg.to))
     path = checkpoint.find(cfg.ckpt)
-    told = card.card(card.chain(path), licence=cfg.licence, ema=cfg.ema)
-    write(read_run(path, ema=cfg.ema), Path(cfg.to), cfg.layout, readme=told)
+    model = read_run(path, ema=cfg.ema)
+    model.card = card.card(card.chain(path), licence=cfg.licence, ema=cfg.ema)
+    write(model, Path(cfg.to), cfg.layout)
 
 
 main = command("export", run)

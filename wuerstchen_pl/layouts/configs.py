@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from wuerstchen_pl.layouts.model import MODELS
+
 Config = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
-MODELS = "wuerstchen_pl.models."
 SCALE_FACTOR = 0.3764
 """Of the published Stage A; a constant of the authors' code."""
 HEAD_WIDTH = 64
@@ -61,7 +62,7 @@ TEXT = Scheme(
         "context_length": "max_position_embeddings", "vocab_size": "vocab_size",
         "activation": "hidden_act",
     },
-    {"layer_norm_eps": 1e-5, "attention_dropout": 0.0, "model_type": "clip_text_model"},
+    {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"},
 )  # fmt: skip
 SCHEMES = {
     "prior.Prior": PRIOR, "diffnext.DiffNeXt": DIFFNEXT, "vqgan.VQGAN": VQGAN,
@@ -81,13 +82,19 @@ def from_diffusers(kind: str, config: Mapping[str, Any], where: str) -> Config:
         ValueError: naming a key that is missing, or whose value our networks cannot take.
     """
     scheme = SCHEMES[kind]
-    ignored = {"architectures", "initializer_factor", "projection_dim"}
-    for key, value in scheme.fixed.items():
-        if key not in ignored and config.get(key, value) != value:
+    for key, value in {"_class_name": scheme.class_name, **scheme.fixed}.items():
+        if config.get(key, value) != value:
             raise ValueError(f"{where} has {key}={config[key]!r}; only {value!r} can be read")
+    if config.get("hidden_act", "gelu") not in ("gelu", "quick_gelu"):
+        raise ValueError(
+            f"{where} has hidden_act={config['hidden_act']!r}; only gelu and quick_gelu can be read"
+        )
     if missing := sorted(theirs for theirs in scheme.names.values() if theirs not in config):
         raise ValueError(f"{where} lacks {', '.join(missing)}; it is no {scheme.class_name}")
     found = {ours: config[theirs] for ours, theirs in scheme.names.items()}
+    if any(value is None for value in found.values()):
+        null = next(theirs for ours, theirs in scheme.names.items() if found[ours] is None)
+        raise ValueError(f"{where} has {null}=null; give its value")
     if kind == "diffnext.DiffNeXt":
         found |= _diffnext_from(config, where)
     if kind == "text.TextEncoder":
@@ -128,7 +135,7 @@ def to_diffusers(config: Config) -> Config:
     if kind == "text.TextEncoder":
         return found | {
             "architectures": [scheme.class_name],
-            "intermediate_size": int(config["width"] * config["mlp_ratio"]),
+            "intermediate_size": round(config["width"] * config["mlp_ratio"]),
             # they matter to a pooled state and to training alone, but transformers asks for them
             "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1,
             "projection_dim": config["width"], "initializer_factor": 1.0,

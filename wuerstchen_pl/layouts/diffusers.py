@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from wuerstchen_pl.layouts.configs import from_diffusers, to_diffusers
-from wuerstchen_pl.layouts.model import SCALE, Model, Part, complete, skeleton, with_scale
+from wuerstchen_pl.layouts.model import SCALE, Model, Part, complete, skeleton, trusted, with_scale
 from wuerstchen_pl.layouts.names import Layout, inward, links, outward
 from wuerstchen_pl.layouts.ours import copy_tokenizer, dump_json, load_json, weights_in
 from wuerstchen_pl.layouts.tensors import Lazy, held, read_safetensors, write_safetensors
@@ -38,28 +38,30 @@ SETTINGS = {
 
 
 def found(path: Path) -> bool:
-    """Whether a folder is of this layout, or holds the two that we write."""
-    return (path / INDEX).is_file() or all((path / name / INDEX).is_file() for name in PAIR)
+    """Whether a folder is of this layout, or holds some of the two that we write."""
+    return bool(_folders(path))
 
 
-def read(path: Path, *, prior: Path | None = None, variant: str | None = None) -> Model:
-    """The parts of a folder, and of Stage C's folder if that is another one.
+def _folders(path: Path) -> list[Path]:
+    return [folder for folder in (path, *(path / n for n in PAIR)) if (folder / INDEX).is_file()]
+
+
+def read(path: Path, *, variant: str | None = None) -> Model:
+    """The parts of a pipeline's folder, or of the two that we write.
 
     Args:
-        path: a pipeline's folder, or one that holds the two.
-        prior: Stage C's folder.
+        path: the folder.
         variant: ``fp16`` reads ``*.fp16.safetensors``.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if one does not fit.
     """
-    if not (path / INDEX).is_file():
-        path, prior = path / PAIR[0], path / PAIR[1]
     model = Model()
-    for folder in [path] if prior is None else [path, prior]:
+    for folder in _folders(path):
         index = load_json(folder / INDEX)
-        alone = "prior" in index  # Stage C's own folder does not prefix its parts
+        # Stage C's own folder does not prefix its parts
+        alone = index.get("_class_name") == "WuerstchenPriorPipeline" or "prior" in index
         for name in ("text_encoder", "prior", "decoder", "vqgan"):
             for prefix in ("", "prior_"):
                 if f"{prefix}{name}" not in index:
@@ -69,10 +71,16 @@ def read(path: Path, *, prior: Path | None = None, variant: str | None = None) -
         _check_schedules(folder)
         for ours, theirs in SETTINGS.items():
             if theirs in index:
-                model.settings[ours] = float(index[theirs])
+                model.settings[ours] = _number(index[theirs], theirs, folder / INDEX)
         if (folder / "compressor").is_dir():
             model.parts["compressor"] = _read_compressor(folder / "compressor")
     return model
+
+
+def _number(value: Any, key: str, where: Path) -> float:
+    if not isinstance(value, int | float) or (value <= 0 and key != "latent_std"):
+        raise ValueError(f"{where} has {key}={value!r}; give a number above 0")
+    return float(value)
 
 
 def _check_schedules(folder: Path) -> None:
@@ -86,6 +94,8 @@ def _check_schedules(folder: Path) -> None:
 def _read_part(folder: Path, name: str, own: str, variant: str | None) -> Part:
     if name.endswith("text_encoder"):
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
+        if not tokenizer.is_dir():
+            raise FileNotFoundError(f"{tokenizer} is missing, without which no prompt can be read")
         return read_text_encoder(folder / name, tokenizer, variant)
     config = folder / name / "config.json"
     weights = weights_in(folder / name, "diffusion_pytorch_model", variant)
@@ -112,8 +122,10 @@ def _with_prefix(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
 
 
 def _read_compressor(folder: Path) -> Part:
-    config, weights = load_json(folder / "config.json"), weights_in(folder, "model")
-    return Part(config, _inward(read_safetensors(weights), config, "original", str(weights)))
+    told, weights = folder / "config.json", weights_in(folder, "model")
+    tensors = read_safetensors(weights)
+    config = trusted(load_json(told), "compressor", len(tensors), str(told))
+    return Part(config, _inward(tensors, config, "original", str(weights)))
 
 
 def _inward(
@@ -143,8 +155,8 @@ def write(model: Model, path: Path) -> None:
         (PAIR[0], "", "WuerstchenDecoderPipeline"),
         (PAIR[1], "prior_", "WuerstchenPriorPipeline"),
     ):
-        own = {"prior"} if prefix else {"decoder", "vqgan"}
-        if not own & configs.keys():
+        own = {"prior"} if prefix else {"decoder", "vqgan", "compressor"}
+        if not ({f"{prefix}text_encoder"} | own) & written.keys():
             continue
         index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.21.0"}
         for name, config in configs.items():
@@ -154,7 +166,7 @@ def write(model: Model, path: Path) -> None:
             _write_part(written[name], config, path / folder / theirs)
             index[theirs] = CLASSES[theirs]
             if theirs == "text_encoder":
-                copy_tokenizer(written[name].tokenizer, path / folder / "tokenizer")
+                copy_tokenizer(written[name], path / folder / "tokenizer")
                 index["tokenizer"] = CLASSES["tokenizer"]
         index["scheduler"] = CLASSES["scheduler"]
         for ours, theirs in SETTINGS.items():

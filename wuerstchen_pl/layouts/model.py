@@ -9,9 +9,10 @@ import torch
 from hydra.utils import get_class
 from torch import nn
 
-from wuerstchen_pl.checkpoint import build, refuse_foreign
+from wuerstchen_pl.checkpoint import build
 from wuerstchen_pl.layouts.tensors import Lazy
 
+SETTINGS = ("semantic_scale", "semantic_shift", "resolution_multiple", "latent_dim_scale")
 PARTS = ("prior_text_encoder", "prior", "text_encoder", "decoder", "vqgan", "compressor")
 SCALE = "scale_factor"
 """Stage A's tensor that the other layouts hold in a config, or nowhere."""
@@ -40,6 +41,57 @@ class Model:
     where one is missing, the published value is meant."""
     source: dict[str, str] | None = None
     """``path`` and ``sha256`` of the run's checkpoint that it was read from."""
+    card: str | None = None
+    """Its README.md."""
+
+
+KINDS = {
+    "prior": ("prior.Prior",),
+    "decoder": ("diffnext.DiffNeXt", "paella.Paella"),
+    "vqgan": ("vqgan.VQGAN",),
+    "compressor": ("compressor.SemanticCompressor",),
+    "text_encoder": ("text.TextEncoder",),
+    "prior_text_encoder": ("text.TextEncoder",),
+}
+"""What a part may be."""
+MODELS = "wuerstchen_pl.models."
+COUNTS = ("depth", "num_blocks", "bottleneck_blocks", "levels")
+"""Arguments that say how many layers there are: at most as many as there are tensors."""
+
+
+def trusted(config: Any, part: str, num_tensors: int, where: str) -> dict[str, Any]:
+    """A stranger's config, which may build a network of that part's kind and do nothing else.
+
+    Files that it names are forgotten: weights are at hand, a tokenizer lies beside it.
+
+    Raises:
+        ValueError: if it would build something else, or more layers than there are tensors.
+    """
+    if not isinstance(config, dict) or config.get("_target_") not in [
+        MODELS + kind for kind in KINDS[part]
+    ]:
+        told = config.get("_target_") if isinstance(config, dict) else config
+        raise ValueError(f"{where} has _target_={told!r}, which is no {part}; it is not built")
+    return _trusted(config, num_tensors, where)
+
+
+def _trusted(node: Any, num_tensors: int, where: str) -> Any:
+    if isinstance(node, list):
+        return [_trusted(item, num_tensors, where) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if not str(node.get("_target_", MODELS)).startswith(MODELS):
+        raise ValueError(f"{where} has _target_={node['_target_']!r}, which is no network")
+    found = {}
+    for key, value in node.items():
+        if key.startswith("_") and key != "_target_":
+            raise ValueError(f"{where} has the key {key}, which is not read")
+        counts = value if isinstance(value, list) else [value]
+        if key in COUNTS and any(isinstance(n, int) and n > num_tensors for n in counts):
+            raise ValueError(f"{where} has {key}={value}, and there are {num_tensors} tensors")
+        forgotten = key in ("weights", "tokenizer")
+        found[key] = None if forgotten else _trusted(value, num_tensors, where)
+    return found
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -56,12 +108,12 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: if the config names what is not this package's, or cannot be built.
     """
-    target = config.get("_target_")
-    if not str(target).startswith("wuerstchen_pl.models."):
-        refuse_foreign(config)
-        raise ValueError(f"_target_={target!r} in a config is no network of this package's")
-    with torch.device("meta"):
-        return build(config)
+    try:
+        with torch.device("meta"):
+            return build(config)
+    except (TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{config.get('_target_')} cannot be built: {reason}") from error
 
 
 def network(part: Part) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.layouts import configs
-from wuerstchen_pl.layouts.model import SCALE, Model, Part, skeleton, with_scale
+from wuerstchen_pl.layouts.model import SCALE, Model, Part, skeleton, trusted, with_scale
 from wuerstchen_pl.layouts.names import inward, links, outward
 from wuerstchen_pl.layouts.tensors import held, read_pickle
 
@@ -43,12 +43,16 @@ def read(path: Path) -> Model:
     Raises:
         ValueError: if a file is damaged, wants to run code, or does not fit.
     """
+    if path.is_dir() and {STAGE_B, STAGE_B_V1} <= {file.name for file in _files(path)}:
+        raise ValueError(
+            f"{path} holds both {STAGE_B} and {STAGE_B_V1}, of two versions; leave one there"
+        )
     model = Model()
     for file in [path] if path.is_file() else _files(path):
         content = read_pickle(file)
         parts = _parts_of(content, file)
         for part in parts:
-            entry = next(name for name in PARTS[part] if name in content)
+            entry = next(name for name in PARTS[part] if isinstance(content.get(name), dict))
             named = content.get(CONFIG, {}).get(part)
             model.parts[part] = _read_part(content[entry], part, named, f"{file}, {entry}")
         model.settings |= content.get(CONFIG, {}).get("settings", {})
@@ -72,10 +76,13 @@ def _parts_of(content: dict[str, Any], file: Path) -> list[str]:
 def _read_part(
     state: dict[str, Tensor], part: str, config: dict[str, Any] | None, where: str
 ) -> Part:
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f"{where} holds more than named tensors; it is no {part}")
     tensors = {name: held(tensor) for name, tensor in state.items()}
     if config is None:
         found = {name: lazy.shape for name, lazy in tensors.items()}
         config = configs.from_shapes(part, found)
+    config = trusted(config, part, len(tensors), where)
     expected = skeleton(config).state_dict()
     shapes = {name: tuple(t.shape) for name, t in expected.items() if name != SCALE}
     ours = inward(tensors, links(config, shapes, "original"), shapes, where)

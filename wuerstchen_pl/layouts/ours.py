@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from wuerstchen_pl.checkpoint import without_weights
-from wuerstchen_pl.layouts.model import PARTS, Model, Part, check
+from wuerstchen_pl.layouts.model import PARTS, SETTINGS, Model, Part, check, trusted
 from wuerstchen_pl.layouts.tensors import read_safetensors, write_safetensors
 from wuerstchen_pl.models import tokenizer
 
 MANIFEST = "wuerstchen_pl.json"
+CARD = "README.md"
 FORMAT = 1
 
 
@@ -32,8 +32,10 @@ def read(path: Path) -> Model:
             f"{path / MANIFEST} has format {manifest.get('format')}, and this release reads "
             f"{FORMAT}; update the package"
         )
-    model = Model(settings=manifest["settings"])
-    for name in manifest["parts"]:
+    model = Model(settings=_settings(manifest, path))
+    if (path / CARD).is_file():
+        model.card = (path / CARD).read_text(encoding="utf-8", errors="replace")
+    for name in manifest.get("parts", ()):
         if name not in PARTS:
             raise ValueError(f"{path / MANIFEST} names a part {name!r}; there is no such part")
         model.parts[name] = _read_part(path / name)
@@ -43,13 +45,24 @@ def read(path: Path) -> Model:
 def _read_part(folder: Path) -> Part:
     weights = weights_in(folder, "model")
     files = folder / "tokenizer"
-    part = Part(
-        without_weights(load_json(folder / "config.json")),
-        read_safetensors(weights),
-        files if files.is_dir() else None,
-    )
+    tensors = read_safetensors(weights)
+    told = folder / "config.json"
+    config = trusted(load_json(told), folder.name, len(tensors), str(told))
+    part = Part(config, tensors, files if files.is_dir() else None)
     check(part, str(weights))
     return part
+
+
+def _settings(manifest: dict[str, Any], path: Path) -> dict[str, float]:
+    settings = manifest.get("settings")
+    if not isinstance(settings, dict) or not all(
+        key in SETTINGS and isinstance(value, int | float) for key, value in settings.items()
+    ):
+        told = ", ".join(SETTINGS)
+        raise ValueError(f"{path / MANIFEST} has settings={settings}; use numbers for {told}")
+    if any(settings.get(key, 1) <= 0 for key in SETTINGS if key != "semantic_shift"):
+        raise ValueError(f"{path / MANIFEST} has settings={settings}; only the shift may be 0")
+    return settings
 
 
 def write(model: Model, path: Path) -> None:
@@ -64,7 +77,7 @@ def write(model: Model, path: Path) -> None:
         dump_json(folder / "config.json", part.config)
         write_safetensors(folder / "model.safetensors", part.tensors)
         if part.tokenizer is not None:
-            copy_tokenizer(part.tokenizer, folder / "tokenizer")
+            copy_tokenizer(part, folder / "tokenizer")
     manifest = {"format": FORMAT, "parts": list(model.parts), "settings": model.settings}
     dump_json(path / MANIFEST, manifest)
 
@@ -110,12 +123,12 @@ def dump_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path | None, target: Path) -> None:
+def copy_tokenizer(part: Part, target: Path) -> None:
     """Copy a tokenizer's files as they are, or write those of open_clip's own vocabulary."""
-    if source is None:
-        tokenizer.write_vocabulary(target)
+    if part.tokenizer is None:
+        tokenizer.write_vocabulary(target, part.config["context_length"])
         return
     target.mkdir(parents=True)
     for name in tokenizer.FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if (part.tokenizer / name).is_file():
+            shutil.copyfile(part.tokenizer / name, target / name)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -41,28 +42,43 @@ def layout_of(path: Path) -> LayoutName:
     )
 
 
+OF_STAGE_C = ("prior", "prior_text_encoder")
+
+
 def read(source: str, *, prior: str | None = None, variant: str | None = None) -> Model:
     """The model at a path, of a run, or of a hub repository.
 
     Args:
         source: a path, or an id such as ``warp-ai/wuerstchen``.
-        prior: likewise, where Stage C lies apart.
+        prior: likewise, where Stage C lies apart: its parts and settings are taken from there.
         variant: ``fp16`` reads those files of diffusers' layout.
 
     Raises:
         FileNotFoundError: if there is nothing, or the hub cannot be reached.
         ValueError: if it is of no layout, or damaged.
     """
+    model = _read(source, variant)
+    if prior is not None:
+        other = _read(prior, variant)
+        if "prior" not in other.parts:
+            raise ValueError(f"prior={prior} holds no Stage C; name one that does")
+        model.parts |= {name: other.parts[name] for name in OF_STAGE_C if name in other.parts}
+        model.settings |= {k: v for k, v in other.settings.items() if k != "latent_dim_scale"}
+    return model
+
+
+def _read(source: str, variant: str | None) -> Model:
     path = locate(source, variant)
     if run.found(path):
         return run.read_run(path)
-    if layout_of(path) == "diffusers":
-        apart = None if prior is None else locate(prior, variant)
-        return diffusers.read(path, prior=apart, variant=variant)
-    model = LAYOUTS[layout_of(path)].read(path)
-    if prior is not None:
-        model.parts |= read(prior, variant=variant).parts
-    return model
+    layout = layout_of(path)
+    if layout == "diffusers":
+        return diffusers.read(path, variant=variant)
+    if variant is not None:
+        raise ValueError(
+            f"variant={variant} is of diffusers' layout, and {path} of another; drop it"
+        )
+    return LAYOUTS[layout].read(path)
 
 
 def locate(source: str, variant: str | None = None) -> Path:
@@ -74,7 +90,8 @@ def locate(source: str, variant: str | None = None) -> Path:
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/")):
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=WANTED))
+        unwanted = ["*.fp16.*"] if variant is None else []
+        return Path(snapshot_download(source, allow_patterns=WANTED, ignore_patterns=unwanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
@@ -82,7 +99,17 @@ def locate(source: str, variant: str | None = None) -> Path:
         ) from error
 
 
-def write(model: Model, path: Path, layout: LayoutName, *, readme: str | None = None) -> None:
+def check_free(path: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        FileExistsError: if it does, or is a file.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already; choose another folder, or remove it")
+
+
+def write(model: Model, path: Path, layout: LayoutName) -> None:
     """Write a model, and its card, into a new folder, whole or not at all.
 
     Raises:
@@ -90,19 +117,21 @@ def write(model: Model, path: Path, layout: LayoutName, *, readme: str | None = 
         OSError: if it cannot be written, naming the folder.
         ValueError: if the layout cannot hold the model.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already; choose another folder, or remove it")
-    aside = path.with_name(path.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    path = Path(os.path.abspath(path))
+    check_free(path)
+    aside = None
     try:
-        aside.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         LAYOUTS[layout].write(model, aside)
-        if readme is not None:
-            (aside / "README.md").write_text(readme, encoding="utf-8")
+        if model.card is not None:
+            (aside / ours.CARD).write_text(model.card, encoding="utf-8")
+        aside.chmod(0o755)
         if path.exists():
             path.rmdir()
         os.replace(aside, path)
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)

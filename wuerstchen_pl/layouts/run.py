@@ -58,10 +58,12 @@ def _parts(stage: Any) -> dict[str, Part]:
         if network is None:
             continue
         config = complete(without_weights(stage.config[attribute]))
+        tokenizer = config.get("tokenizer")
         if part.endswith("text_encoder"):
             config |= {"tokenizer": None, "vocab_size": network.tower.vocab_size}
         state = network.state_dict()
         if part == "vqgan":
             config["scale_factor"] = float(state["scale_factor"])
-        found[part] = Part(config, {name: held(tensor) for name, tensor in state.items()})
+        tensors = {name: held(tensor) for name, tensor in state.items()}
+        found[part] = Part(config, tensors, Path(tokenizer) if tokenizer else None)
     return found

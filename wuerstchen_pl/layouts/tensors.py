@@ -68,7 +68,12 @@ def _loader(path: Path, name: str) -> Callable[[], Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Lazy]:
-    shard_of = json.loads(index.read_text())["weight_map"]
+    try:
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(str(shard).endswith(".safetensors") for shard in shard_of.values()):
+            raise ValueError("its shards are no safetensors files")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of shards: {error}") from error
     shards: dict[str, dict[str, Lazy]] = {}
     for name in sorted(set(shard_of.values())):
         path = index.parent / Path(name).name  # a name with folders would lead elsewhere
@@ -78,6 +83,9 @@ def _read_shards(index: Path) -> dict[str, Lazy]:
     lost = [name for name, shard in shard_of.items() if name not in shards[shard]]
     if lost:
         raise ValueError(f"{index} names tensors that its shards lack: {', '.join(sorted(lost))}")
+    held_by = {name for shard in shards.values() for name in shard}
+    if unnamed := sorted(held_by - shard_of.keys()):
+        raise ValueError(f"{index} does not name tensors of its shards: {', '.join(unnamed)}")
     return {name: shards[shard][name] for name, shard in shard_of.items()}
 
 

@@ -69,9 +69,11 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        # Squares are summed in float32: bfloat16 would lose the small ones. The inner epsilon
-        # keeps the root's gradient finite where a channel is all zero.
-        energy = x.square().sum(dim=(1, 2), keepdim=True, dtype=torch.float32)
+        # Summed in float32, where bfloat16 would lose the small ones; squared in it as well where
+        # float16 would overflow from 256 on. The inner epsilon keeps the root's gradient finite
+        # where a channel is all zero.
+        squares = (x.float() if x.dtype == torch.float16 else x).square()
+        energy = squares.sum(dim=(1, 2), keepdim=True, dtype=torch.float32)
         response = (energy + 1e-12).sqrt()
         response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
         return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * response).to(x.dtype))

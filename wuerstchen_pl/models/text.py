@@ -33,6 +33,7 @@ class TextEncoder(nn.Module):
 
     Raises:
         FileNotFoundError: if ``weights`` is no file.
+        ValueError: for another activation.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class TextEncoder(nn.Module):
         weights: str | None = None,
     ) -> None:
         super().__init__()
+        if activation not in ("gelu", "quick_gelu"):
+            raise ValueError(f"activation={activation!r} is unknown; use gelu or quick_gelu")
         self.width = width
         self.context_length = context_length
         self.weights = weights

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import regex as re
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
 FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-    "special_tokens_map.json",
+    "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 """What a folder of a published tokenizer may hold."""
 
@@ -28,21 +30,24 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: if the folder lacks them.
+        ValueError: if they are no tokenizer's.
     """
 
     def __init__(self, *, context_length: int = 77, folder: str | None = None) -> None:
         self.context_length = context_length
         self.bpe = SimpleTokenizer()
         self.bpe.clean_fn = _clean
-        pad = END
+        pad, added = END, [START, END]
         if folder is None:  # the names that the published files give to these two
             self.bpe.encoder |= {START: self.bpe.sot_token_id, END: self.bpe.eot_token_id}
         else:
-            vocabulary, merges = _read(Path(folder))
+            vocabulary, merges, added = _read_folder(Path(folder))
             self.bpe.encoder = vocabulary
             self.bpe.bpe_ranks = {pair: rank for rank, pair in enumerate(merges)}
             self.bpe.decoder = {i: token for token, i in vocabulary.items()}
             pad = _pad_token(Path(folder)) or END
+        self.bpe.cache = {token: token for token in added}
+        self.bpe.pat = re.compile("|".join([*(re.escape(token) for token in added), WORDS]))
         self.start, self.end = self.bpe.encoder[START], self.bpe.encoder[END]
         self.pad = self.bpe.encoder[pad]
         self.size = 1 + max(self.bpe.encoder.values())
@@ -67,6 +72,29 @@ class Tokenizer:
 def _clean(text: str) -> str:
     """What CLIPTokenizer does; open_clip would also mend mojibake and HTML entities."""
     return " ".join(unicodedata.normalize("NFC", text).split()).lower()
+
+
+Vocabulary = tuple[dict[str, int], list[tuple[str, str]], list[str]]
+
+
+def _read_folder(folder: Path) -> Vocabulary:
+    """Ids by token, merges, best first, and the tokens that are taken whole, longest first."""
+    try:
+        vocabulary, merges = _read(folder)
+        extra = folder / "added_tokens.json"
+        more: dict[str, int] = _json(extra) if extra.is_file() else {}
+        vocabulary |= more
+        if not all(isinstance(i, int) for i in vocabulary.values()) or START not in vocabulary:
+            raise ValueError(f"its vocabulary lacks {START}, or holds no ids")
+        whole = {START, END, *more, *_added(folder)}
+        return vocabulary, merges, sorted(whole, key=len, reverse=True)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder} is no tokenizer: {error}") from error
+
+
+def _added(folder: Path) -> list[str]:
+    whole = folder / FILES[0]
+    return [token["content"] for token in _json(whole)["added_tokens"]] if whole.is_file() else []
 
 
 def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -100,7 +128,7 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_vocabulary(folder: Path) -> None:
+def write_vocabulary(folder: Path, context_length: int = 77) -> None:
     """Write the vocabulary that open_clip ships in the published form.
 
     Raises:
@@ -113,7 +141,7 @@ def write_vocabulary(folder: Path) -> None:
     merges = [" ".join(pair) for pair in tokenizer.bpe.bpe_ranks]
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     config = {
-        **special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer",
+        **special, "model_max_length": context_length, "tokenizer_class": "CLIPTokenizer",
         "do_lower_case": True,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

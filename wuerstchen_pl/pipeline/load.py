@@ -33,6 +33,12 @@ def assemble(model: Model, where: str) -> dict[str, Any]:
             "where Stage C lies apart, that with prior="
         )
     nets: dict[str, Any] = {name: network(part) for name, part in model.parts.items()}
+    for net, encoder in (("prior", "prior_text_encoder"), ("decoder", "text_encoder")):
+        if encoder in nets and nets[net].text_dim != nets[encoder].width:
+            raise ValueError(
+                f"{where}: the {net} reads text of {nets[net].text_dim} channels, and the {encoder} "
+                f"gives {nets[encoder].width}; name the one it was trained with"
+            )
     settings: dict[str, Any] = dict(model.settings)
     scale = {key: settings.pop(key) for key in (OF_DECODER,) if key in settings}
     return {

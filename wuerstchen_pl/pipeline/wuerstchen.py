@@ -1,6 +1,7 @@
 """The pipeline that users hold: text to pictures, and from pictures."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -19,9 +20,9 @@ class WuerstchenPipeline(Cascade):
     @classmethod
     def from_pretrained(
         cls,
-        path: str,
+        path: str | Path,
         *,
-        prior: str | None = None,
+        prior: str | Path | None = None,
         variant: str | None = None,
         torch_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -40,8 +41,9 @@ class WuerstchenPipeline(Cascade):
             FileNotFoundError: if there is nothing, or a part is missing.
             ValueError: if it is damaged, or no model.
         """
-        model = read(path, prior=prior, variant=variant)
-        pipeline = cls(**assemble(model, path))
+        apart = None if prior is None else str(prior)
+        model = read(str(path), prior=apart, variant=variant)
+        pipeline = cls(**assemble(model, str(path)))
         pipeline.source = model.source
         return pipeline.to(device, torch_dtype)
 
