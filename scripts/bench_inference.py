@@ -14,7 +14,12 @@ from scripts import reference_models
 from scripts.timing import Work, side_by_side, write_table
 from wuerstchen_pl import WuerstchenPipeline
 
-TOLERANCE = 1e-4
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Of the greatest difference; in bfloat16, of that in standard deviations of the output."""
+HEADER = "| what | batch | mode | diffusers ms | ours ms | ratio | greatest difference |"
+
+
+WHOLE = "whole run"
 
 
 class Size(NamedTuple):
@@ -71,12 +76,13 @@ def run(size: str, rounds: int) -> Path:
     theirs.to(device, dtype)
     ours.to(device, dtype)
     rows = []
+    print(HEADER)
     for compiled in (False, True) if cuda else (False,):
         if compiled:
             _compile(theirs, ours)
         for batch in given.batches:
             for case in cases(theirs, ours, given, batch, device, dtype):
-                rows.append(_row(case, batch, compiled, rounds, check=dtype == torch.float32))
+                rows.append(_row(case, batch, compiled, rounds, dtype))
                 print(rows[-1], flush=True)
     return write_table(
         f"inference_{size}",
@@ -87,14 +93,19 @@ def run(size: str, rounds: int) -> Path:
         "package is faster. \"SDPA\" is diffusers with AttnProcessor2_0 in its prior. A run is "
         f"{given.prior_steps} steps of Stage C with guidance 4, 12 of Stage B, and Stage A, "
         f"{given.side} px.",
-        "| what | batch | mode | diffusers ms | ours ms | ratio | greatest difference |",
+        HEADER,
         rows,
     )  # fmt: skip
 
 
-def _row(case: Case, batch: int, compiled: bool, rounds: int, *, check: bool) -> str:
-    difference = float((case.theirs().float() - case.ours().float()).abs().max())
-    if check and not difference < TOLERANCE:
+def _row(case: Case, batch: int, compiled: bool, rounds: int, dtype: torch.dtype) -> str:
+    theirs, ours = case.theirs().float(), case.ours().float()
+    difference = float((theirs - ours).abs().max())
+    if dtype != torch.float32:
+        difference /= float(theirs.std())
+    # in bfloat16, diffusers also draws the noise of a whole run in that type: another picture
+    comparable = dtype == torch.float32 or case.name != WHOLE
+    if comparable and not difference < TOLERANCE[dtype]:
         raise RuntimeError(f"{case.name}: outputs differ by {difference}; nothing was timed")
     found = side_by_side(case.theirs, case.ours, rounds)
     mode = "compiled" if compiled else "eager"
@@ -165,4 +176,4 @@ def cases(
             generator=torch.Generator().manual_seed(0), output_type="pt", **options,
         ).images  # fmt: skip
 
-    yield Case("whole run", lambda: whole(theirs), lambda: whole(ours, progress=False))
+    yield Case(WHOLE, lambda: whole(theirs), lambda: whole(ours, progress=False))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 Work = Callable[[], Any]
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 class SideBySide(NamedTuple):
@@ -67,7 +68,7 @@ def write_table(theme: str, command: str, notes: str, header: str, rows: Sequenc
         f"`{command}`", "", notes, "", header, "|" + "---|" * (header.count("|") - 1), *rows, "",
     ]  # fmt: skip
     slug = "-".join(hardware().lower().replace("(r)", "").replace("(tm)", "").split())
-    path = Path("benchmarks") / f"{theme}_{slug}_{date.today()}.md"
+    path = BENCHMARKS / f"{theme}_{slug}_{date.today()}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines))
     return path

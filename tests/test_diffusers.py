@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler, WuerstchenCombinedPipeline
@@ -18,6 +19,7 @@ from diffusers.pipelines.deprecated.wuerstchen import (
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import (
     WuerstchenDiffNeXt,
 )
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -309,7 +311,7 @@ def test_neither_diffusers_nor_transformers_is_needed(
 def test_ids_of_a_hub_are_downloaded_without_pickles(
     ours: WuerstchenPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def downloaded(name: str, allow_patterns: list[str]) -> str:
+    def downloaded(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         assert not {"*.bin", "*.pt", "*", "*.pkl", "*.py"} & set(allow_patterns)
         return str(folder / name.removeprefix("warp-ai/"))
 
@@ -318,3 +320,30 @@ def test_ids_of_a_hub_are_downloaded_without_pickles(
         "warp-ai/wuerstchen", prior="warp-ai/wuerstchen-prior"
     )
     assert torch.equal(drawn(found), drawn(ours))
+
+
+def test_the_sample_command_draws_from_published_folders(
+    ours: WuerstchenPipeline, folder: Path, tmp_path: Path, program: Callable[..., int]
+) -> None:
+    fast = ["sample.prior_steps=4", "sample.decoder_steps=3", "height=128", "width=128"]
+    where = [f"model={folder / 'wuerstchen'}", f"prior={folder / 'wuerstchen-prior'}"]
+    arguments = ["prompt=a red heart", "seed=3", "device=cpu", f"output_dir={tmp_path}"]
+    assert program("sample", *where, *fast, *arguments) == 0
+    (path,) = tmp_path.glob("*.png")
+    found = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1) / 255
+    expected = drawn(ours, generator=[rng(3)])[0]
+    assert float((found - expected).abs().max()) < 0.51 / 255
+
+
+def test_a_seed_is_short_for_generators_in_each_part(ours: WuerstchenPipeline) -> None:
+    options: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
+    by_seed, by_generator = (
+        ours.prior("frog", 128, 128, **options, num_images_per_prompt=2, **how)[0]
+        for how in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
+    )
+    assert torch.equal(by_seed, by_generator)
+    pictures = [
+        ours.decoder(by_seed, "frog", output_type="pt", **options, **how).images
+        for how in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
+    ]
+    assert torch.equal(*pictures)

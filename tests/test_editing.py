@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wuerstchen_pl import WuerstchenPipeline
-from wuerstchen_pl.sampling.pictures import to_pil
+from wuerstchen_pl.sampling.pictures import to_mask, to_pil, to_tensor
+from wuerstchen_pl.sampling.place import Place
 
 FAST: dict[str, Any] = {
     "prior_num_inference_steps": 4, "num_inference_steps": 2, "output_type": "pt",
@@ -120,9 +121,60 @@ def test_what_inpainting_keeps_guides_what_it_draws(
     assert greatest(drawn, semantic) > 0.1
 
 
+def test_bytes_and_transparency_are_read_as_they_are_meant(
+    pipe: WuerstchenPipeline, image: Tensor
+) -> None:
+    as_bytes = (image * 255).round().to(torch.uint8)
+    assert greatest(to_tensor(as_bytes), image) < 0.51 / 255
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert greatest(to_tensor(clear), torch.ones(1, 3, 4, 4)) == 0
+    assert greatest(to_mask(Image.new("RGB", (4, 4), "white")), torch.ones(1, 1, 4, 4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(2, 64, 48), r"\(2, 64, 48\) is no picture"),
+        (torch.full((3, 8, 8), 2.0), "values from 2 to 2"),
+        ("picture.png", "str is no picture"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"sizes \[\(8, 8\), \(8, 9\)\]"),
+        ([], "give one size, and one or more"),
+    ],
+)
+def test_what_is_no_picture_is_refused(wrong: Any, message: str, pipe: WuerstchenPipeline) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe.encode(wrong)
+
+
+def test_several_pictures_of_several_images(pipe: WuerstchenPipeline, image: Tensor) -> None:
+    both = torch.cat([image, 1 - image])
+    four = pipe.vary(both, 0.5, **FAST, num_images_per_prompt=2)
+    last = pipe.vary(1 - image, 0.5, **{**FAST, "seed": 6})
+    assert greatest(four[3:], last) < 1e-5
+    twice = pipe.reconstruct(image, seed=3, num_images_per_prompt=2, **DECODE)
+    assert greatest(twice[:1], pipe.reconstruct(image, seed=3, **DECODE)) < 1e-5
+
+
+def test_what_the_prior_gives_as_an_array_the_decoder_takes(pipe: WuerstchenPipeline) -> None:
+    options: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
+    drawn = [
+        pipe.prior("frog", 64, 64, latents=torch.zeros(1, 16, 4, 4), sampler="ddim",
+                   output_type=kind, **options)["image_embeddings"]
+        for kind in ("pt", "np")
+    ]  # fmt: skip
+    assert isinstance(drawn[1], np.ndarray)
+    pictures = [
+        pipe.decoder(semantic, generator=torch.Generator().manual_seed(0), **DECODE)
+        for semantic in drawn
+    ]
+    assert greatest(*pictures) == 0
+
+
 def test_a_mask_of_another_size_is_refused(pipe: WuerstchenPipeline, image: Tensor) -> None:
     with pytest.raises(ValueError, match="the mask has 8 x 8 px, and the picture 64 x 48"):
         pipe.inpaint("red apple", image, torch.ones(1, 1, 8, 8), **FAST)
+    with pytest.raises(ValueError, match="output_type='latent' is unknown; use pil or np or pt"):
+        pipe.reconstruct(image, output_type="latent")
 
 
 def test_any_size_is_drawn_at_the_next_step_and_cropped(pipe: WuerstchenPipeline) -> None:
@@ -179,12 +231,33 @@ def test_offloading_draws_the_same_with_one_part_at_work(
     assert moves == [(name, to) for name in order for to in ("to work", "away")]
 
 
-def test_a_part_goes_back_even_if_it_failed(cascade: Path) -> None:
-    lean = WuerstchenPipeline.from_pretrained(str(cascade / "c")).enable_model_offload("meta")
-    # nothing can be computed on the meta device
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        lean("red apple", 64, 64, **FAST)
-    assert lean.place.offload
+def test_a_part_goes_back_even_if_it_failed() -> None:
+    place, net = Place(torch.device("meta"), offload=True), nn.Linear(2, 2)
+    moves: list[str] = []
+    net.to = lambda device: moves.append(str(device)) or net  # type: ignore[assignment, method-assign]
+    with pytest.raises(KeyboardInterrupt), place.at_work(net):
+        raise KeyboardInterrupt
+    assert moves == ["meta", "cpu"]
+
+
+def test_bad_stage_b_arguments_are_refused_before_stage_c_works(
+    pipe: WuerstchenPipeline,
+) -> None:
+    steps: list[int] = []
+
+    def count(owner: Any, step: int, t: Tensor, tensors: dict) -> None:
+        steps.append(step)
+
+    for wrong in (
+        {"decoder_sampler": "euler"},
+        {"decoder_timesteps": [0.1, 0.9]},
+        {"decoder_guidance_scale": float("inf")},
+        {"callback_on_step_end_tensor_inputs": ["noise"]},
+        {"output_type": "jpg"},
+    ):
+        with pytest.raises(ValueError, match=r".+"):
+            pipe("a", 64, 64, **{**FAST, **wrong}, prior_callback_on_step_end=count)
+    assert steps == []
 
 
 def test_a_bar_for_each_stage(pipe: WuerstchenPipeline, capsys: pytest.CaptureFixture) -> None:
@@ -244,9 +317,25 @@ def test_guidance_options_reach_stage_c(pipe: WuerstchenPipeline) -> None:
         ({"prompt": "a", "output_type": "jpg"}, "output_type='jpg' is unknown"),
         ({"prompt": "a", "prior_timesteps": [0.1, 0.5]}, "cannot be followed"),
         ({"prompt": "a", "prior_num_inference_steps": 0}, "steps=0 draws nothing"),
-        ({"prompt": "a", "prior_guidance_scale": -1.0}, "guidance_scale=-1.0 is out of range"),
+        ({"prompt": "a", "prior_guidance_scale": float("nan")}, "guidance_scale=nan is no number"),
+        ({"prompt": "a", "decoder_sampler": "euler"}, "sampler='euler' is unknown"),
+        ({"prompt": []}, r"prompt=\[\] is no text"),
+        ({"prompt": "a", "negative_prompt": 3}, "negative_prompt=3 is no text"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt=0 draws nothing"),
+        ({"prompt": "a", "prior_num_inference_steps": 2.5}, "steps=2.5 draws nothing"),
+        ({"prompt": "a", "height": 64.5}, "height=64.5 cannot be drawn"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 16, 7)}, r"have shape \(1, 16, 7\)"),
+        ({"prompt": "a", "negative_prompt_embeds": torch.zeros(2, 16, 16)}, r"shape \(2, 16, 16"),
+        ({"prompt": "a", "strength": 0.3}, "strength and mask need image_embeddings"),
         ({"prompt": "a", "prior_sampler": "euler"}, "sampler='euler' is unknown"),
-        ({"prompt": "a", "strength": 2.0}, "strength=2.0 is out of range"),
+        (
+            {"prompt": "a", "strength": 2.0, "image_embeddings": torch.zeros(1, 16, 4, 4)},
+            "strength=2.0 is out of range",
+        ),
+        (
+            {"prompt": "a", "image_embeddings": torch.zeros(2, 16, 4, 4)},
+            r"image_embeddings have shape \(2, 16, 4, 4\)",
+        ),
         (
             {"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]},
             "callback_on_step_end_tensor_inputs='noise' is unknown; choose from latents",

@@ -12,6 +12,7 @@ from wuerstchen_pl.diffusion.sampler import ddim_step, ddpm_step
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.discriminator import Discriminator
+from wuerstchen_pl.models.layers import GlobalResponseNorm
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.vqgan import VQGAN
 
@@ -35,6 +36,22 @@ def prior() -> tuple[Prior, dict[str, Tensor]]:
 def test_prior_equals_the_published_one(prior: tuple[Prior, dict[str, Tensor]]) -> None:
     net, io = prior
     close(net(io["x"], io["r"], io["c"]), io["out"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
+def test_response_norm_in_half_precision(dtype: torch.dtype, size: float) -> None:
+    norm = GlobalResponseNorm(8)
+    rng = torch.Generator().manual_seed(0)
+    for parameter in norm.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    x = torch.randn(2, 4, 4, 8, generator=rng) * size
+    energy = x.double().square().sum((1, 2), keepdim=True).sqrt()
+    response = energy / (energy.mean(-1, keepdim=True) + 1e-6)
+    expected = norm.gamma * x * response + norm.beta + x  # as printed, in float64
+    found = norm.to(dtype)(x.to(dtype))
+    assert float((found - expected).abs().max()) < 3e-2 * float(expected.abs().max())
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import run_program, small
+from wuerstchen_pl import WuerstchenPipeline
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,14 +109,24 @@ def test_exporting_and_converting_commands(
     assert (tmp_path / "written" / "wuerstchen_pl.json").is_file()
 
 
-def test_the_readmes_python_runs(cascade: Path) -> None:
+def test_the_readmes_python_runs(cascade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, but that the small cascade takes the place of the published one, and the CPU
+    that of the GPU."""
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    here = (
-        code[: code.index("\n\n")]
-        + code[code.index('\npipe = WuerstchenPipeline.from_pretrained("outputs') :]
-    )
+    real = WuerstchenPipeline.from_pretrained
+    asked: list[tuple[str, ...]] = []
+
+    def small_one(path: str, prior: str | None = None) -> WuerstchenPipeline:
+        asked.append((path, prior or ""))
+        return real(cascade / "c")
+
+    monkeypatch.setattr(WuerstchenPipeline, "from_pretrained", small_one)
     names: dict[str, Any] = {}
-    exec(here.replace("outputs/demo/c", str(cascade / "c")), names)
+    small = code.replace('"cuda", torch.bfloat16', "torch.bfloat16").replace("1024, 1536", "64, 96")
+    exec(small, names)
+    assert asked == [
+        ("warp-ai/wuerstchen", "warp-ai/wuerstchen-prior"),
+        ("outputs/demo/c", ""),
+    ]
     sizes = {name: names[name].size for name in ("image", "again", "green", "other", "mended")}
     assert set(sizes.values()) == {(64, 64)}
-    assert names["DEFAULT_STAGE_C_TIMESTEPS"][0] == 1

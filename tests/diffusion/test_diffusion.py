@@ -111,7 +111,7 @@ def test_guidance_goes_from_the_unconditional_prediction_through_the_conditional
     assert torch.equal(guided, torch.full((1, 2), 8.0))  # -1 + 3 * 3
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1.0])
 def test_guidance_up_to_one_is_none(scale: float) -> None:
     assert not Guidance(scale=scale).on
 
@@ -138,8 +138,8 @@ def test_rescaled_guidance_has_the_conditional_predictions_deviation() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"scale": -1.0}, "guidance_scale=-1.0 is out of range"),
-        ({"scale": 101.0}, "guidance_scale=101.0 is out of range"),
+        ({"scale": float("nan")}, "guidance_scale=nan is no number"),
+        ({"interval": (0.5,)}, "is no interval"),
         ({"rescale": 1.5}, "guidance_rescale=1.5 is out of range"),
         ({"interval": (0.5, 0.5)}, "is empty"),
     ],
@@ -163,6 +163,8 @@ def test_one_generator_draws_for_the_whole_batch() -> None:
 def test_a_wrong_number_of_generators_or_seeds_is_refused() -> None:
     with pytest.raises(ValueError, match="2 generators for 3 pictures"):
         randn((3, 2), generators([1, 2]), CPU)
+    shared, alone = (randn((3, 2), g, CPU) for g in (generators([1]), generators([1])[0]))
+    assert torch.equal(shared, alone)
     with pytest.raises(ValueError, match="2 seeds for 3 pictures"):
         seeded([1, 2], None, 3)
     with pytest.raises(ValueError, match="seed and generator are both given"):
@@ -181,5 +183,5 @@ def test_times_that_do_not_fall_from_1_to_0_are_refused(times: list[float]) -> N
 
 
 def test_no_step_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="use at least 1"):
+    with pytest.raises(ValueError, match="use a whole number from 1 on"):
         timesteps(0)

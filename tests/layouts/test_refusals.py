@@ -1,6 +1,7 @@
 """Files that do not fit, or want to do harm: refused by name, and nothing of them runs."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.layouts import read
-from wuerstchen_pl.layouts.model import Model
+from wuerstchen_pl.layouts.model import Model, network
+from wuerstchen_pl.models.tokenizer import write_vocabulary
 
 
 @pytest.fixture
@@ -84,9 +87,10 @@ def dump(content: Any, path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("os.system", "is not one of this package's"),
-        ("wuerstchen_pl.checkpoint.load_stage", "is no network"),
-        ("wuerstchen_pl.data.openmoji.OpenMoji", "is no network"),
+        ("os.system", "is no prior; it is not built"),
+        ("wuerstchen_pl.checkpoint.load_stage", "is no prior"),
+        ("wuerstchen_pl.models.vqgan.VQGAN", "is no prior"),
+        (["a"], "is no prior"),
     ],
 )
 def test_a_config_builds_networks_alone(target: str, message: str, copy: Path) -> None:
@@ -95,11 +99,104 @@ def test_a_config_builds_networks_alone(target: str, message: str, copy: Path) -
         read.read(str(copy))
 
 
-def test_a_config_reads_no_file_of_this_machine(copy: Path, tmp_path: Path) -> None:
-    torch.save({"a": torch.zeros(1)}, tmp_path / "mine.pt")
-    change_json(copy / "text_encoder" / "config.json", weights=str(tmp_path / "mine.pt"))
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"_target_": "wuerstchen_pl.checkpoint.load_stage", "run": "/etc/passwd", "stage": "a"},
+        [{"_target_": "os.system"}],
+    ],
+)
+def test_nothing_nested_is_built_but_networks(backbone: Any, copy: Path) -> None:
+    change_json(copy / "compressor" / "config.json", backbone=backbone)
+    with pytest.raises(ValueError, match="is no network"):
+        read.read(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"_partial_": True}, "has the key _partial_, which is not read"),
+        ({"depth": 10**8}, "has depth=100000000, and there are"),
+        ({"width": -1}, "cannot be built"),
+        ({"colour": "red"}, "cannot be built: .*colour"),
+        ({"num_heads": 7}, "num_heads=7 does not divide the width 128"),
+    ],
+)
+def test_a_config_of_no_network_is_one_sentence(values: dict, message: str, copy: Path) -> None:
+    change_json(copy / "prior" / "config.json", **values)
+    with pytest.raises(ValueError, match=message):
+        read.read(str(copy))
+
+
+def test_a_config_reads_no_file_of_this_machine(copy: Path, model: Model, tmp_path: Path) -> None:
+    """A named pipe would hang whoever opened it."""
+    os.mkfifo(tmp_path / "pipe")
+    there = str(tmp_path / "pipe")
+    change_json(copy / "text_encoder" / "config.json", weights=there, tokenizer=there)
     config = read.read(str(copy)).parts["text_encoder"].config
-    assert config["weights"] is None
+    assert config["weights"] is config["tokenizer"] is None
+    compressor = {"compressor": model.parts["compressor"], "vqgan": model.parts["vqgan"]}
+    read.write(Model(compressor), tmp_path / "there", "diffusers")
+    told = tmp_path / "there" / "wuerstchen" / "compressor" / "config.json"
+    change_json(told, backbone={**json.loads(told.read_text())["backbone"], "weights": there})
+    with pytest.raises(ValueError, match="cannot be built"):  # a ConvBackbone takes no weights
+        read.read(str(tmp_path / "there"))
+
+
+def test_settings_are_numbers(copy: Path) -> None:
+    for settings in ({"semantic_scale": "42"}, {"colour": 1.0}, None, {"resolution_multiple": 0}):
+        change_json(copy / "wuerstchen_pl.json", settings=settings)
+        with pytest.raises(ValueError, match="has settings="):
+            read.read(str(copy))
+
+
+def test_an_index_is_checked_whole(copy: Path) -> None:
+    weights = copy / "prior" / "model.safetensors"
+    names = list(load_file(weights))
+    shutil.move(weights, copy / "prior" / "one.safetensors")
+    index = copy / "prior" / "model.safetensors.index.json"
+    told = {"weight_map": dict.fromkeys(names[1:], "one.safetensors")}
+    index.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=f"does not name tensors of its shards: {names[0]}"):
+        read.read(str(copy))
+    for broken in ({}, {"weight_map": 3}, {"weight_map": dict.fromkeys(names, index.name)}):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="is no index of shards"):
+            read.read(str(copy))
+
+
+def test_two_versions_of_stage_b_in_one_folder_are_refused(model: Model, tmp_path: Path) -> None:
+    read.write(Model({"decoder": model.parts["decoder"]}), tmp_path / "there", "original")
+    stage_b = tmp_path / "there" / "model_v2_stage_b.pt"
+    shutil.copy(stage_b, stage_b.with_name("model_stage_b.pt"))
+    with pytest.raises(ValueError, match=r"holds both model_v2_stage_b\.pt and model_stage"):
+        read.read(str(tmp_path / "there"))
+
+
+def test_a_file_of_more_than_named_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"projection.weight": 3}}, tmp_path / "prior.pt")
+    with pytest.raises(ValueError, match="holds more than named tensors"):
+        read.read(str(tmp_path / "prior.pt"))
+
+
+def test_a_broken_tokenizer_is_named(copy: Path, model: Model) -> None:
+    folder = copy / "text_encoder" / "tokenizer"
+    write_vocabulary(folder)
+    for name, content in (("vocab.json", "[1, 2]"), ("vocab.json", "{}"), ("merges.txt", "a b c")):
+        write_vocabulary(folder)
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match="is no tokenizer"):
+            network(read.read(str(copy)).parts["text_encoder"])
+
+
+def test_exchanged_text_encoders_are_refused(model: Model, tmp_path: Path) -> None:
+    parts = dict(model.parts)
+    parts["text_encoder"], parts["prior_text_encoder"] = (
+        parts["prior_text_encoder"], parts["text_encoder"],
+    )  # fmt: skip
+    read.write(Model(parts, model.settings), tmp_path / "swapped", "ours")
+    with pytest.raises(ValueError, match=r"the prior reads text of 16 channels, .* gives 12"):
+        WuerstchenPipeline.from_pretrained(tmp_path / "swapped")
 
 
 def test_an_index_of_shards_leads_nowhere_else(copy: Path, tmp_path: Path) -> None:
@@ -116,10 +213,12 @@ def test_an_index_of_shards_leads_nowhere_else(copy: Path, tmp_path: Path) -> No
 
 def test_damaged_files_are_named(copy: Path) -> None:
     weights = copy / "vqgan" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    whole, config = weights.read_bytes(), copy / "vqgan" / "config.json"
+    weights.write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"vqgan.model\.safetensors is damaged"):
         read.read(str(copy))
-    (copy / "vqgan" / "config.json").write_text("{")
+    weights.write_bytes(whole)
+    config.write_text("{")
     with pytest.raises(ValueError, match=r"vqgan.config\.json is no JSON"):
         read.read(str(copy))
     shutil.rmtree(copy / "vqgan")
@@ -150,6 +249,9 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         ("wuerstchen/decoder", "level_config", ["CT", "C", "CTA"], "level_config=.*only"),
         ("wuerstchen/vqgan", "in_channels", 4, "in_channels=4; only 3"),
         ("wuerstchen/text_encoder", "layer_norm_eps", 0.1, "layer_norm_eps=0.1; only"),
+        ("wuerstchen/text_encoder", "hidden_act", "relu", "hidden_act='relu'; only gelu"),
+        ("wuerstchen/vqgan", "_class_name", "AutoencoderKL", "_class_name='AutoencoderKL'; only"),
+        ("wuerstchen/decoder", "nhead", None, "nhead=null"),
     ],
 )
 def test_what_our_networks_cannot_be_is_refused(

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.layouts.conftest import assert_bit_equal, random_model, tensors
+from tests.layouts.conftest import SETTINGS, assert_bit_equal, random_model, tensors
 from wuerstchen_pl.layouts import read
-from wuerstchen_pl.layouts.model import Model
+from wuerstchen_pl.layouts.model import Model, Part
+from wuerstchen_pl.models.tokenizer import Tokenizer, write_vocabulary
 
 TEXT = ("text_encoder", "prior_text_encoder")
 
@@ -30,6 +31,60 @@ def test_ours_to_a_layout_of_folders_and_back(
     assert back.settings == model.settings
     for name, part in model.parts.items():
         assert back.parts[name].config == part.config
+
+
+@pytest.mark.parametrize("layout", ["ours", "diffusers"])
+@pytest.mark.parametrize(
+    "kept", [["prior"], ["vqgan"], ["prior_text_encoder"], ["text_encoder"], ["compressor"]]
+)
+def test_some_parts_alone_there_and_back(
+    kept: list[str], layout: read.LayoutName, model: Model, tmp_path: Path
+) -> None:
+    part = Model({name: model.parts[name] for name in kept})
+    read.write(part, tmp_path / "there", layout)
+    assert_bit_equal(tensors(read.read(str(tmp_path / "there"))), tensors(part))
+
+
+def test_a_stage_c_apart_brings_its_parts_and_settings_alone(model: Model, tmp_path: Path) -> None:
+    other = random_model(torch.float16)
+    other.settings = {**SETTINGS, "semantic_scale": 7.0, "latent_dim_scale": 5.0}
+    for name, written in (("a", model), ("b", other)):
+        read.write(written, tmp_path / name, "ours")
+    read.write(model, tmp_path / "c", "diffusers")
+    for source in ("a", "c"):
+        found = read.read(str(tmp_path / source), prior=str(tmp_path / "b"))
+        assert found.settings == {**SETTINGS, "semantic_scale": 7.0}
+        expected = Model({**model.parts, **{n: other.parts[n] for n in read.OF_STAGE_C}})
+        assert_bit_equal(tensors(found), tensors(expected))
+    read.write(Model({"vqgan": model.parts["vqgan"]}), tmp_path / "d", "ours")
+    with pytest.raises(ValueError, match="holds no Stage C"):
+        read.read(str(tmp_path / "a"), prior=str(tmp_path / "d"))
+
+
+def test_a_card_goes_along(model: Model, tmp_path: Path) -> None:
+    told = Model({"vqgan": model.parts["vqgan"]}, card="# mine\n\nlicence: mit\n")
+    read.write(told, tmp_path / "there", "ours")
+    read.write(read.read(str(tmp_path / "there")), tmp_path / "again", "diffusers")
+    assert (tmp_path / "again" / "README.md").read_text() == told.card
+
+
+def test_added_tokens_are_taken_whole(model: Model, tmp_path: Path) -> None:
+    write_vocabulary(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 49408}')
+    part = model.parts["text_encoder"]
+    with_tokenizer = Part(part.config, part.tensors, tmp_path / "tokenizer")
+    read.write(Model({"text_encoder": with_tokenizer}), tmp_path / "there", "diffusers")
+    read.write(read.read(str(tmp_path / "there")), tmp_path / "back", "ours")
+    back = read.read(str(tmp_path / "back")).parts["text_encoder"].tokenizer
+    tokenizer, plain = Tokenizer(folder=str(back)), Tokenizer()
+    assert tokenizer.encode("a <cat-toy> here") == [
+        *plain.encode("a"),
+        49408,
+        *plain.encode("here"),
+    ]
+    for literal in ("a<|endoftext|>b", "<end_of_text>"):
+        assert tokenizer.encode(literal) == plain.encode(literal)
+    assert plain.encode("a<|endoftext|>b")[1] == 49407
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -145,6 +200,7 @@ def test_nothing_is_written_over_and_nothing_half(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("wuerstchen_pl.layouts.ours.write_safetensors", full_disk)
+    (tmp_path / "new.partial").mkdir()  # the user's
     with pytest.raises(OSError, match="new could not be written: No space left on device"):
         read.write(model, tmp_path / "new", "ours")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "new.partial"]

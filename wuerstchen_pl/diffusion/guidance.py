@@ -1,5 +1,6 @@
 """Classifier-free guidance, and two ways to keep a strong one from burning the picture."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,11 @@ class Guidance:
     """Times [least, greatest] in which to guide (Kynkaanniemi et al. 2024, arXiv 2404.07724)."""
 
     def __post_init__(self) -> None:
+        if len(self.interval) != 2:
+            raise ValueError(f"guidance_interval={self.interval} is no interval; use two times")
         least, greatest = self.interval
-        if not 0 <= self.scale <= MAX_SCALE:
-            raise ValueError(f"guidance_scale={self.scale} is out of range; use 0 to {MAX_SCALE}")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance_scale={self.scale} is no number; use 4, or 0 for none")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale} is out of range; use 0 to 1")
         if not 0 <= least < greatest <= 1:
@@ -50,7 +53,3 @@ class Guidance:
         axes = tuple(range(1, guided.ndim))
         factor = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
         return torch.lerp(guided, guided * factor, self.rescale)
-
-
-MAX_SCALE = 100
-"""Beyond it, nothing but noise is to be seen."""

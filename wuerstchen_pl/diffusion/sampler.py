@@ -6,7 +6,7 @@ each picture, a picture does not depend on the others in its batch.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ def randn(shape: Sequence[int], generator: Generator, device: torch.device) -> T
     if not isinstance(generator, list):
         drawn_on = generator.device if generator is not None else torch.device("cpu")
         return torch.randn(tuple(shape), generator=generator, device=drawn_on).to(device)
+    if len(generator) == 1:
+        return randn(shape, generator[0], device)
     if len(generator) != shape[0]:
         raise ValueError(
             f"{len(generator)} generators for {shape[0]} pictures; give one for each, or one in all"
@@ -90,9 +92,24 @@ def timesteps(num_steps: int) -> list[float]:
     Raises:
         ValueError: unless ``num_steps`` is at least 1.
     """
-    if num_steps < 1:
-        raise ValueError(f"steps={num_steps} draws nothing; use at least 1")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"steps={num_steps} draws nothing; use a whole number from 1 on")
     return torch.linspace(1, 0, num_steps + 1).tolist()
+
+
+def check_method(method: str) -> None:
+    """Refuse another sampler than there is.
+
+    Raises:
+        ValueError: naming those there are.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"sampler={method!r} is unknown; use 'ddpm' or 'ddim'")
+
+
+def schedule_times(num_steps: int, given: Sequence[float] | None) -> list[float]:
+    """``given`` times if they can be sampled along, else so many equal steps."""
+    return timesteps(num_steps) if given is None else check_times(given)
 
 
 def check_times(times: Sequence[float]) -> list[float]:
@@ -137,8 +154,7 @@ def sample(
     Raises:
         ValueError: for another method.
     """
-    if method not in ("ddpm", "ddim"):
-        raise ValueError(f"sampler={method!r} is unknown; use 'ddpm' or 'ddim'")
+    check_method(method)
     for i, (now, then) in enumerate(itertools.pairwise(times)):
         t, t_next = (torch.full((len(x),), v, device=x.device) for v in (now, then))
         pred = denoise(x, i)

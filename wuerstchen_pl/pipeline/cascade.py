@@ -9,10 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.diffusion.sampler import Generator, Method, seeded
+from wuerstchen_pl.diffusion.guidance import Guidance
+from wuerstchen_pl.diffusion.sampler import Generator, Method, schedule_times, seeded
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.sampling.decoder import DecoderPipeline
-from wuerstchen_pl.sampling.loop import Callback
+from wuerstchen_pl.sampling.loop import Callback, How
 from wuerstchen_pl.sampling.pictures import (
     OUTPUT_TYPES,
     ImageOutput,
@@ -23,7 +24,7 @@ from wuerstchen_pl.sampling.pictures import (
 )
 from wuerstchen_pl.sampling.place import cast
 from wuerstchen_pl.sampling.prior import PriorPipeline
-from wuerstchen_pl.sampling.prompts import Prompts, count
+from wuerstchen_pl.sampling.prompts import Prompts, check_repeats, count
 
 MAX_SIDE = 4096
 """Longest side in pixels: twice what the published model was shown."""
@@ -74,12 +75,12 @@ class Cascade:
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if device is not None:
-            self.place.device = torch.device(device)
+        place = self.place.device if device is None else torch.device(device)
         for module in self.modules:
             if dtype is not None:
                 cast(module, dtype)
-            module.to("cpu" if self.place.offload else self.place.device)
+            module.to("cpu" if self.place.offload else place)
+        self.place.device = place
         return self
 
     def enable_model_offload(self, device: torch.device | str = "cuda") -> Self:
@@ -153,10 +154,22 @@ class Cascade:
             ValueError: naming the argument, its value and the fix.
         """
         check_output_type(output_type, OUTPUT_TYPES)
-        drawn_height, drawn_width = self.drawn_size(height, width)
+        drawn_height, drawn_width = self.announced_size(height, width)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        number = count(prompts) * num_images_per_prompt
+        number = count(prompts) * check_repeats(num_images_per_prompt)
         generator = seeded(seed, generator, number)
+        # what Stage B will be asked for, refused before Stage C has worked
+        How(
+            times=schedule_times(num_inference_steps, decoder_timesteps),
+            generator=generator,
+            guidance=Guidance(
+                scale=decoder_guidance_scale,
+                rescale=decoder_guidance_rescale,
+                interval=decoder_guidance_interval,
+            ),
+            method=decoder_sampler,
+            callback_inputs=callback_on_step_end_tensor_inputs or (),
+        ).check(self.decoder.CALLBACK_INPUTS)
         semantic = self.prior(
             prompt=prompt,
             height=drawn_height,
@@ -199,7 +212,7 @@ class Cascade:
             progress=progress,
         )
         if output_type != "latent":
-            drawn = crop(drawn, height, width)
+            drawn = crop(drawn, int(height), int(width))
         images = as_type(drawn, output_type)
         return ImageOutput(images) if return_dict else images
 
@@ -214,23 +227,27 @@ class Cascade:
         return math.lcm(step * position.denominator, position.numerator) // position.denominator
 
     def drawn_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size, in steps of ``size_multiple``, that covers a picture; says so if it is larger.
+        """The size, in steps of ``size_multiple``, that covers a picture.
 
         Raises:
             ValueError: for a side below the step, or above ``MAX_SIDE``.
         """
         step = self.size_multiple
         for key, value in (("height", height), ("width", width)):
-            if not step <= value <= MAX_SIDE:
+            if value != int(value) or not step <= value <= MAX_SIDE:
                 raise ValueError(
                     f"{key}={value} cannot be drawn; use {step} to {MAX_SIDE}, best in steps of "
                     f"{step}"
                 )
-        drawn = math.ceil(height / step) * step, math.ceil(width / step) * step
+        return math.ceil(height / step) * step, math.ceil(width / step) * step
+
+    def announced_size(self, height: int, width: int) -> tuple[int, int]:
+        """As ``drawn_size``; says so if it is not what was asked for."""
+        drawn = self.drawn_size(height, width)
         if drawn != (height, width):
             warnings.warn(
-                f"{height} x {width} px is no step of {step}: {drawn[0]} x {drawn[1]} px are "
-                "drawn, and cropped",
+                f"{height} x {width} px is no step of {self.size_multiple}: {drawn[0]} x "
+                f"{drawn[1]} px are drawn, and cropped",
                 stacklevel=3,
             )
         return drawn

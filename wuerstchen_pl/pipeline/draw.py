@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.diffusion.guidance import MAX_SCALE, Guidance
+from wuerstchen_pl.diffusion.guidance import Guidance
 from wuerstchen_pl.diffusion.sampler import Method, check_times, generators
 from wuerstchen_pl.pipeline.cascade import Cascade
 from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
@@ -46,18 +47,18 @@ class Settings:
                 raise ValueError(f"{key}={value!r} is out of range; use 1 to 10000")
         if self.sampler not in ("ddpm", "ddim"):
             raise ValueError(f"sampler={self.sampler!r} is unknown; use ddpm or ddim")
-        if len(self.guidance_interval) != 2:
-            raise ValueError(
-                f"guidance_interval={list(self.guidance_interval)} is no interval; use two times"
-            )
         for key in ("prior_guidance_scale", "decoder_guidance_scale"):
             value = getattr(self, key)
             if not 0 <= value <= MAX_SCALE:
                 raise ValueError(f"{key}={value} is out of range; use 0 to {MAX_SCALE}")
-        least, greatest = self.guidance_interval
-        Guidance(rescale=self.guidance_rescale, interval=(least, greatest))
+        interval: Any = tuple(self.guidance_interval)
+        Guidance(rescale=self.guidance_rescale, interval=interval)
         if self.prior_timesteps is not None:
             check_times(self.prior_timesteps)
+
+
+MAX_SCALE = 100
+"""Of guidance: beyond it, nothing but noise is to be seen."""
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ def assemble(model: Model, where: str) -> dict[str, Any]:
     for net, encoder in (("prior", "prior_text_encoder"), ("decoder", "text_encoder")):
         if encoder in nets and nets[net].text_dim != nets[encoder].width:
             raise ValueError(
-                f"{where}: the {net} reads text of {nets[net].text_dim} channels, and the {encoder} "
-                f"gives {nets[encoder].width}; name the one it was trained with"
+                f"{where}: the {net} reads text of {nets[net].text_dim} channels, and the "
+                f"{encoder} gives {nets[encoder].width}; name the one it was trained with"
             )
     settings: dict[str, Any] = dict(model.settings)
     scale = {key: settings.pop(key) for key in (OF_DECODER,) if key in settings}

@@ -7,11 +7,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.diffusion.sampler import seeded
 from wuerstchen_pl.layouts.read import read
 from wuerstchen_pl.pipeline.cascade import Cascade
 from wuerstchen_pl.pipeline.load import assemble
-from wuerstchen_pl.sampling.pictures import ImageOutput, Picture, as_type, cover, crop, to_tensor
+from wuerstchen_pl.sampling.pictures import (
+    ImageOutput,
+    Picture,
+    as_type,
+    check_output_type,
+    cover,
+    crop,
+    to_mask,
+    to_tensor,
+)
+
+PICTURE_TYPES = ("pil", "np", "pt")
 
 
 class WuerstchenPipeline(Cascade):
@@ -73,15 +83,13 @@ class WuerstchenPipeline(Cascade):
         Args:
             image: as for ``encode``; drawn at its size, or cropped to it.
             prompt: for a Stage B that reads text.
-            options: ``seed``, and the arguments of ``DecoderPipeline``.
+            options: further arguments of ``DecoderPipeline``, such as ``seed``.
         """
         images = to_tensor(image)
         height, width = images.shape[-2:]
-        covered = cover(images, *self.drawn_size(height, width))
-        options["generator"] = seeded(
-            options.pop("seed", None), options.get("generator"), len(images)
-        )
+        covered = cover(images, *self.announced_size(height, width))
         output_type = options.pop("output_type", "pil")
+        check_output_type(output_type, PICTURE_TYPES)
         drawn = self.decoder(
             self.encode(covered), prompt, size=(covered.shape[-2], covered.shape[-1]),
             **{**options, "output_type": "pt", "return_dict": False},
@@ -138,7 +146,7 @@ class WuerstchenPipeline(Cascade):
         Raises:
             ValueError: if the mask is of another size.
         """
-        original, painted = to_tensor(image), to_tensor(mask)[:, :1]
+        original, painted = to_tensor(image), to_mask(mask)
         height, width = original.shape[-2:]
         if painted.shape[-2:] != original.shape[-2:]:
             raise ValueError(
@@ -147,6 +155,7 @@ class WuerstchenPipeline(Cascade):
             )
         size = self.drawn_size(height, width)
         output_type, return_dict = options.pop("output_type", "pil"), options.get("return_dict")
+        check_output_type(output_type, PICTURE_TYPES)
         drawn = self(
             prompt, height, width, image_embeddings=self.encode(cover(original, *size)),
             mask=self.prior.mask_for(cover(painted, *size), *size), strength=strength,

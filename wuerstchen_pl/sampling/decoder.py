@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import Generator, Method, check_times, timesteps
+from wuerstchen_pl.diffusion.sampler import Generator, Method, schedule_times, seeded
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
 from wuerstchen_pl.models.conditions import Digest, Inputs
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
-from wuerstchen_pl.sampling.loop import Callback, How, check_callback_inputs, denoise
+from wuerstchen_pl.sampling.loop import Callback, How, denoise
 from wuerstchen_pl.sampling.pictures import (
     OUTPUT_TYPES,
     ImageOutput,
@@ -25,7 +27,7 @@ from wuerstchen_pl.sampling.pictures import (
 )
 from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.sampling.prior import start
-from wuerstchen_pl.sampling.prompts import Prompts, encode
+from wuerstchen_pl.sampling.prompts import Prompts, check_repeats, encode
 
 
 class DecoderPipeline:
@@ -70,7 +72,7 @@ class DecoderPipeline:
     @torch.no_grad()
     def __call__(
         self,
-        image_embeddings: Tensor | Sequence[Tensor],
+        image_embeddings: Tensor | np.ndarray | Sequence[Tensor],
         prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 12,
         timesteps: Sequence[float] | None = None,
@@ -85,6 +87,7 @@ class DecoderPipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
         size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] | None = None,
         sampler: Method = "ddpm",
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -109,6 +112,7 @@ class DecoderPipeline:
                 those it changed.
             callback_on_step_end_tensor_inputs: names of the tensors that it is given.
             size: (height, width) in pixels; that of the semantic latents if not given.
+            seed: short for ``generator``: one for each picture, or the first of as many as needed.
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: likewise.
@@ -121,18 +125,18 @@ class DecoderPipeline:
             ValueError: naming the argument, its value and the fix.
         """
         check_output_type(output_type, OUTPUT_TYPES)
-        check_callback_inputs(callback_on_step_end_tensor_inputs, self.CALLBACK_INPUTS)
         how = How(
-            times=_times(num_inference_steps, timesteps),
+            times=schedule_times(num_inference_steps, timesteps),
             generator=generator,
             guidance=Guidance(
                 scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
             ),
             method=sampler,
             callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
+            callback_inputs=callback_on_step_end_tensor_inputs or (),
             bar="Stage B" if progress else None,
         )
+        how.check(self.CALLBACK_INPUTS)
         semantic = self._semantic(image_embeddings, num_images_per_prompt)
         tensors = {"image_embeddings": semantic}
         if self.text_encoder is not None:
@@ -143,7 +147,8 @@ class DecoderPipeline:
                 tensors["negative_prompt_embeds"] = text[len(semantic) :]
         height, width = size or self.size(semantic.shape[-2], semantic.shape[-1])
         shape = (len(semantic), self.decoder.latent_channels, *self.latent_grid(height, width))
-        drawn = self._denoise(start(shape, latents, generator, semantic.device), tensors, how)
+        how = replace(how, generator=seeded(seed, generator, len(semantic)))
+        drawn = self._denoise(start(shape, latents, how.generator, semantic.device), tensors, how)
         if output_type != "latent":
             with self.place.at_work(self.vqgan):
                 drawn = crop(self.decode(drawn).clamp(0, 1), height, width)
@@ -179,17 +184,16 @@ class DecoderPipeline:
         pixels = self.vqgan.factor * multiple
         return math.ceil(height / pixels) * multiple, math.ceil(width / pixels) * multiple
 
-    def _semantic(self, given: Tensor | Sequence[Tensor], repeats: int) -> Tensor:
-        semantic = given if isinstance(given, Tensor) else torch.cat(
-            [torch.as_tensor(part) for part in given]
-        )  # fmt: skip
+    def _semantic(self, given: Any, repeats: int) -> Tensor:
+        parts = given if isinstance(given, list | tuple) else [given]
+        semantic = torch.cat([torch.as_tensor(part) for part in parts])
         channels = self.decoder.semantic_channels
         if semantic.ndim != 4 or semantic.shape[1] != channels:
             raise ValueError(
                 f"image_embeddings have shape {tuple(semantic.shape)}; give (N, {channels}, h, w)"
             )
         semantic = semantic.to(self.place.device, torch.float32)
-        return semantic.repeat_interleave(repeats, dim=0)
+        return semantic.repeat_interleave(check_repeats(repeats), dim=0)
 
     def _text(self, prompts: Prompts, rows: int, *, guided: bool) -> Tensor:
         encoder = cast(TextEncoder, self.text_encoder)
@@ -201,7 +205,3 @@ class DecoderPipeline:
         with self.place.at_work(encoder):
             text = encode(encoder, prompts, repeats=rows // number, guided=guided)
         return text.to(self.place.device)
-
-
-def _times(steps: int, given: Sequence[float] | None) -> list[float]:
-    return timesteps(steps) if given is None else check_times(given)

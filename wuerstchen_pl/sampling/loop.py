@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import Generator, Method, sample
+from wuerstchen_pl.diffusion.sampler import Generator, Method, check_method, sample
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
 from wuerstchen_pl.models.conditions import Digest, Inputs
 
@@ -32,19 +32,22 @@ class How:
     bar: str | None = None
     """Label of the progress bar; None shows none."""
 
+    def check(self, tensors: Sequence[str]) -> None:
+        """Refuse what would fail only once there is something to lose.
 
-def check_callback_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
-    """Refuse names of tensors that there are none of.
+        Args:
+            tensors: those that a callback may be given.
 
-    Raises:
-        ValueError: naming the first of them.
-    """
-    for name in names:
-        if name not in allowed:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={name!r} is unknown; choose from "
-                f"{', '.join(allowed)}"
-            )
+        Raises:
+            ValueError: naming the argument and the fix.
+        """
+        check_method(self.method)
+        for name in self.callback_inputs:
+            if name not in tensors:
+                raise ValueError(
+                    f"callback_on_step_end_tensor_inputs={name!r} is unknown; choose from "
+                    f"{', '.join(tensors)}"
+                )
 
 
 def denoise(

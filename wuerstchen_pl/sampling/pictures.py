@@ -13,10 +13,21 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 
 
-class ImageOutput(NamedTuple):
-    """What a pipeline drew: PIL pictures, (B, H, W, 3) or (B, 3, H, W) in [0, 1], or latents."""
+class Keyed(tuple):
+    """Lets a named tuple be asked by name as well, as diffusers' outputs can be."""
 
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+
+
+class _ImageOutput(NamedTuple):
     images: Any
+
+
+class ImageOutput(Keyed, _ImageOutput):
+    """What a pipeline drew: PIL pictures, (B, H, W, 3) or (B, 3, H, W) in [0, 1], or latents."""
 
 
 def check_output_type(output_type: str, allowed: tuple[str, ...]) -> None:
@@ -51,17 +62,52 @@ def crop(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def to_tensor(image: Picture | Sequence[Picture]) -> Tensor:
-    """PIL pictures or tensors -> (B, 3 or 1, H, W) float32 in [0, 1]."""
-    if isinstance(image, Tensor):
-        return (image if image.ndim == 4 else image[None]).float()
-    if isinstance(image, Image.Image):
-        image = [image]
-    return torch.stack([part if isinstance(part, Tensor) else _read(part) for part in image])
+    """PIL pictures or tensors -> (B, 3, H, W) float32 in [0, 1]; what is transparent is white.
+
+    Raises:
+        ValueError: if they are no pictures, or of several sizes, or no values in [0, 1].
+    """
+    return _batch(image, channels=3)
 
 
-def _read(picture: Image.Image) -> Tensor:
-    """RGB, or L where it is a mask, (C, H, W) in [0, 1]."""
-    return TF.to_tensor(picture if picture.mode in ("RGB", "L") else picture.convert("RGB"))
+def to_mask(image: Picture) -> Tensor:
+    """A PIL picture's lightness, or a tensor -> (B, 1, H, W) float32 in [0, 1].
+
+    Raises:
+        ValueError: as of ``to_tensor``.
+    """
+    return _batch(image, channels=1)
+
+
+def _batch(image: Picture | Sequence[Picture], *, channels: int) -> Tensor:
+    parts: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+    tensors = [_tensor(part, channels) for part in parts]
+    sizes = {tuple(tensor.shape[-2:]) for tensor in tensors}
+    if len(sizes) != 1:
+        raise ValueError(f"pictures have the sizes {sorted(sizes)}; give one size, and one or more")
+    return torch.cat(tensors)
+
+
+def _tensor(part: Picture, channels: int) -> Tensor:
+    if isinstance(part, Image.Image):
+        return TF.to_tensor(part.convert("L") if channels == 1 else _on_white(part))[None]
+    if not isinstance(part, Tensor) or part.ndim not in (3, 4) or part.shape[-3] != channels:
+        told = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+        raise ValueError(f"{told} is no picture; give PIL's, or tensors (B, {channels}, H, W)")
+    values = part.float() if part.is_floating_point() else part.float() / 255
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(
+            f"a picture has values from {float(values.min()):.3g} to {float(values.max()):.3g}; "
+            "give floats in [0, 1], or bytes"
+        )
+    return values if values.ndim == 4 else values[None]
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def cover(images: Tensor, height: int, width: int) -> Tensor:

@@ -12,8 +12,8 @@ from torch import nn
 class Place:
     """The device that a pipeline works on.
 
-    ``offload``: between uses, parts lie on the CPU, and what could be computed once for all steps
-    at a cost in memory is computed again at each.
+    ``offload``: between uses, parts lie on the CPU, and Stage B computes again at each step what it
+    could keep, at a cost in memory, for all of them.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -25,8 +25,8 @@ class Place:
         if not self.offload:
             yield
             return
-        module.to(self.device)
         try:
+            module.to(self.device)
             yield
         finally:
             module.to("cpu")

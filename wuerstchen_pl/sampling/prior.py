@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import Generator, Method, check_times, randn, timesteps
+from wuerstchen_pl.diffusion.sampler import Generator, Method, randn, schedule_times, seeded
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
 from wuerstchen_pl.models.conditions import Digest
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
-from wuerstchen_pl.sampling.loop import Callback, How, check_callback_inputs, denoise
-from wuerstchen_pl.sampling.pictures import check_output_type
+from wuerstchen_pl.sampling.loop import Callback, How, denoise
+from wuerstchen_pl.sampling.pictures import Keyed, check_output_type
 from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.sampling.prompts import Prompts, encode
 
@@ -26,10 +27,12 @@ DEFAULT_STAGE_C_TIMESTEPS: list[float] = [
 """The published 29 steps: 19 from 1 to 2/3, and 10 from there to 0."""
 
 
-class PriorOutput(NamedTuple):
-    """(B, S, h, w) semantic latents in the compressor's scale."""
-
+class _PriorOutput(NamedTuple):
     image_embeddings: Any
+
+
+class PriorOutput(Keyed, _PriorOutput):
+    """(B, S, h, w) semantic latents in the compressor's scale."""
 
 
 class Known(NamedTuple):
@@ -90,6 +93,7 @@ class PriorPipeline:
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
+        seed: int | Sequence[int] | None = None,
         sampler: Method = "ddpm",
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -118,6 +122,7 @@ class PriorPipeline:
             callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
                 those it changed.
             callback_on_step_end_tensor_inputs: names of the tensors that it is given.
+            seed: short for ``generator``: one for each picture, or the first of as many as needed.
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: likewise.
@@ -134,7 +139,8 @@ class PriorPipeline:
             ValueError: naming the argument, its value and the fix.
         """
         check_output_type(output_type, ("pt", "np"))
-        check_callback_inputs(callback_on_step_end_tensor_inputs, self.CALLBACK_INPUTS)
+        if image_embeddings is None and (strength != 1 or mask is not None):
+            raise ValueError("strength and mask need image_embeddings to start from; give them")
         how = How(
             times=_times(num_inference_steps, timesteps, strength),
             generator=generator,
@@ -143,17 +149,19 @@ class PriorPipeline:
             ),
             method=sampler,
             callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
+            callback_inputs=callback_on_step_end_tensor_inputs or (),
             bar="Stage C" if progress else None,
         )
+        how.check(self.CALLBACK_INPUTS)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         text = self._text(prompts, num_images_per_prompt, guided=how.guidance.on)
         rows = len(text) // (2 if how.guidance.on else 1)
         shape = (rows, self.prior.latent_channels, *self.latent_size(height, width))
-        noise = start(shape, latents, generator, text.device)
+        how = replace(how, generator=seeded(seed, generator, rows))
+        noise = start(shape, latents, how.generator, text.device)
         known = None if image_embeddings is None else Known(
-            self._scaled(image_embeddings.to(noise)).expand(shape),
-            None if mask is None else mask.to(noise).expand(rows, 1, *shape[2:]),
+            self._scaled(fit(image_embeddings.to(noise), shape, "image_embeddings")),
+            None if mask is None else fit(mask.to(noise), (rows, 1, *shape[2:]), "mask"),
         )  # fmt: skip
         drawn = self._denoise(noise, text, known, how)
         semantic = drawn * self.semantic_scale - self.semantic_shift
@@ -224,11 +232,24 @@ def start(
     return latents.to(device, torch.float32)
 
 
+def fit(given: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """One row, a row for each prompt, or one for each picture -> all the rows.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    if given.shape[1:] != shape[1:] or not len(given) or shape[0] % len(given):
+        raise ValueError(f"{name} have shape {tuple(given.shape)}; give them {shape}, or one row")
+    return given.repeat_interleave(shape[0] // len(given), dim=0)
+
+
 def _times(steps: int, given: Sequence[float] | None, strength: float) -> list[float]:
     """Times to sample along, of which those above ``strength`` are left out."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength} is out of range; use 0 to 1")
-    times = timesteps(steps) if given is None else check_times(given)
+    times = schedule_times(steps, given)
+    if 0 < strength <= times[-1]:
+        raise ValueError(f"strength={strength} is not above the last of timesteps, {times[-1]}")
     if strength >= times[0]:
         return times
     return [strength, *(t for t in times if t < strength)]

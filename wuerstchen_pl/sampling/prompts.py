@@ -19,7 +19,18 @@ class Prompts(NamedTuple):
     negative_states: Tensor | None = None
 
 
-def texts(prompt: str | Sequence[str]) -> list[str]:
+def check_repeats(number: int) -> int:
+    """The number of pictures of each prompt.
+
+    Raises:
+        ValueError: if it is no whole number from 1 on.
+    """
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"num_images_per_prompt={number} draws nothing; use 1 or more")
+    return number
+
+
+def texts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
     """One prompt or several -> a list.
 
     Raises:
@@ -28,7 +39,7 @@ def texts(prompt: str | Sequence[str]) -> list[str]:
     found = [prompt] if isinstance(prompt, str) else prompt
     is_list = isinstance(found, list | tuple) and len(found) > 0
     if not is_list or not all(isinstance(text, str) for text in found):
-        raise ValueError(f"prompt={prompt!r} is no text; give a string or a list of them")
+        raise ValueError(f"{name}={prompt!r} is no text; give a string or a list of them")
     return list(found)
 
 
@@ -46,21 +57,18 @@ def count(prompts: Prompts) -> int:
             raise ValueError(f"{name} and {name}_embeds are both given; give one of them")
     if prompts.prompt is None and prompts.states is None:
         raise ValueError("neither prompt nor prompt_embeds is given; give one of them")
-    found = len(prompts.states) if prompts.states is not None else len(texts(prompts.prompt or ""))
-    if isinstance(prompts.negative, Sequence) and not isinstance(prompts.negative, str):
-        negative = len(prompts.negative)
-        if negative != found:
+    found = len(prompts.states) if prompts.states is not None else len(texts(_given(prompts)))
+    if prompts.negative is not None:
+        negative = len(texts(prompts.negative, "negative_prompt"))
+        if negative not in (1, found):
             raise ValueError(
                 f"{negative} negative prompts for {found} prompts; give one for each, or one in all"
             )
-    if prompts.states is not None and prompts.negative_states is not None:
-        shapes = tuple(prompts.states.shape), tuple(prompts.negative_states.shape)
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"prompt_embeds has shape {shapes[0]} and negative_prompt_embeds {shapes[1]}; "
-                "give them the same shape"
-            )
     return found
+
+
+def _given(prompts: Prompts) -> str | Sequence[str]:
+    return "" if prompts.prompt is None else prompts.prompt
 
 
 def encode(encoder: TextEncoder, prompts: Prompts, *, repeats: int, guided: bool) -> Tensor:
@@ -75,18 +83,26 @@ def encode(encoder: TextEncoder, prompts: Prompts, *, repeats: int, guided: bool
     Returns:
         (N repeats, L, D), or (2 N repeats, L, D) if ``guided``.
     """
-    number = count(prompts)
+    number, repeats = count(prompts), check_repeats(repeats)
     states = prompts.states
     if states is None:
-        states = read(encoder, texts(prompts.prompt or ""))
+        states = read(encoder, texts(_given(prompts)))
+    length = states.shape[1] if states.ndim > 1 else 0
+    _check_states(states, (number, length, encoder.width), "prompt_embeds")
     both = [states]
     if guided:
         negative = prompts.negative_states
         if negative is None:
-            given = texts(prompts.negative or "")
+            given = texts("" if prompts.negative is None else prompts.negative)
             negative = read(encoder, given * number if len(given) == 1 else given)
+        _check_states(negative, tuple(states.shape), "negative_prompt_embeds")
         both.append(negative.to(states))
     return torch.cat([part.repeat_interleave(repeats, dim=0) for part in both])
+
+
+def _check_states(states: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tuple(states.shape) != shape:
+        raise ValueError(f"{name} have shape {tuple(states.shape)}; give them {shape}")
 
 
 def read(encoder: TextEncoder, captions: list[str]) -> Tensor:
