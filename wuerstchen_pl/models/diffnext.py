@@ -5,14 +5,20 @@ A U-shaped net: each level adds the semantic latents, brought to its resolution,
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wuerstchen_pl.models.conditions import Digest, Inputs, as_many, digest
-from wuerstchen_pl.models.layers import Block, LayerNorm2d, time_embedding, xavier_init
+from wuerstchen_pl.models.layers import (
+    Block,
+    LayerNorm2d,
+    downsamplers,
+    time_embedding,
+    upsamplers,
+    xavier_init,
+)
 
 
 def match_size(semantic: Tensor, size: tuple[int, int]) -> Tensor:
@@ -151,14 +157,8 @@ class DiffNeXt(nn.Module):
         self.up = nn.ModuleList(
             level(i, widths[i] if i < last else 0) for i in reversed(range(last + 1))
         )
-        self.downsample = nn.ModuleList(
-            nn.Sequential(LayerNorm2d(fine), nn.Conv2d(fine, coarse, 2, stride=2))
-            for fine, coarse in pairwise(widths)
-        )
-        self.upsample = nn.ModuleList(
-            nn.Sequential(LayerNorm2d(coarse), nn.ConvTranspose2d(coarse, fine, 2, stride=2))
-            for coarse, fine in pairwise(reversed(widths))
-        )
+        self.downsample = downsamplers(widths)
+        self.upsample = upsamplers(widths)
         self.norm = LayerNorm2d(widths[0])
         self.head = nn.Conv2d(widths[0], 2 * latent_channels * patch_size**2, 1)
         self._init_weights(sum(num_blocks))

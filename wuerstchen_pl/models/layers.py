@@ -10,6 +10,8 @@ Letters: B batch, C channels, H and W height and width, L tokens, D width of the
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,22 @@ class LayerNorm2d(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x.permute(0, 2, 3, 1)
         return F.layer_norm(x, (self.channels,), eps=LAYER_NORM_EPS).permute(0, 3, 1, 2)
+
+
+def downsamplers(widths: Sequence[int]) -> nn.ModuleList:
+    """From each width, finest first, to the next: half the resolution."""
+    return nn.ModuleList(
+        nn.Sequential(LayerNorm2d(fine), nn.Conv2d(fine, coarse, 2, stride=2))
+        for fine, coarse in pairwise(widths)
+    )
+
+
+def upsamplers(widths: Sequence[int]) -> nn.ModuleList:
+    """From each width, coarsest first, to the one before: twice the resolution."""
+    return nn.ModuleList(
+        nn.Sequential(LayerNorm2d(coarse), nn.ConvTranspose2d(coarse, fine, 2, stride=2))
+        for coarse, fine in pairwise(reversed(widths))
+    )
 
 
 class GlobalResponseNorm(nn.Module):
@@ -143,8 +161,10 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
-        if channels % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide the width {channels}")
+        if num_heads < 1 or channels % num_heads:
+            raise ValueError(
+                f"num_heads={num_heads} does not divide the width {channels}; give a divisor of it"
+            )
         self.num_heads = num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(channels, channels * 3)

@@ -9,7 +9,6 @@ Letters: B batch, C channels, H and W height and width, K codebook entries, L co
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,13 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.models.layers import (
     LAYER_NORM_EPS,
+    AttentionBlock,
     GlobalResponseNorm,
     LayerNorm2d,
     TimestepBlock,
+    downsamplers,
     time_embedding,
+    upsamplers,
     xavier_init,
 )
 
@@ -48,45 +50,6 @@ class ResBlock(nn.Module):
         return x + self.project(self.dropout(self.response_norm(h))).permute(0, 3, 1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head attention whose keys are the queries' own tokens followed by the condition's."""
-
-    def __init__(self, channels: int, num_heads: int, *, dropout: float) -> None:
-        super().__init__()
-        if num_heads < 1 or channels % num_heads:
-            told = f"num_heads={num_heads} does not divide the width {channels}"
-            raise ValueError(f"{told}; give a divisor, or null for a level without attention")
-        self.num_heads, self.dropout = num_heads, dropout
-        self.qkv = nn.Linear(channels, channels * 3)
-        self.out = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """(B, N, C) tokens and (B, L, C) condition -> (B, N, C)."""
-        width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
-        q = F.linear(x, weight[:width], bias[:width])
-        context = torch.cat([x, cond.to(x.dtype)], dim=1)
-        k, v = F.linear(context, weight[width:], bias[width:]).chunk(2, dim=-1)
-        q, k, v = (h.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for h in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)
-        return self.out(h.transpose(1, 2).flatten(2))
-
-
-class AttentionBlock(nn.Module):
-    """Residual attention of the pixels to themselves and to the condition."""
-
-    def __init__(self, channels: int, cond_dim: int, num_heads: int, *, dropout: float) -> None:
-        super().__init__()
-        self.norm = LayerNorm2d(channels)
-        self.attention = Attention(channels, num_heads, dropout=dropout)
-        self.cond_mapper = nn.Linear(cond_dim, channels)
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """(B, C, H, W) and (B, L, cond_dim) -> (B, C, H, W)."""
-        pixels = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
-        h = self.attention(pixels, self.cond_mapper(F.silu(cond)))
-        return x + h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
-
-
 class Block(nn.Module):
     """Residual block, time, and attention where the level has heads."""
 
@@ -97,7 +60,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, time: Tensor, cond: Tensor, skip: Tensor | None) -> Tensor:
         """(B, C, H, W), (B, time_dim), (B, L, cond_dim), (B, C, H, W) -> (B, C, H, W)."""
         x = self.time(self.res(x, skip), self.time.mapper(time))
-        return self.attn(x, cond) if self.attn is not None else x
+        return self.attn(x, *self.attn.keys_and_values(cond)) if self.attn is not None else x
 
 
 class Level(nn.Module):
@@ -173,14 +136,8 @@ class Paella(nn.Module):
         skips = [*widths[:-1], 0]  # the coarsest level goes straight up
         self.down = nn.ModuleList(level(i, 0) for i in range(len(widths)))
         self.up = nn.ModuleList(level(i, skips[i]) for i in reversed(range(len(widths))))
-        self.downsample = nn.ModuleList(
-            nn.Sequential(LayerNorm2d(fine), nn.Conv2d(fine, coarse, 2, stride=2))
-            for fine, coarse in pairwise(widths)
-        )
-        self.upsample = nn.ModuleList(
-            nn.Sequential(LayerNorm2d(coarse), nn.ConvTranspose2d(coarse, fine, 2, stride=2))
-            for coarse, fine in pairwise(reversed(widths))
-        )
+        self.downsample = downsamplers(widths)
+        self.upsample = upsamplers(widths)
         self.norm = LayerNorm2d(widths[0])
         self.head = nn.Conv2d(widths[0], token_dim * patch_size**2, 1)
         self.token_norm = LayerNorm2d(token_dim)  # on the way in and on the way out
