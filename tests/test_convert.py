@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from scripts import interpolate
+from tests.conftest import small
 from tests.layouts.conftest import (
     CONFIGS,
     assert_bit_equal,
@@ -19,6 +20,7 @@ from tests.layouts.conftest import (
 from wuerstchen_pl import WuerstchenPipeline, checkpoint
 from wuerstchen_pl.layouts import read
 from wuerstchen_pl.layouts.model import Model
+from wuerstchen_pl.models.tokenizer import write_vocabulary
 
 Program = Callable[..., int]
 
@@ -54,6 +56,21 @@ def test_averaged_weights_are_exported_or_raw_ones(
     assert not torch.equal(raw, averaged)
     below = "decoder/model.safetensors"  # what Stage C was trained over
     assert_bit_equal(load_file(tmp_path / "raw" / below), load_file(exported / below))
+
+
+def test_a_tokenizer_that_a_run_was_trained_with_goes_along(
+    program: Program, cascade: Path, tmp_path: Path
+) -> None:
+    write_vocabulary(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 49408}')
+    above = [f"paths.stage_{stage}={cascade / stage}" for stage in "ab"]
+    own = f"+stage.text_encoder.tokenizer={tmp_path / 'tokenizer'}"
+    assert program("train", *small("c", tmp_path, steps=1), *above, own) == 0
+    run = tmp_path / "default" / "c"
+    assert program("export", f"ckpt={run}", f"to={tmp_path / 'model'}") == 0
+    for source in (run, tmp_path / "model"):
+        encoder = WuerstchenPipeline.from_pretrained(source).prior.text_encoder
+        assert encoder.tokenizer.encode("<cat-toy>") == [49408]
 
 
 def test_the_card_says_what_was_trained_how_and_on_what(cascade: Path, exported: Path) -> None:
