@@ -364,3 +364,13 @@ def test_pil_pictures_come_out(pipe: WuerstchenPipeline) -> None:
     assert isinstance(images[0], Image.Image)
     found = torch.tensor(np.asarray(images[0])).permute(2, 0, 1) / 255
     assert greatest(found, expected[0]) < 0.51 / 255
+
+
+@pytest.mark.gpu
+def test_the_gpu_draws_what_the_cpu_draws(cascade: Path, pipe: WuerstchenPipeline) -> None:
+    expected = pipe("red apple", 64, 64, **FAST)
+    gpu = WuerstchenPipeline.from_pretrained(cascade / "c", device="cuda")
+    assert greatest(gpu("red apple", 64, 64, **FAST).cpu(), expected) < 1e-2
+    gpu.enable_model_offload()
+    assert greatest(gpu("red apple", 64, 64, **FAST).cpu(), expected) < 1e-2
+    assert {p.device.type for module in gpu.modules for p in module.parameters()} == {"cpu"}
