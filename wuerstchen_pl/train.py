@@ -125,7 +125,12 @@ def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
 def _quieten() -> None:
     """Silence Lightning's advice, which these runs have taken or cannot take."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for advice in ("does not have many workers", "Checkpoint directory", "You are trying to `self"):
+    for advice in (
+        "does not have many workers",
+        "Checkpoint directory",
+        "You are trying to `self",
+        "treespec",
+    ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
 
 
