@@ -16,10 +16,8 @@ from wuerstchen_pl import WuerstchenPipeline
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Of the greatest difference; in bfloat16, of that in standard deviations of the output."""
-HEADER = "| what | batch | mode | diffusers ms | ours ms | ratio | greatest difference |"
-
-
 WHOLE = "whole run"
+HEADER = "| what | batch | mode | diffusers ms | ours ms | ratio | greatest difference |"
 
 
 class Size(NamedTuple):

@@ -143,6 +143,20 @@ def test_a_config_reads_no_file_of_this_machine(copy: Path, model: Model, tmp_pa
         read.read(str(tmp_path / "there"))
 
 
+def test_settings_of_every_layout_are_checked(model: Model, tmp_path: Path) -> None:
+    part = {"vqgan": model.parts["vqgan"]}
+    read.write(Model(part, model.settings), tmp_path / "a", "diffusers")
+    index = tmp_path / "a" / "wuerstchen" / "model_index.json"
+    change_json(index, latent_dim_scale=None)
+    read.write(Model(part, {"resolution_multiple": 0.0}), tmp_path / "b", "original")
+    read.write(Model(part), tmp_path / "c", "original")
+    path = tmp_path / "c" / "vqgan_f4_v1_500k.pt"
+    torch.save({**torch.load(path, weights_only=True), "wuerstchen_pl": 3}, path)
+    for folder, message in (("a", "settings="), ("b", "settings="), ("c", "are no arguments")):
+        with pytest.raises(ValueError, match=message):
+            read.read(str(tmp_path / folder))
+
+
 def test_settings_are_numbers(copy: Path) -> None:
     for settings in ({"semantic_scale": "42"}, {"colour": 1.0}, None, {"resolution_multiple": 0}):
         change_json(copy / "wuerstchen_pl.json", settings=settings)

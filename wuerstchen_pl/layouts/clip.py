@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from wuerstchen_pl.layouts import diffusers
 from wuerstchen_pl.layouts.configs import HEAD_WIDTH, MODELS
 from wuerstchen_pl.layouts.model import Part, check, complete
@@ -28,7 +30,11 @@ def _read_open_clip(path: Path) -> Part:
     whole = (
         read_safetensors(path)
         if path.suffix == ".safetensors"
-        else {name: held(tensor) for name, tensor in _flat(read_pickle(path)).items()}
+        else {
+            name: held(tensor)
+            for name, tensor in _flat(read_pickle(path)).items()
+            if isinstance(tensor, Tensor)  # beside the epoch, and the like
+        }
     )
     found = {name.removeprefix("text."): lazy for name, lazy in whole.items()}
     prefixes = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from wuerstchen_pl.layouts.configs import from_diffusers, to_diffusers
-from wuerstchen_pl.layouts.model import SCALE, Model, Part, complete, skeleton, trusted, with_scale
+from wuerstchen_pl.layouts.model import (
+    SCALE,
+    Model,
+    Part,
+    complete,
+    skeleton,
+    trusted,
+    trusted_settings,
+    with_scale,
+)
 from wuerstchen_pl.layouts.names import Layout, inward, links, outward
 from wuerstchen_pl.layouts.ours import copy_tokenizer, dump_json, load_json, weights_in
 from wuerstchen_pl.layouts.tensors import Lazy, held, read_safetensors, write_safetensors
@@ -69,18 +78,11 @@ def read(path: Path, *, variant: str | None = None) -> Model:
                 own = name if name == "prior" else f"{'prior_' if alone else prefix}{name}"
                 model.parts[own] = _read_part(folder, f"{prefix}{name}", own, variant)
         _check_schedules(folder)
-        for ours, theirs in SETTINGS.items():
-            if theirs in index:
-                model.settings[ours] = _number(index[theirs], theirs, folder / INDEX)
+        told = {ours: index[theirs] for ours, theirs in SETTINGS.items() if theirs in index}
+        model.settings |= trusted_settings(told, str(folder / INDEX))
         if (folder / "compressor").is_dir():
             model.parts["compressor"] = _read_compressor(folder / "compressor")
     return model
-
-
-def _number(value: Any, key: str, where: Path) -> float:
-    if not isinstance(value, int | float) or (value <= 0 and key != "latent_std"):
-        raise ValueError(f"{where} has {key}={value!r}; give a number above 0")
-    return float(value)
 
 
 def _check_schedules(folder: Path) -> None:

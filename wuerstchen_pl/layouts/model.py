@@ -12,7 +12,9 @@ from torch import nn
 from wuerstchen_pl.checkpoint import build
 from wuerstchen_pl.layouts.tensors import Lazy
 
-SETTINGS = ("semantic_scale", "semantic_shift", "resolution_multiple", "latent_dim_scale")
+SHIFT = "semantic_shift"
+"""The one setting that may be 0."""
+SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", "latent_dim_scale")
 PARTS = ("prior_text_encoder", "prior", "text_encoder", "decoder", "vqgan", "compressor")
 SCALE = "scale_factor"
 """Stage A's tensor that the other layouts hold in a config, or nowhere."""
@@ -92,6 +94,22 @@ def _trusted(node: Any, num_tensors: int, where: str) -> Any:
         forgotten = key in ("weights", "tokenizer")
         found[key] = None if forgotten else _trusted(value, num_tensors, where)
     return found
+
+
+def trusted_settings(settings: Any, where: str) -> dict[str, float]:
+    """A stranger's settings, if they are such and can be sampled with.
+
+    Raises:
+        ValueError: for another name, no number, or one that must be above 0 and is not.
+    """
+    fit = isinstance(settings, dict) and all(
+        key in SETTINGS and isinstance(value, int | float) and (value > 0 or key == SHIFT)
+        for key, value in settings.items()
+    )
+    if not fit:
+        told = ", ".join(SETTINGS)
+        raise ValueError(f"{where} has settings={settings}; use numbers for {told}, above 0")
+    return {key: float(value) for key, value in settings.items()}
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.layouts import configs
-from wuerstchen_pl.layouts.model import SCALE, Model, Part, skeleton, trusted, with_scale
+from wuerstchen_pl.layouts.model import (
+    SCALE,
+    Model,
+    Part,
+    skeleton,
+    trusted,
+    trusted_settings,
+    with_scale,
+)
 from wuerstchen_pl.layouts.names import inward, links, outward
 from wuerstchen_pl.layouts.tensors import held, read_pickle
 
@@ -50,12 +58,14 @@ def read(path: Path) -> Model:
     model = Model()
     for file in [path] if path.is_file() else _files(path):
         content = read_pickle(file)
-        parts = _parts_of(content, file)
+        parts, told = _parts_of(content, file), content.get(CONFIG, {})
+        if not isinstance(told, dict):
+            raise ValueError(f"{file} has {CONFIG}={told!r}, which are no arguments")
         for part in parts:
             entry = next(name for name in PARTS[part] if isinstance(content.get(name), dict))
-            named = content.get(CONFIG, {}).get(part)
-            model.parts[part] = _read_part(content[entry], part, named, f"{file}, {entry}")
-        model.settings |= content.get(CONFIG, {}).get("settings", {})
+            where = f"{file}, {entry}"
+            model.parts[part] = _read_part(content[entry], part, told.get(part), where)
+        model.settings |= trusted_settings(told.get("settings", {}), str(file))
     return model
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from wuerstchen_pl.layouts.model import PARTS, SETTINGS, Model, Part, check, trusted
+from wuerstchen_pl.layouts.model import PARTS, Model, Part, check, trusted, trusted_settings
 from wuerstchen_pl.layouts.tensors import read_safetensors, write_safetensors
 from wuerstchen_pl.models import tokenizer
 
@@ -32,7 +32,7 @@ def read(path: Path) -> Model:
             f"{path / MANIFEST} has format {manifest.get('format')}, and this release reads "
             f"{FORMAT}; update the package"
         )
-    model = Model(settings=_settings(manifest, path))
+    model = Model(settings=trusted_settings(manifest.get("settings"), str(path / MANIFEST)))
     if (path / CARD).is_file():
         model.card = (path / CARD).read_text(encoding="utf-8", errors="replace")
     for name in manifest.get("parts", ()):
@@ -51,18 +51,6 @@ def _read_part(folder: Path) -> Part:
     part = Part(config, tensors, files if files.is_dir() else None)
     check(part, str(weights))
     return part
-
-
-def _settings(manifest: dict[str, Any], path: Path) -> dict[str, float]:
-    settings = manifest.get("settings")
-    if not isinstance(settings, dict) or not all(
-        key in SETTINGS and isinstance(value, int | float) for key, value in settings.items()
-    ):
-        told = ", ".join(SETTINGS)
-        raise ValueError(f"{path / MANIFEST} has settings={settings}; use numbers for {told}")
-    if any(settings.get(key, 1) <= 0 for key in SETTINGS if key != "semantic_shift"):
-        raise ValueError(f"{path / MANIFEST} has settings={settings}; only the shift may be 0")
-    return settings
 
 
 def write(model: Model, path: Path) -> None:

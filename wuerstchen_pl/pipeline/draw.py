@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import Method, check_times, generators
+from wuerstchen_pl.diffusion.sampler import Method, check_method, check_times, generators
 from wuerstchen_pl.pipeline.cascade import Cascade
 from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
 
@@ -45,8 +45,7 @@ class Settings:
             value = getattr(self, key)
             if not isinstance(value, int) or not 1 <= value <= 10_000:
                 raise ValueError(f"{key}={value!r} is out of range; use 1 to 10000")
-        if self.sampler not in ("ddpm", "ddim"):
-            raise ValueError(f"sampler={self.sampler!r} is unknown; use ddpm or ddim")
+        check_method(self.sampler)
         for key in ("prior_guidance_scale", "decoder_guidance_scale"):
             value = getattr(self, key)
             if not 0 <= value <= MAX_SCALE:
