@@ -8,7 +8,7 @@ import pytest
 
 from wuerstchen_pl import convert, evaluate, export, sample, train
 
-SMALL_DATA = ("data.source.limit=24", "data.source.val_fraction=0.2", "data.batch_size=4")
+SMALL_DATA = ("data.limit=24", "data.val_fraction=0.2", "data.batch_size=4")
 SMALL_NETWORK = {
     "a": (
         "stage.vqgan.width=16",

@@ -37,9 +37,11 @@ def composed(*overrides: str, program: str = "train") -> DictConfig:
     with open_dict(cfg):
         del cfg["hydra"]
     for key in OmegaConf.missing_keys(cfg):
-        asked = ("weights", "urls", *({"from", "to", "ckpt"} if program != "train" else ()))
-        assert key.rpartition(".")[2] in asked, f"{key} is a surprise to users"
-        OmegaConf.update(cfg, key, "given")
+        asked = {"weights", "urls", "root", "name", "sources"}
+        asked |= {"from", "to", "ckpt"} if program != "train" else set()
+        name = key.rpartition(".")[2]
+        assert name in asked, f"{key} is a surprise to users"
+        OmegaConf.update(cfg, key, {} if name == "sources" else "given")
     return cfg
 
 

@@ -78,7 +78,7 @@ def test_the_card_says_what_was_trained_how_and_on_what(cascade: Path, exported:
     assert card.startswith("---\nlicense: mit\n")
     rows = [line for line in card.splitlines() if line.startswith("| Stage")]
     assert [row.split(" | ")[0] for row in rows] == ["| StageC", "| StageB", "| StageA"]
-    assert all("| 4 | 4 | 0.001 | 64 | OpenMoji" in row for row in rows)
+    assert all("| 4 | 4 | 0.001 | 64 | openmoji (limit=24)" in row for row in rows)
     assert checkpoint.sha256(checkpoint.find(cascade / "b"))[:12] in rows[1]
     code = card.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")

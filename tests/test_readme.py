@@ -51,9 +51,9 @@ def test_training_commands(arguments: list[str], cascade: Path, tmp_path: Path) 
     if "data=shards" in arguments:
         tars = (cascade.parent / "data").glob("*/00000.tar")
         tar = max(tars, key=lambda path: path.stat().st_size)
-        arguments = [a for a in arguments if not a.startswith("data.source.urls")]
-        shrink = [a for a in shrink if not a.startswith("data.source.limit")]
-        shrink += [f"data.source.urls={tar}", "data.num_workers=0"]
+        arguments = [a for a in arguments if not a.startswith("data.urls")]
+        shrink = [a for a in shrink if not a.startswith("data.limit")]
+        shrink += [f"data.urls={tar}", "data.num_workers=0"]
     above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
     before = set(tmp_path.rglob("*.ckpt"))
     assert run_program("train", [*arguments, *shrink, *above]) == 0

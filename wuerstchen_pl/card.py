@@ -70,7 +70,7 @@ def _row(path: Path, *, averaged: bool) -> str:
         data.get("batch_size", UNKNOWN),
         stage.get("optimizer", {}).get("lr", UNKNOWN),
         trained.get("image_size", UNKNOWN),
-        _source(data.get("source", {})),
+        _source(data),
         "averaged" if averaged else "raw",
         f"{record['hours']} x {record['devices']}" if record else UNKNOWN,
         record.get("hardware", UNKNOWN),
@@ -79,13 +79,15 @@ def _row(path: Path, *, averaged: bool) -> str:
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
 
 
-def _source(source: dict[str, Any]) -> str:
-    """The class of a data source, and what it was told but for folders of this machine."""
-    if not source:
+def _source(data: dict[str, Any]) -> str:
+    """The kind of data, and what it was told but for folders of this machine."""
+    if not data:
         return UNKNOWN
-    name = source["_target_"].rpartition(".")[2]
-    told = [f"{key}={value}" for key, value in source.items() if key in ("urls", "groups", "limit")]
-    return f"{name} ({', '.join(told)})" if told else name
+    kind = data["_target_"].rpartition(".")[2]
+    told = [
+        f"{k}={data[k]}" for k in ("urls", "name", "groups", "limit") if data.get(k) is not None
+    ]
+    return f"{kind} ({', '.join(told)})" if told else kind
 
 
 def _config(path: Path) -> dict[str, Any]:

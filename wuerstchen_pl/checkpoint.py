@@ -21,7 +21,14 @@ BUILDABLE = frozenset(
     f"wuerstchen_pl.{name}"
     for name in (
         "checkpoint.load_stage",
-        "data.datamodule.ImageTextDataModule",
+        "data.filters.Filters",
+        "data.folder.Folder",
+        "data.hub.HubDataset",
+        "data.modules.folder",
+        "data.modules.hf",
+        "data.modules.mix",
+        "data.modules.openmoji",
+        "data.modules.shards",
         "data.openmoji.OpenMoji",
         "data.shards.ShardSource",
         "models.compressor.ConvBackbone",
@@ -107,6 +114,8 @@ def refuse_foreign(node: Any) -> None:
         target = node.get("_target_")
         if target is not None and target not in BUILDABLE:
             raise ValueError(f"_target_={target!r} in a checkpoint is not one of this package's")
+        if node.get("allow_pipe"):
+            raise ValueError("allow_pipe=true in a checkpoint would run commands, which are not")
         for value in node.values():
             refuse_foreign(value)
     elif isinstance(node, list | tuple):

@@ -43,6 +43,10 @@ READ_BY_TRAIN: Mapping[str, Any] = {
 KEYWORDS_GO_TO = {
     "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
     "lightning.pytorch.loggers.WandbLogger": "wandb.init",
+    **{
+        f"wuerstchen_pl.data.modules.{name}": "wuerstchen_pl.data.datamodule.ImageTextDataModule"
+        for name in ("shards", "folder", "hf", "openmoji", "mix")
+    },
 }
 """What takes the ``**kwargs`` of a constructor, so that they can be checked as well."""
 
@@ -99,7 +103,7 @@ def _check_object(path: str, node: dict) -> None:
     function = _locate(target)
     if function is None:
         raise ValueError(f"{path}._target_={target} is nothing that can be called; mend its name")
-    named, needed = _parameters(function)
+    _, needed = _parameters(function)
     given = {key: value for key, value in node.items() if not key.startswith("_")}
     if (taken := _taken(target, function)) is not None:
         for key in sorted(given.keys() - taken):
@@ -107,8 +111,8 @@ def _check_object(path: str, node: dict) -> None:
     if not node.get("_partial_"):
         for key in sorted(needed - given.keys()):
             raise ValueError(f"{path}.{key} is missing, and {target} needs it; set {path}.{key}")
-    hints = _hints(function)
-    for key in given.keys() & named & hints.keys():
+    hints = _hints(_locate(KEYWORDS_GO_TO.get(target, ""))) | _hints(function)
+    for key in sorted(given.keys() & hints.keys()):
         _check_value(f"{path}.{key}", given[key], hints[key])
 
 
@@ -134,7 +138,7 @@ def _taken(target: str, function: Callable) -> set[str] | None:
 def takes(target: str, key: str) -> bool:
     """Whether what ``target`` names has a parameter ``key``."""
     function = _locate(target)
-    return function is not None and key in _parameters(function)[0]
+    return function is not None and key in (_taken(target, function) or ())
 
 
 def _locate(target: str) -> Callable | None:
@@ -146,8 +150,10 @@ def _locate(target: str) -> Callable | None:
     return found if callable(found) else None
 
 
-def _hints(function: Callable) -> dict[str, Any]:
+def _hints(function: Callable | None) -> dict[str, Any]:
     """Annotations of a constructor's or a function's parameters, as far as they can be read."""
+    if function is None:
+        return {}
     try:
         return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except (NameError, TypeError):  # imported for type checking only, or compiled

@@ -16,4 +16,4 @@ def openmoji_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def openmoji(openmoji_root: Path) -> OpenMoji:
-    return OpenMoji(root=str(openmoji_root), image_size=64, limit=24, val_fraction=0.2)
+    return OpenMoji(root=str(openmoji_root), image_size=64, limit=24)

@@ -1,5 +1,8 @@
+"""The data module under Lightning: what a run sees, and that a resumed one sees the same."""
+
 import multiprocessing
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +11,18 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from tests.data.made import picture, sample, shards, write
+from tests.data.serving import serve
 from wuerstchen_pl.data.buckets import nearest
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.filters import Filters
+from wuerstchen_pl.data.folder import Folder
 from wuerstchen_pl.data.openmoji import OpenMoji
+from wuerstchen_pl.data.shards import ShardSource
+from wuerstchen_pl.data.source import Sample, Source
 
 Seen = list[tuple[int, int, int, tuple[str, ...], float]]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 
 class Recorder(L.LightningModule):
@@ -38,25 +48,32 @@ class ValidatingRecorder(Recorder):
         pass
 
 
-def data(source: OpenMoji, **changes: Any) -> ImageTextDataModule:
+def data(source: Source, **changes: Any) -> ImageTextDataModule:
     settings: dict[str, Any] = {"image_size": 64, "batch_size": 5, "bucket_multiple": 16}
-    return ImageTextDataModule(source=source, **settings | {"seed": 1} | changes)
+    settings |= {"val_fraction": 0.2, "seed": 1, "shuffle_samples": 12}
+    return ImageTextDataModule(source=source, **settings | changes)
 
 
-def ready(source: OpenMoji, **changes: Any) -> ImageTextDataModule:
+def ready(source: Source, **changes: Any) -> ImageTextDataModule:
     module = data(source, **changes)
     module.prepare_data()
     module.setup()
     return module
 
 
+def samples_of(source: Source) -> list[Sample]:
+    return [
+        s for g in source.groups("train") for name in g.shards for s in source.open(name).samples
+    ]
+
+
 def fit(
-    source: OpenMoji,
+    source: Source,
     *,
     model: type[Recorder] = Recorder,
     save: ModelCheckpoint | None = None,
     ckpt: Path | None = None,
-    num_workers: int = 0,
+    loading: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> Seen:
     recorder = model()
@@ -70,11 +87,11 @@ def fit(
         callbacks=[] if save is None else [save],
         use_distributed_sampler=False,
         **trainer,
-    ).fit(recorder, data(source, num_workers=num_workers), ckpt_path=ckpt, weights_only=False)
+    ).fit(recorder, data(source, **loading or {}), ckpt_path=ckpt, weights_only=True)
     return recorder.seen
 
 
-def check_every_resume(source: OpenMoji, folder: Path, *, save: dict[str, Any], **run: Any) -> None:
+def check_every_resume(source: Source, folder: Path, *, save: dict[str, Any], **run: Any) -> None:
     callback = ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{step}", **save)
     whole = fit(source, save=callback, **run)
     files = {int(path.stem.split("=")[1]): path for path in folder.glob("*.ckpt")}
@@ -83,42 +100,84 @@ def check_every_resume(source: OpenMoji, folder: Path, *, save: dict[str, Any], 
         assert fit(source, ckpt=path, **run) == whole[step:], f"resumed at step {step}"
 
 
+@pytest.fixture
+def sources(tmp_path: Path, openmoji: OpenMoji) -> Iterator[Callable[[str], Source]]:
+    """Makes a source of a kind; the sharded ones have several windows."""
+    shards(tmp_path / "tars", 6, 5)
+    server = serve(tmp_path / "tars")
+
+    def make(kind: str) -> Source:
+        if kind == "folder":
+            (tmp_path / "pictures").mkdir()
+            for i in range(24):
+                path = tmp_path / f"pictures/{i:02d}.jpg"
+                path.write_bytes(picture(path.stem, 30 + i, 40))
+                path.with_suffix(".txt").write_text(f"number {i}")
+            return Folder(root=str(tmp_path / "pictures"))
+        if kind == "web":
+            urls = next(server).url + "/{00000..00005}.tar"
+            return ShardSource(urls=urls, download_dir=str(tmp_path / "down"))
+        if kind == "damaged":
+            write(tmp_path / "tars/00003.tar", sample("a", 40, 40) | {"b.jpg": b"?", "b.txt": b""})
+            (tmp_path / "tars/00004.tar").write_bytes(b"garbage")
+            cut = sample("cut", 40, 40)
+            cut["cut.jpg"] = cut["cut.jpg"][:200]
+            write(tmp_path / "tars/00001.tar", cut | sample("whole", 40, 40))
+        return openmoji if kind == "openmoji" else ShardSource(urls=str(tmp_path / "tars"))
+
+    yield make
+    server.close()
+
+
+@pytest.mark.parametrize("kind", ["openmoji", "shards", "folder", "web", "damaged"])
+def test_a_run_resumed_at_any_step_sees_what_the_unbroken_one_sees(
+    sources: Callable[[str], Source], tmp_path: Path, kind: str
+) -> None:
+    check_every_resume(sources(kind), tmp_path / "ckpt", save={"every_n_train_steps": 1})
+
+
 @pytest.mark.parametrize(
     ("save", "model", "val_check_interval"),
     [
-        ({"every_n_train_steps": 1}, Recorder, 1.0),
         ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, Recorder, 1.0),
         ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, ValidatingRecorder, 1.0),
         ({"every_n_epochs": 1, "save_on_train_epoch_end": False}, ValidatingRecorder, 1.0),
         ({"every_n_train_steps": 1}, ValidatingRecorder, 2),
     ],
-    ids=["steps", "epochs", "epochs-val", "after-val", "steps-val-mid-epoch"],
+    ids=["epochs", "epochs-val", "after-val", "steps-val-mid-epoch"],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_resumed_run_sees_what_the_unbroken_one_sees(
-    openmoji: OpenMoji,
+def test_it_resumes_wherever_lightning_saves(
+    sources: Callable[[str], Source],
     tmp_path: Path,
     save: dict[str, Any],
     model: type[Recorder],
     val_check_interval: float,
 ) -> None:
     check_every_resume(
-        openmoji, tmp_path, save=save, model=model, val_check_interval=val_check_interval
+        sources("shards"),
+        tmp_path / "ckpt",
+        save=save,
+        model=model,
+        val_check_interval=val_check_interval,
     )
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_resume_and_order_do_not_depend_on_workers(openmoji: OpenMoji, tmp_path: Path) -> None:
-    save = {"every_n_train_steps": 2}
-    check_every_resume(openmoji, tmp_path, save=save, num_workers=2)
-    assert fit(openmoji, num_workers=2) == fit(openmoji, num_workers=0)
+@pytest.mark.parametrize("kind", ["shards", "folder", "web"])
+def test_resume_and_order_do_not_depend_on_workers(
+    sources: Callable[[str], Source], tmp_path: Path, kind: str
+) -> None:
+    source, two = sources(kind), {"loading": {"num_workers": 2}}
+    check_every_resume(source, tmp_path / "ckpt", save={"every_n_train_steps": 4}, **two)
+    assert fit(source, **two) == fit(source)
 
 
 @pytest.mark.slow
-def test_spawned_workers_give_the_same_batches(openmoji: OpenMoji) -> None:
-    expected = ready(openmoji).train_dataloader()
-    loader = ready(openmoji, num_workers=1).train_dataloader()
+@pytest.mark.parametrize("kind", ["openmoji", "shards", "folder", "web"])
+def test_spawned_workers_give_the_same_batches(sources: Callable[[str], Source], kind: str) -> None:
+    source = sources(kind)
+    expected = ready(source).train_dataloader()
+    loader = ready(source, num_workers=1).train_dataloader()
     loader.multiprocessing_context = multiprocessing.get_context("spawn")
     for ours, theirs in zip(loader, expected, strict=True):
         assert ours["key"] == theirs["key"]
@@ -126,17 +185,20 @@ def test_spawned_workers_give_the_same_batches(openmoji: OpenMoji) -> None:
 
 
 def test_batches_keep_the_contract(openmoji: OpenMoji) -> None:
-    module = ready(openmoji)
-    captions = {s.key: s.caption for s in openmoji.samples("train")}
+    module = ready(openmoji, shuffle_samples=100)
+    captions = {s.key: s.captions[0] for s in samples_of(openmoji)}
+    held = {key for batch in module.val_dataloader() for key in batch["key"]}
     loader = module.train_dataloader()
-    assert len(loader) == len(captions) // 5 == len(list(loader))
+    assert len(loader) == (24 - len(held)) // 5 == len(list(loader))
     for batch in loader:
         image = batch["image"]
+        assert batch.keys() == {"image", "caption", "key"}
         assert image.dtype == torch.float32
         assert tuple(image.shape[2:]) in module.sizes
         assert 0 <= image.min() < 0.5 < image.max() <= 1
         assert len(batch["key"]) == len(image) == 5
         assert batch["caption"] == [captions[key] for key in batch["key"]]
+        assert not held & set(batch["key"])
 
 
 def test_keeping_the_decoded_pictures_changes_nothing(openmoji: OpenMoji) -> None:
@@ -147,32 +209,149 @@ def test_keeping_the_decoded_pictures_changes_nothing(openmoji: OpenMoji) -> Non
             assert torch.equal(ours["image"], theirs["image"])
 
 
-def test_crops_move_exactly_where_the_ratio_leaves_room(openmoji: OpenMoji) -> None:
+def test_crops_move_where_the_ratio_leaves_room(openmoji: OpenMoji) -> None:
     module = ready(openmoji)
     loader = module.train_dataloader()
     crops: dict[str, set[bytes]] = {}
     for _ in range(12):
         for batch in loader:
             for key, image in zip(batch["key"], batch["image"], strict=True):
-                crops.setdefault(key, set()).add(image.numpy().tobytes())
+                crops.setdefault(key, set()).add(image.contiguous().numpy().tobytes())
     moved = 0
-    for sample in openmoji.samples("train"):
-        height, width = nearest(sample.width, sample.height, module.sizes)
-        scale = max(height / sample.height, width / sample.width)
-        room = round(sample.height * scale) - height + round(sample.width * scale) - width
-        assert len(crops[sample.key]) <= room + 1
-        if room >= 3:
-            assert len(crops[sample.key]) > 1, f"{sample.caption} never moves in {room} pixels"
+    for found in samples_of(openmoji):
+        height, width = nearest(found.width, found.height, module.sizes)
+        scale = max(height / found.height, width / found.width)
+        room = found.height * scale - height + found.width * scale - width
+        if room < 1e-6:
+            assert len(crops.get(found.key, ())) <= 1
+        if room >= 3 and found.key in crops:
+            assert len(crops[found.key]) > 1, f"{found.captions} never moves in {room} pixels"
             moved += 1
     assert moved > 3
 
 
+def test_centred_crops_never_move(openmoji: OpenMoji) -> None:
+    loader = ready(openmoji, crop="centre").train_dataloader()
+    crops: dict[str, set[bytes]] = {}
+    for batch in [batch for _ in range(6) for batch in loader]:
+        for key, image in zip(batch["key"], batch["image"], strict=True):
+            crops.setdefault(key, set()).add(image.contiguous().numpy().tobytes())
+    assert {len(found) for found in crops.values()} == {1}
+
+
+def test_of_several_captions_one_is_drawn_anew_in_each_pass(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture("a", 64, 64))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["one", "two"]}')
+    module = ready(Folder(root=str(tmp_path)), batch_size=1, val_fraction=0)
+    loader = module.train_dataloader()
+    drawn = Counter(next(iter(loader))["caption"][0] for _ in range(200))
+    # 200 draws of a half: the standard deviation is 7.
+    assert drawn.keys() == {"one", "two"}
+    assert abs(drawn["one"] - 100) < 35
+
+
 def test_validation_is_the_same_each_time_and_covers_the_split(openmoji: OpenMoji) -> None:
-    module = ready(openmoji, val_batch_size=2)
+    module = ready(openmoji, val_batch_size=2, shuffle_samples=100)
     first, second = (list(module.val_dataloader()) for _ in range(2))
     keys = Counter(key for batch in first for key in batch["key"])
-    assert keys == Counter(s.key for s in openmoji.samples("val"))
+    train = Counter(key for batch in module.in_order("train") for key in batch["key"])
+    assert keys + train == Counter(s.key for s in samples_of(openmoji))
+    assert len(keys) > 2
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, second, strict=True))
+
+
+def test_shards_for_validation_are_taken_as_they_are(tmp_path: Path) -> None:
+    train, val = shards(tmp_path / "train", 2, 6), shards(tmp_path / "val", 1, 6, first=100)
+    source = ShardSource(urls=str(tmp_path / "train"), val_urls=str(tmp_path / "val"))
+    module = ready(source)
+    assert sorted(k for batch in module.val_dataloader() for k in batch["key"]) == val
+    loader = module.train_dataloader()
+    seen = {k for _ in range(8) for batch in loader for k in batch["key"]}
+    assert seen == set(train)
+
+
+# What is bad
+
+
+def test_what_was_left_out_is_counted_by_name(
+    sources: Callable[[str], Source], recwarn: pytest.WarningsRecorder
+) -> None:
+    module = ready(sources("damaged"), val_fraction=0, max_bad_fraction=1)
+    loader = module.train_dataloader()
+    for _ in range(4):
+        list(loader)
+    counts = module.counts
+    assert counts["bad/unreadable picture"] >= 2  # one cut short, one of garbage, in each pass
+    assert counts["bad/damaged shard"] >= 1
+    assert counts["shards/broken"] >= 1
+    assert 0 < counts["pixels/kept"] <= counts["pixels"]
+    shown = [str(w.message) for w in recwarn if "left out" in str(w.message)]
+    assert any("unreadable picture" in text and "cut" in text for text in shown)
+    assert all(sum(reason in text for text in shown) <= 3 for reason in ("damaged shard",))
+
+
+def test_a_batch_loses_its_unreadable_pictures_but_never_all(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(8):
+        members |= sample(f"{i}", 40, 40)
+    for i in range(4):
+        members[f"{i}.jpg"] = members[f"{i}.jpg"][:100]
+    write(tmp_path / "s.tar", members)
+    loader = ready(ShardSource(urls=str(tmp_path)), val_fraction=0, batch_size=2).train_dataloader()
+    lengths = Counter(len(batch["key"]) for _ in range(10) for batch in loader)
+    assert set(lengths) == {1, 2}
+    alone = ready(ShardSource(urls=str(tmp_path)), val_fraction=0, batch_size=1).train_dataloader()
+    keys = [key for batch in alone for key in batch["key"]]
+    assert len(keys) == 8
+    assert set(keys) == set("4567")
+
+
+def test_bad_data_stop_the_run_with_a_summary(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    good = sample("0", 40, 40)
+    for i in range(100):
+        members[f"{i}.jpg"] = good["0.jpg"] if i % 10 else good["0.jpg"][:100]
+        members |= {f"{i}.json": good["0.json"], f"{i}.txt": b"x"}
+    write(tmp_path / "s.tar", members)
+
+    def run(limit: float) -> None:
+        module = ready(ShardSource(urls=str(tmp_path)), val_fraction=0, max_bad_fraction=limit)
+        loader = module.train_dataloader()
+        for _ in range(12):
+            list(loader)
+
+    run(limit=0.11)
+    with pytest.raises(
+        ValueError,
+        match=r"\d\d+ of 1\d\d\d samples are bad, more than data\.max_bad_fraction=0\.09",
+    ) as error:
+        run(limit=0.09)
+    assert "unreadable picture" in str(error.value)
+
+
+def test_a_list_that_yields_nothing_ends_with_the_reason(tmp_path: Path) -> None:
+    write(tmp_path / "s.tar", {"a.txt": b"alone", "b.jpg": picture("b")})
+    module = ready(ShardSource(urls=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"nothing to train on .*1 no caption, 1 no picture"):
+        next(iter(module.train_dataloader()))
+    for i in range(300):
+        (tmp_path / f"bad{i:03d}.tar").write_bytes(b"garbage")
+    (tmp_path / "s.tar").unlink()
+    with pytest.raises(ValueError, match="none of the first 8 shards can be read"):
+        ready(ShardSource(urls=str(tmp_path)))
+
+
+def test_filters_and_enlargement_hold_for_training_and_are_counted(tmp_path: Path) -> None:
+    shards(tmp_path / "tars", 4, 5)
+    module = ready(
+        ShardSource(urls=str(tmp_path / "tars")),
+        val_fraction=0,
+        batch_size=2,
+        max_upscale=1.5,  # 48 x 32 needs 1.71, 40 x 40 needs 1.6, 36 x 36 needs 1.78
+        filters=Filters(max_ratio=1.9),
+    )
+    with pytest.raises(ValueError, match=r"max_upscale=1\.5 drops every picture.*max_ratio"):
+        next(iter(module.train_dataloader()))
 
 
 def test_sizes_are_known_before_any_data(tmp_path: Path) -> None:
@@ -181,7 +360,12 @@ def test_sizes_are_known_before_any_data(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("key", ["batch_size", "val_batch_size", "num_workers"])
+@pytest.mark.parametrize("key", ["batch_size", "val_batch_size", "num_workers", "shuffle_samples"])
 def test_numbers_out_of_range_are_refused_by_name(openmoji: OpenMoji, key: str) -> None:
     with pytest.raises(ValueError, match=rf"data\.{key} is -1"):
         data(openmoji, **{key: -1})
+
+
+def test_a_share_of_validation_out_of_range_is_refused(openmoji: OpenMoji) -> None:
+    with pytest.raises(ValueError, match=r"data\.val_fraction is 1\.0"):
+        data(openmoji, val_fraction=1.0)

@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import webdataset
 
+from tests.data.made import listed
 from wuerstchen_pl.data import openmoji as module
-from wuerstchen_pl.data.buckets import bucket_sizes, nearest
+from wuerstchen_pl.data.buckets import area_sizes, nearest
 from wuerstchen_pl.data.openmoji import OpenMoji, drawings, family, select
-from wuerstchen_pl.data.source import validation_names
+from wuerstchen_pl.data.source import Holdout, Sample
 from wuerstchen_pl.data.transforms import decode
+
+
+def samples_of(source: OpenMoji) -> list[Sample]:
+    (group,) = source.groups("train")
+    return [s for shard in group.shards for s in source.open(shard).samples]
 
 
 def test_counts_that_the_docstring_states() -> None:
@@ -32,23 +38,23 @@ def test_limit_chooses_the_same_drawings_and_grows_by_adding() -> None:
     few = select(found, ["food-drink"], 20)
     assert few == select(found[::-1], ["food-drink"], 20)
     assert set(few) < set(select(found, ["food-drink"], 40))
-    with pytest.raises(ValueError, match=r"data\.source\.limit is 131.*holds 130"):
+    with pytest.raises(ValueError, match=r"data\.limit is 131.*holds 130"):
         select(found, ["food-drink"], 131)
 
 
 def test_unknown_group_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.source\.groups is \['cars'\]"):
+    with pytest.raises(ValueError, match=r"data\.groups is \['cars'\]"):
         OpenMoji(root="x", image_size=64, groups=["cars"])
 
 
 def test_shards_are_what_webdataset_reads(openmoji: OpenMoji) -> None:
-    samples = {s.key: s for split in ("train", "val") for s in openmoji.samples(split)}
+    samples = {s.key: s for s in samples_of(openmoji)}
     theirs = list(webdataset.WebDataset(str(openmoji.folder / "00000.tar"), shardshuffle=False))
     assert {t["__key__"] for t in theirs} == set(samples)
     for found in theirs:
         sample = samples[found["__key__"]]
         assert openmoji.read(sample) == found["png"]
-        assert sample.caption.encode() == found["txt"]
+        assert sample.captions[0].encode() == found["txt"]
         facts = json.loads(found["json"])
         assert decode(found["png"]).size == (facts["width"], facts["height"])
         assert facts["license"] == "CC BY-SA 4.0"
@@ -67,49 +73,47 @@ def test_manifest_describes_the_shards(openmoji: OpenMoji) -> None:
 
 def test_each_crop_fits_its_bucket_within_the_multiple(openmoji: OpenMoji) -> None:
     multiple = 8
-    sizes = bucket_sizes(64, multiple)
+    sizes = area_sizes(64, multiple)
     used = set()
-    for sample in openmoji.samples("train") + openmoji.samples("val"):
+    for sample in samples_of(openmoji):
         height, width = nearest(sample.width, sample.height, sizes)
         used.add((height, width))
         scale = max(height / sample.height, width / sample.width)
         assert scale < 1, "enlarged"
         # What the crop costs is less than a bucket one multiple thinner would differ by.
         mismatch = abs(math.log(sample.width / sample.height * height / width))
-        assert mismatch <= math.log1p(multiple / min(height, width)), sample.caption
+        assert mismatch <= math.log1p(multiple / min(height, width)), sample.captions
         assert math.isclose(sample.width * sample.height, (1.15 * 64) ** 2, rel_tol=0.03)
     assert len(used) > 2
 
 
 def test_each_drawing_has_white_margins_and_touches_no_border(openmoji: OpenMoji) -> None:
-    for sample in openmoji.samples("train"):
+    for sample in samples_of(openmoji):
         img = np.array(decode(openmoji.read(sample)))
         border = np.concatenate([img[0], img[-1], img[:, 0], img[:, -1]])
-        assert (border == 255).all(), sample.caption
+        assert (border == 255).all(), sample.captions
         ink_rows, ink_columns = np.nonzero((img < 250).any(2))
         gaps = (img.shape[1] - np.ptp(ink_columns), img.shape[0] - np.ptp(ink_rows))
-        assert min(gaps) < 0.15 * max(img.shape), f"{sample.caption} is not cropped"
+        assert min(gaps) < 0.15 * max(img.shape), f"{sample.captions} is not cropped"
 
 
 def test_split_never_parts_a_family_and_is_stable() -> None:
     assert family("man cook") == family("woman cook") == family("cook") == "cook"
     assert family("man running facing right") == family("person running") == "running"
     assert family("woman") == "woman"
-    names = [family(d.caption) for d in drawings()]
-    chosen = validation_names(names, 0.1)
-    assert 0.07 < len(chosen) / len(set(names)) < 0.13
-    assert validation_names(reversed(names), 0.1) == chosen
-    assert chosen < validation_names(names, 0.2)
+    families = {family(d.caption) for d in drawings()}
+    few, more = (
+        {f for f in families if listed("s", 0, family=f) in Holdout(fraction, sorted(families))}
+        for fraction in (0.1, 0.2)
+    )
+    assert 0.07 < len(few) / len(families) < 0.13
+    assert few < more
 
 
-def test_small_sets_keep_one_picture_for_validation(openmoji_root: Path) -> None:
-    def count(fraction: float, split: str) -> int:
-        settings = {"image_size": 64, "limit": 24, "val_fraction": fraction}
-        return len(OpenMoji(root=str(openmoji_root), **settings).samples(split))
-
-    assert count(1e-9, "val") == 1
-    assert count(1e-9, "train") == 23
-    assert count(0.0, "val") == 0
+def test_families_are_those_of_the_captions(openmoji: OpenMoji) -> None:
+    assert [s.family for s in samples_of(openmoji)] == [
+        family(s.captions[0]) for s in samples_of(openmoji)
+    ]
 
 
 def test_second_prepare_draws_nothing(openmoji: OpenMoji, monkeypatch: pytest.MonkeyPatch) -> None:

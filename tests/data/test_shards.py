@@ -1,41 +1,24 @@
-import io
-import json
+"""Shards on a disk and on the web, whole and damaged."""
+
 import pickle
 import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
-from PIL import Image
 
-from wuerstchen_pl.data.shards import Shards, ShardSource
-
-
-def picture(width: int, height: int, orientation: int = 1) -> bytes:
-    buffer = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.new("RGB", (width, height), (width % 256, height % 256, 0)).save(
-        buffer, "JPEG", exif=exif
-    )
-    return buffer.getvalue()
-
-
-def write(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-
-
-def sample(key: str, width: int = 30, height: int = 20) -> dict[str, bytes]:
-    facts = json.dumps({"width": width, "height": height, "status": "success"})
-    return {
-        f"{key}.jpg": picture(width, height),
-        f"{key}.txt": f"a picture of {key}".encode(),
-        f"{key}.json": facts.encode(),
-    }
+from tests.data.made import encode, picture, sample, shards, write
+from tests.data.serving import Server, serve
+from wuerstchen_pl.data import manifest
+from wuerstchen_pl.data.addresses import expand
+from wuerstchen_pl.data.downloads import Downloads
+from wuerstchen_pl.data.shards import ShardSource
+from wuerstchen_pl.data.source import Opened
+from wuerstchen_pl.data.tar import index_tar
 
 
 @pytest.fixture
@@ -45,94 +28,268 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def opened(source: ShardSource) -> list[Opened]:
+    return [source.open(name) for group in source.groups("train") for name in group.shards]
+
+
+def reasons(found: Opened) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for bad in found.bad:
+        counts[bad.reason] += bad.count
+    return dict(counts)
+
+
+# Whole
+
+
 def test_bytes_and_captions_equal_what_webdataset_reads(folder: Path) -> None:
-    ours = Shards(urls=str(folder / "{00000..00001}.tar"))
-    theirs = list(webdataset.WebDataset(ours.paths, shardshuffle=False))
-    assert [s.key for s in ours.samples] == [t["__key__"] for t in theirs]
-    assert [s.caption.encode() for s in ours.samples] == [t["txt"] for t in theirs]
-    assert [ours.read(s) for s in ours.samples] == [t["jpg"] for t in theirs]
-    assert [(s.width, s.height) for s in ours.samples] == [(30, 20), (10, 40), (16, 16)]
+    source = ShardSource(urls=str(folder / "{00000..00001}.tar"))
+    ours = [s for found in opened(source) for s in found.samples]
+    names = [str(folder / f"0000{i}.tar") for i in range(2)]
+    theirs = list(webdataset.WebDataset(names, shardshuffle=False))
+    assert [s.key for s in ours] == [t["__key__"] for t in theirs]
+    assert [s.captions[0].encode() for s in ours] == [t["txt"] for t in theirs]
+    assert [source.read(s) for s in ours] == [t["jpg"] for t in theirs]
+    assert [(s.width, s.height) for s in ours] == [(30, 20), (10, 40), (16, 16)]
 
 
-def test_folder_pattern_and_list_mean_the_same(folder: Path) -> None:
-    pattern = str(folder / "{00000..00001}.tar")
+def test_folder_pattern_list_and_list_file_mean_the_same(folder: Path) -> None:
     listed = [str(folder / "00000.tar"), str(folder / "00001.tar")]
-    samples = [Shards(urls=urls).samples for urls in (str(folder), pattern, listed)]
-    assert samples[0] == samples[1] == samples[2]
-
-
-def test_incomplete_samples_are_left_out_and_counted(tmp_path: Path) -> None:
-    members = sample("a") | sample("b") | sample("c") | sample("d")
-    del members["b.txt"], members["c.jpg"], members["d.json"]
-    members["d.jpg"] = b"no picture"
-    write(tmp_path / "s.tar", members)
-    shards = Shards(urls=str(tmp_path))
-    assert [s.key for s in shards.samples] == ["a"]
-    assert shards.skipped == {"no txt": 1, "no picture": 1, "unreadable picture": 1}
+    (folder / "all.txt").write_text("\n".join(listed) + "\n\n")
+    given = [str(folder), str(folder / "{00000..00001}.tar"), listed, str(folder / "all.txt")]
+    assert [expand(urls, key="data.urls") for urls in given] == [listed] * 4
 
 
 def test_size_without_json_is_that_of_the_upright_picture(tmp_path: Path) -> None:
-    write(tmp_path / "s.tar", {"a.jpg": picture(30, 20, orientation=6), "a.txt": b"turned"})
-    found = Shards(urls=str(tmp_path)).samples[0]
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(Image.new("RGB", (30, 20)), exif=exif)
+    path = write(tmp_path / "s.tar", {"a.jpg": turned, "a.txt": b"turned"})
+    found = index_tar(str(path), "s").samples[0]
     assert (found.width, found.height) == (20, 30)
 
 
-@pytest.mark.parametrize("damage", ["header", "cut"])
-def test_damaged_shard_is_refused_instead_of_losing_samples(folder: Path, damage: str) -> None:
-    path = folder / "00000.tar"
-    data = bytearray(path.read_bytes())
-    with tarfile.open(path) as tar:
-        fourth = tar.getmembers()[3].offset
-    if damage == "header":
-        data[fourth : fourth + 64] = b"x" * 64
-    else:
-        del data[fourth + 700 :]
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"data\.source\.urls names .*00000\.tar.*write it again"):
-        Shards(urls=str(folder))
-
-
-@pytest.mark.parametrize("url", ["pipe:cat x.tar", "https://host/x.tar", "s3://bucket/x.tar"])
-def test_addresses_are_refused_before_anything_is_read(url: str) -> None:
-    with pytest.raises(ValueError, match=r"data\.source\.urls=.* is not a local path"):
-        ShardSource(urls=["/nowhere/a.tar", url])
-
-
-def test_missing_and_empty_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data\.source\.urls=.*no tar file"):
-        ShardSource(urls=str(tmp_path / "no.tar")).prepare()
-    with pytest.raises(FileNotFoundError, match=r"no tar file"):
-        Shards(urls=str(tmp_path))
-    write(tmp_path / "s.tar", {"a.txt": b"alone"})
-    with pytest.raises(ValueError, match=r"holds no sample .*'no picture': 1"):
-        Shards(urls=str(tmp_path))
-
-
-def test_split_is_disjoint_complete_and_independent_of_other_shards(tmp_path: Path) -> None:
-    write(tmp_path / "0.tar", {k: v for i in range(50) for k, v in sample(f"k{i:03d}").items()})
-    first = ShardSource(urls=str(tmp_path), val_fraction=0.2)
-    train, val = ({s.key for s in first.samples(split)} for split in ("train", "val"))
-    assert train | val == {f"k{i:03d}" for i in range(50)}
-    assert not train & val
-    assert 3 <= len(val) <= 20
-    write(tmp_path / "1.tar", {k: v for i in range(50, 99) for k, v in sample(f"k{i}").items()})
-    both = ShardSource(urls=str(tmp_path), val_fraction=0.2)
-    assert val <= {s.key for s in both.samples("val")}
-    assert train <= {s.key for s in both.samples("train")}
-
-
-def test_val_urls_and_val_fraction_exclude_each_other(folder: Path) -> None:
-    urls = [str(folder / f"0000{i}.tar") for i in range(2)]
-    with pytest.raises(ValueError, match=r"set one of them"):
-        ShardSource(urls=urls[0], val_urls=urls[1], val_fraction=0.1)
-    source = ShardSource(urls=urls[0], val_urls=urls[1])
-    assert [s.key for s in source.samples("val")] == ["000010000"]
-    assert len(source.samples("train")) == 2
+def test_scores_are_read_and_other_facts_are_not(tmp_path: Path) -> None:
+    members = sample("a", pwatermark=0.25, AESTHETIC_SCORE=5, punsafe=None, similarity=0.3)
+    found = index_tar(str(write(tmp_path / "s.tar", members)), "s").samples[0]
+    assert found.facts == {"pwatermark": 0.25, "AESTHETIC_SCORE": 5.0}
 
 
 def test_source_reads_the_same_after_pickling(folder: Path) -> None:
     source = ShardSource(urls=str(folder))
-    samples = source.samples("train")
+    samples = [s for found in opened(source) for s in found.samples]
     before = [source.read(s) for s in samples]
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.read(s) for s in samples] == before
+
+
+# Damaged
+
+
+def test_incomplete_samples_are_left_out_and_counted(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for key in "abcdef":
+        members |= sample(key)
+    del members["b.txt"], members["c.jpg"], members["d.json"]
+    members["d.jpg"] = b"no picture"
+    members["e.txt"] = b"caf\xe9"
+    members["f.json"] = b"{broken"  # its size is read from the picture instead
+    found = index_tar(str(write(tmp_path / "s.tar", members)), "s")
+    assert [s.key for s in found.samples] == ["a", "f"]
+    assert reasons(found) == {
+        "no caption": 1,
+        "no picture": 1,
+        "unreadable picture": 1,
+        "caption is not UTF-8": 1,
+    }
+    assert not found.broken
+
+
+@pytest.mark.parametrize(
+    ("damage", "left", "expected"),
+    [
+        ("header", 1, {"damaged shard": 1, "lost samples": 3}),
+        ("cut", 1, {"damaged shard": 1, "no caption": 1, "lost samples": 2}),
+        ("cut at a header", 1, {"damaged shard": 1, "lost samples": 3}),
+        ("empty", 0, {"damaged shard": 1, "lost samples": 4}),
+        ("garbage", 0, {"damaged shard": 1, "lost samples": 4}),
+        ("absent", 0, {"unreadable shard": 4}),
+    ],
+)
+def test_a_damaged_shard_gives_what_it_has_and_the_manifest_tells_the_rest(
+    tmp_path: Path, damage: str, left: int, expected: dict[str, int]
+) -> None:
+    members: dict[str, bytes] = {}
+    for key in "abcd":
+        members |= sample(key)
+    path = write(tmp_path / "00000.tar", members)
+    manifest.write(tmp_path, [manifest.entry_of(path, 4)])
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        fourth, fifth = (tar.getmembers()[i].offset for i in (3, 4))
+    if damage == "header":
+        data[fourth : fourth + 512] = b"x" * 512
+    elif damage == "cut":
+        del data[fifth + 512 + 3 :]  # within the caption of the second sample
+    elif damage == "cut at a header":
+        del data[fourth + 100 :]
+    else:
+        data = bytearray({"garbage": b"\x07" * 5000}.get(damage, b""))
+    path.unlink() if damage == "absent" else path.write_bytes(data)
+    (found,) = opened(ShardSource(urls=str(path)))
+    assert len(found.samples) == left
+    assert reasons(found) == expected
+    assert found.broken
+
+
+def test_what_is_missing_by_the_manifest_is_counted_though_the_shard_is_whole(
+    folder: Path,
+) -> None:
+    path = folder / "00000.tar"
+    manifest.write(folder, [{**manifest.entry_of(path, 2), "samples": 5}])
+    assert reasons(ShardSource(urls=str(folder)).open(str(path))) == {"lost samples": 3}
+
+
+def test_a_picture_that_has_gone_since_is_an_os_error(folder: Path) -> None:
+    source = ShardSource(urls=str(folder / "00000.tar"))
+    first, second = source.open(str(folder / "00000.tar")).samples
+    data = (folder / "00000.tar").read_bytes()
+    (folder / "00000.tar").write_bytes(data[: second.offset + 4])
+    assert source.read(first)
+    with pytest.raises(OSError, match="became shorter"):
+        source.read(second)
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("pipe:cat x.tar", r"data\.urls='pipe:cat x\.tar' would run a command"),
+        ("s3://bucket/x.tar", "is neither a path nor http"),
+        ("gs://bucket/{0..3}.tar", "is neither a path nor http"),
+        ("file://host/x.tar", "is neither a path nor http"),
+    ],
+)
+def test_foreign_addresses_are_refused_before_anything_is_read(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShardSource(urls=["/nowhere/a.tar", url])
+
+
+def test_a_list_file_cannot_smuggle_a_command_in(tmp_path: Path) -> None:
+    (tmp_path / "all.txt").write_text(f"pipe:touch {tmp_path / 'ran'}\n")
+    with pytest.raises(ValueError, match="would run a command"):
+        ShardSource(urls=str(tmp_path / "all.txt")).prepare()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_empty_and_doubled_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data\.urls names '.*0\.tar'.*nor do the 2 other"):
+        ShardSource(urls=str(tmp_path / "{0..2}.tar")).prepare()
+    with pytest.raises(FileNotFoundError, match="no tar file"):
+        ShardSource(urls=str(tmp_path)).prepare()
+    with pytest.raises(ValueError, match="names no shard"):
+        ShardSource(urls=[]).prepare()
+    write(tmp_path / "s.tar", sample("a"))
+    with pytest.raises(ValueError, match=r"data\.urls names '.*s\.tar' twice"):
+        ShardSource(urls=[str(tmp_path), str(tmp_path / "s.tar")]).prepare()
+
+
+# From the web
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
+    yield from serve(folder)
+
+
+def remote(server: Server, tmp_path: Path, **changes: Any) -> ShardSource:
+    source = ShardSource(
+        urls=server.url + "/{00000..00001}.tar", download_dir=str(tmp_path / "down")
+    )
+    source.downloads = Downloads(
+        **{"folder": str(tmp_path / "down"), "keep_bytes": 10**9, "wait": 0.01} | changes
+    )
+    return source
+
+
+def test_shards_from_the_web_are_those_on_the_disk_and_are_fetched_once(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
+    here, there = ShardSource(urls=str(folder)), remote(server, tmp_path)
+    for mine, theirs in zip(opened(here), opened(there), strict=True):
+        assert [s.key for s in mine.samples] == [s.key for s in theirs.samples]
+        for ours, fetched in zip(mine.samples, theirs.samples, strict=True):
+            assert here.read(ours) == there.read(fetched)
+    assert sorted(server.asked) == ["/00000.tar", "/00001.tar"]
+    opened(remote(server, tmp_path))
+    assert len(server.asked) == 2
+
+
+def test_a_server_that_fails_for_a_while_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.failures = 3
+    assert len(opened(remote(server, tmp_path))[0].samples) == 2
+    assert len(server.asked) == 3 + 2
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
+    server.break_after = 4000
+    source = remote(server, tmp_path, attempts=20)
+    (first, _) = opened(source)
+    assert len(first.samples) == 2
+    assert first.samples[0].size == len(source.read(first.samples[0]))
+    size = (folder / "00000.tar").stat().st_size
+    assert server.asked.count("/00000.tar") == -(-size // 4000)
+
+
+@pytest.mark.parametrize("kind", ["404", "dead", "unreachable"])
+def test_what_cannot_be_fetched_is_skipped_and_named(
+    server: Server, tmp_path: Path, kind: str
+) -> None:
+    source = remote(server, tmp_path, attempts=3)
+    name = server.url + ("/no.tar" if kind == "404" else "/00000.tar")
+    server.break_after = 10 if kind == "dead" else None
+    if kind == "unreachable":
+        server.shutdown()
+        server.server_close()
+    start = time.monotonic()
+    found = source.open(name)
+    assert time.monotonic() - start < 20
+    assert found.broken
+    assert reasons(found) == {"unreachable shard": 1}
+    assert name in found.bad[0].where
+    assert server.asked.count("/no.tar") == (kind == "404")  # asking again would not help
+    assert [p.suffix for p in (tmp_path / "down").iterdir()] == [".lock"]
+
+
+def test_the_oldest_downloads_make_room_and_come_back_when_they_are_wanted(
+    server: Server, tmp_path: Path
+) -> None:
+    source = remote(server, tmp_path, keep_bytes=1)
+    first, second = opened(source)
+    assert len(list((tmp_path / "down").glob("*.tar"))) == 1
+    assert source.read(second.samples[0]) == picture("000010000", 16, 16)
+    assert source.read(first.samples[0]) == picture("000000000", 30, 20)
+    assert len(server.asked) == 3
+
+
+def test_an_allowed_command_writes_a_shard(folder: Path, tmp_path: Path) -> None:
+    source = ShardSource(
+        urls=[f"pipe:cat {folder / '00000.tar'}", "pipe:echo broken >&2; exit 3"],
+        allow_pipe=True,
+        download_dir=str(tmp_path / "down"),
+    )
+    good, bad = opened(source)
+    assert source.read(good.samples[0]) == picture("000000000", 30, 20)
+    assert "failed with status 3: broken" in bad.bad[0].where
+
+
+def test_shards_helper_writes_what_the_names_say(tmp_path: Path) -> None:
+    keys = shards(tmp_path / "many", 3, 4)
+    found = opened(ShardSource(urls=str(tmp_path / "many")))
+    assert [s.key for o in found for s in o.samples] == keys

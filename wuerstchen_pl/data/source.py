@@ -1,11 +1,20 @@
-"""What a set of captioned pictures looks like to the rest of the package: `Sample` and `Source`."""
+"""What a set of captioned pictures looks like to the rest of the package: `Sample` and `Source`.
+
+A source is a list of shards, and a shard, once opened, a list of samples. A tar file is a shard; so
+is a stretch of a folder or of a table. Nothing needs to know all samples at once.
+"""
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
 
 Split = Literal["train", "val"]
+
+FACTS = ("pwatermark", "punsafe", "aesthetic", "AESTHETIC_SCORE")
+"""What LAION's metadata say of a picture, and filters ask for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,65 +23,121 @@ class Sample:
 
     Attributes:
         key: its name, unique within its shard.
-        caption: its text.
-        width: of the picture as it is stored, in pixels.
-        height: of the picture as it is stored, in pixels.
-        shard: path of the file that holds the picture's bytes.
-        offset: of the first of those bytes.
-        size: how many they are.
+        captions: its texts, at least one; training draws one of them.
+        width: of the picture as it is stored, upright, in pixels.
+        height: of the picture as it is stored, upright, in pixels.
+        shard: name of its shard, as the source lists it.
+        offset: where in the shard the picture's bytes begin, or the number of its row.
+        size: how many bytes they are, where the shard is a file that holds many.
+        family: what must not straddle training and validation; the key, if nothing else.
+        facts: what metadata say of it, by the names in FACTS.
     """
 
     key: str
-    caption: str
+    captions: tuple[str, ...]
     width: int
     height: int
     shard: str
-    offset: int
-    size: int
+    offset: int = 0
+    size: int = 0
+    family: str = ""
+    facts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its shard and key: what no other sample has."""
+        return f"{self.shard}/{self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """Something that cannot be used, and is counted."""
+
+    reason: str
+    where: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a shard holds.
+
+    Attributes:
+        samples: the complete ones, in the shard's order.
+        bad: what else was there, or should have been.
+        broken: whether the shard as a whole is absent, damaged or cut short.
+    """
+
+    samples: list[Sample]
+    bad: list[Bad] = field(default_factory=list)
+    broken: bool = False
+
+
+class Group(NamedTuple):
+    """Shards that are shuffled together; a mixture has several groups."""
+
+    weight: float
+    shards: list[str]
 
 
 class Source(Protocol):
-    """Captioned pictures, split once and for all into training and validation.
+    """Captioned pictures in shards.
 
-    It travels to spawned workers, so it must be picklable. The order of `samples` must be the same
-    in every process and run: an index into that list is what the order of batches is made of.
+    It travels to spawned workers, so it must be picklable. Shards and their samples come in the
+    same order in every process and run: the order of batches is made of that.
     """
 
     def prepare(self) -> None:
         """Make the data ready on disk; called in one process per machine; instant when ready."""
 
-    def samples(self, split: Split) -> list[Sample]:
-        """List the samples of one split, always in the same order."""
+    def groups(self, split: Split) -> list[Group]:
+        """Name the shards of a split; none for "val" if that is held out of "train"."""
+
+    def open(self, shard: str) -> Opened:
+        """List what a shard holds; does not raise for what is damaged, but reports it."""
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded picture of a sample."""
+        """Return the encoded picture of a sample.
+
+        Raises:
+            OSError: it is not there, or not any more.
+        """
 
 
-def validation_names(names: Iterable[str], fraction: float) -> set[str]:
-    """Choose which names are for validation, by hash: a name's place never depends on the others.
+def unit_hash(name: str) -> float:
+    """Map a name to [0, 1), the same in every process and run."""
+    # not hash(), which differs from process to process
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]) / 2**56
 
-    With `fraction` above 0 at least one name is chosen, so that a small set still validates.
+
+def permutation(length: int, name: str) -> list[int]:
+    """Return a random order of `length` items, a function of `name`."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Holdout:
+    """Which samples validation keeps for itself: by hash, so that a place never depends on others.
 
     Args:
-        names: what must not straddle the two splits; duplicates count once.
-        fraction: expected share of the names that is chosen, in [0, 1).
+        fraction: expected share of the families that is kept, in [0, 1).
+        families: of the first shards; one of them is kept if the fraction is above 0 but chooses
+            none, so that a small set still validates.
+
+    Raises:
+        ValueError: `fraction` is out of its range.
     """
-    place = {name: _unit_hash(name) for name in names}
-    chosen = {name for name, value in place.items() if value < fraction}
-    if fraction > 0 and place and not chosen:
-        chosen = {min(place, key=lambda name: place[name])}
-    return chosen
 
+    def __init__(self, fraction: float, families: Sequence[str] = ()) -> None:
+        if not 0 <= fraction < 1:
+            raise ValueError(
+                f"data.val_fraction is {fraction}, but it is the share kept for validation: "
+                "give a number from 0 up to, not including, 1."
+            )
+        self.fraction = fraction
+        self.extra: str | None = None
+        if fraction > 0 and families and not any(unit_hash(f) < fraction for f in families):
+            self.extra = min(families, key=unit_hash)
 
-def check_val_fraction(val_fraction: float) -> None:
-    """Raise ValueError unless `val_fraction` lies in [0, 1)."""
-    if not 0 <= val_fraction < 1:
-        raise ValueError(
-            f"data.source.val_fraction is {val_fraction}, but it is the share kept for validation: "
-            "give a number from 0 up to, not including, 1."
-        )
-
-
-def _unit_hash(name: str) -> float:
-    # sha256 and not hash(), which differs from process to process.
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+    def __contains__(self, sample: Sample) -> bool:
+        return sample.family == self.extra or unit_hash(sample.family) < self.fraction

@@ -1,0 +1,88 @@
+from typing import Any
+
+import pytest
+
+from tests.data.made import listed
+from wuerstchen_pl.data.filters import Filters
+
+SCORES = {"pwatermark": 0.2, "punsafe": 0.1, "aesthetic": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "width", "height", "expected"),
+    [
+        ({"min_size": 512}, 512, 900, None),
+        ({"min_size": 512}, 511, 900, "min_size"),
+        ({"max_size": 900}, 512, 900, None),
+        ({"max_size": 899}, 512, 900, "max_size"),
+        ({"max_ratio": 2}, 100, 200, None),
+        ({"max_ratio": 2}, 201, 100, "max_ratio"),
+    ],
+)
+def test_shape(settings: Any, width: int, height: int, expected: str | None) -> None:
+    sample = listed("s", 0, width, height)
+    assert Filters(**settings).apply(sample) == (expected or sample)
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts", "expected"),
+    [
+        ({"max_pwatermark": 0.5}, {"pwatermark": 0.5}, None),
+        ({"max_pwatermark": 0.5}, {"pwatermark": 0.51}, "max_pwatermark"),
+        ({"max_pwatermark": 0.5}, {}, "no pwatermark"),
+        ({"max_punsafe": 0.99}, {"punsafe": 0.995}, "max_punsafe"),
+        ({"max_punsafe": 0.99}, {}, "no punsafe"),
+        ({"min_aesthetic": 5}, {"aesthetic": 4.9}, "min_aesthetic"),
+        ({"min_aesthetic": 5}, {"AESTHETIC_SCORE": 4.9}, "min_aesthetic"),
+        ({"min_aesthetic": 5}, {"AESTHETIC_SCORE": 5.0}, None),
+        ({"min_aesthetic": 5}, {}, "no aesthetic"),
+        ({"min_aesthetic": 5, "max_punsafe": 0.99, "max_pwatermark": 0.5}, SCORES, None),
+    ],
+)
+def test_scores(settings: Any, facts: dict[str, float], expected: str | None) -> None:
+    sample = listed("s", 0, facts=facts)
+    assert Filters(**settings).apply(sample) == (expected or sample)
+
+
+@pytest.mark.parametrize(
+    ("settings", "caption", "expected"),
+    [
+        ({"min_words": 2}, "heart", "min_words"),
+        ({"min_words": 2}, "red heart", None),
+        ({"max_words": 2}, "a red heart", "max_words"),
+        ({"scripts": ["latin"]}, "ein Bücherregal, 3 m", None),
+        ({"scripts": ["latin"]}, "красное сердце", "scripts"),
+        ({"scripts": ["latin", "cyrillic"]}, "красное сердце", None),
+        ({"scripts": ["cjk", "hiragana", "katakana"]}, "赤いハート", None),
+        ({"scripts": ["latin"]}, "I love 東京", None),
+        ({"scripts": ["latin"]}, "in 東京都庁", "scripts"),
+        ({"scripts": ["latin"]}, "2024 !", None),
+        ({"forbidden_words": ["Stock"]}, "a stock, photo", "forbidden_words"),
+        ({"forbidden_words": ["stock"]}, "a stocking", None),
+    ],
+)
+def test_captions(settings: Any, caption: str, expected: str | None) -> None:
+    sample = listed("s", 0, captions=(caption,))
+    assert Filters(**settings).apply(sample) == (expected or sample)
+
+
+def test_of_several_captions_those_that_pass_remain() -> None:
+    sample = listed("s", 0, captions=("one", "one two", "one two three"))
+    kept = Filters(min_words=2).apply(sample)
+    assert not isinstance(kept, str)
+    assert kept.captions == ("one two", "one two three")
+    assert Filters(min_words=4).apply(sample) == "min_words"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scripts": ["english"]}, r"data\.filters\.scripts names 'english': choose from"),
+        ({"min_size": 9, "max_size": 8}, r"data\.filters\.min_size=9 exceeds .*max_size=8"),
+        ({"min_words": 9, "max_words": 8}, r"data\.filters\.min_words=9 exceeds"),
+        ({"max_ratio": 0.5}, r"data\.filters\.max_ratio is 0\.5"),
+    ],
+)
+def test_filters_that_nothing_passes_are_refused(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Filters(**settings)

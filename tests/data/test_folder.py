@@ -1,0 +1,215 @@
+"""Folders, tables of the hub's library, and mixtures of sources."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.data.made import Listed, encode, picture, shards
+from wuerstchen_pl.data.folder import Folder
+from wuerstchen_pl.data.hub import HubDataset
+from wuerstchen_pl.data.mix import Mix
+from wuerstchen_pl.data.shards import ShardSource
+from wuerstchen_pl.data.source import Bad, Sample, Source
+
+
+def listing(source: Source) -> tuple[list[Sample], list[Bad]]:
+    source.prepare()
+    found = [source.open(name) for group in source.groups("train") for name in group.shards]
+    return [s for o in found for s in o.samples], [b for o in found for b in o.bad]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    (root / "more").mkdir(parents=True)
+    for name in ("b.jpg", "a.png", "more/c.JPG"):
+        (root / name).write_bytes(picture(name, 30, 20))
+        (root / name).with_suffix(".txt").write_text(f" caption of {name}\n")
+    return root
+
+
+def test_pictures_with_captions_beside_them(folder: Path) -> None:
+    source = Folder(root=str(folder))
+    samples, bad = listing(source)
+    assert [s.key for s in samples] == ["a.png", "b.jpg", "more/c.JPG"]
+    assert [s.captions for s in samples] == [(f"caption of {s.key}",) for s in samples]
+    assert {(s.width, s.height) for s in samples} == {(30, 20)}
+    assert not bad
+    copy = pickle.loads(pickle.dumps(source))
+    assert [copy.read(s) for s in samples] == [picture(s.key, 30, 20) for s in samples]
+
+
+def test_what_a_folder_lacks_is_named(folder: Path) -> None:
+    (folder / "b.txt").unlink()
+    (folder / "a.txt").write_bytes(b"caf\xe9")
+    (folder / "more/c.JPG").write_bytes(b"")
+    samples, bad = listing(Folder(root=str(folder)))
+    assert not samples
+    assert [(b.reason, Path(b.where).name) for b in bad] == [
+        ("caption is not UTF-8", "a.png"),
+        ("no caption", "b.jpg"),
+        ("unreadable picture", "c.JPG"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_captions_in_a_table(folder: Path, kind: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"file_name": "more/c.JPG", "text": "see", "pwatermark": 0.5},
+        {"file_name": "b.jpg", "text": "be", "pwatermark": None},
+        {"file_name": "gone.jpg", "text": "gone", "pwatermark": None},
+        {"file_name": "a.png", "text": "", "pwatermark": None},
+    ]
+    if kind == "jsonl":
+        text = "\n".join(map(json.dumps, rows)) + "\n\n"
+    else:
+        text = "file_name,text,pwatermark\n" + "\n".join(
+            f"{r['file_name']},{r['text']},{'' if r['pwatermark'] is None else r['pwatermark']}"
+            for r in rows
+        )
+    (folder / f"metadata.{kind}").write_text(text)
+    samples, bad = listing(Folder(root=str(folder)))
+    assert [(s.key, s.captions, s.facts) for s in samples] == [
+        ("more/c.JPG", ("see",), {"pwatermark": 0.5}),
+        ("b.jpg", ("be",), {}),
+    ]
+    assert [b.reason for b in bad] == ["no picture", "no caption"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file_name": "a.png"}', "row 1 of .* has no text or caption"),
+        ('{"text": "x"}', "row 1 of .* has no file_name or file"),
+        ('{"file_name": "../secret.png", "text": "x"}', r"names '\.\./secret\.png', which is outs"),
+        ('{"file_name": "/etc/passwd", "text": "x"}', "outside of its folder"),
+        ("file_name", "line 1 of .* is no JSON object"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(folder: Path, line: str, message: str) -> None:
+    (folder / "metadata.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        Folder(root=str(folder)).prepare()
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data\.root='.*nowhere' is no folder"):
+        Folder(root=str(tmp_path / "nowhere")).prepare()
+    with pytest.raises(FileNotFoundError, match="holds no picture"):
+        Folder(root=str(tmp_path)).prepare()
+
+
+# Tables of the hub's library
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+    rows = {
+        "image": [Image.new("RGB", (30 + i, 20), (i, 0, 0)) for i in range(5)],
+        "text": ["zero", "one", None, "three", "four"],
+        "several": [["a", "b"], [], ["c"], ["d", "e", "f"], ["g"]],
+    }
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "several": datasets.List(datasets.Value("string")),
+        }
+    )
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    return tmp_path / "saved"
+
+
+def test_rows_of_a_saved_table(table: Path) -> None:
+    source = HubDataset(name=str(table))
+    samples, bad = listing(source)
+    assert [(s.captions, s.width) for s in samples] == [
+        (("zero",), 30),
+        (("one",), 31),
+        (("three",), 33),
+        (("four",), 34),
+    ]
+    assert [b.reason for b in bad] == ["no caption"]
+    copy = pickle.loads(pickle.dumps(source))
+    for s in samples:
+        assert copy.read(s) == encode(Image.new("RGB", (s.width, 20), (s.offset, 0, 0)), "PNG")
+
+
+def test_a_column_of_lists_gives_captions_to_draw_from(table: Path) -> None:
+    samples, _ = listing(HubDataset(name=str(table), caption_column="several"))
+    assert [s.captions for s in samples] == [("a", "b"), ("c",), ("d", "e", "f"), ("g",)]
+
+
+def test_a_folder_is_loaded_as_the_hub_would(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for path in [*folder.rglob("*.txt"), folder / "more/c.JPG"]:
+        path.unlink()
+    rows = [{"file_name": name, "text": name} for name in ("b.jpg", "a.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples, _ = listing(HubDataset(name=str(folder)))
+    assert sorted(s.captions[0] for s in samples) == ["a.png", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"caption_column": "txt"}, ValueError, "'txt' is no column of .* from image, text, sev"),
+        ({"image_column": "text"}, ValueError, r"data\.image_column='text' .* holds no pictures"),
+        ({"split": "validation"}, FileNotFoundError, r"data\.split='validation' cannot be loaded"),
+        (
+            {"name": "no/such"},
+            FileNotFoundError,
+            r"data\.name='no/such'.*give the path of a folder",
+        ),
+    ],
+)
+def test_wrong_names_are_refused(
+    table: Path, settings: dict, error: type, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(error, match=message):
+        HubDataset(**{"name": str(table)} | settings).prepare()
+
+
+# Mixtures
+
+
+def test_a_mixture_reads_from_each_of_its_sources(folder: Path, tmp_path: Path) -> None:
+    shards(tmp_path / "tars", 2, 3)
+    mix = Mix(
+        sources={"own": Folder(root=str(folder)), "web": ShardSource(urls=str(tmp_path / "tars"))},
+        weights={"own": 3},
+    )
+    samples, _ = listing(mix)
+    assert len({s.name for s in samples}) == len({s.family for s in samples}) == 3 + 6
+    assert [group.weight for group in mix.groups("train")] == [3, 1]
+    expected = [picture(s.key, s.width, s.height) for s in samples]
+    assert [mix.read(s) for s in samples] == expected
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights", "message"),
+    [
+        ({}, None, r"data\.sources is empty"),
+        ({"a": Listed({})}, {"b": 1}, r"data\.weights names 'b', which is not one of"),
+        ({"a": Listed({})}, {"a": 0}, r"data\.weights\.a is 0: give more than 0"),
+    ],
+)
+def test_a_mixture_that_makes_no_sense_is_refused(
+    sources: dict, weights: dict | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mix(sources=sources, weights=weights)

@@ -1,0 +1,265 @@
+"""The order of samples and batches: every promise of `Stream` and `Batches`."""
+
+from collections import Counter
+from itertools import islice, pairwise
+from typing import Any
+
+import pytest
+
+from tests.data.made import Listed, listed
+from wuerstchen_pl.data.batches import Batches, Request, in_order
+from wuerstchen_pl.data.buckets import Buckets
+from wuerstchen_pl.data.filters import Filters
+from wuerstchen_pl.data.opener import Opener
+from wuerstchen_pl.data.source import Bad, Holdout, Opened
+from wuerstchen_pl.data.stream import Drawn, Ledger, Mixture, Stream
+
+SHARDS = {"a": 23, "b": 5, "c": 17, "d": 9, "e": 31}
+
+
+def stream(source: Listed, *, shards: list[str] | None = None, **changes: Any) -> Stream:
+    settings = {"seed": 0, "shuffle_samples": 30, "filters": Filters(), "holdout": Holdout(0)}
+    settings |= changes
+    opener = Opener(
+        source, keep=settings["shuffle_samples"], hashes=settings["filters"].deduplicate
+    )
+    names = list(source.opened) if shards is None else shards
+    return Stream(opener=opener, shards=names, ledger=Ledger(show=False), **settings)
+
+
+def batches(source: Listed | None = None, **changes: Any) -> Batches:
+    ours = {"rank": 0, "world_size": 1, "batch_size": 4, "max_upscale": None, "policy": "area"}
+    ours |= {key: changes.pop(key) for key in list(changes) if key in ours}
+    buckets = Buckets(policy=ours.pop("policy"), image_size=32, multiple=16)
+    drawn = Mixture([stream(source or Listed.of(SHARDS), **changes)], [1.0], seed=0)
+    return Batches(drawn, buckets, **ours)
+
+
+def names(drawn: list[Drawn] | tuple[Drawn, ...]) -> list[str]:
+    return [d.sample.name for d in drawn]
+
+
+def turns(requests: list[Request]) -> dict[int, list[str]]:
+    """Names of the samples by the pass that they came in."""
+    found: dict[int, list[str]] = {}
+    for request in requests:
+        for sample, turn in request.rows:
+            found.setdefault(turn, []).append(sample.name)
+    return found
+
+
+# Samples
+
+
+def test_each_pass_has_every_sample_once_and_another_order() -> None:
+    source = Listed.of(SHARDS)
+    everything = sorted(s.name for o in source.opened.values() for s in o.samples)
+    drawn = list(islice(stream(source), 3 * 85))
+    passes = [names([d for d in drawn if d.turn == turn]) for turn in range(3)]
+    assert all(sorted(one) == everything for one in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert passes[0] == names(list(islice(stream(Listed.of(SHARDS)), 85)))
+    assert passes[0] != names(list(islice(stream(Listed.of(SHARDS), seed=1), 85)))
+
+
+def test_a_set_that_fits_in_a_window_is_shuffled_as_one_and_opened_once() -> None:
+    source = Listed.of(SHARDS)
+    drawn = list(islice(stream(source, shuffle_samples=1000), 3 * 85))
+    assert Counter(source.asked) == dict.fromkeys(SHARDS, 1)
+    # In a perfect shuffle neighbours are seldom of one shard: sum of squares of shares, 0.26.
+    same = sum(a.sample.shard == b.sample.shard for a, b in pairwise(drawn))
+    assert same / len(drawn) < 0.35
+
+
+def test_memory_is_bounded_by_two_windows() -> None:
+    source = Listed.of({f"{i:03d}": 10 for i in range(100)})
+    one = stream(source, shuffle_samples=30)
+    list(islice(one, 5))
+    assert len(set(source.asked)) <= 2 * 3
+
+
+@pytest.mark.parametrize("start", range(0, 200, 7))
+def test_any_position_is_found_again_by_opening_one_window(start: int) -> None:
+    whole = stream(Listed.of(SHARDS))
+    list(islice(whole, start))
+    source = Listed.of(SHARDS)
+    other = stream(source)
+    other.seek(whole.position)
+    assert len(set(source.asked)) <= 5
+    assert names(list(islice(other, 90))) == names(list(islice(whole, 90)))
+
+
+def test_seeking_far_opens_no_more_than_seeking_near() -> None:
+    def opened_at(samples: int) -> int:
+        one = stream(Listed.of({f"{i:04d}": 10 for i in range(2000)}), shuffle_samples=50)
+        list(islice(one, samples))
+        source = Listed.of({f"{i:04d}": 10 for i in range(2000)})
+        other = stream(source, shuffle_samples=50)
+        other.seek(one.position)
+        other.opener.close()
+        return len(source.asked)
+
+    # A window has 5 shards, and at most 5 more are begun in the background.
+    assert max(opened_at(12), opened_at(1_012), opened_at(19_012)) <= 10
+
+
+def test_what_is_held_out_never_comes() -> None:
+    source = Listed.of({"a": 300})
+    holdout = Holdout(0.3)
+    kept = {s.name for s in source.opened["a"].samples if s in holdout}
+    assert 60 < len(kept) < 120
+    assert not kept & set(names(list(islice(stream(source, holdout=holdout), 600))))
+
+
+def test_a_small_set_holds_out_one_family_at_least() -> None:
+    families = [f"family {i}" for i in range(5)]
+    assert sum(listed("s", 0, family=f) in Holdout(0.001, families) for f in families) == 1
+    assert sum(listed("s", 0, family=f) in Holdout(0.0, families) for f in families) == 0
+
+
+def test_duplicates_are_dropped_for_good_whichever_comes_first() -> None:
+    class Copies(Listed):
+        def read(self, sample: Any) -> bytes:  # every third picture has the same bytes
+            return b"copy" if int(sample.key) % 3 == 0 else sample.name.encode()
+
+    source = Copies(Listed.of(SHARDS).opened)
+    one = stream(source, filters=Filters(deduplicate=True))
+    copies = [s.name for o in source.opened.values() for s in o.samples if int(s.key) % 3 == 0]
+    drawn = list(islice(one, 4 * (85 - len(copies) + 1)))
+    kept = Counter(name for name in names(drawn) if name in copies)
+    assert list(kept.values()) == [4]
+    assert one.ledger.counts["dropped/duplicate"] >= 3 * (len(copies) - 1)
+
+
+def test_nothing_to_train_on_is_said_with_the_reason() -> None:
+    source = Listed({"a": Opened([listed("a", 0)], [Bad("no caption", "a/0001", 7)])})
+    with pytest.raises(ValueError, match=r"nothing to train on \(1 samples.*min_size.*7 no cap"):
+        next(stream(source, filters=Filters(min_size=500)))
+    with pytest.raises(ValueError, match="nothing to train on"):
+        next(stream(Listed({})))
+
+
+def test_broken_shards_alone_end_the_run_before_all_are_tried() -> None:
+    broken = Opened([], [Bad("unreachable shard", "refused")], broken=True)
+    source = Listed({f"{i:03d}": broken for i in range(500)})
+    with pytest.raises(ValueError, match=r"none of the first 8 shards .*unreachable"):
+        next(stream(source))
+    assert len(source.asked) < 30
+
+
+# Batches
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("policy", ["area", "paper"])
+def test_ranks_share_each_batch_and_no_sample_of_a_pass_is_lost_or_doubled(
+    world_size: int, policy: str
+) -> None:
+    ranks = [batches(rank=r, world_size=world_size, policy=policy) for r in range(world_size)]
+    together = []
+    for parts in islice(zip(*ranks, strict=True), 240 // world_size):
+        assert len({part.size for part in parts}) == 1
+        assert all(len(part.rows) == 4 for part in parts)
+        rows = tuple(row for part in parts for row in part.rows)
+        together.append(Request(parts[0].size, rows))
+    by_turn = turns(together)
+    everything = {s.name for o in Listed.of(SHARDS).opened.values() for s in o.samples}
+    assert len(by_turn) > 8
+    for turn, found in by_turn.items():
+        assert len(found) == len(set(found)), f"pass {turn} has a sample twice"
+        if turn < max(by_turn) - 5:  # all buckets have been emptied since
+            assert set(found) == everything
+
+
+def test_every_sample_is_in_the_bucket_of_its_ratio_and_buckets_are_mixed() -> None:
+    order = batches()
+    requests = list(islice(order, 60))
+    for request in requests:
+        for row in request.rows:
+            assert order.buckets.place(row.sample, 0) == request.size
+    assert len({request.size for request in requests[:8]}) > 2
+
+
+@pytest.mark.parametrize("stop", range(0, 70, 3))
+def test_a_batch_is_found_again_through_plain_values(stop: int) -> None:
+    whole = batches(filters=Filters(min_size=33))
+    list(islice(whole, stop))
+    state = whole.state_dict(whole.snapshot())
+    other = batches(filters=Filters(min_size=33))
+    other.restore(other.load_state_dict(state))
+    assert list(islice(other, 30)) == list(islice(whole, 30))
+    assert other.ledger.counts == whole.ledger.counts
+
+
+def test_reading_ahead_can_be_taken_back() -> None:
+    order = batches(filters=Filters(deduplicate=True))
+    before = order.snapshot()
+    first = list(islice(order, 50))
+    order.restore(before)
+    assert list(islice(order, 50)) == first
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_another_number_of_processes_goes_on_with_the_same_samples() -> None:
+    two = [batches(rank=rank, world_size=2) for rank in range(2)]
+    before = [part for parts in islice(zip(*two, strict=True), 31) for part in parts]
+    state = two[0].state_dict(two[0].snapshot())
+    one = batches()
+    one.restore(one.load_state_dict(state))
+    found = turns(before + list(islice(one, 100)))
+    everything = {s.name for o in Listed.of(SHARDS).opened.values() for s in o.samples}
+    for turn in range(max(found) - 5):
+        assert sorted(found[turn]) == sorted(everything), f"pass {turn} lost or doubled a sample"
+
+
+def test_other_shards_begin_the_pass_anew_with_a_warning() -> None:
+    order = batches()
+    list(islice(order, 40))
+    state = order.state_dict(order.snapshot())
+    turn = order.snapshot().positions[0].turn
+    other = batches(Listed.of({**SHARDS, "new": 8}))
+    with pytest.warns(UserWarning, match="shards are others"):
+        snapshot = other.load_state_dict(state)
+    other.restore(snapshot)
+    assert turns(list(islice(other, 5))).keys() == {turn}
+
+
+def test_what_is_too_small_is_dropped_counted_and_never_endless() -> None:
+    source = Listed({"a": Opened([listed("a", i, 10 + i, 10 + i) for i in range(40)])})
+    order = batches(source, max_upscale=1.0)
+    found = {row.sample.width for request in islice(order, 30) for row in request.rows}
+    assert min(found) == 32
+    # 120 of 18 pictures that are large enough are six passes and a part; 22 are too small.
+    assert 6 * 22 <= order.ledger.counts["dropped/max_upscale"] <= 7 * 22
+    with pytest.raises(ValueError, match=r"data\.max_upscale=0\.5 drops every picture"):
+        next(batches(source, max_upscale=0.5))
+
+
+def test_a_mixture_keeps_its_weights_and_its_place() -> None:
+    def mixed() -> Batches:
+        streams = [
+            stream(Listed.of({name: 50}), shards=[name], shuffle_samples=100) for name in "ab"
+        ]
+        ledger = Ledger()
+        for one in streams:
+            one.ledger = ledger
+        buckets = Buckets(policy="area", image_size=32, multiple=16)
+        return Batches(Mixture(streams, [3.0, 1.0], seed=0), buckets, batch_size=4)
+
+    order = mixed()
+    rows = [row.sample.shard for request in islice(order, 500) for row in request.rows]
+    # 2,000 draws: the standard deviation of the share is 0.01.
+    assert abs(rows.count("a") / len(rows) - 0.75) < 0.04
+    other = mixed()
+    other.restore(other.load_state_dict(order.state_dict(order.snapshot())))
+    assert list(islice(other, 20)) == list(islice(order, 20))
+
+
+def test_in_order_takes_each_sample_once_on_some_rank() -> None:
+    samples = [s for o in Listed.of(SHARDS).opened.values() for s in o.samples]
+    buckets = Buckets(policy="area", image_size=32, multiple=16)
+    alone = in_order(samples, buckets, batch_size=4, rank=0, world_size=1)
+    assert sorted(n for r in alone for n in names(r.rows)) == sorted(s.name for s in samples)
+    ranks = [in_order(samples, buckets, batch_size=4, rank=r, world_size=3) for r in range(3)]
+    assert len({len(requests) for requests in ranks}) == 1
+    assert {n for rank in ranks for r in rank for n in names(r.rows)} == {s.name for s in samples}

@@ -1,0 +1,122 @@
+"""Shards that are elsewhere: each is brought into a folder when it is opened, and kept for a while.
+
+A shard from the web is then read like one on disk, at random and again after a restart. The folder
+may be shared by all processes of a machine: a file appears in it whole, or not at all.
+"""
+
+import fcntl
+import hashlib
+import http.client
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+_TIMEOUT = 30.0  # seconds without a byte
+_CHUNK = 1 << 20
+_LASTING = frozenset(
+    {400, 401, 403, 404, 405, 410}
+)  # statuses that will not change by asking again
+
+
+class Downloads:
+    """A folder of shards by address.
+
+    Args:
+        folder: where they are kept.
+        keep_bytes: the oldest ones beyond this many bytes are removed, to be fetched again when
+            they are wanted.
+        attempts: how often a shard is asked for.
+        wait: seconds before the second attempt; they double with each.
+    """
+
+    def __init__(
+        self, *, folder: str, keep_bytes: int, attempts: int = 4, wait: float = 0.5
+    ) -> None:
+        self.folder, self.keep_bytes = Path(folder), keep_bytes
+        self.attempts, self.wait = attempts, wait
+
+    def path(self, address: str) -> str:
+        """Return the local file of a shard, which is fetched if it is not there.
+
+        Raises:
+            OSError: it cannot be had.
+        """
+        target = self.folder / f"{hashlib.sha256(address.encode()).hexdigest()[:24]}.tar"
+        if target.exists():
+            return str(target)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with target.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():  # else another process was faster
+                self._bring(address, target)
+        return str(target)
+
+    def _bring(self, address: str, target: Path) -> None:
+        partial = target.with_suffix(".partial")
+        try:
+            self._fetch(address, partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._make_room(target)
+
+    def _fetch(self, address: str, partial: Path) -> None:
+        if address.startswith("pipe:"):
+            _run(address.removeprefix("pipe:"), partial)
+            return
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(self.wait * 2 ** (attempt - 1))
+            try:
+                _download(address, partial)
+            except (OSError, http.client.HTTPException) as error:
+                status = getattr(error, "code", None)
+                if status in _LASTING or attempt == self.attempts - 1:
+                    tried = f" after {attempt + 1} attempts" if attempt else ""
+                    reason = str(error) or type(error).__name__
+                    raise OSError(f"it cannot be fetched{tried}: {reason}") from error
+            else:
+                return
+
+    def _make_room(self, newest: Path) -> None:
+        found = sorted(self.folder.glob("*.tar"), key=_age)
+        total = sum(map(_size, found))
+        for path in found:
+            if total <= self.keep_bytes or path == newest:
+                break
+            total -= _size(path)
+            path.unlink(missing_ok=True)
+
+
+def _download(address: str, partial: Path) -> None:
+    """Fetch an address; goes on behind what an attempt before has left, if the server can."""
+    done = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+        resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
+        length = answer.headers.get("Content-Length")
+        received = 0
+        with partial.open("ab" if resumed else "wb") as file:
+            while chunk := answer.read(_CHUNK):
+                received += file.write(chunk)
+    if length is not None and received < int(length):
+        raise ConnectionError(f"the connection broke after {received} of {length} bytes")
+
+
+def _run(command: str, partial: Path) -> None:
+    with partial.open("wb") as file:
+        done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [""]
+        raise OSError(f"its command failed with status {done.returncode}: {lines[-1]}")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0

@@ -1,0 +1,167 @@
+"""A data set of the Hugging Face hub, or of its library's format on disk."""
+
+from pathlib import Path
+from typing import Any
+
+from wuerstchen_pl.data.folder import captions_of
+from wuerstchen_pl.data.source import FACTS, Bad, Group, Opened, Sample, Split
+from wuerstchen_pl.data.tar import upright_size
+
+_STRETCH = 5_000  # rows that make a shard
+
+
+class HubDataset:
+    """A `Source` over a table with a column of pictures and one of captions.
+
+    Needs the package `datasets`: pip install 'wuerstchen_pl[hf]'. Code that comes with a data set
+    is never run.
+
+    Args:
+        name: on the hub, or the path of a folder that `datasets` reads or has saved.
+        config: of a data set that has several.
+        split: of its training rows.
+        val_split: of rows for validation; None holds them out of `split`.
+        image_column: pictures.
+        caption_column: a caption, or a list of captions of which one is drawn.
+        revision: of the hub.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        image_column: str = "image",
+        caption_column: str = "text",
+        revision: str | None = None,
+    ) -> None:
+        self.name, self.config, self.revision = name, config, revision
+        self.splits: dict[Split, str | None] = {"train": split, "val": val_split}
+        self.image_column, self.caption_column = image_column, caption_column
+        self._tables: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Download what is not here, and look for the columns.
+
+        Raises:
+            FileNotFoundError: there is no such data set or split.
+            ModuleNotFoundError: the package `datasets` is not installed.
+            ValueError: a column is missing, or its kind is wrong.
+        """
+        for split in self.splits.values():
+            if split is not None:
+                self._table(split)
+
+    def groups(self, split: Split) -> list[Group]:
+        """Name the stretches of the table."""
+        name = self.splits[split]
+        if name is None:
+            return []
+        starts = range(0, len(self._table(name)), _STRETCH)
+        return [Group(1.0, [f"{name}:{start:09d}" for start in starts])]
+
+    def open(self, shard: str) -> Opened:
+        """List the samples of a stretch; reads its pictures' bytes once."""
+        split, _, first = shard.rpartition(":")
+        table = self._table(split)
+        samples, bad = [], []
+        for number in range(int(first), min(int(first) + _STRETCH, len(table))):
+            found = self._sample(shard, number, table)
+            if isinstance(found, Sample):
+                samples.append(found)
+            else:
+                bad.append(Bad(found, f"{self.name}, row {number} of {split}"))
+        return Opened(samples, bad)
+
+    def read(self, sample: Sample) -> bytes:
+        """Return the encoded picture of a sample."""
+        split = sample.shard.rpartition(":")[0]
+        data = self._bytes(self._table(split)[sample.offset][self.image_column])
+        if data is None:
+            raise FileNotFoundError(f"{sample.name} has no picture")
+        return data
+
+    def _sample(self, shard: str, number: int, table: Any) -> Sample | str:
+        row = table[number]
+        data = self._bytes(row[self.image_column])
+        if data is None:
+            return "no picture"
+        captions = captions_of(row[self.caption_column])
+        if not captions:
+            return "no caption"
+        size = upright_size(data)
+        if size is None:
+            return "unreadable picture"
+        facts = {n: float(row[n]) for n in FACTS if isinstance(row.get(n), int | float)}
+        key = f"{number:09d}"
+        return Sample(key, captions, *size, shard, number, family=key, facts=facts)
+
+    @staticmethod
+    def _bytes(picture: Any) -> bytes | None:
+        """Return a picture's bytes, which stand in the table or in a file beside it."""
+        if picture is None:
+            return None
+        if picture["bytes"] is not None:
+            return picture["bytes"]
+        try:
+            return Path(picture["path"]).read_bytes()
+        except OSError:
+            return None
+
+    def _table(self, split: str) -> Any:
+        if split not in self._tables:
+            self._tables[split] = self._load(split)
+        return self._tables[split]
+
+    def _load(self, split: str) -> Any:
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "data=hf needs the package datasets: pip install 'wuerstchen_pl[hf]'."
+            ) from error
+        saved = Path(self.name).expanduser()
+        try:
+            if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():
+                found = datasets.load_from_disk(str(saved))
+                table = found[split] if isinstance(found, datasets.DatasetDict) else found
+            else:
+                table = datasets.load_dataset(
+                    self.name, self.config, split=split, revision=self.revision
+                )
+        except (OSError, ValueError, KeyError, ConnectionError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FileNotFoundError(
+                f"data.name={self.name!r} with data.split={split!r} cannot be loaded ({first}): "
+                "check the name, or give the path of a folder."
+            ) from error
+        self._check_columns(table, datasets)
+        return table.cast_column(self.image_column, datasets.Image(decode=False))
+
+    def _check_columns(self, table: Any, datasets: Any) -> None:
+        for key, column in (
+            ("image_column", self.image_column),
+            ("caption_column", self.caption_column),
+        ):
+            if column not in table.column_names:
+                raise ValueError(
+                    f"data.{key}={column!r} is no column of {self.name!r}: choose from "
+                    f"{', '.join(table.column_names)}."
+                )
+        if not isinstance(table.features[self.image_column], datasets.Image):
+            raise ValueError(
+                f"data.image_column={self.image_column!r} of {self.name!r} holds no pictures but "
+                f"{table.features[self.image_column]}: name the column that does."
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker maps the table from disk itself.
+        return _hub, (self.__dict__ | {"_tables": {}},)
+
+
+def _hub(state: dict[str, Any]) -> HubDataset:
+    source = HubDataset.__new__(HubDataset)
+    source.__dict__.update(state)
+    return source

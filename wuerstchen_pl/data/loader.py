@@ -1,0 +1,145 @@
+"""Loaders: workers build the batches that an order asks for; the order's place is the state."""
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from wuerstchen_pl.data.batches import Batches, Request, Snapshot
+from wuerstchen_pl.data.pictures import Batch, Report
+from wuerstchen_pl.data.stream import Ledger, describe
+
+_ENOUGH_SAMPLES, _ENOUGH_SHARDS = 1000, 20  # before a share of bad ones says anything
+
+
+class Plan:
+    """A sampler: requests of an order up to batch `stop`, each with a snapshot of what follows."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.stop = 0
+        self.snapshots: deque[Snapshot] = deque()
+
+    def __iter__(self) -> Iterator[Request]:
+        while self.batches.number < self.stop:
+            request = next(self.batches)
+            self.snapshots.append(self.batches.snapshot())
+            yield request
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose state is the place in the order behind the last batch that it delivered.
+
+    Each iteration runs to the end of the epoch that this place lies in. The state is the same on
+    every rank and whatever the number of workers: Lightning stores rank 0's.
+
+    Args:
+        dataset: builds batches, with a `Report` each.
+        batches: the order.
+        steps_per_epoch: length of an epoch; what is left over moves to the next one.
+        max_bad_fraction: share of bad samples, or broken shards, above which it stops.
+        options: of torch's DataLoader.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[tuple[Batch, Report]],
+        batches: Batches,
+        *,
+        steps_per_epoch: int,
+        max_bad_fraction: float,
+        **options: Any,
+    ) -> None:
+        self.batches, self.plan = batches, Plan(batches)
+        self.steps_per_epoch = steps_per_epoch
+        self.max_bad_fraction = max_bad_fraction
+        self.place = batches.snapshot()
+        # What workers found; what the order counts is in `place`.
+        self.found = Ledger()
+        super().__init__(dataset, batch_size=None, sampler=self.plan, **options)
+
+    def __len__(self) -> int:
+        # Always that of a whole epoch; without it Lightning saves the state one batch too late.
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # Nothing happens before the first batch is asked for: Lightning makes iterators early.
+        self.batches.restore(self.place)
+        self.plan.snapshots.clear()
+        self.plan.stop = (self.place.batches // len(self) + 1) * len(self)
+        for batch, report in super().__iter__():
+            self.place = self.plan.snapshots.popleft()
+            self._take_note(report)
+            yield batch
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What was seen, dropped, bad and cropped away until now, by name; see `Ledger`."""
+        return dict(self.place.counts + self.found.counts)
+
+    def _take_note(self, report: Report) -> None:
+        self.found.counts["pixels"] += round(report.pixels)
+        self.found.counts["pixels/kept"] += round(report.kept)
+        for bad in report.bad:
+            self.found.note_bad(bad)
+        check_bad(self.place, self.found, self.max_bad_fraction)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the order is, in plain values."""
+        return {**self.batches.state_dict(self.place), "found": dict(self.found.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.place = self.batches.load_state_dict(state)
+        self.found.counts.clear()
+        self.found.counts.update(state["found"])
+
+
+class OnceLoader(DataLoader[Any]):
+    """A loader of a list of requests, each time the same.
+
+    Args:
+        dataset: builds batches, with a `Report` each.
+        requests: one for each batch.
+        options: of torch's DataLoader.
+    """
+
+    def __init__(
+        self, dataset: Dataset[tuple[Batch, Report]], requests: list[Request], **options: Any
+    ) -> None:
+        self.found = Ledger()
+        super().__init__(dataset, batch_size=None, sampler=requests, **options)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch, report in super().__iter__():
+            for bad in report.bad:
+                self.found.note_bad(bad)
+            yield batch
+
+
+def check_bad(place: Snapshot, found: Ledger, limit: float) -> None:
+    """Stop a run whose data are bad for the most part.
+
+    Raises:
+        ValueError: with a summary.
+    """
+    counts = place.counts + found.counts
+    samples, shards = place.counts["seen"] + _bad(place.counts), counts["shards"]
+    if samples < _ENOUGH_SAMPLES:
+        return
+    shares = {"samples": (_bad(counts), samples)}
+    if shards >= _ENOUGH_SHARDS:
+        shares["shards"] = (counts["shards/broken"], shards)
+    for kind, (number, of) in shares.items():
+        if number > limit * of:
+            raise ValueError(
+                f"{number} of {of} {kind} are bad, more than data.max_bad_fraction={limit} "
+                f"({describe(counts)}): mend the data, or raise data.max_bad_fraction."
+            )
+
+
+def _bad(counts: Counter[str]) -> int:
+    return sum(n for name, n in counts.items() if name.startswith("bad/"))

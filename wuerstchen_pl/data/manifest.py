@@ -1,0 +1,71 @@
+"""`shards.json`: what a folder of shards should hold, so that a loss does not go unseen."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypedDict
+
+NAME = "shards.json"
+
+
+class Entry(TypedDict):
+    """One shard: its file's name, how many samples it holds, its bytes and their sha256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def entry_of(path: Path, samples: int) -> Entry:
+    """Describe a shard that was just written."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "name": path.name,
+        "samples": samples,
+        "bytes": path.stat().st_size,
+        "sha256": digest,
+    }
+
+
+def write(folder: Path, shards: Iterable[Entry], **more: Any) -> None:
+    """Write the manifest of a folder, whole or not at all."""
+    path = folder / NAME
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({**more, "shards": list(shards)}, indent=2) + "\n", "utf-8")
+    os.replace(partial, path)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a folder, or None where there is none that can be read."""
+    try:
+        return _read(folder / NAME, (folder / NAME).stat().st_mtime_ns)
+    except (OSError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=16)
+def _read(path: Path, changed_ns: int) -> dict[str, Any] | None:
+    content = json.loads(path.read_text("utf-8"))
+    listed = content.get("shards") if isinstance(content, dict) else None
+    if not isinstance(listed, list) or not all(_is_entry(entry) for entry in listed):
+        return None
+    return content
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(key), kind)
+        for key, kind in (("name", str), ("samples", int), ("bytes", int), ("sha256", str))
+    )
+
+
+def expected(shard: str) -> int | None:
+    """Return how many samples the manifest beside a local shard says it holds, or None."""
+    path = Path(shard)
+    listed = (read(path.parent) or {}).get("shards", ())
+    return next((entry["samples"] for entry in listed if entry["name"] == path.name), None)

@@ -1,0 +1,93 @@
+"""The choices of `data=...`: for each kind of source, what makes a data module of it.
+
+What a function does not take itself goes to `ImageTextDataModule`, as `config.KEYWORDS_GO_TO` says.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from wuerstchen_pl.data.addresses import Urls
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.folder import Folder
+from wuerstchen_pl.data.hub import HubDataset
+from wuerstchen_pl.data.mix import Mix
+from wuerstchen_pl.data.openmoji import OpenMoji
+from wuerstchen_pl.data.shards import ShardSource
+from wuerstchen_pl.data.source import Source
+
+
+def shards(
+    *,
+    urls: Urls,
+    val_urls: Urls | None = None,
+    allow_pipe: bool = False,
+    download_dir: str = "downloads",
+    download_gb: float = 100.0,
+    **loading: Any,
+) -> ImageTextDataModule:
+    """Batches of WebDataset shards; the first five as of `ShardSource`."""
+    if val_urls is not None and loading.get("val_fraction", 0) > 0:
+        raise ValueError(
+            f"data.val_urls={val_urls!r} and data.val_fraction={loading['val_fraction']} both say "
+            "what validation uses: set one of them."
+        )
+    source = ShardSource(
+        urls=urls,
+        val_urls=val_urls,
+        allow_pipe=allow_pipe,
+        download_dir=download_dir,
+        download_gb=download_gb,
+    )
+    return ImageTextDataModule(source=source, **loading)
+
+
+def folder(*, root: str, **loading: Any) -> ImageTextDataModule:
+    """Batches of a folder of pictures; `root` as of `Folder`."""
+    return ImageTextDataModule(source=Folder(root=root), **loading)
+
+
+def hf(
+    *,
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    val_split: str | None = None,
+    image_column: str = "image",
+    caption_column: str = "text",
+    revision: str | None = None,
+    **loading: Any,
+) -> ImageTextDataModule:
+    """Batches of a data set of the hub; the first seven as of `HubDataset`."""
+    source = HubDataset(
+        name=name,
+        config=config,
+        split=split,
+        val_split=val_split,
+        image_column=image_column,
+        caption_column=caption_column,
+        revision=revision,
+    )
+    return ImageTextDataModule(source=source, **loading)
+
+
+def openmoji(
+    *,
+    root: str,
+    image_size: int,
+    groups: Sequence[str] | None = None,
+    limit: int | None = None,
+    **loading: Any,
+) -> ImageTextDataModule:
+    """Batches of OpenMoji's drawings; the first four as of `OpenMoji`."""
+    source = OpenMoji(root=root, image_size=image_size, groups=groups, limit=limit)
+    return ImageTextDataModule(source=source, image_size=image_size, **loading)
+
+
+def mix(
+    *,
+    sources: Mapping[str, Source],
+    weights: Mapping[str, float] | None = None,
+    **loading: Any,
+) -> ImageTextDataModule:
+    """Batches of several sources; the first two as of `Mix`."""
+    return ImageTextDataModule(source=Mix(sources=sources, weights=weights), **loading)

@@ -1,0 +1,113 @@
+"""What a worker does: from a `Request` to a batch of crops, with what could not be read left out.
+
+A batch is a dict, and every batch has one size, its bucket:
+
+    image    (B, 3, H, W) float32 in [0, 1], RGB
+    caption  list of B str
+    key      list of B str, the samples' names
+
+B is the batch size, less the pictures that turn out unreadable.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from wuerstchen_pl.data.batches import Request
+from wuerstchen_pl.data.buckets import Size
+from wuerstchen_pl.data.source import Bad, Sample, Source
+from wuerstchen_pl.data.stream import Drawn
+from wuerstchen_pl.data.transforms import CENTRE, Crop, crop_box, decode, resize, salient_place
+
+Batch = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Report:
+    """What a worker says of a batch.
+
+    Attributes:
+        bad: pictures that could not be read.
+        pixels: of all pictures, before they were cropped, as they were decoded.
+        kept: how many of these pixels the crops show.
+    """
+
+    bad: list[Bad] = field(default_factory=list)
+    pixels: float = 0.0
+    kept: float = 0.0
+
+
+class Pictures(Dataset[tuple[Batch, Report]]):
+    """Builds the batch that a `Request` asks for.
+
+    Args:
+        source: where the bytes come from.
+        seed: of the crops and of the choice of captions.
+        crop: how training crops.
+        keep_decoded: keep each picture, decoded, in this process's memory.
+    """
+
+    def __init__(self, *, source: Source, seed: int, crop: Crop, keep_decoded: bool) -> None:
+        self.source, self.seed, self.crop = source, seed, crop
+        self._kept: dict[str, Image.Image] | None = {} if keep_decoded else None
+
+    def __getitem__(self, request: Request) -> tuple[Batch, Report]:
+        report = Report()
+        rows = self._rows(request.size, request.rows, report)
+        # A batch that were empty on one rank only would leave the others waiting.
+        for other in request.spare if not rows else ():
+            rows = rows or self._rows(request.size, (other,), report)
+        if not rows:
+            names = ", ".join(drawn.sample.name for drawn in request.rows[:3])
+            raise ValueError(
+                f"no picture of a batch can be read ({names} and so on; {report.bad[0].where}): "
+                "look at them with python -m wuerstchen_pl.data check full=true."
+            )
+        images = torch.from_numpy(np.stack([image for image, _, _ in rows]))
+        batch = {
+            "image": images.permute(0, 3, 1, 2).float().div_(255),
+            "caption": [caption for _, caption, _ in rows],
+            "key": [key for _, _, key in rows],
+        }
+        return batch, report
+
+    def _rows(
+        self, size: Size, drawn: tuple[Drawn, ...], report: Report
+    ) -> list[tuple[np.ndarray, str, str]]:
+        rows = []
+        for sample, turn in drawn:
+            try:
+                img = self._decoded(sample, size)
+            except OSError as error:
+                report.bad.append(Bad("unreadable picture", f"{sample.name}: {error}"))
+                continue
+            place, choice = self._chance(sample, turn)
+            if turn >= 0 and self.crop == "saliency":
+                place = salient_place(img, size)
+            box = crop_box(img, size, place)
+            report.pixels += img.width * img.height
+            report.kept += (box[2] - box[0]) * (box[3] - box[1])
+            caption = sample.captions[int(choice * len(sample.captions))]
+            rows.append((resize(img, box, size), caption, sample.key))
+        return rows
+
+    def _decoded(self, sample: Sample, size: Size) -> Image.Image:
+        if self._kept is None:
+            return decode(self.source.read(sample), cover=size)
+        if sample.name not in self._kept:
+            self._kept[sample.name] = decode(self.source.read(sample))
+        return self._kept[sample.name]
+
+    def _chance(self, sample: Sample, turn: int) -> tuple[tuple[float, float], float]:
+        """Draw the place of a crop and the choice of a caption, all in [0, 1)."""
+        if turn < 0:
+            return CENTRE, 0.0
+        name = f"{self.seed}/{turn}/{sample.name}"
+        digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
+        top, left, choice = (int.from_bytes(digest[i : i + 4]) / 2**32 for i in (0, 4, 8))
+        return (CENTRE if self.crop == "centre" else (top, left)), choice

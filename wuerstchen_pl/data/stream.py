@@ -1,0 +1,232 @@
+"""The endless order in which the samples of a source come: shuffled, filtered, and resumable.
+
+Pass after pass over the shards, each in an order of its own. Shards are opened until a window holds
+`shuffle_samples`, and the window is shuffled: a set that fits in one is shuffled perfectly, and of
+a greater one nothing but a window is ever in memory. A position is three numbers, so that a run
+resumes wherever it was by opening one window.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from wuerstchen_pl.data.filters import Filters
+from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
+from wuerstchen_pl.data.source import Bad, Holdout, Sample, permutation, unit_hash
+
+_EXAMPLES = 3  # of each kind of bad data that are shown
+
+
+class Drawn(NamedTuple):
+    """A sample, and the pass over its group that it came in."""
+
+    sample: Sample
+    turn: int
+
+
+class Position(NamedTuple):
+    """Where a stream is.
+
+    Attributes:
+        turn: number of the pass.
+        shard: number, within the order of that pass, of the window's first shard.
+        place: how many samples of the window have been drawn.
+    """
+
+    turn: int = 0
+    shard: int = 0
+    place: int = 0
+
+
+class Ledger:
+    """Counts what was seen, dropped and bad, and shows the first examples of what is bad.
+
+    Attributes:
+        counts: "seen", "dropped/<filter>", "bad/<reason>", "shards", "shards/broken" and what the
+            workers add.
+    """
+
+    def __init__(self, *, show: bool = True) -> None:
+        self.counts: Counter[str] = Counter()
+        self.show = show
+        self._shown: Counter[str] = Counter()
+
+    def note_bad(self, bad: Bad) -> None:
+        """Count something bad, and show it if it is one of the first of its kind."""
+        self.counts[f"bad/{bad.reason}"] += bad.count
+        self._shown[bad.reason] += 1
+        if self.show and self._shown[bad.reason] <= _EXAMPLES:
+            more = " (further ones are only counted)" * (self._shown[bad.reason] == _EXAMPLES)
+            warnings.warn(f"left out, {bad.reason}: {bad.where}{more}", stacklevel=2)
+
+    def summary(self) -> str:
+        """Say in words what the counts are."""
+        return describe(self.counts)
+
+
+def describe(counts: Counter[str]) -> str:
+    """Say in words what the counts of a `Ledger` are."""
+    parts = [f"{counts['seen']} samples read from {counts['shards']} shards"]
+    for kind in ("dropped", "bad"):
+        found = [
+            f"{n} {name.partition('/')[2]}"
+            for name, n in sorted(counts.items())
+            if name.startswith(f"{kind}/")
+        ]
+        if found:
+            parts.append(f"{kind}: {', '.join(found)}")
+    return "; ".join(parts)
+
+
+class Stream:
+    """Draws the samples of a group of shards for ever.
+
+    Args:
+        opener: opens the shards.
+        shards: their names.
+        seed: of the order.
+        shuffle_samples: least size of a window, unless a pass ends.
+        filters: what to drop.
+        holdout: what validation keeps.
+        ledger: counts.
+
+    Raises:
+        ValueError: a whole pass holds nothing to train on.
+    """
+
+    def __init__(
+        self,
+        *,
+        opener: Opener,
+        shards: list[str],
+        seed: int,
+        shuffle_samples: int,
+        filters: Filters,
+        holdout: Holdout,
+        ledger: Ledger,
+    ) -> None:
+        self.opener, self.shards, self.seed = opener, shards, seed
+        self.shuffle_samples, self.filters = shuffle_samples, filters
+        self.holdout, self.ledger = holdout, ledger
+        # Picture hash -> hash of the name of the sample that first had it.
+        self.first_with: dict[int, int] = {}
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._window: list[Sample] = []
+        self._start = (0, 0)  # turn and shard where the window begins
+        self._end = 0  # shard where it ends
+        self._place = 0
+        self._found_any = False  # in this pass
+
+    def __iter__(self) -> Iterator[Drawn]:
+        return self
+
+    def __next__(self) -> Drawn:
+        while self._place == len(self._window):
+            self._advance()
+        self._place += 1
+        return Drawn(self._window[self._place - 1], self._start[0])
+
+    def others(self, count: int) -> list[Drawn]:
+        """Return some samples of the window other than the one drawn last, for want of a better."""
+        size = len(self._window)
+        places = [(self._place + i) % size for i in range(min(count, size - 1))]
+        return [Drawn(self._window[place], self._start[0]) for place in places]
+
+    @property
+    def position(self) -> Position:
+        """Where the stream is."""
+        return Position(*self._start, self._place)
+
+    def seek(self, position: Position) -> None:
+        """Go to a position, counting nothing; opens one window."""
+        if self.position == position and (self._window or position == Position()):
+            return
+        self._start = position[:2]
+        self._window, self._end, self._found_any = [], position.shard, True
+        if position.place:
+            self._fill(Ledger(show=False))
+        self._place = position.place
+
+    def _advance(self) -> None:
+        """Fill the next window, which may turn out empty."""
+        turn = self._start[0]
+        if self._end >= len(self.shards):
+            if not self._found_any:
+                raise ValueError(f"data holds nothing to train on ({self.ledger.summary()}).")
+            turn, self._end, self._found_any = turn + 1, 0, False
+        self._start, self._place = (turn, self._end), 0
+        self._fill(self.ledger)
+        self._found_any |= bool(self._window)
+
+    def _fill(self, ledger: Ledger) -> None:
+        turn, first = self._start
+        order = self._order_of(turn)
+        names = [self.shards[i] for i in order]
+        kept: list[Sample] = []
+        self._end = first
+        while self._end < len(names) and len(kept) < self.shuffle_samples:
+            kept += self._samples(names[self._end], ledger)
+            self._end += 1
+        mixed = permutation(len(kept), f"{self.seed}/{turn}/{names[first]}")
+        self._window = [kept[i] for i in mixed]
+        # As many shards as this window took will be wanted next.
+        self.opener.expect(names[self._end : 2 * self._end - first])
+
+    def _order_of(self, turn: int) -> list[int]:
+        if self._order[0] != turn:
+            self._order = turn, permutation(len(self.shards), f"{self.seed}/shards/{turn}")
+        return self._order[1]
+
+    def _samples(self, shard: str, ledger: Ledger) -> Iterator[Sample]:
+        opened = self.opener.open(shard)
+        ledger.counts["shards"] += 1
+        ledger.counts["shards/broken"] += opened.broken
+        for bad in opened.bad:
+            ledger.note_bad(bad)
+        for sample in opened.samples:
+            if sample in self.holdout:
+                continue
+            ledger.counts["seen"] += 1
+            result = "duplicate" if self._is_duplicate(sample) else self.filters.apply(sample)
+            if isinstance(result, str):
+                ledger.counts[f"dropped/{result}"] += 1
+            else:
+                yield result
+
+    def _is_duplicate(self, sample: Sample) -> bool:
+        picture = sample.facts.get(PICTURE_HASH)
+        if picture is None:
+            return False
+        own = round(unit_hash(sample.name) * 2**56)
+        return self.first_with.setdefault(int(picture), own) != own
+
+
+class Mixture:
+    """Draws from several streams, in proportion to weights.
+
+    Args:
+        streams: at least one.
+        weights: one for each, above 0.
+        seed: of the draws.
+    """
+
+    def __init__(self, streams: list[Stream], weights: list[float], *, seed: int) -> None:
+        self.streams, self.seed = streams, seed
+        total = sum(weights)
+        self._ends = [sum(weights[: i + 1]) / total for i in range(len(weights))]
+        self.drawn = 0
+        self.last = streams[0]
+
+    def __iter__(self) -> Iterator[Drawn]:
+        return self
+
+    def __next__(self) -> Drawn:
+        if len(self.streams) > 1:
+            chance = unit_hash(f"{self.seed}/source/{self.drawn}")
+            self.last = next(
+                (s for s, end in zip(self.streams, self._ends, strict=True) if chance < end),
+                self.streams[-1],
+            )
+        self.drawn += 1
+        return next(self.last)

@@ -1,0 +1,143 @@
+"""The index of one tar file in WebDataset's layout: which samples it holds, and where.
+
+Each sample is `<key>.jpg` (or jpeg, png, webp), `<key>.txt` and, if there is one, `<key>.json`, as
+img2dataset writes them. The headers are read once; after that any picture is one `os.pread` away.
+"""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from wuerstchen_pl.data.source import FACTS, Bad, Opened, Sample
+
+PICTURE_TYPES = ("jpg", "jpeg", "png", "webp")
+_EXIF_ORIENTATION = 0x0112
+_HEADER = 1 << 16  # bytes in which the size of a picture is nearly always found
+
+Members = dict[str, tarfile.TarInfo]
+
+
+def index_tar(path: str, shard: str, expected: int | None = None) -> Opened:
+    """List the samples of a tar file; what is damaged or missing is reported, never raised.
+
+    Args:
+        path: of the file.
+        shard: the name that its samples bear.
+        expected: how many samples a manifest says it holds.
+    """
+    bad: list[Bad] = []
+    try:
+        with open(path, "rb") as file:
+            groups, damage = _groups(path, file.fileno())
+            samples = []
+            for key, members in groups.items():
+                sample = _sample(file.fileno(), shard, key, members)
+                if isinstance(sample, Sample):
+                    samples.append(sample)
+                else:
+                    bad.append(Bad(sample, f"{shard}/{key}"))
+    except OSError as error:
+        return Opened([], [Bad("unreadable shard", f"{shard}: {error}", expected or 1)], True)
+    if damage is not None:
+        bad.append(Bad("damaged shard", f"{shard}: {damage}"))
+    if expected is not None and len(groups) < expected:
+        lost = expected - len(groups)
+        where = f"{shard}: {lost} of {expected} samples of its manifest are not there"
+        bad.append(Bad("lost samples", where, lost))
+    return Opened(samples, bad, broken=damage is not None)
+
+
+def _groups(path: str, descriptor: int) -> tuple[dict[str, Members], str | None]:
+    """Group the members of a tar file as WebDataset does: by the name up to its first dot.
+
+    Returns:
+        The groups as far as the file can be read, and what is wrong with it or None.
+    """
+    groups: dict[str, Members] = {}
+    length, end = os.fstat(descriptor).st_size, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.offset_data + member.size > length:
+                    return groups, f"it is cut short in {member.name!r}"
+                stem, _, suffix = PurePosixPath(member.name).name.partition(".")
+                name = str(PurePosixPath(member.name).parent / stem)
+                if member.isfile():
+                    groups.setdefault(name, {})[suffix.lower()] = member
+            end = tar.offset
+    # A damaged extended header raises whatever its fields make Python stumble over.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, EOFError) as error:
+        return groups, f"it is no whole, uncompressed tar file ({error})"
+    # tarfile takes a damaged header in mid-file for the end and loses the rest in silence; a true
+    # end is a block of zeros.
+    block = os.pread(descriptor, tarfile.BLOCKSIZE, end)
+    if not block or any(block):
+        return groups, f"it is damaged or cut short at byte {end}"
+    return groups, None
+
+
+def _sample(descriptor: int, shard: str, key: str, members: Members) -> Sample | str:
+    """Make a sample of its members, or say what is wrong with it."""
+    picture = next((members[kind] for kind in PICTURE_TYPES if kind in members), None)
+    if picture is None:
+        return "no picture"
+    if "txt" not in members:
+        return "no caption"
+    try:
+        caption = read(descriptor, members["txt"]).decode().strip()
+    except UnicodeDecodeError:
+        return "caption is not UTF-8"
+    facts = _facts(descriptor, members)
+    size = size_of_json(facts) or size_of_picture(descriptor, picture)
+    if size is None:
+        return "unreadable picture"
+    known = {name: float(facts[name]) for name in FACTS if _is_number(facts.get(name))}
+    place = picture.offset_data, picture.size
+    return Sample(key, (caption,), *size, shard, *place, family=key, facts=known)
+
+
+def _facts(descriptor: int, members: Members) -> dict[str, Any]:
+    try:
+        facts = json.loads(read(descriptor, members["json"])) if "json" in members else {}
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def size_of_json(facts: dict[str, Any]) -> tuple[int, int] | None:
+    """Return (width, height) as img2dataset's json gives them, or None."""
+    for prefix in ("", "original_"):
+        width, height = facts.get(f"{prefix}width"), facts.get(f"{prefix}height")
+        if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
+            return width, height
+    return None
+
+
+def size_of_picture(descriptor: int, picture: tarfile.TarInfo) -> tuple[int, int] | None:
+    """Return (width, height) from the picture's own header, upright, or None."""
+    head = os.pread(descriptor, min(_HEADER, picture.size), picture.offset_data)
+    return upright_size(head) or upright_size(read(descriptor, picture))
+
+
+def upright_size(data: bytes | str) -> tuple[int, int] | None:
+    """Return (width, height) of a picture, given as bytes or as a path, or None."""
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as img:
+            turned = img.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+            return (img.height, img.width) if turned else img.size
+    except Exception:  # whatever a damaged header makes one of PIL's decoders stumble over
+        return None
+
+
+def read(descriptor: int, member: tarfile.TarInfo) -> bytes:
+    """Return the bytes of a member."""
+    return os.pread(descriptor, member.size, member.offset_data)
