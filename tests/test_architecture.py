@@ -25,6 +25,7 @@ BELOW_ENTRY_POINTS = {
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: SHARED | BELOW_ENTRY_POINTS for name in ENTRY_POINTS},
+    "data.__main__": SHARED | {"data"},
     "export": SHARED | BELOW_ENTRY_POINTS | {"card", "convert"},
     "card": {"checkpoint"},
     "cli": {"config"},
@@ -42,6 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 def layer_of(path: Path) -> str:
     """wuerstchen_pl/models/vqgan.py -> models; wuerstchen_pl/cli.py -> cli."""
+    if path.name == "__main__.py":  # a program, and no part of its folder
+        return f"{path.parent.name}.__main__"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from wuerstchen_pl import checkpoint
@@ -38,6 +39,7 @@ def run(cfg: DictConfig) -> float:
     data: L.LightningDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     stage = build_stage(cfg)
     check_sizes(stage, data)
+    rank_zero_only(print)(describe_sizes(stage, data))
     trainer: L.Trainer = hydra.utils.instantiate(
         cfg.trainer,
         callbacks=[hydra.utils.instantiate(c) for c in cfg.callbacks.values() if c is not None],
@@ -120,6 +122,17 @@ def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
                 f"{type(stage).__name__} needs; set data.bucket_multiple={stage.size_multiple} or "
                 "a multiple of it"
             )
+
+
+def describe_sizes(stage: "Stage", data: L.LightningDataModule) -> str:
+    """The sizes of batches, with the number of semantic positions of each."""
+    parts = []
+    for height, width in data.sizes:  # type: ignore[attr-defined]
+        positions = stage.semantic_size(height, width)
+        semantic = "" if positions is None else f" ({positions[0]} x {positions[1]})"
+        parts.append(f"{height} x {width}{semantic}")
+    unit = "px" if stage.semantic_size(1, 1) is None else "px (and semantic positions)"
+    return f"buckets, height x width in {unit}: {', '.join(parts)}"
 
 
 def _quieten() -> None:

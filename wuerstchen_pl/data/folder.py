@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen_pl.data.source import FACTS, Bad, Group, Opened, Sample, Split
-from wuerstchen_pl.data.tar import PICTURE_TYPES, upright_size
+from wuerstchen_pl.data.tar import PICTURE_TYPES, captions_of, upright_size
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 _PATH_COLUMNS = ("file_name", "file", "image", "path")
@@ -155,9 +155,3 @@ def _of_lines(table: Path, lines: Any) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f"line {number} of {table} is no JSON object: mend or remove it.")
         yield row
-
-
-def captions_of(value: Any) -> tuple[str, ...]:
-    """Return the captions that a field holds: one, or a list to draw from; () if none."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return tuple(v.strip() for v in values if isinstance(v, str) and v.strip())

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from wuerstchen_pl.data.folder import captions_of
 from wuerstchen_pl.data.source import FACTS, Bad, Group, Opened, Sample, Split
-from wuerstchen_pl.data.tar import upright_size
+from wuerstchen_pl.data.tar import captions_of, upright_size
 
 _STRETCH = 5_000  # rows that make a shard
 

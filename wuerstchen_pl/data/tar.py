@@ -1,7 +1,8 @@
 """The index of one tar file in WebDataset's layout: which samples it holds, and where.
 
 Each sample is `<key>.jpg` (or jpeg, png, webp), `<key>.txt` and, if there is one, `<key>.json`, as
-img2dataset writes them. The headers are read once; after that any picture is one `os.pread` away.
+img2dataset writes them; a list `captions` in the json stands for the txt. The headers are read
+once; after that any picture is one `os.pread` away.
 """
 
 import io
@@ -96,9 +97,10 @@ def _sample(descriptor: int, shard: str, key: str, members: Members) -> Sample |
     size = size_of_json(facts) or size_of_picture(descriptor, picture)
     if size is None:
         return "unreadable picture"
+    captions = captions_of(facts.get("captions")) or (caption,)
     known = {name: float(facts[name]) for name in FACTS if _is_number(facts.get(name))}
     place = picture.offset_data, picture.size
-    return Sample(key, (caption,), *size, shard, *place, family=key, facts=known)
+    return Sample(key, captions, *size, shard, *place, family=key, facts=known)
 
 
 def _facts(descriptor: int, members: Members) -> dict[str, Any]:
@@ -141,3 +143,9 @@ def upright_size(data: bytes | str) -> tuple[int, int] | None:
 def read(descriptor: int, member: tarfile.TarInfo) -> bytes:
     """Return the bytes of a member."""
     return os.pread(descriptor, member.size, member.offset_data)
+
+
+def captions_of(value: Any) -> tuple[str, ...]:
+    """Return the captions that a field holds: one, or a list to draw from; () if none."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(v.strip() for v in values if isinstance(v, str) and v.strip())

@@ -87,6 +87,10 @@ class StageB(Stage):
         """Stage A's factor times the denoiser's."""
         return self.decoder.size_multiple * self.diffnext.size_multiple
 
+    def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Semantic positions (h, w) of a picture of (height, width) pixels."""
+        return self.compressor.latent_size(height, width)
+
     @property
     def latent_channels(self) -> int:
         """Channels of the semantic latents."""

@@ -85,6 +85,10 @@ class StageC(Stage):
         """Stage B's: the prior takes any size."""
         return self.decoder.size_multiple
 
+    def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Semantic positions (h, w) of a picture of (height, width) pixels."""
+        return self.decoder.semantic_size(height, width)
+
     # Latents
 
     def encode(self, images: Tensor) -> Tensor:

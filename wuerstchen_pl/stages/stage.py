@@ -92,6 +92,10 @@ class Stage(L.LightningModule):
         """Heights and widths of pictures must be multiples of it."""
         raise NotImplementedError
 
+    def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Semantic positions (h, w) of a picture; None for a stage that knows none."""
+        return None
+
     def scheduled(self, params: Iterable[nn.Parameter]) -> dict[str, Any]:
         """An optimiser of ``params`` with the learning rate's schedule, in Lightning's form."""
         if self.optimizer_factory is None:

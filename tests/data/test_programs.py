@@ -1,0 +1,197 @@
+"""`python -m wuerstchen_pl.data check` and `build`, as a user calls them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.made import encode, picture
+from wuerstchen_pl.data import __main__ as program
+from wuerstchen_pl.data import build as building
+from wuerstchen_pl.data.histogram import draw
+from wuerstchen_pl.data.shards import ShardSource
+
+
+def run(*arguments: str) -> int:
+    before = sys.argv
+    sys.argv = ["data", *arguments]
+    try:
+        program.main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for i, (width, height) in enumerate([(64, 64)] * 6 + [(96, 48)] * 3 + [(20, 20)] * 2):
+        (root / f"{i:02d}.a.jpg").write_bytes(picture(f"{i}", width, height))
+        (root / f"{i:02d}.a.txt").write_text(f"number {i}")
+    (root / "00.a.txt").unlink()
+    whole = (root / "01.a.jpg").read_bytes()
+    (root / "01.a.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    return root
+
+
+def test_check_says_what_there_is_and_what_is_left(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    told = ["data=folder", f"data.root={folder}", "image_size=64", f"output_dir={tmp_path / 'out'}"]
+    assert run("check", *told, "full=true") == 0
+    said = capsys.readouterr().out
+    assert "1 shards, 0 of them damaged" in said
+    assert "10 complete samples" in said
+    assert "1 bad: no caption, such as " in said
+    assert "1 bad: unreadable picture, such as 000000/01.a.jpg" in said
+    assert "2 dropped by max_upscale" in said
+    assert "7 pictures left" in said
+    assert "4 in 64 x 64 px, 2 x 2 semantic positions" in said
+    assert "3 in 64 x 96 px, 2 x 3 semantic positions" in said
+    # Of 96 x 48, 72 x 48 are shown: a quarter of three of seven pictures is cut away.
+    cropped = 3 * 24 * 48 / (3 * 96 * 48 + 4 * 64 * 64)
+    assert f"{cropped:.1%} of their pixels" in said
+    assert Image.open(tmp_path / "out/sizes.png").size[1] > 100
+    assert run("check", *told) == 0
+    assert "8 pictures left" in capsys.readouterr().out  # metadata do not tell of the cut one
+
+
+def test_check_fails_where_nothing_is_left(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    told = ["data=folder", f"data.root={folder}", "image_size=64", f"output_dir={tmp_path / 'out'}"]
+    assert run("check", *told, "data.filters.min_size=500") == 1
+    captured = capsys.readouterr()
+    assert "10 dropped by min_size" in captured.out
+    assert "nothing is left to train on" in captured.err
+
+
+def test_the_histogram_shows_where_the_pictures_are() -> None:
+    img = np.asarray(draw([(64, 64)] * 9 + [(128, 64)], [(64, 64)]))
+    blue = (img[..., 2].astype(int) - img[..., 0] > 80)[:, : img.shape[1] // 2]
+    columns = np.flatnonzero(blue.any(0))
+    heights = blue.sum(0)
+    tall, short = heights[columns[0] + 3], heights[columns[-1] - 3]
+    assert tall / short == pytest.approx(9, rel=0.1)
+    middle = 52 + (520 - 52 - 16) / 2
+    assert abs(columns[0] - middle) < 12  # 1:1 is in the middle
+    assert columns[-1] > middle + 80  # and 2:1 to its right
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_build_writes_shards_that_hold_the_folder(
+    folder: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture
+) -> None:
+    (folder / "02.a.jpg").unlink()
+    (folder / "02.a.png").write_bytes(encode(Image.new("RGB", (64, 64), "red"), "PNG"))
+    to = tmp_path / "shards"
+    assert (
+        run("build", f"from={folder}", f"to={to}", "shard_samples=4", f"num_workers={workers}") == 0
+    )
+    assert "10 samples in 3 shards" in capsys.readouterr().out
+    source = ShardSource(urls=str(to))
+    samples = [
+        s for group in source.groups("train") for n in group.shards for s in source.open(n).samples
+    ]
+    assert [s.captions[0] for s in samples] == [f"number {i}" for i in range(1, 11)]
+    for i, found in enumerate(samples, start=1):
+        kind = "png" if i == 2 else "jpg"
+        assert source.read(found) == (folder / f"{i:02d}.a.{kind}").read_bytes()
+    listed = json.loads((to / "shards.json").read_text())["shards"]
+    assert [entry["samples"] for entry in listed] == [4, 4, 2]
+    assert [entry["bytes"] for entry in listed] == [os.path.getsize(to / e["name"]) for e in listed]
+
+
+def test_build_goes_on_where_it_was_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [
+        "build",
+        f"from={folder}",
+        f"to={tmp_path / 'parts'}",
+        "shard_samples=3",
+        "num_workers=0",
+    ]
+    members, calls = building._members, []
+
+    def stops(data: bytes, sample: object) -> dict[str, bytes]:
+        calls.append(sample)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return members(data, sample)
+
+    monkeypatch.setattr(building, "_members", stops)
+    assert run(*told) != 0
+    assert [p.name for p in (tmp_path / "parts").glob("*.tar")] == ["00000.tar"]
+    calls.clear()
+    monkeypatch.setattr(building, "_members", lambda d, s: calls.append(s) or members(d, s))
+    assert run(*told) == 0
+    assert len(calls) == 7  # of ten, three were written before
+    whole = [arg.replace("parts", "whole") for arg in told]
+    assert run(*whole) == 0
+    for path in (tmp_path / "whole").glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
+    first, second = (
+        json.loads((tmp_path / n / "shards.json").read_text()) for n in ("parts", "whole")
+    )
+    assert first == second
+
+
+def test_captions_to_draw_from_survive_the_building(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(picture("a", 64, 64))
+    (tmp_path / "in/metadata.jsonl").write_text('{"file_name": "a.png", "text": ["one", "two"]}')
+    assert run("build", f"from={tmp_path / 'in'}", f"to={tmp_path / 'out'}", "num_workers=0") == 0
+    source = ShardSource(urls=str(tmp_path / "out"))
+    assert source.open(str(tmp_path / "out/00000.tar")).samples[0].captions == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["look"], "look is no command; give check or build"),
+        (["build", "to=x"], "from is missing; set from="),
+        (
+            ["build", "from=x", "to=y", "data=openmoji"],
+            "from=x names a folder, and data is another",
+        ),
+        (["build", "from=/nowhere", "to=y"], r"data.root='/nowhere' is no folder"),
+        (["build", "from={folder}", "to={folder}"], "holds something else: choose a new folder"),
+        (
+            ["build", "from={folder}", "to={out}", "shard_samples=0"],
+            "shard_samples=0 is out of ran",
+        ),
+        (["check", "data=folder"], "data.root is missing"),
+        (["check", "data.no_such_key=1"], "data.no_such_key"),
+    ],
+)
+def test_wrong_calls_end_with_one_sentence(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    filled = [a.format(folder=folder, out=tmp_path / "out") for a in arguments]
+    before = sys.argv
+    sys.argv = ["data", *filled]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            program.main()
+    finally:
+        sys.argv = before
+    said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert message in said
+    assert said.strip().count("\n") == 0
+
+
+def test_a_folder_begun_with_other_settings_is_not_mixed_up(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    told = ["build", f"from={folder}", f"to={tmp_path / 'out'}", "num_workers=0"]
+    assert run(*told, "shard_samples=4") == 0
+    assert run(*told, "shard_samples=5") == 1
+    assert "was begun with shard_samples=4, and this is 5" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""Look at data, or make shards of them: ``python -m wuerstchen_pl.data check|build``.
+
+python -m wuerstchen_pl.data check data=folder data.root=my/pictures full=true
+python -m wuerstchen_pl.data build from=my/pictures to=my/shards
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from wuerstchen_pl.cli import command, output_folder
+from wuerstchen_pl.config import check_config
+from wuerstchen_pl.data.build import build
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.histogram import draw
+from wuerstchen_pl.data.survey import describe, survey
+
+SHARED: Mapping[str, Any] = {"data": dict, "image_size": int, "seed": int, "paths.data": str}
+READ_BY_CHECK = {**SHARED, "full": bool, "output_dir": str}
+READ_BY_BUILD = {**SHARED, "from": str | None, "to": str, "shard_samples": int, "num_workers": int}
+
+
+def run_check(cfg: DictConfig) -> float:
+    """Look at everything, say and draw it; returns how many pictures are left."""
+    check_config(cfg, READ_BY_CHECK)
+    folder = output_folder(cfg.output_dir)
+    module: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
+    module.prepare_data()
+    found = survey(module, full=cfg.full)
+    print(describe(found))
+    if found.sizes:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(found.sizes, module.sizes).save(folder / "sizes.png")
+        print(folder / "sizes.png")
+    if not found.left:
+        raise ValueError("nothing is left to train on: see what was bad or dropped above.")
+    return float(found.left)
+
+
+def run_build(cfg: DictConfig) -> None:
+    """Write shards, and say how to use them."""
+    if cfg["from"] is not None:
+        if not cfg.data._target_.endswith(".folder"):
+            raise ValueError(
+                f"from={cfg['from']} names a folder, and data is another kind: remove one of them."
+            )
+        cfg.data.root = cfg["from"]
+    elif OmegaConf.is_missing(cfg.data, "root"):
+        raise ValueError("from is missing; set from=... to the folder of pictures")
+    check_config(cfg, READ_BY_BUILD)
+    for key, least in (("shard_samples", 1), ("num_workers", 0)):
+        if cfg[key] < least:
+            raise ValueError(f"{key}={cfg[key]} is out of range; use {least} or more")
+    module: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
+    module.prepare_data()
+    told: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    kept = ("_target_", "root", "urls", "name", "config", "split", "filters", "caption_column")
+    entries, left_out = build(
+        module.source,
+        output_folder(cfg.to),
+        filters=module.filters,
+        settings={k: told[k] for k in kept if k in told} | {"shard_samples": cfg.shard_samples},
+        shard_samples=cfg.shard_samples,
+        num_workers=min(cfg.num_workers, os.cpu_count() or 1),
+    )
+    print(f"{sum(e['samples'] for e in entries)} samples in {len(entries)} shards in {cfg.to}")
+    for reason, number in left_out.most_common():
+        print(f"  {number:8d} left out: {reason}")
+    print(f"train on them with data=shards data.urls={cfg.to}")
+
+
+COMMANDS = {"check": command("check", run_check), "build": command("build", run_build)}
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        given = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+        sys.exit(f"data: {given} is no command; give check or build, then key=value ...")
+    COMMANDS[sys.argv.pop(1)]()
+
+
+if __name__ == "__main__":
+    main()

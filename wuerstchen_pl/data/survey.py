@@ -1,0 +1,150 @@
+"""What a set of pictures holds, looked at before anybody trains on it."""
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from wuerstchen_pl.data.buckets import Size, enlargement
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
+from wuerstchen_pl.data.source import Bad, Sample, Source
+from wuerstchen_pl.data.transforms import decode
+
+_EXAMPLES = 3
+_AHEAD = 4  # shards that are opened before they are needed
+
+
+@dataclass(slots=True)
+class Survey:
+    """Counts of everything; see `survey`.
+
+    Attributes:
+        shards: how many were opened.
+        broken: how many of them are absent, damaged or cut short.
+        sizes: (width, height) of every complete sample.
+        bad: what cannot be used, by reason.
+        examples: where the first of these are.
+        dropped: what filters drop, by filter.
+        buckets: pictures of each (height, width) that are left to train on.
+        cropped: share of the pixels of these that crops cut away.
+    """
+
+    shards: int = 0
+    broken: int = 0
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    bad: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    buckets: Counter[Size] = field(default_factory=Counter)
+    cropped: float = 0.0
+
+    @property
+    def left(self) -> int:
+        """How many pictures there are to train and validate on."""
+        return sum(self.buckets.values())
+
+    def note(self, bad: Bad) -> None:
+        """Count something bad."""
+        self.bad[bad.reason] += bad.count
+        self.examples.setdefault(bad.reason, [])
+        if len(self.examples[bad.reason]) < _EXAMPLES:
+            self.examples[bad.reason].append(bad.where)
+
+
+def survey(module: ImageTextDataModule, *, full: bool) -> Survey:
+    """Look at every shard of the training data.
+
+    Args:
+        module: the data, with its filters and buckets.
+        full: decode every picture too; else their metadata are believed.
+    """
+    found, source = Survey(), module.source
+    opener = Opener(source, keep=0, hashes=module.filters.deduplicate)
+    names = [shard for group in source.groups("train") for shard in group.shards]
+    seen: set[int] = set()
+    kept = area = 0.0
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for number, shard in enumerate(tqdm(names, desc="looking at shards", unit="shard")):
+            opener.expect(names[number : number + _AHEAD])
+            opened = opener.open(shard)
+            found.shards, found.broken = found.shards + 1, found.broken + opened.broken
+            for bad in opened.bad:
+                found.note(bad)
+            found.sizes += [(s.width, s.height) for s in opened.samples]
+            readable = opened.samples
+            if full:
+                results = list(threads.map(lambda s: _damage(source, s), readable))
+                for bad in filter(None, results):
+                    found.note(bad)
+                readable = [s for s, bad in zip(readable, results, strict=True) if bad is None]
+            for sample in readable:
+                size = _size_of(module, sample, seen, found)
+                if size is not None:
+                    found.buckets[size] += 1
+                    kept += size[0] * size[1] / enlargement(sample, size) ** 2
+                    area += sample.width * sample.height
+    opener.close()
+    found.cropped = 1 - kept / area if area else 0.0
+    return found
+
+
+def _damage(source: Source, sample: Sample) -> Bad | None:
+    try:
+        decode(source.read(sample))
+    except OSError as error:
+        return Bad("unreadable picture", f"{sample.name}: {error}")
+    return None
+
+
+def _size_of(
+    module: ImageTextDataModule, sample: Sample, seen: set[int], found: Survey
+) -> Size | None:
+    """Return the bucket of a sample, or count what drops it."""
+    picture = sample.facts.get(PICTURE_HASH)
+    if picture is not None and picture in seen:
+        found.dropped["duplicate"] += 1
+        return None
+    seen.update([] if picture is None else [int(picture)])
+    passed = module.filters.apply(sample)
+    if isinstance(passed, str):
+        found.dropped[passed] += 1
+        return None
+    size = module.buckets.place(passed, sum(found.buckets.values()))
+    if module.max_upscale and enlargement(passed, size) > module.max_upscale:
+        found.dropped["max_upscale"] += 1
+        return None
+    return size
+
+
+def describe(found: Survey) -> str:
+    """Say it in lines for the terminal."""
+    lines = [f"{found.shards} shards, {found.broken} of them damaged or absent"]
+    lines.append(f"{len(found.sizes)} complete samples")
+    for reason, number in found.bad.most_common():
+        lines.append(f"  {number:8d} bad: {reason}, such as {'; '.join(found.examples[reason])}")
+    if found.sizes:
+        sides = np.sort(np.array(found.sizes), axis=1)
+        ratios = np.array([width / height for width, height in found.sizes])
+        lines.append("shorter side, px: " + _quantiles(sides[:, 0], ".0f"))
+        lines.append("width / height:   " + _quantiles(ratios, ".2f"))
+    for name, number in found.dropped.most_common():
+        lines.append(f"  {number:8d} dropped by {name}")
+    lines.append(f"{found.left} pictures left, {found.cropped:.1%} of their pixels cropped away")
+    for (height, width), number in sorted(found.buckets.items()):
+        positions = f"{-(-3 * height // 128)} x {-(-3 * width // 128)}"
+        lines.append(f"  {number:8d} in {height} x {width} px, {positions} semantic positions")
+    return "\n".join(lines)
+
+
+def _quantiles(values: np.ndarray, form: str) -> str:
+    shares = (0.0, 0.05, 0.5, 0.95, 1.0)
+    return ", ".join(
+        f"{label} {value:{form}}"
+        for label, value in zip(
+            ("least", "5 %", "median", "95 %", "greatest"), np.quantile(values, shares), strict=True
+        )
+    )
