@@ -25,6 +25,7 @@ BELOW_ENTRY_POINTS = {
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: SHARED | BELOW_ENTRY_POINTS for name in ENTRY_POINTS},
+    "cache": SHARED | {"checkpoint", "data"},
     "data.__main__": SHARED | {"data"},
     "export": SHARED | BELOW_ENTRY_POINTS | {"card", "convert"},
     "card": {"checkpoint"},

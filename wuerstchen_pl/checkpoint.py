@@ -21,6 +21,7 @@ BUILDABLE = frozenset(
     f"wuerstchen_pl.{name}"
     for name in (
         "checkpoint.load_stage",
+        "data.cached.CachedDataModule",
         "data.filters.Filters",
         "data.folder.Folder",
         "data.hub.HubDataset",
@@ -93,6 +94,15 @@ def sha256(path: Path) -> str:
     """Hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(module: torch.nn.Module) -> str:
+    """Hash of a module's weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def build(config: Any) -> Any:

@@ -31,6 +31,7 @@ READ_BY_TRAIN: Mapping[str, Any] = {
     # what other keys are made of; a stage, or an override, may do without some of them
     "name": str,
     "image_size": int,
+    "bucket_multiple": int,
     "checkpoint_every_steps": int,
     "validate_every_steps": int,
     "paths.root": str,

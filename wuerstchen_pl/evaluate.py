@@ -75,6 +75,11 @@ def run_data(model: Path) -> Any:
         raise FileNotFoundError(f"{path} is missing; evaluate reads there what data to measure on")
     config = OmegaConf.to_container(OmegaConf.load(path))
     data = checkpoint.build(config["data"])  # type: ignore[index, call-overload]
+    if hasattr(data, "made_with"):
+        raise ValueError(
+            f"{folder} was trained from a cache, which holds no pictures to measure on; evaluate a "
+            "run that was trained on pictures"
+        )
     data.prepare_data()
     data.setup()
     return data

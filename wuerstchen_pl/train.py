@@ -3,7 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import lightning as L
@@ -39,6 +39,7 @@ def run(cfg: DictConfig) -> float:
     data: L.LightningDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     stage = build_stage(cfg)
     check_sizes(stage, data)
+    check_cache(stage, data)
     rank_zero_only(print)(describe_sizes(stage, data))
     trainer: L.Trainer = hydra.utils.instantiate(
         cfg.trainer,
@@ -121,6 +122,30 @@ def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
                 f"a bucket of {height} x {width} px is no multiple of {stage.size_multiple}, as "
                 f"{type(stage).__name__} needs; set data.bucket_multiple={stage.size_multiple} or "
                 "a multiple of it"
+            )
+
+
+def check_cache(stage: "Stage", data: L.LightningDataModule) -> None:
+    """Refuse a cache that other frozen networks made than this stage has.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    made_with: dict[str, str] | None = getattr(data, "made_with", None)
+    if made_with is None:
+        return
+    own = {"stage": type(stage).__name__.removeprefix("Stage").lower()}
+    if "decoder" in stage.frozen:
+        decoder: Any = stage.frozen["decoder"]
+        own["decoder"] = decoder.source["sha256"]
+    if "text_encoder" in made_with and "text_encoder" in stage.frozen:
+        own["text_encoder"] = checkpoint.weights_sha256(stage.frozen["text_encoder"])
+    for name, value in made_with.items():
+        if own.get(name) != value:
+            raise ValueError(
+                f"data.root is a cache made with {name} {value[:12]}, and this run has "
+                f"{own.get(name, 'none')[:12]}; make it again with python -m wuerstchen_pl.cache, "
+                f"or name the {name} that it was made with"
             )
 
 

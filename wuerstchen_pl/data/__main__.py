@@ -19,7 +19,13 @@ from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.histogram import draw
 from wuerstchen_pl.data.survey import describe, survey
 
-SHARED: Mapping[str, Any] = {"data": dict, "image_size": int, "seed": int, "paths.data": str}
+SHARED: Mapping[str, Any] = {
+    "data": dict,
+    "image_size": int,
+    "bucket_multiple": int,
+    "seed": int,
+    "paths.data": str,
+}
 READ_BY_CHECK = {**SHARED, "full": bool, "output_dir": str}
 READ_BY_BUILD = {**SHARED, "from": str | None, "to": str, "shard_samples": int, "num_workers": int}
 

@@ -24,12 +24,12 @@ class Request(NamedTuple):
     Attributes:
         size: (height, width) of its pictures.
         rows: its samples; a turn of -1 takes the first caption and the middle of the picture.
-        spare: what takes the place of all rows if none is readable.
+        spare: what takes the place of all rows if none is readable; None leaves the batch empty.
     """
 
     size: Size
     rows: tuple[Drawn, ...]
-    spare: tuple[Drawn, ...] = ()
+    spare: tuple[Drawn, ...] | None = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,8 @@ def in_order(
 
 def _packed(drawn: Drawn) -> list[Any]:
     s = drawn.sample
-    sample = [s.key, list(s.captions), s.width, s.height, s.shard, s.offset, s.size, s.family]
+    shape = s.width, s.height, s.shard, s.offset, s.size, s.family
+    sample = [s.key, list(s.captions), *shape, dict(s.facts)]
     return [drawn.turn, *sample]
 
 

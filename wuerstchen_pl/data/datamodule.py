@@ -6,7 +6,6 @@ two is names and numbers, in the main process.
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import lightning as L
@@ -16,13 +15,11 @@ from wuerstchen_pl.data.batches import Batches, in_order
 from wuerstchen_pl.data.buckets import Buckets, Policy, Size
 from wuerstchen_pl.data.filters import Filters
 from wuerstchen_pl.data.loader import OnceLoader, ResumableLoader
-from wuerstchen_pl.data.opener import Opener
 from wuerstchen_pl.data.pictures import Pictures
-from wuerstchen_pl.data.source import Group, Holdout, Sample, Source, Split
+from wuerstchen_pl.data.source import Holdout, Source, Split
+from wuerstchen_pl.data.splits import Splits
 from wuerstchen_pl.data.stream import Ledger, Mixture, Stream
 from wuerstchen_pl.data.transforms import Crop
-
-_AHEAD = 4  # shards that are opened before they are needed
 
 
 class ImageTextDataModule(L.LightningDataModule):
@@ -125,36 +122,21 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the first shards, to know what validation keeps and how long an epoch is."""
-        if hasattr(self, "_opener"):
+        if hasattr(self, "splits"):
             return
-        self._opener = Opener(
-            self.source, keep=self.shuffle_samples, hashes=self.filters.deduplicate
+        self.splits = Splits(
+            self.source,
+            filters=self.filters,
+            buckets=self.buckets,
+            max_upscale=self.max_upscale,
+            val_fraction=self.val_fraction,
+            window=self.shuffle_samples,
         )
-        shards = _names(self.source.groups("train"))
-        first, opened = self._first_window(shards)
-        own = _names(self.source.groups("val"))
-        self._holdout = Holdout(0 if own else self.val_fraction, [s.family for s in first])
-        self._train = [s for s in first if s not in self._holdout]
-        kept = (s for s in first if s in self._holdout)
-        self._val = self._first_window(own)[0] if own else list(kept)
-        # Exact when all shards are open; else the others are taken to hold as many on average.
-        self._epoch_samples = round(len(self._train) / max(1, opened) * len(shards))
-
-    def _first_window(self, shards: list[str]) -> tuple[list[Sample], int]:
-        """Return what passes of the first shards, as many as a window takes, and their number."""
-        found: list[Sample] = []
-        for number, shard in enumerate(shards):
-            if len(found) >= self.shuffle_samples:
-                return found, number
-            self._opener.expect(shards[number : number + _AHEAD])
-            passed = map(self.filters.apply, self._opener.open(shard).samples)
-            found += [sample for sample in passed if isinstance(sample, Sample)]
-        return found, len(shards)
 
     def teardown(self, stage: str | None = None) -> None:
         """Stop what happens in the background."""
-        if hasattr(self, "_opener"):
-            self._opener.close()
+        if hasattr(self, "splits"):
+            self.splits.opener.close()
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the endless order of the training split, cut into epochs of equal length."""
@@ -163,12 +145,12 @@ class ImageTextDataModule(L.LightningDataModule):
         groups = self.source.groups("train")
         streams = [
             Stream(
-                opener=self._opener,
+                opener=self.splits.opener,
                 shards=group.shards,
                 seed=self.seed,
                 shuffle_samples=self.shuffle_samples,
                 filters=self.filters,
-                holdout=self._holdout,
+                holdout=self.splits.holdout,
                 ledger=ledger,
             )
             for group in groups
@@ -182,11 +164,11 @@ class ImageTextDataModule(L.LightningDataModule):
             world_size=world_size,
         )
         self._loader = ResumableLoader(
-            self._pictures(),
+            self.dataset(),
             batches,
-            steps_per_epoch=max(1, self._epoch_samples // (self.batch_size * world_size)),
+            steps_per_epoch=max(1, self.splits.epoch_samples // (self.batch_size * world_size)),
             max_bad_fraction=self.max_bad_fraction,
-            **self._options(),
+            **self.loader_options(),
         )
         if self._resume_from:
             self._loader.load_state_dict(self._resume_from)
@@ -204,13 +186,13 @@ class ImageTextDataModule(L.LightningDataModule):
         """
         rank, world_size = _place()
         requests = in_order(
-            self._train if split == "train" else self._val,
+            self.splits.first[split],
             self.buckets,
             batch_size=self.val_batch_size,
             rank=rank,
             world_size=world_size,
         )
-        return OnceLoader(self._pictures(), requests, **self._options())
+        return OnceLoader(self.dataset(), requests, **self.loader_options())
 
     @property
     def counts(self) -> dict[str, float]:
@@ -229,12 +211,14 @@ class ImageTextDataModule(L.LightningDataModule):
         """Let the next training loader continue where `state` was taken."""
         self._resume_from = dict(state)
 
-    def _pictures(self) -> Pictures:
+    def dataset(self) -> Any:
+        """Return what builds batches of requests, for a loader."""
         return Pictures(
             source=self.source, seed=self.seed, crop=self.crop, keep_decoded=self.keep_decoded
         )
 
-    def _options(self) -> dict[str, Any]:
+    def loader_options(self) -> dict[str, Any]:
+        """Return the options of torch's DataLoader."""
         # Workers that persist keep what keep_decoded holds, and their open shards.
         # Their own generator, as a loader draws a number at every epoch from the global one else.
         return {
@@ -243,12 +227,6 @@ class ImageTextDataModule(L.LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
-
-
-def _names(groups: list[Group]) -> list[str]:
-    """The shards of all groups, by turns, so that the first window has some of each."""
-    turns = zip_longest(*(group.shards for group in groups))
-    return [shard for turn in turns for shard in turn if shard is not None]
 
 
 def _place() -> tuple[int, int]:

@@ -104,13 +104,19 @@ class OnceLoader(DataLoader[Any]):
     Args:
         dataset: builds batches, with a `Report` each.
         requests: one for each batch.
+        ledger: counts what cannot be read; None makes one.
         options: of torch's DataLoader.
     """
 
     def __init__(
-        self, dataset: Dataset[tuple[Batch, Report]], requests: list[Request], **options: Any
+        self,
+        dataset: Dataset[tuple[Batch, Report]],
+        requests: list[Request],
+        *,
+        ledger: Ledger | None = None,
+        **options: Any,
     ) -> None:
-        self.found = Ledger()
+        self.found = ledger or Ledger()
         super().__init__(dataset, batch_size=None, sampler=requests, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

@@ -60,15 +60,18 @@ class Pictures(Dataset[tuple[Batch, Report]]):
         report = Report()
         rows = self._rows(request.size, request.rows, report)
         # A batch that were empty on one rank only would leave the others waiting.
-        for other in request.spare if not rows else ():
+        for other in request.spare or ():
             rows = rows or self._rows(request.size, (other,), report)
-        if not rows:
+        if not rows and request.spare is not None:
             names = ", ".join(drawn.sample.name for drawn in request.rows[:3])
             raise ValueError(
                 f"no picture of a batch can be read ({names} and so on; {report.bad[0].where}): "
                 "look at them with python -m wuerstchen_pl.data check full=true."
             )
-        images = torch.from_numpy(np.stack([image for image, _, _ in rows]))
+        height, width = request.size
+        images = torch.empty(len(rows), height, width, 3, dtype=torch.uint8)
+        for row, (image, _, _) in enumerate(rows):
+            images[row] = torch.from_numpy(image)
         batch = {
             "image": images.permute(0, 3, 1, 2).float().div_(255),
             "caption": [caption for _, caption, _ in rows],
@@ -107,7 +110,11 @@ class Pictures(Dataset[tuple[Batch, Report]]):
         """Draw the place of a crop and the choice of a caption, all in [0, 1)."""
         if turn < 0:
             return CENTRE, 0.0
-        name = f"{self.seed}/{turn}/{sample.name}"
-        digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
-        top, left, choice = (int.from_bytes(digest[i : i + 4]) / 2**32 for i in (0, 4, 8))
+        top, left, choice = chances(f"{self.seed}/{turn}/{sample.name}", 3)
         return (CENTRE if self.crop == "centre" else (top, left)), choice
+
+
+def chances(name: str, count: int) -> list[float]:
+    """Draw numbers in [0, 1), a function of `name`."""
+    digest = hashlib.blake2b(name.encode(), digest_size=4 * count).digest()
+    return [int.from_bytes(digest[4 * i : 4 * i + 4]) / 2**32 for i in range(count)]

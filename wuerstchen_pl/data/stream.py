@@ -168,7 +168,7 @@ class Stream:
         while self._end < len(names) and len(kept) < self.shuffle_samples:
             kept += self._samples(names[self._end], ledger)
             self._end += 1
-        mixed = permutation(len(kept), f"{self.seed}/{turn}/{names[first]}")
+        mixed = permutation(len(kept), f"{self.seed}/window/{turn}/{first}")
         self._window = [kept[i] for i in mixed]
         # As many shards as this window took will be wanted next.
         self.opener.expect(names[self._end : 2 * self._end - first])

@@ -15,7 +15,7 @@ from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.decoder import DecoderPipeline
 from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.stages.a import StageA
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, drop_captions
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, text_of
 
 
 class StageB(Stage):
@@ -187,18 +187,23 @@ class StageB(Stage):
         noised = (disturb < self.semantic_noise_prob)[:, None, None, None]
         return torch.where(noised, self.schedule.add_noise(semantic, t, noise), semantic) * keep
 
+    def latents(self, batch: Batch) -> Tensor:
+        """Stage A's latents of a batch, as cached or encoded now."""
+        if "latents" in batch:
+            return batch["latents"]
+        with torch.no_grad():
+            return self.decoder.encode(batch["image"])
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw times, noise and what is dropped; return the loss."""
-        images = batch["image"]
-        rows = len(images)
-        with torch.no_grad():
-            x0 = self.decoder.encode(images)
-        semantic = self.encode(images)
+        x0 = self.latents(batch)
+        rows = len(x0)
+        semantic = self.encode(batch["image"])
         chance, time = torch.rand(rows, 2), torch.rand(rows) * 0.5
         semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), torch.randn_like(semantic))
-        captions = drop_captions(batch["caption"], self.text_drop_prob)
+        text = text_of(batch, self.text, self.text_drop_prob)
         t = draw_time(torch.rand(rows)).to(x0.device)
-        loss = self.loss(x0, t, torch.randn_like(x0), semantic, self.text(captions))
+        loss = self.loss(x0, t, torch.randn_like(x0), semantic, text)
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -207,12 +212,11 @@ class StageB(Stage):
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss, at the same times and noise in every validation."""
-        images = batch["image"]
         with self.ema.applied(self):
-            x0, semantic = self.decoder.encode(images), self.encode(images)
+            x0, semantic = self.latents(batch), self.encode(batch["image"])
             t, noise = validation_draw(x0, seed=batch_idx)
-            loss = self.loss(x0, t, noise, semantic, self.text(batch["caption"]))
-        self.log("val/loss", loss, batch_size=len(images), sync_dist=True)
+            loss = self.loss(x0, t, noise, semantic, text_of(batch, self.text))
+        self.log("val/loss", loss, batch_size=len(x0), sync_dist=True)
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Stage C: training the text-conditional prior (arXiv 2306.00637, section 3.3)."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.sampling.prior import PriorPipeline
 from wuerstchen_pl.stages.b import StageB
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, drop_captions
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, text_of
 
 
 class StageC(Stage):
@@ -93,7 +94,18 @@ class StageC(Stage):
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, S, h, w) latents in Stage C's scale."""
-        return (self.decoder.encode(images) + self.semantic_shift) / self.semantic_scale
+        return self.from_semantic(self.decoder.encode(images))
+
+    def from_semantic(self, semantic: Tensor) -> Tensor:
+        """(B, S, h, w) in the compressor's scale -> in Stage C's."""
+        return (semantic + self.semantic_shift) / self.semantic_scale
+
+    def latents(self, batch: Batch) -> Tensor:
+        """(B, S, h, w) latents of a batch in Stage C's scale, cached or encoded now."""
+        if "semantic" in batch:
+            return self.from_semantic(batch["semantic"])
+        with torch.no_grad():
+            return self.encode(batch["image"])
 
     def to_semantic(self, latents: Tensor) -> Tensor:
         """(B, S, h, w) in Stage C's scale -> in the compressor's, which Stage B reads."""
@@ -158,12 +170,10 @@ class StageC(Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw times, noise and dropped captions; return the loss."""
-        rows = len(batch["image"])
-        with torch.no_grad():
-            x0 = self.encode(batch["image"])
-        captions = drop_captions(batch["caption"], self.caption_drop_prob)
-        t = draw_time(torch.rand(rows)).to(x0.device)
-        loss = self.loss(x0, t, torch.randn_like(x0), self.text(captions))
+        x0 = self.latents(batch)
+        text = text_of(batch, self.text, self.caption_drop_prob)
+        t = draw_time(torch.rand(len(x0))).to(x0.device)
+        loss = self.loss(x0, t, torch.randn_like(x0), cast(Tensor, text))
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -172,20 +182,23 @@ class StageC(Stage):
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss, at the same times and noise in every validation."""
-        rows = len(batch["image"])
         with self.ema.applied(self):
-            x0 = self.encode(batch["image"])
+            x0 = self.latents(batch)
             t, noise = validation_draw(x0, seed=batch_idx)
-            loss = self.loss(x0, t, noise, self.text(batch["caption"]))
-        self.log("val/loss", loss, batch_size=rows, sync_dist=True)
+            text = text_of(batch, self.text)
+            loss = self.loss(x0, t, noise, cast(Tensor, text))
+        self.log("val/loss", loss, batch_size=len(x0), sync_dist=True)
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
-        """Original, noised, x_0 in one step, sample and averaged sample, all through Stage B."""
-        images, captions = batch["image"], batch["caption"]
-        seeds, size = range(len(images)), (images.shape[-2], images.shape[-1])
-        x0 = self.encode(images)
-        t = torch.full((len(images),), 0.5, device=x0.device)
+        """Original, noised, x_0 in one step, sample and averaged sample, all through Stage B.
+
+        From a cache, which holds no pictures, the first is what Stage B makes of the latents.
+        """
+        captions, x0 = batch["caption"], self.latents(batch)
+        size = tuple(batch["image"].shape[-2:]) if "image" in batch else batch["size"]
+        seeds = range(len(x0))
+        t = torch.full((len(x0),), 0.5, device=x0.device)
         xt = self.schedule.add_noise(x0, t, randn(x0.shape, generators(seeds), x0.device))
 
         def drawn(latents: Tensor) -> Tensor:
@@ -201,7 +214,7 @@ class StageC(Stage):
             pred = self.prior(xt, t, self.text(captions))
             averaged = sampled()
         return {
-            "original": images,
+            "original": batch["image"] if "image" in batch else drawn(x0),
             "noised, t=0.5": drawn(xt),
             "one step (EMA)": drawn(self.schedule.predict_x0(xt, t, pred)),
             "sample": raw,

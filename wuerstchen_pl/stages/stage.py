@@ -12,15 +12,31 @@ from torch import Tensor, nn
 from wuerstchen_pl.ema import EMA
 
 Batch = dict[str, Any]
-"""The batch of ``data/datamodule.py``: ``image`` (B, 3, H, W) in [0, 1], ``caption`` list[str]."""
+"""``image`` (B, 3, H, W) in [0, 1], ``caption`` list[str]; or what ``data/cached.py`` gives."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-def drop_captions(captions: Sequence[str], prob: float) -> list[str]:
-    """Replace each caption by the empty one with probability ``prob``; draws a number for each."""
-    dropped = torch.rand(len(captions)) < prob
-    return ["" if d else c for c, d in zip(captions, dropped, strict=True)]
+def text_of(
+    batch: Batch,
+    encode: Callable[[Sequence[str]], Tensor | None],
+    drop_prob: float | None = None,
+) -> Tensor | None:
+    """The states of a batch's captions, as cached or encoded now.
+
+    Args:
+        batch: with ``caption``, and ``text`` and ``empty_text`` if they were cached.
+        encode: captions -> (B, L, D) states, or None for a stage without text.
+        drop_prob: share of the captions that the empty one replaces, for which a number is drawn
+            for each; None drops and draws nothing.
+    """
+    dropped = torch.zeros(len(batch["caption"]), dtype=torch.bool)
+    if drop_prob is not None:
+        dropped = torch.rand(len(dropped)) < drop_prob
+    if "text" not in batch:
+        return encode(["" if d else c for c, d in zip(batch["caption"], dropped, strict=True)])
+    text = batch["text"]
+    return torch.where(dropped.to(text.device)[:, None, None], batch["empty_text"], text)
 
 
 class WarmupCosine:

@@ -1,0 +1,154 @@
+"""Compute what Stage B or C is conditioned on, once: ``python -m wuerstchen_pl.cache stage=c``.
+
+Takes the keys of a training, ``data``, ``experiment`` and all, and writes what its frozen networks
+make of every picture. Then train with ``data=cached data.root=OUT``. Run it again to go on where it
+was stopped. With several processes, ``torchrun --nproc-per-node=8 -m wuerstchen_pl.cache ...``,
+each does a part.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from wuerstchen_pl.checkpoint import weights_sha256
+from wuerstchen_pl.cli import command, output_folder
+from wuerstchen_pl.config import READ_BY_TRAIN, check_config
+from wuerstchen_pl.data.cached import PREPROCESSING
+from wuerstchen_pl.data.caching import claim, make
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
+
+READ: Mapping[str, Any] = {
+    **READ_BY_TRAIN,
+    "out": str,
+    "text": bool,
+    "crops": int,
+    "dtype": Literal["bfloat16", "float32"],
+    "shard_mb": int,
+    "device": str | None,
+}
+TENSORS = {"b": ["latents", "image"], "c": ["semantic"]}
+"""What a stage reads in place of pictures."""
+
+OF_THE_RUN = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
+"""Keys of the data that change nothing in a cache."""
+
+
+class Encoders:
+    """The frozen networks of a stage that learns from a cache.
+
+    Args:
+        stage: ``b`` or ``c``.
+        decoder: the trained stage below it.
+        text_encoder: frozen; None leaves captions as they are.
+        dtype: of what is written.
+        device: where they work.
+    """
+
+    def __init__(
+        self, *, stage: str, decoder: Any, text_encoder: nn.Module | None, dtype: torch.dtype,
+        device: str,
+    ) -> None:  # fmt: skip
+        self.stage, self.dtype, self.device = stage, dtype, device
+        self.decoder = decoder.to(device)
+        self.text_encoder = None if text_encoder is None else text_encoder.eval().to(device)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What a cache depends on; ``train`` compares it with what a stage has."""
+        found = {"stage": self.stage, "decoder": self.decoder.source["sha256"]}
+        if self.text_encoder is not None:
+            found["text_encoder"] = weights_sha256(self.text_encoder)
+        return found
+
+    @torch.no_grad()
+    def images(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) in [0, 1] -> what the stage reads in their place, on the CPU."""
+        encoded = self.decoder.encode(images.to(self.device)).to("cpu", self.dtype)
+        if self.stage == "c":
+            return {"semantic": encoded}
+        return {"latents": encoded, "image": (images * 255).round().to(torch.uint8)}
+
+    @torch.no_grad()
+    def captions(self, captions: list[str]) -> Tensor | None:
+        """B captions -> (B, L, D) states, or None."""
+        if self.text_encoder is None:
+            return None
+        return self.text_encoder(captions).to("cpu", self.dtype)
+
+
+def run(cfg: DictConfig) -> None:
+    """Check, encode what is missing, and write the manifest when nothing is."""
+    check_config(cfg, READ)
+    stage = str(cfg.stage._target_).rpartition(".Stage")[2].lower()
+    check_ranges(cfg, stage)
+    folder = output_folder(cfg.out)
+    data: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    encoders = Encoders(
+        stage=stage,
+        decoder=hydra.utils.instantiate(cfg.stage.decoder),
+        text_encoder=hydra.utils.instantiate(cfg.stage.text_encoder) if cfg.text else None,
+        dtype=getattr(torch, cfg.dtype),
+        device=cfg.device or cuda,
+    )
+    data.prepare_data()
+    data.setup()
+    source: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    settings = {
+        "made_with": encoders.fingerprint,
+        "preprocessing": PREPROCESSING,
+        "tensors": TENSORS[stage],
+        "sizes": [list(size) for size in data.sizes],
+        "crops": cfg.crops,
+        "text": cfg.text,
+        "dtype": cfg.dtype,
+        "shard_mb": cfg.shard_mb,
+        "data": {key: value for key, value in source.items() if key not in OF_THE_RUN},
+    }
+    claim(folder, settings)
+    whole = make(
+        data,
+        encoders,
+        folder,
+        settings=settings,
+        crops=cfg.crops,
+        shard_mb=cfg.shard_mb,
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    print(data.splits.ledger.summary())
+    if whole:
+        print(f"{cfg.out} is whole; train with data=cached data.root={cfg.out}")
+
+
+def check_ranges(cfg: DictConfig, stage: str) -> None:
+    """Refuse what cannot be cached.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if stage not in TENSORS:
+        raise ValueError(f"stage={stage} learns from pictures themselves; cache stage=b or stage=c")
+    if "crop" not in cfg.data:
+        raise ValueError("data=cached is a cache already; name the pictures, such as data=folder")
+    for key in ("crops", "shard_mb"):
+        if cfg[key] < 1:
+            raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")
+    if cfg.text and "text_encoder" not in cfg.stage:
+        raise ValueError(f"text=true caches captions' states, and this stage={stage} reads none")
+    if cfg.text and cfg.stage.get("train_text_encoder", False):
+        raise ValueError(
+            "text=true caches the states of a frozen text encoder, and stage.train_text_encoder is "
+            "true; leave text=false"
+        )
+
+
+main = command("cache", run)
+
+if __name__ == "__main__":
+    main()
