@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wuerstchen_pl import convert, evaluate, export, sample, train
+from wuerstchen_pl import cache, convert, evaluate, export, sample, train
 
 SMALL_DATA = ("data.limit=24", "data.val_fraction=0.2", "data.batch_size=4")
 SMALL_NETWORK = {
@@ -36,6 +36,7 @@ SMALL_NETWORK = {
 }
 PROGRAMS = {
     "train": train,
+    "cache": cache,
     "sample": sample,
     "evaluate": evaluate,
     "convert": convert,

@@ -241,6 +241,7 @@ class ShardWriter:
             tensors["text"] = torch.cat(self._text).contiguous()
         partial = self.path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"samples": json.dumps(self._samples)})
+        partial.chmod(0o644)  # safetensors lets nobody else read
         os.replace(partial, self.path)
 
 

@@ -5,6 +5,7 @@ The way of the data: `Source` -> `Opener` lists shards -> `Stream` shuffles and 
 two is names and numbers, in the main process.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ class ImageTextDataModule(L.LightningDataModule):
         val_fraction: expected share of the samples that validation keeps, by a hash of their names,
             in [0, 1); for a source that has no validation split of its own. Of a set that does not
             fit in a window, validation takes those of the first window.
-        num_workers: processes that decode; 0 decodes in the training process.
+        num_workers: processes that decode, at most one a CPU; 0 decodes in the training process.
         seed: of the order, the crops and the choice of captions.
         buckets: "area", "sizes" or "paper"; see `Buckets`.
         bucket_multiple: both sides of a batch are multiples of this many pixels.
@@ -223,7 +224,7 @@ class ImageTextDataModule(L.LightningDataModule):
         # Their own generator, as a loader draws a number at every epoch from the global one else.
         return {
             "generator": torch.Generator().manual_seed(self.seed),
-            "num_workers": self.num_workers,
+            "num_workers": min(self.num_workers, len(os.sched_getaffinity(0))),
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }

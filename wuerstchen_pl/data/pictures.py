@@ -71,7 +71,7 @@ class Pictures(Dataset[tuple[Batch, Report]]):
         height, width = request.size
         images = torch.empty(len(rows), height, width, 3, dtype=torch.uint8)
         for row, (image, _, _) in enumerate(rows):
-            images[row] = torch.from_numpy(image)
+            images.numpy()[row] = image
         batch = {
             "image": images.permute(0, 3, 1, 2).float().div_(255),
             "caption": [caption for _, caption, _ in rows],

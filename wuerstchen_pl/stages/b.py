@@ -15,7 +15,7 @@ from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.decoder import DecoderPipeline
 from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.stages.a import StageA
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, text_of
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, noise_like, text_of
 
 
 class StageB(Stage):
@@ -200,10 +200,10 @@ class StageB(Stage):
         rows = len(x0)
         semantic = self.encode(batch["image"])
         chance, time = torch.rand(rows, 2), torch.rand(rows) * 0.5
-        semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), torch.randn_like(semantic))
+        semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), noise_like(semantic))
         text = text_of(batch, self.text, self.text_drop_prob)
         t = draw_time(torch.rand(rows)).to(x0.device)
-        loss = self.loss(x0, t, torch.randn_like(x0), semantic, text)
+        loss = self.loss(x0, t, noise_like(x0), semantic, text)
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 

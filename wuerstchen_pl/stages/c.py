@@ -15,7 +15,7 @@ from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.sampling.prior import PriorPipeline
 from wuerstchen_pl.stages.b import StageB
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, text_of
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, noise_like, text_of
 
 
 class StageC(Stage):
@@ -173,7 +173,7 @@ class StageC(Stage):
         x0 = self.latents(batch)
         text = text_of(batch, self.text, self.caption_drop_prob)
         t = draw_time(torch.rand(len(x0))).to(x0.device)
-        loss = self.loss(x0, t, torch.randn_like(x0), cast(Tensor, text))
+        loss = self.loss(x0, t, noise_like(x0), cast(Tensor, text))
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 

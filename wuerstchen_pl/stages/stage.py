@@ -39,6 +39,15 @@ def text_of(
     return torch.where(dropped.to(text.device)[:, None, None], batch["empty_text"], text)
 
 
+def noise_like(tensor: Tensor) -> Tensor:
+    """Standard normal noise, the same whatever the tensor's memory format.
+
+    ``torch.randn_like`` fills in the order of the memory: latents out of a convolution and the same
+    ones out of a file would get different noise.
+    """
+    return torch.randn(tensor.shape, device=tensor.device, dtype=tensor.dtype)
+
+
 class WarmupCosine:
     """Factor of the learning rate: linear from 0 to 1, then constant or half a cosine down to 0.
 

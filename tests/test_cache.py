@@ -1,0 +1,290 @@
+"""Caches: training from one equals training on pictures, and a stale one is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.conftest import run_program, small
+from wuerstchen_pl import checkpoint
+from wuerstchen_pl.data.cached import Cached, CachedDataModule
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
+
+STEPS = 8  # two passes over the small data
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a small CLIP with random weights."""
+    torch.manual_seed(0)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8}
+    model = open_clip.CLIP(8, vision_cfg=vision, text_cfg=text)
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def arguments(stage: str, root: Path, above: Path, *more: str) -> list[str]:
+    paths = [f"paths.stage_{s}={above / s}" for s in "ab"]
+    return [*small(stage, root, STEPS), *paths, f"paths.data={above.parent / 'data'}", *more]
+
+
+def frozen_text(clip: Path, length: int = 77) -> list[str]:
+    return [
+        "stage.train_text_encoder=false",
+        f"+stage.text_encoder.weights={clip}",
+        f"stage.text_encoder.context_length={length}",
+        "stage.caption_drop_prob=0.5",
+    ]
+
+
+def make(stage: str, out: Path, above: Path, *more: str) -> int:
+    told = arguments(stage, out.parent / "none", above, f"out={out}", "dtype=float32", *more)
+    return run_program("cache", told)
+
+
+def train(stage: str, root: Path, above: Path, *more: str) -> dict[str, torch.Tensor]:
+    told = arguments(stage, root, above, *more)
+    if "data=cached" in told:
+        told = [a for a in told if a not in ("data.limit=24", "data.val_fraction=0.2")]
+    assert run_program("train", told) == 0
+    return checkpoint.read(checkpoint.find(root / "default" / stage))["state_dict"]
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
+
+
+@pytest.mark.parametrize("stage", "bc")
+def test_training_from_a_cache_equals_training_on_pictures(
+    stage: str, cascade: Path, tmp_path: Path
+) -> None:
+    online = train(stage, tmp_path / "online", cascade, "data.crop=centre")
+    assert make(stage, tmp_path / "cache", cascade, "data.crop=centre") == 0
+    cached = ["data=cached", f"data.root={tmp_path / 'cache'}", "data.num_workers=0"]
+    assert furthest(online, train(stage, tmp_path / "cached", cascade, *cached)) < 1e-5
+    shifted = train(stage, tmp_path / "seed", cascade, *cached, "data.seed=5")
+    assert furthest(online, shifted) > 1e-4  # another order is another result
+
+
+def test_cached_text_is_dropped_as_captions_are(cascade: Path, tmp_path: Path, clip: Path) -> None:
+    text = frozen_text(clip)
+    online = train("c", tmp_path / "online", cascade, "data.crop=centre", *text)
+    assert make("c", tmp_path / "cache", cascade, "data.crop=centre", "text=true", *text) == 0
+    cached = ["data=cached", f"data.root={tmp_path / 'cache'}", "data.num_workers=0"]
+    assert furthest(online, train("c", tmp_path / "cached", cascade, *cached, *text)) < 1e-5
+    kept = [*cached, *text, "stage.caption_drop_prob=0"]
+    assert furthest(online, train("c", tmp_path / "kept", cascade, *kept)) > 1e-4
+
+
+def module_of(root: Path, above: Path, **changes: Any) -> ImageTextDataModule:
+    """The data module of a run's config, and changes to it."""
+    import yaml
+
+    config = yaml.safe_load((above / "c/config.yaml").read_text())["data"] | changes
+    module: ImageTextDataModule = checkpoint.build(config)
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def test_the_crops_are_those_of_trainings_first_passes(cascade: Path, tmp_path: Path) -> None:
+    assert make("b", tmp_path / "cache", cascade, "crops=2") == 0
+    online = module_of(tmp_path, cascade).train_dataloader()
+    seen: dict[str, list[torch.Tensor]] = {}
+    for _ in range(12):
+        for batch in online:
+            for key, image in zip(batch["key"], batch["image"], strict=True):
+                seen.setdefault(key, []).append(image)
+    source, different = Cached(root=str(tmp_path / "cache")), 0
+    for group in source.groups("train"):
+        for name in group.shards:
+            with safe_open(tmp_path / "cache" / name, framework="pt") as file:
+                for found in source.open(name).samples:
+                    rows = file.get_slice(f"image/{found.height}x{found.width}")
+                    crops = rows[found.offset : found.offset + 2].float() / 255
+                    assert torch.equal(crops[0], seen[found.key][0])
+                    assert torch.equal(crops[1], seen[found.key][1])
+                    different += not torch.equal(crops[0], crops[1])
+    assert different > 3
+
+
+def test_a_cached_module_draws_among_crops_and_captions(cascade: Path, tmp_path: Path) -> None:
+    assert make("b", tmp_path / "cache", cascade, "crops=3") == 0
+    module = CachedDataModule(root=str(tmp_path / "cache"), batch_size=4)
+    module.prepare_data()
+    module.setup()
+    loader, found = module.train_dataloader(), {}
+    for _ in range(12):
+        for batch in loader:
+            for key, image in zip(batch["key"], batch["image"], strict=True):
+                found.setdefault(key, set()).add(image.numpy().tobytes())
+    assert {len(crops) for crops in found.values()} >= {1, 3}
+    first, second = (list(module.val_dataloader()) for _ in range(2))
+    assert [b["key"] for b in first] == [b["key"] for b in second]
+    assert all(torch.equal(a["latents"], b["latents"]) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_training_from_a_cache_resumes_bit_for_bit(
+    stop: int, cascade: Path, tmp_path: Path
+) -> None:
+    assert make("c", tmp_path / "cache", cascade) == 0
+    cached = ["data=cached", f"data.root={tmp_path / 'cache'}", "data.num_workers=0"]
+    whole = train("c", tmp_path / "whole", cascade, *cached)
+    train("c", tmp_path / "parts", cascade, *cached, f"trainer.max_steps={stop}")
+    assert furthest(whole, train("c", tmp_path / "parts", cascade, *cached, "ckpt=auto")) == 0
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    manifest = json.loads((folder / "cache.json").read_text())
+    return {s["name"]: (folder / s["name"]).read_bytes() for s in manifest["shards"]} | {
+        "manifest": manifest
+    }
+
+
+def test_a_cache_goes_on_where_it_was_stopped(
+    cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wuerstchen_pl.data import caching
+
+    out, write, written = tmp_path / "parts", caching._write, []
+
+    def stops(path: Path, *rest: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, *rest)
+
+    monkeypatch.setattr(caching, "_samples_per_file", lambda *_: 6)
+    monkeypatch.setattr(caching, "_write", stops)
+    assert make("c", out, cascade) != 0
+    assert not (out / "cache.json").exists()
+    with pytest.raises(FileNotFoundError, match="is no finished cache"):
+        Cached(root=str(out))
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert len(before) == 2
+    monkeypatch.setattr(caching, "_write", write)
+    assert make("c", out, cascade) == 0
+    assert {n: t for n, t in _times(out).items() if n in before} == before
+    assert make("c", tmp_path / "whole", cascade) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def _times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_cache(cascade: Path, tmp_path: Path) -> None:
+    assert make("c", tmp_path / "one", cascade) == 0
+    told = arguments("c", tmp_path, cascade, f"out={tmp_path / 'two'}", "dtype=float32")
+    command = [sys.executable, "-m", "wuerstchen_pl.cache", *told]
+    running = [
+        subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+# What is refused
+
+
+def test_a_stale_cache_is_refused_by_name(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert make("c", tmp_path / "cache", cascade) == 0
+    other = tmp_path / "other" / "b"
+    assert (
+        run_program("train", [*small("b", tmp_path / "new", 2), f"paths.stage_a={cascade / 'a'}"])
+        == 0
+    )
+    shutil.copytree(tmp_path / "new/default/b", other)
+    told = arguments(
+        "c", tmp_path / "run", cascade, "data=cached", f"data.root={tmp_path / 'cache'}"
+    )
+    told = [a for a in told if a not in ("data.limit=24", "data.val_fraction=0.2")]
+    capsys.readouterr()
+    assert run_program("train", [*told, f"paths.stage_b={tmp_path / 'new/default/b'}"]) == 1
+    assert "is a cache made with decoder " in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "cache/cache.json").read_text())
+    (tmp_path / "cache/cache.json").write_text(json.dumps(manifest | {"preprocessing": 0}))
+    assert run_program("train", told) == 1
+    assert "is stale" in capsys.readouterr().err
+
+
+def test_a_cache_of_another_text_encoder_is_refused(
+    cascade: Path, tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert make("c", tmp_path / "cache", cascade, "text=true", *frozen_text(clip)) == 0
+    state = torch.load(clip, weights_only=True)
+    changed = tmp_path / "changed.safetensors"
+    save_file({k: v.contiguous() * 1.01 for k, v in state.items()}, changed)
+    told = arguments(
+        "c", tmp_path / "run", cascade, "data=cached", f"data.root={tmp_path / 'cache'}"
+    )
+    told = [a for a in told if a not in ("data.limit=24", "data.val_fraction=0.2")]
+    capsys.readouterr()
+    assert run_program("train", [*told, *frozen_text(changed)]) == 1
+    assert "is a cache made with text_encoder " in capsys.readouterr().err
+    assert run_program("train", told) == 1  # this one trains its own
+    assert "this run has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "message"),
+    [
+        ("a", [], "stage=a learns from pictures themselves"),
+        ("c", ["crops=0"], "crops=0 is out of range"),
+        ("c", ["dtype=int8"], "dtype is 'int8'"),
+        ("c", ["text=true"], "stage.train_text_encoder is true"),
+        ("b", ["text=true"], "this stage=b reads none"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused(
+    cascade: Path,
+    tmp_path: Path,
+    stage: str,
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    told = [a for a in arguments(stage, tmp_path, cascade) if a != "logger=csv"]
+    assert run_program("cache", [*told, f"out={tmp_path / 'out'}", *more]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_or_other_settings_is_refused(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("x")
+    assert make("c", tmp_path / "mine", cascade) == 1
+    assert "holds something else" in capsys.readouterr().err
+    assert make("c", tmp_path / "cache", cascade) == 0
+    assert make("c", tmp_path / "cache", cascade, "crops=2") == 1
+    assert "was begun with crops=1, and now it is 2" in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_a_cache_is_refused_by_name(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert make("c", tmp_path / "cache", cascade) == 0
+    path = next((tmp_path / "cache").glob("train*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-10])
+    module = CachedDataModule(root=str(tmp_path / "cache"), batch_size=4)
+    with pytest.raises(ValueError, match=rf"{path.name} is not the file that cache\.json lists"):
+        module.prepare_data()
