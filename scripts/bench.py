@@ -3,6 +3,7 @@
 inference: the denoisers, Stage A's decoder and a whole text-to-image run, beside diffusers' own on
 the same weights, in turns, with outputs compared in the same run.
 training: a step of each stage's network, forward, backward and AdamW, on random latents.
+data: from JPEG shards to batches, beside plain WebDataset with torchvision, on one core.
 
 Each writes a table into ``benchmarks/``. Do not time beside other work.
 """
@@ -11,7 +12,7 @@ import argparse
 
 import torch
 
-from scripts import bench_training
+from scripts import bench_data, bench_training
 
 
 def main() -> None:
@@ -20,7 +21,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cuda = torch.cuda.is_available()
-    parser.add_argument("themes", nargs="*", default=["inference", "training"], metavar="THEME")
+    parser.add_argument(
+        "themes", nargs="*", default=["inference", "training", "data"], metavar="THEME"
+    )
     parser.add_argument("--threads", type=int, help="of the CPU; all if not given")
     parser.add_argument("--rounds", type=int, default=7, help="of which the median is taken")
     parser.add_argument(
@@ -32,8 +35,8 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=16, help="of a training step")
     options = parser.parse_args()
-    if unknown := set(options.themes) - {"inference", "training"}:
-        parser.error(f"no theme {unknown.pop()!r}; choose inference or training")
+    if unknown := set(options.themes) - {"inference", "training", "data"}:
+        parser.error(f"no theme {unknown.pop()!r}; choose inference, training or data")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.rounds < 1:
@@ -44,6 +47,8 @@ def main() -> None:
         print(bench_inference.run(options.size, options.rounds))
     if "training" in options.themes:
         print(bench_training.run(options.preset, options.batch))
+    if "data" in options.themes:
+        print(bench_data.run(options.rounds))
 
 
 if __name__ == "__main__":

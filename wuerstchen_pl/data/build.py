@@ -178,7 +178,7 @@ def _members(data: bytes, sample: Sample) -> dict[str, bytes]:
     kind = _kind(data)
     if kind is None:  # a kind that shards do not have
         buffer = io.BytesIO()
-        decode(data).save(buffer, "PNG")
+        Image.fromarray(decode(data)).save(buffer, "PNG")
         data, kind = buffer.getvalue(), "png"
     facts: dict[str, Any] = {"width": sample.width, "height": sample.height, "name": sample.key}
     facts |= {name: fact for name, fact in sample.facts.items() if name != PICTURE_HASH}

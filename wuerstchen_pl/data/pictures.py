@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.batches import Request
@@ -54,7 +53,7 @@ class Pictures(Dataset[tuple[Batch, Report]]):
 
     def __init__(self, *, source: Source, seed: int, crop: Crop, keep_decoded: bool) -> None:
         self.source, self.seed, self.crop = source, seed, crop
-        self._kept: dict[str, Image.Image] | None = {} if keep_decoded else None
+        self._kept: dict[str, np.ndarray] | None = {} if keep_decoded else None
 
     def __getitem__(self, request: Request) -> tuple[Batch, Report]:
         report = Report()
@@ -92,14 +91,15 @@ class Pictures(Dataset[tuple[Batch, Report]]):
             place, choice = self._chance(sample, turn)
             if turn >= 0 and self.crop == "saliency":
                 place = salient_place(img, size)
-            box = crop_box(img, size, place)
-            report.pixels += img.width * img.height
+            height, width = img.shape[:2]
+            box = crop_box(height, width, size, place)
+            report.pixels += height * width
             report.kept += (box[2] - box[0]) * (box[3] - box[1])
             caption = sample.captions[int(choice * len(sample.captions))]
             rows.append((resize(img, box, size), caption, sample.key))
         return rows
 
-    def _decoded(self, sample: Sample, size: Size) -> Image.Image:
+    def _decoded(self, sample: Sample, size: Size) -> np.ndarray:
         if self._kept is None:
             return decode(self.source.read(sample), cover=size)
         if sample.name not in self._kept:

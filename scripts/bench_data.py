@@ -1,0 +1,179 @@
+"""Time the way from JPEG shards to batches, beside plain WebDataset with torchvision.
+
+Pictures of a million pixels, in six shapes, with the spectrum of photographs; batches of about
+512 x 512. One process, one core: what a worker does.
+"""
+
+import io
+import json
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode, RandomCrop
+from torchvision.transforms.functional import resize as torchvision_resize
+
+from scripts.timing import side_by_side, write_table
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.shards import ShardSource
+from wuerstchen_pl.data.transforms import CENTRE, crop_box, decode, resize
+
+SHAPES = ((1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768))
+SIDE, BATCH = 512, 16
+
+
+def photograph(height: int, width: int, seed: int) -> Image.Image:
+    """A picture whose amplitudes fall with the frequency, as photographs' do."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitude = 1 / np.maximum(frequency, 1 / max(height, width)) ** 1.2
+    planes = []
+    for _ in range(3):
+        phase = np.exp(2j * np.pi * rng.random(amplitude.shape))
+        plane = np.fft.irfft2(amplitude * phase, s=(height, width))
+        planes.append((plane - plane.mean()) / plane.std())
+    grey = planes[0]
+    colour = np.stack([grey + 0.3 * plane for plane in planes], axis=-1)
+    return Image.fromarray((127 + 55 * colour).clip(0, 255).astype(np.uint8))
+
+
+def write_shards(folder: Path, count: int) -> list[bytes]:
+    """Write two shards of captioned pictures; returns the pictures."""
+    pictures = []
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in range(count // 2):
+                width, height = SHAPES[i % len(SHAPES)]
+                buffer = io.BytesIO()
+                photograph(height, width, shard * count + i).save(buffer, "JPEG", quality=90)
+                pictures.append(buffer.getvalue())
+                facts = json.dumps({"width": width, "height": height}).encode()
+                members = {"jpg": pictures[-1], "txt": b"a photograph", "json": facts}
+                for suffix, data in members.items():
+                    entry = tarfile.TarInfo(f"{shard:05d}{i:04d}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return pictures
+
+
+def ours(folder: Path, **buckets: object) -> Iterator[dict]:
+    """Our batches for ever."""
+    module = ImageTextDataModule(
+        source=ShardSource(urls=str(folder)),
+        image_size=SIDE,
+        batch_size=BATCH,
+        **buckets,  # type: ignore[arg-type]
+    )
+    module.prepare_data()
+    module.setup()
+    loader = module.train_dataloader()
+    while True:
+        yield from loader
+
+
+def theirs(folder: Path) -> Iterator[dict]:
+    """WebDataset's batches for ever: decoded, resized with antialiasing, cropped to a square."""
+    crop = RandomCrop(SIDE)
+
+    def prepare(sample: dict) -> dict:
+        data = torch.frombuffer(bytearray(sample["jpg"]), dtype=torch.uint8)
+        image = decode_jpeg(data, mode=ImageReadMode.RGB)
+        image = torchvision_resize(
+            image, [SIDE], interpolation=InterpolationMode.BICUBIC, antialias=True
+        )
+        return {"image": crop(image).float() / 255, "caption": sample["txt"].decode()}
+
+    urls = sorted(map(str, folder.glob("*.tar")))
+    data = webdataset.WebDataset(urls, shardshuffle=2).shuffle(1000).map(prepare)
+    while True:
+        yield from DataLoader(data, batch_size=BATCH, drop_last=True)
+
+
+def take(batches: Iterator[dict], count: int) -> None:
+    """Draw some batches."""
+    for _ in islice(batches, count):
+        pass
+
+
+def centred(img: np.ndarray) -> np.ndarray:
+    """The middle of a picture, at the size of a batch."""
+    height, width = img.shape[:2]
+    return resize(img, crop_box(height, width, (SIDE, SIDE), CENTRE), (SIDE, SIDE))
+
+
+def decoders() -> dict[str, Callable[[bytes], object]]:
+    """Ways from a JPEG to 512 x 512 pixels."""
+
+    def own(data: bytes) -> np.ndarray:
+        img = decode(data, cover=(SIDE, SIDE))
+        return centred(img)
+
+    def pil(data: bytes) -> np.ndarray:
+        img = Image.open(io.BytesIO(data)).convert("RGB")
+        box = crop_box(img.height, img.width, (SIDE, SIDE), CENTRE)
+        return np.asarray(img.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box))
+
+    def torchvision(data: bytes) -> torch.Tensor:
+        image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return torchvision_resize(
+            image, [SIDE], interpolation=InterpolationMode.BICUBIC, antialias=True
+        )
+
+    def reduced(data: bytes) -> np.ndarray:
+        pixels = simplejpeg.decode_jpeg(data, min_height=SIDE, min_width=SIDE, min_factor=1)
+        return centred(pixels)
+
+    return {
+        "simplejpeg, torch on bytes (ours)": own,
+        "simplejpeg at any eighth, torch on bytes": reduced,
+        "PIL": pil,
+        "torchvision": torchvision,
+    }
+
+
+def run(rounds: int, count: int = 192) -> Path:
+    """Measure, print, write."""
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        pictures = write_shards(Path(name), count)
+        peer = theirs(Path(name))
+        batches = 6
+        square = {"buckets": "sizes", "sizes": [[SIDE, SIDE]]}
+        for label, settings in (("area buckets", {}), ("one square", square)):
+            own = ours(Path(name), **settings)
+            found = side_by_side(partial(take, peer, batches), partial(take, own, batches), rounds)
+            rate = batches * BATCH * 1000
+            rows.append(
+                f"| {label} | {rate / found.theirs_ms:.1f} | {rate / found.ours_ms:.1f} "
+                f"| {found.ratio:.2f} |"
+            )
+            print(rows[-1], flush=True)
+        for label, work in decoders().items():
+            start = time.perf_counter()
+            for data in pictures[:96]:
+                work(data)
+            alone = 96 / (time.perf_counter() - start)
+            rows.append(f"| decode and resize alone: {label} | | {alone:.1f} | |")
+            print(rows[-1], flush=True)
+    kilobytes = sum(map(len, pictures)) // count // 1000
+    return write_table(
+        "data",
+        "python scripts/bench.py data",
+        "Pictures per second and core, from JPEG shards to float batches of 16; the pictures have a "
+        f"million pixels and about {kilobytes} KB. Medians of {rounds} rounds in turns. WebDataset "
+        "crops squares, with torchvision's decoder and antialiased bicubic resizing.",
+        "| batches | WebDataset + torchvision | ours | ratio |",
+        rows,
+    )
