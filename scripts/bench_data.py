@@ -171,7 +171,7 @@ def run(rounds: int, count: int = 192) -> Path:
     return write_table(
         "data",
         "python scripts/bench.py data",
-        "Pictures per second and core, from JPEG shards to float batches of 16; the pictures have a "
+        "Pictures per second and core, from JPEG shards to float batches of 16; pictures have a "
         f"million pixels and about {kilobytes} KB. Medians of {rounds} rounds in turns. WebDataset "
         "crops squares, with torchvision's decoder and antialiased bicubic resizing.",
         "| batches | WebDataset + torchvision | ours | ratio |",
