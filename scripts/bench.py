@@ -4,6 +4,7 @@ inference: the denoisers, Stage A's decoder and a whole text-to-image run, besid
 the same weights, in turns, with outputs compared in the same run.
 training: a step of each stage's network, forward, backward and AdamW, on random latents.
 data: from JPEG shards to batches, beside plain WebDataset with torchvision, on one core.
+cache: a training step of Stage C from a cache, beside diffusers' recipe, which encodes online.
 
 Each writes a table into ``benchmarks/``. Do not time beside other work.
 """
@@ -14,6 +15,8 @@ import torch
 
 from scripts import bench_data, bench_training
 
+THEMES = ["inference", "training", "cache", "data"]
+
 
 def main() -> None:
     """Read the command line, measure, print, write."""
@@ -21,9 +24,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cuda = torch.cuda.is_available()
-    parser.add_argument(
-        "themes", nargs="*", default=["inference", "training", "data"], metavar="THEME"
-    )
+    parser.add_argument("themes", nargs="*", default=THEMES, metavar="THEME")
     parser.add_argument("--threads", type=int, help="of the CPU; all if not given")
     parser.add_argument("--rounds", type=int, default=7, help="of which the median is taken")
     parser.add_argument(
@@ -35,8 +36,8 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=16, help="of a training step")
     options = parser.parse_args()
-    if unknown := set(options.themes) - {"inference", "training", "data"}:
-        parser.error(f"no theme {unknown.pop()!r}; choose inference, training or data")
+    if unknown := set(options.themes) - set(THEMES):
+        parser.error(f"no theme {unknown.pop()!r}; choose from {', '.join(THEMES)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.rounds < 1:
@@ -47,7 +48,11 @@ def main() -> None:
         print(bench_inference.run(options.size, options.rounds))
     if "training" in options.themes:
         print(bench_training.run(options.preset, options.batch))
-    if "data" in options.themes:
+    if "cache" in options.themes:
+        from scripts import bench_cache  # which needs diffusers
+
+        print(bench_cache.run(options.rounds))
+    if "data" in options.themes:  # last, as it takes one thread
         print(bench_data.run(options.rounds))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from wuerstchen_pl import cache, convert, evaluate, export, sample, train
+from wuerstchen_pl.data import __main__ as data
 
 SMALL_DATA = ("data.limit=24", "data.val_fraction=0.2", "data.batch_size=4")
 SMALL_NETWORK = {
@@ -37,6 +38,7 @@ SMALL_NETWORK = {
 PROGRAMS = {
     "train": train,
     "cache": cache,
+    "data": data,
     "sample": sample,
     "evaluate": evaluate,
     "convert": convert,

@@ -8,21 +8,25 @@ from typing import Any
 import pytest
 
 from tests.conftest import run_program, small
+from tests.data.made import picture, shards
 from wuerstchen_pl import WuerstchenPipeline
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
 
 
 def commands(name: str) -> list[list[str]]:
-    """The arguments of every ``python -m wuerstchen_pl.<name>`` in the README's code blocks."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+    """The arguments of every ``python -m wuerstchen_pl.<name>`` in the code blocks of the README
+    and of docs/data.md, each once."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README + DATA, re.DOTALL))
     lines = [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m")]
-    return [line[3:] for line in lines if line[2] == f"wuerstchen_pl.{name}"]
+    found = [line[3:] for line in lines if line[2] == f"wuerstchen_pl.{name}"]
+    return [one for i, one in enumerate(found) if one not in found[:i]]
 
 
 def test_the_readme_is_short_and_has_every_command() -> None:
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 210
     assert len(commands("train")) >= 6
     assert commands("sample")
     assert commands("evaluate")
@@ -41,23 +45,68 @@ def test_paths_in_the_readme_exist() -> None:
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in that holds the pictures and shards that the README speaks of."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my/pictures").mkdir(parents=True)
+    for i in range(12):
+        (tmp_path / f"my/pictures/{i}.jpg").write_bytes(picture(str(i), 64 + i, 64))
+        (tmp_path / f"my/pictures/{i}.txt").write_text(f"number {i}")
+    return tmp_path
+
+
+def on_own_data(arguments: list[str], place: Path) -> list[str]:
+    """Put what is at hand in place of what is on the hub."""
+    if "data=shards" in arguments:
+        shards(place / "shards", 10, 2)
+    if "data=cached" in arguments:
+        return arguments
+    if "data=hf" in arguments:
+        datasets = pytest.importorskip("datasets", reason="extra: hf")
+        images = {"image": [str(p) for p in sorted((place / "my/pictures").glob("*.jpg"))]}
+        table = datasets.Dataset.from_dict({**images, "text": ["a"] * 12})
+        table = table.cast_column("image", datasets.Image())
+        datasets.DatasetDict(train=table).save_to_disk(str(place / "saved"))
+        arguments = [a for a in arguments if not a.startswith("data.name=")]
+        arguments.append(f"data.name={place / 'saved'}")
+    return [*arguments, "data.num_workers=0", "data.max_upscale=null"]
+
+
 @pytest.mark.parametrize("arguments", commands("train"), ids=lambda a: " ".join(a)[:60])
-def test_training_commands(arguments: list[str], cascade: Path, tmp_path: Path) -> None:
+def test_training_commands(arguments: list[str], cascade: Path, place: Path) -> None:
     stage = next(a[-1] for a in arguments if a.startswith("stage="))
     if "hydra/sweeper=optuna" in arguments:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="extra: sweep")
         arguments = [a.replace("n_trials=4", "n_trials=1") for a in arguments]
-    shrink = [a for a in small(stage, tmp_path, steps=2) if a.split("=")[0] not in keys(arguments)]
-    if "data=shards" in arguments:
-        tars = (cascade.parent / "data").glob("*/00000.tar")
-        tar = max(tars, key=lambda path: path.stat().st_size)
-        arguments = [a for a in arguments if not a.startswith("data.urls")]
-        shrink = [a for a in shrink if not a.startswith("data.limit")]
-        shrink += [f"data.urls={tar}", "data.num_workers=0"]
+    shrink = [a for a in small(stage, place, steps=2) if a.split("=")[0] not in keys(arguments)]
     above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
-    before = set(tmp_path.rglob("*.ckpt"))
+    if "data=cached" in arguments:
+        cache = [a for a in small("c", place, 2) if a != "logger=csv"]
+        assert run_program("cache", [*cache, *above, "out=outputs/cache"]) == 0
+        shrink = [a for a in shrink if not a.startswith(("data.limit", "data.val_fraction"))]
+    elif any(a.startswith("data=") for a in arguments):
+        shrink = [a for a in shrink if not a.startswith("data.limit")]
+        arguments = on_own_data(arguments, place)
+    before = set(place.rglob("*.ckpt"))
     assert run_program("train", [*arguments, *shrink, *above]) == 0
-    assert set(tmp_path.rglob("step0000002.ckpt")) > before
+    assert set(place.rglob("step0000002.ckpt")) > before
+
+
+@pytest.mark.parametrize("arguments", commands("data"), ids=lambda a: " ".join(a)[:60])
+def test_data_commands(arguments: list[str], place: Path) -> None:
+    fast = ["image_size=64"] + (["num_workers=0"] if arguments[0] == "build" else [])
+    assert run_program("data", [*arguments, *fast]) == 0
+    written = "outputs/check/sizes.png" if arguments[0] == "check" else "shards/shards.json"
+    assert (place / written).is_file()
+
+
+@pytest.mark.parametrize("arguments", commands("cache"), ids=lambda a: " ".join(a)[:60])
+def test_caching_commands(arguments: list[str], cascade: Path, place: Path) -> None:
+    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    shrink = [a for a in small("c", place, 2) if a.split("=")[0] not in keys(arguments)]
+    assert run_program("cache", [*arguments, *shrink, *above]) == 0
+    assert (place / "outputs/cache/cache.json").is_file()
 
 
 def keys(arguments: list[str]) -> set[str]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from tests.conftest import run_program, small
+from tests.data.made import picture, shards, write
 from wuerstchen_pl import checkpoint
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.stage import Batch
@@ -102,3 +104,49 @@ def test_starting_weights_are_those_of_the_run_named(cascade: Path, tmp_path: Pa
     assert run_program("train", [*slow, "stage.optimizer.lr=1e-12", "trainer.max_steps=2"]) == 0
     state = checkpoint.read(checkpoint.find(tmp_path / "default/c"))["state_dict"]
     assert max(float((state[k] - v).abs().max()) for k, v in source.items()) < 1e-6
+
+
+def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Path) -> None:
+    shards(tmp_path / "tars", 2, 6)
+    write(tmp_path / "tars/00009.tar", {"a.jpg": b"no picture", "a.txt": b"a"})
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        (tmp_path / f"pictures/{i}.jpg").write_bytes(picture(str(i), 64, 64))
+        (tmp_path / f"pictures/{i}.txt").write_text(f"number {i}")
+    told = [a for a in arguments(cascade, tmp_path) if not a.startswith("data.limit")]
+    sources = (
+        f"{{web:{{_target_:wuerstchen_pl.data.shards.ShardSource,urls:{tmp_path / 'tars'}}},"
+        f"own:{{_target_:wuerstchen_pl.data.folder.Folder,root:{tmp_path / 'pictures'}}}}}"
+    )
+    more = [f"data.sources={sources}", "data.weights={web:1,own:2}", "data.num_workers=0"]
+    filters = ["data.max_upscale=2", "data.filters.max_ratio=1.9", "trainer.max_steps=24"]
+    assert run_program("train", [*told, "data=mix", *more, *filters]) == 0
+    log = (tmp_path / "default/c/metrics.csv").read_text()
+    for name in ("seen", "bad/unreadable picture", "dropped/max_ratio", "cropped_share"):
+        assert f"data/{name}," in log, log
+    share = float(re.findall(r"data/cropped_share,([\d.]+)", log)[-1])
+    assert 0 < share < 0.4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["data=mix", "data.sources={a:{_target_:os.system,command:x}}"], "data.sources.a"),
+        (["data=shards", "data.urls='pipe:touch ran'"], "would run a command on this machine"),
+        (["data=folder", "data.root=/nowhere"], "data.root='/nowhere' is no folder"),
+        (["data=cached", "data.root=/nowhere"], "data.root='/nowhere' is no finished cache"),
+        (["data=openmoji", "data.buckets=paper", "data.ratios=[1.0]"], "data.ratios=[1.0] is of"),
+        (["data=openmoji", "data.filters.scripts=[elvish]"], "data.filters.scripts names 'elvish'"),
+        (["data=openmoji", "data.no_key=1"], "data.no_key"),
+        (["data=openmoji", "data.batch_size=many"], "data.batch_size is 'many', and must be int"),
+    ],
+)
+def test_wrong_data_end_with_one_sentence(
+    cascade: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    kept = ("data.limit", "data.val_fraction", "data.batch_size")
+    told = [a for a in arguments(cascade, tmp_path / "run") if not a.startswith(kept)]
+    assert run_program("train", [*told, *more]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1]
+    assert not (tmp_path / "run").exists()

@@ -47,6 +47,7 @@ def run(cfg: DictConfig) -> float:
         logger=[hydra.utils.instantiate(c) for c in cfg.logger.values() if c is not None],
         _convert_="all",
     )
+    rank_zero_only(data.prepare_data)()  # so that data that are not there leave no folder behind
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     try:

@@ -17,6 +17,7 @@ from wuerstchen_pl.data.buckets import nearest
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.filters import Filters
 from wuerstchen_pl.data.folder import Folder
+from wuerstchen_pl.data.mix import Mix
 from wuerstchen_pl.data.openmoji import OpenMoji
 from wuerstchen_pl.data.shards import ShardSource
 from wuerstchen_pl.data.source import Sample, Source
@@ -78,7 +79,7 @@ def fit(
 ) -> Seen:
     recorder = model()
     L.Trainer(
-        max_epochs=3,
+        **{"max_epochs": 3} | trainer,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
@@ -86,7 +87,6 @@ def fit(
         enable_checkpointing=save is not None,
         callbacks=[] if save is None else [save],
         use_distributed_sampler=False,
-        **trainer,
     ).fit(recorder, data(source, **loading or {}), ckpt_path=ckpt, weights_only=True)
     return recorder.seen
 
@@ -182,6 +182,40 @@ def test_spawned_workers_give_the_same_batches(sources: Callable[[str], Source],
     for ours, theirs in zip(loader, expected, strict=True):
         assert ours["key"] == theirs["key"]
         assert torch.equal(ours["image"], theirs["image"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 6), (6, 2), (4, 3)])
+def test_a_run_goes_on_with_another_batch_where_its_samples_were(
+    sources: Callable[[str], Source], tmp_path: Path, before: int, after: int
+) -> None:
+    source, square = sources("shards"), {"buckets": "sizes", "sizes": [[32, 32]]}
+    save = ModelCheckpoint(
+        dirpath=tmp_path / "ckpt", save_top_k=-1, filename="{step}", every_n_train_steps=1
+    )
+    first = fit(source, save=save, loading={**square, "batch_size": before})
+    whole = fit(source, loading={**square, "batch_size": 1}, max_epochs=9)
+    expected = [key for _, _, _, batch, _ in whole for key in batch]
+    for path in (tmp_path / "ckpt").glob("*.ckpt"):
+        step = int(path.stem.split("=")[1])
+        more = {"max_steps": step + 120 // after, "max_epochs": -1}
+        rest = fit(source, ckpt=path, loading={**square, "batch_size": after}, **more)
+        keys = [key for _, _, _, batch, _ in [*first[:step], *rest] for key in batch]
+        assert len(keys) == step * before + 120
+        assert keys == expected[: len(keys)], f"resumed at step {step}"
+
+
+def test_a_mixture_resumes_and_keeps_its_weights(
+    sources: Callable[[str], Source], tmp_path: Path
+) -> None:
+    mixed = Mix(
+        sources={"tars": sources("shards"), "pictures": sources("folder")}, weights={"tars": 3}
+    )
+    check_every_resume(mixed, tmp_path / "ckpt", save={"every_n_train_steps": 1})
+    loader = ready(mixed, batch_size=4).train_dataloader()
+    keys = [key for _ in range(20) for batch in loader for key in batch["key"]]
+    share = sum(".jpg" not in key for key in keys) / len(keys)
+    assert len(keys) > 300
+    assert abs(share - 0.75) < 0.08
 
 
 def test_batches_keep_the_contract(openmoji: OpenMoji) -> None:

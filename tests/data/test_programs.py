@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import run_program
 from tests.data.made import encode, picture
 from wuerstchen_pl.data import __main__ as program
 from wuerstchen_pl.data import build as building
@@ -17,15 +18,7 @@ from wuerstchen_pl.data.shards import ShardSource
 
 
 def run(*arguments: str) -> int:
-    before = sys.argv
-    sys.argv = ["data", *arguments]
-    try:
-        program.main()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    finally:
-        sys.argv = before
-    return 0
+    return run_program("data", list(arguments))
 
 
 @pytest.fixture

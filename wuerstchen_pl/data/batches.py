@@ -150,6 +150,7 @@ class Batches:
         """Write a snapshot in plain values, the same on every rank, for a checkpoint."""
         return {
             "samples": snapshot.batches * self.global_batch,
+            "global_batch": self.global_batch,
             "drawn": snapshot.drawn,
             "positions": [list(position) for position in snapshot.positions],
             "shards": [len(s.shards) for s in self.stream.streams],
@@ -181,10 +182,11 @@ class Batches:
             state = {**state, "pending": [], "known": [[] for _ in positions]}
         for stream, pairs in zip(self.stream.streams, state["known"], strict=True):
             stream.first_with = dict(map(tuple, pairs))
-        if state["samples"] % self.global_batch:
+        if state["global_batch"] != self.global_batch:
             warnings.warn(
-                f"{self.global_batch} samples a step, all processes together, do not divide what "
-                "the checkpoint has seen: the order of samples goes on, that of batches does not",
+                f"the checkpoint was made with {state['global_batch']} samples a step, all "
+                f"processes together, and now they are {self.global_batch}: samples go on in their "
+                "order, batches in another",
                 stacklevel=2,
             )
         return Snapshot(

@@ -1,0 +1,142 @@
+"""Time a training step of Stage C from a cache, beside diffusers' recipe that encodes as it goes.
+
+A prior of 8 blocks, 512 wide, at 24 x 24 positions (pictures of 1024 px), batch 1. diffusers' step
+puts a picture through EfficientNetV2 and a caption through 12 layers of a text tower, adds noise
+and trains its own prior; ours reads latents and states from files of a cache and trains ours.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from diffusers import DDPMWuerstchenScheduler
+from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from scripts.reference_models import VERSION
+from scripts.timing import Work, side_by_side, write_table
+from wuerstchen_pl.data.cached import (
+    EMPTY,
+    PREPROCESSING,
+    CachedDataModule,
+    ShardWriter,
+    write_manifest,
+)
+from wuerstchen_pl.data.source import Sample
+from wuerstchen_pl.diffusion.objective import noise_error, p2_weight
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
+from wuerstchen_pl.models.prior import Prior
+
+WIDTH, DEPTH, HEADS, LENGTH = 512, 8, 8, 77
+SAMPLES = 64
+
+
+def online(size: str) -> Work:
+    """A step of diffusers' recipe: encode, add noise, predict, mean squared error, AdamW."""
+    features = getattr(torchvision.models, f"efficientnet_v2_{size}")(weights=None).features
+    encoder = nn.Sequential(features, nn.Conv2d(1280, 16, 1), nn.BatchNorm2d(16, affine=False))
+    encoder.eval().requires_grad_(False)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=12,
+            num_attention_heads=HEADS,
+        )
+    ).eval().requires_grad_(False)  # fmt: skip
+    prior = WuerstchenPrior(c_in=16, c=WIDTH, c_cond=WIDTH, c_r=64, depth=DEPTH, nhead=HEADS)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-6)
+    scheduler: Any = DDPMWuerstchenScheduler()
+    picture = torch.randn(1, 3, 768, 768)
+    ids = torch.randint(0, 49000, (1, LENGTH))
+
+    def step() -> None:
+        with torch.no_grad():
+            x0 = (encoder(picture) + 1) / 42
+            states = text(ids).last_hidden_state
+        t, noise = torch.rand(1), torch.randn_like(x0)
+        pred = prior(scheduler.add_noise(x0, noise, t), t, states)
+        loss = F.mse_loss(pred.float(), noise.float())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def write_cache(root: Path) -> None:
+    """A cache of random latents and states, as `python -m wuerstchen_pl.cache` writes one."""
+    writer = ShardWriter(root / "train-00000-000.safetensors")
+    for i in range(SAMPLES):
+        sample = Sample(f"{i}", ("a caption",), 1024, 1024, "s")
+        latents = {"semantic": torch.randn(1, 16, 24, 24).bfloat16()}
+        writer.add(sample, (1024, 1024), latents, torch.randn(1, LENGTH, WIDTH).bfloat16())
+    writer.write()
+    save_file({"text": torch.randn(1, LENGTH, WIDTH)}, root / EMPTY)
+    write_manifest(
+        root, [("train-00000-000.safetensors", "train")], preprocessing=PREPROCESSING,
+        tensors=["semantic"], sizes=[[1024, 1024]], crops=1, text=True, made_with={},
+    )  # fmt: skip
+
+
+def cached(root: Path) -> Work:
+    """A step of ours: read a batch, add noise, predict, weighted error, AdamW."""
+    module = CachedDataModule(root=str(root), batch_size=1)
+    module.prepare_data()
+    module.setup()
+    loader = module.train_dataloader()
+
+    def forever() -> Iterator[dict]:
+        while True:
+            yield from loader
+
+    batches = forever()
+    prior = Prior(
+        latent_channels=16, width=WIDTH, depth=DEPTH, num_heads=HEADS, text_dim=WIDTH
+    ).train()
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-6, fused=True)
+    schedule = CosineSchedule()
+
+    def step() -> None:
+        batch = next(batches)
+        x0 = (batch["semantic"] + 1) / 42
+        t, noise = draw_time(torch.rand(1)), torch.randn_like(x0)
+        pred = prior(schedule.add_noise(x0, t, noise), t, batch["text"])
+        loss = (p2_weight(schedule, t, "code") * noise_error(pred, noise)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def run(rounds: int) -> Path:
+    """Measure, print, write."""
+    warnings.filterwarnings("ignore")
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        write_cache(Path(name))
+        ours = cached(Path(name))
+        for size in ("s", "l"):
+            found = side_by_side(online(size), ours, rounds)
+            rows.append(
+                f"| EfficientNetV2-{size.upper()} | {found.theirs_ms:.0f} | {found.ours_ms:.0f} "
+                f"| {found.ratio:.2f} |"
+            )
+            print(rows[-1], flush=True)
+    return write_table(
+        "training_from_cache",
+        "python scripts/bench.py cache --threads 1",
+        f"A step of Stage C, milliseconds: {DEPTH} blocks of {WIDTH}, 24 x 24 positions, batch 1, "
+        f"float32, a text tower of 12 layers; diffusers {VERSION} encodes online. Medians of "
+        f"{rounds} rounds in turns.",
+        "| compressor | diffusers, online | ours, cached | ratio |",
+        rows,
+    )

@@ -1,0 +1,106 @@
+"""Runs that are killed, and go on: the weights are those of a run that nobody disturbed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import small
+from tests.data.made import picture, shards
+from tests.data.serving import serve
+from tests.test_resume import differing
+from wuerstchen_pl import checkpoint
+
+pytestmark = pytest.mark.slow
+STEPS = 40  # several passes over what is trained on
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    shards(tmp_path / "served", 5, 5)
+    for server in serve(tmp_path / "served"):
+        yield server.url + "/{00000..00004}.tar"
+
+
+def told_of(kind: str, tmp_path: Path, web: str, cascade: Path) -> list[str]:
+    """The arguments that choose a kind of data."""
+    if kind == "web":
+        return ["data=shards", f"data.urls='{web}'", f"data.download_dir={tmp_path / 'down'}"]
+    if kind == "shards":
+        shards(tmp_path / "tars", 5, 5)
+        return ["data=shards", f"data.urls={tmp_path / 'tars'}"]
+    if kind == "folder":
+        (tmp_path / "pictures").mkdir()
+        for i in range(24):
+            (tmp_path / f"pictures/{i}.jpg").write_bytes(picture(str(i), 40 + i, 48))
+            (tmp_path / f"pictures/{i}.txt").write_text(f"number {i}")
+        return ["data=folder", f"data.root={tmp_path / 'pictures'}"]
+    pictures = told_of("shards", tmp_path, web, cascade)
+    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    command = [*arguments(tmp_path / "none", pictures, 0), *above, f"out={tmp_path / 'cache'}"]
+    subprocess.run([sys.executable, "-m", "wuerstchen_pl.cache", *command], check=True)
+    return ["data=cached", f"data.root={tmp_path / 'cache'}"]
+
+
+def arguments(root: Path, data: list[str], workers: int) -> list[str]:
+    kept = [a for a in small("c", root, STEPS) if not a.startswith(("data.limit", "validate_"))]
+    more = ["data.shuffle_samples=12", "validate_every_steps=10", "checkpoint_every_steps=1"]
+    if "data=cached" in data:
+        kept = [a for a in kept if not a.startswith("data.val_fraction")]
+    else:
+        more.append("data.max_upscale=null")
+    return [*kept, *more, *data, f"data.num_workers={workers}"]
+
+
+def start(told: list[str], processes: int) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*(launcher if processes > 1 else []), "-m", "wuerstchen_pl.train", *told]
+    if processes > 1:
+        command += ["trainer.strategy=ddp", f"trainer.devices={processes}"]
+        command = [c if c != "trainer.strategy=ddp" else "+trainer.strategy=ddp" for c in command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, start_new_session=True,
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def kill_at(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Kill a run and all its processes as soon as it has written a step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(checkpoint.step_of(p) >= step for p in run.glob("checkpoints/step*.ckpt")):
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it was killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "processes"),
+    [("shards", 0, 1), ("web", 2, 1), ("folder", 2, 1), ("cached", 2, 1), ("shards", 2, 2)],
+)
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
+    kind: str, workers: int, processes: int, cascade: Path, tmp_path: Path, web: str
+) -> None:
+    data = told_of(kind, tmp_path, web, cascade)
+    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+
+    def told(name: str) -> list[str]:
+        return [*arguments(tmp_path / name, data, workers), *above]
+
+    assert start(told("whole"), processes).wait(timeout=300) == 0
+    run = tmp_path / "parts/default/c"
+    for step in (5, 17):
+        kill_at(start([*told("parts"), "ckpt=auto"], processes), run, step)
+    assert start([*told("parts"), "ckpt=auto"], processes).wait(timeout=300) == 0
+    whole = checkpoint.read(checkpoint.find(tmp_path / "whole/default/c"))
+    parts = checkpoint.read(checkpoint.find(run))
+    assert whole["global_step"] == parts["global_step"] == STEPS
+    assert not differing(whole, parts)
