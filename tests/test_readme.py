@@ -59,7 +59,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def on_own_data(arguments: list[str], place: Path) -> list[str]:
     """Put what is at hand in place of what is on the hub."""
     if "data=shards" in arguments:
-        shards(place / "shards", 10, 2)
+        folder = "my/shards" if "data.urls=my/shards" in arguments else "shards"
+        shards(place / folder, 10, 2)
     if "data=cached" in arguments:
         return arguments
     if "data=hf" in arguments:
@@ -97,7 +98,8 @@ def test_training_commands(arguments: list[str], cascade: Path, place: Path) -> 
 def test_data_commands(arguments: list[str], place: Path) -> None:
     fast = ["image_size=64"] + (["num_workers=0"] if arguments[0] == "build" else [])
     assert run_program("data", [*arguments, *fast]) == 0
-    written = "outputs/check/sizes.png" if arguments[0] == "check" else "shards/shards.json"
+    to = next((a[3:] for a in arguments if a.startswith("to=")), "")
+    written = "outputs/check/sizes.png" if arguments[0] == "check" else f"{to}/shards.json"
     assert (place / written).is_file()
 
 
