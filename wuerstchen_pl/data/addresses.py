@@ -1,11 +1,14 @@
 """Where shards are: paths, folders, brace patterns, lists, and addresses on the web."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 Urls = str | Sequence[str]
+_LISTS = (".txt", ".list")
+_MOST = 1_000_000  # shards of a pattern: one that gives more is a slip
 
 
 def expand(urls: Urls, *, key: str, allow_pipe: bool = False) -> list[str]:
@@ -27,7 +30,8 @@ def expand(urls: Urls, *, key: str, allow_pipe: bool = False) -> list[str]:
         refuse_foreign(pattern, key=key, allow_pipe=allow_pipe)
         # a command may have braces of its own
         expanded = [pattern] if pattern.startswith("pipe:") else braceexpand(pattern)
-        for name in expanded:
+        for name in islice(expanded, _MOST):
+            refuse_foreign(name, key=key, allow_pipe=allow_pipe)  # what the braces may have hidden
             names += [name] if is_remote(name) else _local(Path(name).expanduser(), key, allow_pipe)
     if not names:
         raise ValueError(f"{key}={urls!r} names no shard: give a tar file, a folder or a pattern.")
@@ -70,8 +74,10 @@ def _local(path: Path, key: str, allow_pipe: bool) -> list[str]:
                 "path or build the shards first."
             )
         return [str(tar) for tar in tars]
-    if path.suffix in (".txt", ".list") and path.is_file():
-        lines = (line.strip() for line in path.read_text("utf-8").splitlines())
+    if path.suffix in _LISTS and path.is_file():
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        if nested := next((line for line in lines if line.endswith(_LISTS)), None):
+            raise ValueError(f"{key}: the list {path} names another list, {nested!r}: join them.")
         return expand([line for line in lines if line], key=key, allow_pipe=allow_pipe)
     # A single absent shard among many is counted when its turn comes.
     return [str(path)]

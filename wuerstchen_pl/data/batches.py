@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from wuerstchen_pl.data.buckets import Buckets, Size, enlargement
-from wuerstchen_pl.data.source import Sample
+from wuerstchen_pl.data.buckets import Buckets, Size
+from wuerstchen_pl.data.source import Sample, base_name, digest
 from wuerstchen_pl.data.stream import Drawn, Mixture, Position
 
-_SPARE = 4  # samples that a batch without a single readable picture may take instead
+_SPARE = 16  # samples that a batch without a single readable picture may take instead
 
 
 class Request(NamedTuple):
@@ -75,7 +75,8 @@ class Batches:
             raise ValueError(f"rank is {rank} of {world_size} processes: give 0 to world_size - 1.")
         self.stream, self.buckets = stream, buckets
         self.batch_size, self.max_upscale = batch_size, max_upscale
-        self.rank, self.global_batch = rank, batch_size * world_size
+        self.rank, self.world_size = rank, world_size
+        self.global_batch = batch_size * world_size
         self.number = 0
         self.ledger = stream.streams[0].ledger
         self._pending: dict[Size, list[Drawn]] = {}
@@ -102,7 +103,7 @@ class Batches:
         """Draw until a bucket is full."""
         for drawn in self.stream:
             size = self.buckets.place(drawn.sample, self.number)
-            if self.max_upscale and enlargement(drawn.sample, size) > self.max_upscale:
+            if self.max_upscale and self.buckets.enlargement(drawn.sample) > self.max_upscale:
                 self._drop(drawn)
                 continue
             self._last_kept[id(self.stream.last)] = drawn.turn
@@ -153,7 +154,7 @@ class Batches:
             "global_batch": self.global_batch,
             "drawn": snapshot.drawn,
             "positions": [list(position) for position in snapshot.positions],
-            "shards": [len(s.shards) for s in self.stream.streams],
+            "shards": self._shards(),
             "known": [
                 list(s.first_with.items())[:known]
                 for s, known in zip(self.stream.streams, snapshot.known, strict=True)
@@ -171,7 +172,7 @@ class Batches:
         Shards that were added or taken away since make the pass begin anew, with a warning.
         """
         positions = [Position(*position) for position in state["positions"]]
-        if state["shards"] != [len(s.shards) for s in self.stream.streams]:
+        if state["shards"] != self._shards():
             warnings.warn(
                 "the shards are others than those of the checkpoint: its pass over the data begins "
                 "anew",
@@ -194,9 +195,32 @@ class Batches:
             drawn=state["drawn"],
             positions=tuple(positions),
             known=tuple(len(s.first_with) for s in self.stream.streams),
-            pending={tuple(size): tuple(map(_unpacked, of)) for size, of in state["pending"]},
+            pending={tuple(size): self._found_again(of) for size, of in state["pending"]},
             counts=Counter(state["counts"]),
         )
+
+    def _shards(self) -> list[str]:
+        """What tells whether the shards are those of a checkpoint, wherever they lie now."""
+        return [
+            digest("\n".join(map(base_name, stream.shards))).hex()[:16]
+            for stream in self.stream.streams
+        ]
+
+    def _found_again(self, packed: list[Any]) -> tuple[Drawn, ...]:
+        """Read samples back, if they are of our shards: a checkpoint may come from a stranger."""
+        shards = [shard for stream in self.stream.streams for shard in stream.shards]
+        here = {shard: shard for shard in shards}
+        here |= {
+            base_name(shard): shard
+            for shard in shards
+            if len(shards) == len(set(map(base_name, shards)))
+        }
+        found = []
+        for turn, key, captions, width, height, shard, *rest in packed:
+            own = here.get(shard) or here.get(base_name(shard))
+            if own is not None:
+                found.append(Drawn(Sample(key, tuple(captions), width, height, own, *rest), turn))
+        return tuple(found)
 
 
 def in_order(
@@ -212,11 +236,12 @@ def in_order(
         size = buckets.place(sample, number // (batch_size * world_size))
         waiting.setdefault(size, []).append(Drawn(sample, -1))
     found = []
+    spare = tuple(Drawn(sample, -1) for sample in samples[:_SPARE])
     for size, rows in sorted(waiting.items(), key=lambda bucket: (-len(bucket[1]), bucket[0])):
         for start in range(0, len(rows), batch_size * world_size):
             chunk = rows[start : start + batch_size * world_size]
             own = chunk[rank::world_size] or chunk[:1]
-            found.append(Request(size, tuple(own), tuple(rows[:_SPARE])))
+            found.append(Request(size, tuple(own), spare))
     return found
 
 
@@ -225,8 +250,3 @@ def _packed(drawn: Drawn) -> list[Any]:
     shape = s.width, s.height, s.shard, s.offset, s.size, s.family
     sample = [s.key, list(s.captions), *shape, dict(s.facts)]
     return [drawn.turn, *sample]
-
-
-def _unpacked(packed: list[Any]) -> Drawn:
-    turn, key, captions, *rest = packed
-    return Drawn(Sample(key, tuple(captions), *rest), turn)

@@ -68,6 +68,15 @@ class Buckets:
             return self.sizes[int(unit_hash(f"{self.seed}/size/{batch}") * len(self.sizes))]
         return nearest(sample.width, sample.height, self.sizes)
 
+    def enlargement(self, sample: Sample) -> float:
+        """How many times larger a picture has to become; below 1 it shrinks.
+
+        Of "paper", for its square: the long sizes would need more of any picture that is square.
+        """
+        if self.policy == "paper":
+            return enlargement(sample, self.sizes[0])
+        return enlargement(sample, self.place(sample, 0))
+
 
 def area_sizes(image_size: int, multiple: int, ratios: Sequence[float] | None = None) -> list[Size]:
     """List the sizes of about one area, sorted, each once.

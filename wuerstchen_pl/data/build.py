@@ -20,10 +20,10 @@ from wuerstchen_pl.data.filters import Filters
 from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
 from wuerstchen_pl.data.source import Bad, Sample, Source
 from wuerstchen_pl.data.tar import index_tar
-from wuerstchen_pl.data.transforms import decode
+from wuerstchen_pl.data.transforms import FORMATS, decode
 
 _SETTINGS = ".build.json"
-_KINDS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,5 +194,8 @@ def _kind(data: bytes) -> str | None:
     Raises:
         OSError: it is no picture.
     """
-    with Image.open(io.BytesIO(data)) as img:
-        return _KINDS.get(img.format or "")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as img:
+            return _KINDS.get(img.format or "")
+    except Image.DecompressionBombError as error:
+        raise OSError(str(error)) from error

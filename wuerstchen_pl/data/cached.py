@@ -148,7 +148,7 @@ class Tensors(Dataset[tuple[Batch, Report]]):
 
     def _choices(self, sample: Sample, turn: int) -> tuple[int, int]:
         """Draw which crop and which caption a pass takes."""
-        crop, caption = chances(f"{self.seed}/{turn}/{sample.name}", 2)
+        crop, caption = chances(f"{self.seed}/{turn}/{sample.identity}", 2)
         return int(crop * self.crops), int(caption * len(sample.captions))
 
 

@@ -21,7 +21,7 @@ from wuerstchen_pl.data.buckets import Size
 from wuerstchen_pl.data.cached import EMPTY, ShardWriter, write_manifest
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loader import OnceLoader
-from wuerstchen_pl.data.source import Sample, Split
+from wuerstchen_pl.data.source import Sample, Split, digest
 from wuerstchen_pl.data.stream import Drawn
 
 _SETTINGS = ".settings.json"
@@ -41,7 +41,7 @@ class Encoders(Protocol):
 class Made:
     """What was made of a sample: one entry for each of its crops, and its captions' states."""
 
-    size: Size
+    size: Size = (0, 0)
     crops: list[dict[str, Tensor]] = field(default_factory=list)
     text: Tensor | None = None
 
@@ -54,7 +54,13 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     """
     written = json.loads(json.dumps(settings))
     mark = folder / _SETTINGS
-    if mark.is_file():
+    folder.mkdir(parents=True, exist_ok=True)
+    if not mark.is_file():
+        others = [path for path in folder.iterdir() if not path.name.startswith(_SETTINGS[:9])]
+        if others and not mark.is_file():  # else another process has just made it ours
+            raise ValueError(f"out={str(folder)!r} holds something else: choose a new folder.")
+        _replace(mark, json.dumps(written).encode())
+    else:
         before = json.loads(mark.read_text("utf-8"))
         other = sorted(k for k in {**before, **written} if before.get(k) != written.get(k))
         if other:
@@ -62,13 +68,6 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                 f"out={str(folder)!r} was begun with {other[0]}={before.get(other[0])!r}, and now "
                 f"it is {written.get(other[0])!r}: choose another folder, or delete that one."
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"out={str(folder)!r} holds something else: choose a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = mark.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(written), "utf-8")
-    os.replace(partial, mark)
 
 
 def make(
@@ -102,37 +101,57 @@ def make(
     with tqdm(desc=f"encoding to {folder}", unit="picture", disable=rank > 0) as bar:
         for split, number, shard in units[rank::world_size]:
             note = folder / f"{split}-{number:05d}.json"
-            if not note.is_file():
-                names = []
-                for part, samples in enumerate(_parts(_samples(data, shard), count)):
-                    name = f"{split}-{number:05d}-{part:03d}.safetensors"
-                    names.append(name)
-                    if not (folder / name).is_file():
-                        turns = range(crops) if split == "train" else [-1]
-                        _write(folder / name, _made(data, encoders, samples, turns, bar), samples)
-                _note(note, names)
-    notes = [(split, folder / f"{split}-{number:05d}.json") for split, number, _ in units]
-    if not all(note.is_file() for _, note in notes):
-        return False
+            if _noted(note, shard) is not None:
+                continue
+            opened = None if shard is None else data.splits.opener.open(shard)
+            samples = data.splits.first["val"] if opened is None else data.splits.samples_of(opened)
+            turns = list(range(crops)) if split == "train" else [-1]
+            names = []
+            for part, some in enumerate(_parts(samples, count)):
+                content = digest("\n".join(sample.identity for sample in some)).hex()[:8]
+                name = f"{split}-{number:05d}-{part:03d}-{content}.safetensors"
+                names.append(name)
+                if not (folder / name).is_file():
+                    _write(folder / name, some, _made(data, encoders, some, turns, bar))
+            # A shard that could not be fetched may be there the next time.
+            if opened is None or opened.samples or not opened.broken:
+                _replace(note, json.dumps({"shard": shard, "files": names}).encode())
+    return _complete(folder, units, encoders, settings)
+
+
+def _complete(
+    folder: Path, units: list["Unit"], encoders: Encoders, settings: dict[str, Any]
+) -> bool:
+    """Write the manifest of what there is; say whether it is everything."""
+    notes = [
+        (split, _noted(folder / f"{split}-{number:05d}.json", shard))
+        for split, number, shard in units
+    ]
+    written = [(name, split) for split, names in notes for name in names or ()]
+    whole = all(names is not None for _, names in notes)
+    if whole and not any(split == "train" for _, split in written):
+        raise ValueError("nothing is left to train on: see what was left out above.")
     empty = encoders.captions([""])
     if empty is not None:
-        save_file({"text": empty}, folder / EMPTY)
-    written = [(n, split) for split, note in notes for n in json.loads(note.read_text("utf-8"))]
-    if not any(split == "train" for _, split in written):
-        raise ValueError(f"nothing is left to train on ({data.splits.ledger.summary()}).")
-    write_manifest(folder, written, **settings)
-    return True
+        save_file({"text": empty}, folder / f"{EMPTY}.partial")
+        os.replace(folder / f"{EMPTY}.partial", folder / EMPTY)
+    if written and (whole or not _others_are_at_work()):
+        write_manifest(folder, written, **settings)
+    return whole
 
 
-def _units(data: ImageTextDataModule) -> Iterator[tuple[Split, int, str | None]]:
+def _others_are_at_work() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+Unit = tuple[Split, int, str | None]
+
+
+def _units(data: ImageTextDataModule) -> Iterator[Unit]:
     """Name what is done at a time: each shard for training, and validation as a whole."""
     for number, shard in enumerate(data.splits.shards("train")):
         yield "train", number, shard
     yield "val", 0, None
-
-
-def _samples(data: ImageTextDataModule, shard: str | None) -> list[Sample]:
-    return data.splits.first["val"] if shard is None else data.splits.samples_of(shard)
 
 
 def _parts(samples: list[Sample], count: int) -> Iterator[list[Sample]]:
@@ -155,12 +174,12 @@ def _made(
     data: ImageTextDataModule,
     encoders: Encoders,
     samples: list[Sample],
-    turns: range | list[int],
+    turns: list[int],
     bar: tqdm,
-) -> dict[str, Made]:
-    """Put the samples of one file through the networks; what cannot be read is missing."""
-    by_key = {sample.key: sample for sample in samples}
-    found: dict[str, Made] = {}
+) -> list[Made]:
+    """Put the samples of one file through the networks: for each its crops, as far as readable."""
+    found = [Made() for _ in samples]
+    numbers = {id(sample): number for number, sample in enumerate(samples)}
     requests = [
         Request(request.size, tuple(Drawn(row.sample, turn) for row in request.rows), None)
         for turn in turns
@@ -171,43 +190,56 @@ def _made(
     loader = OnceLoader(
         data.dataset(), requests, ledger=data.splits.ledger, **data.loader_options()
     )
-    for request, batch in zip(requests, loader, strict=True):
-        keys = batch["key"]
+    for request, (batch, report) in zip(requests, loader.reported(), strict=True):
         bar.update(len(request.rows))
-        if not keys:
+        if not report.rows:
             continue
         tensors = encoders.images(batch["image"])
-        new = [key for key in keys if key not in found]
-        for key in new:
-            found[key] = Made(request.size)
-        for row, key in enumerate(keys):
-            found[key].crops.append({n: tensor[row : row + 1] for n, tensor in tensors.items()})
-        _add_text(encoders, [by_key[key] for key in new], found)
+        own = [numbers[id(request.rows[row].sample)] for row in report.rows]
+        for row, number in enumerate(own):
+            found[number].size = request.size
+            found[number].crops.append({n: tensor[row : row + 1] for n, tensor in tensors.items()})
+        _add_text(encoders, [n for n in own if found[n].text is None], samples, found)
+    for made in found:
+        if len(made.crops) < len(turns):  # it could be read at times: its rows would not fit
+            made.crops = []
     return found
 
 
-def _add_text(encoders: Encoders, samples: list[Sample], found: dict[str, Made]) -> None:
+def _add_text(
+    encoders: Encoders, numbers: list[int], samples: list[Sample], found: list[Made]
+) -> None:
     """Encode all captions of some samples together."""
-    captions = [caption for sample in samples for caption in sample.captions]
+    captions = [caption for number in numbers for caption in samples[number].captions]
     states = encoders.captions(captions) if captions else None
     if states is None:
         return
-    lengths = [len(sample.captions) for sample in samples]
-    for sample, own in zip(samples, states.split(lengths), strict=True):
-        found[sample.key].text = own
+    lengths = [len(samples[number].captions) for number in numbers]
+    for number, own in zip(numbers, states.split(lengths), strict=True):
+        found[number].text = own
 
 
-def _write(path: Path, found: dict[str, Made], samples: list[Sample]) -> None:
+def _write(path: Path, samples: list[Sample], found: list[Made]) -> None:
     """Write one file, its samples in their order."""
     writer = ShardWriter(path)
-    for sample in samples:
-        if (made := found.get(sample.key)) is not None:
+    for sample, made in zip(samples, found, strict=True):
+        if made.crops:
             tensors = {n: torch.cat([crop[n] for crop in made.crops]) for n in made.crops[0]}
             writer.add(sample, made.size, tensors, made.text)
     writer.write()
 
 
-def _note(path: Path, names: list[str]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(names), "utf-8")
+def _noted(path: Path, shard: str | None) -> list[str] | None:
+    """The files that a note says were made of a shard; None without one of this very shard."""
+    try:
+        note = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note["files"] if note.get("shard") == shard else None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_bytes(data)
     os.replace(partial, path)

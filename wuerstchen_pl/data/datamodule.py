@@ -132,6 +132,7 @@ class ImageTextDataModule(L.LightningDataModule):
             max_upscale=self.max_upscale,
             val_fraction=self.val_fraction,
             window=self.shuffle_samples,
+            max_bad_fraction=self.max_bad_fraction,
         )
 
     def teardown(self, stage: str | None = None) -> None:
@@ -142,7 +143,7 @@ class ImageTextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return the endless order of the training split, cut into epochs of equal length."""
         rank, world_size = _place()
-        ledger = Ledger(show=rank == 0)
+        ledger = Ledger(show=rank == 0, limit=self.max_bad_fraction)
         groups = self.source.groups("train")
         streams = [
             Stream(
@@ -224,10 +225,17 @@ class ImageTextDataModule(L.LightningDataModule):
         # Their own generator, as a loader draws a number at every epoch from the global one else.
         return {
             "generator": torch.Generator().manual_seed(self.seed),
-            "num_workers": min(self.num_workers, len(os.sched_getaffinity(0))),
+            "num_workers": min(self.num_workers, cpu_count()),
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
+
+
+def cpu_count() -> int:
+    """The CPUs that this process may use."""
+    # not known on every system
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _place() -> tuple[int, int]:

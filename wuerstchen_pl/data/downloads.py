@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import http.client
 import os
+import re
 import subprocess
 import time
 import urllib.error
@@ -15,7 +16,9 @@ import urllib.request
 from pathlib import Path
 
 _TIMEOUT = 30.0  # seconds without a byte
+_LEAST_RATE = 10_000  # bytes a second
 _CHUNK = 1 << 20
+_OWN = re.compile(r"[0-9a-f]{24}\.tar")  # names that we give
 _LASTING = frozenset(
     {400, 401, 403, 404, 405, 410}
 )  # statuses that will not change by asking again
@@ -50,8 +53,12 @@ class Downloads:
         self.folder.mkdir(parents=True, exist_ok=True)
         with target.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():  # else another process was faster
-                self._bring(address, target)
+            try:
+                if not target.exists():  # else another process was faster
+                    self._bring(address, target)
+            finally:
+                # closing would not do: a worker forked meanwhile holds the file open as well
+                fcntl.flock(lock, fcntl.LOCK_UN)
         return str(target)
 
     def _bring(self, address: str, target: Path) -> None:
@@ -72,7 +79,7 @@ class Downloads:
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
                 _download(address, partial)
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 status = getattr(error, "code", None)
                 if status in _LASTING or attempt == self.attempts - 1:
                     tried = f" after {attempt + 1} attempts" if attempt else ""
@@ -82,7 +89,8 @@ class Downloads:
                 return
 
     def _make_room(self, newest: Path) -> None:
-        found = sorted(self.folder.glob("*.tar"), key=_age)
+        own = (path for path in self.folder.glob("*.tar") if _OWN.fullmatch(path.name))
+        found = sorted(own, key=_age)
         total = sum(map(_size, found))
         for path in found:
             if total <= self.keep_bytes or path == newest:
@@ -98,12 +106,17 @@ def _download(address: str, partial: Path) -> None:
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
         resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
         length = answer.headers.get("Content-Length")
-        received = 0
+        received, start = 0, time.monotonic()
         with partial.open("ab" if resumed else "wb") as file:
-            while chunk := answer.read(_CHUNK):
+            while chunk := answer.read1(_CHUNK):
                 received += file.write(chunk)
+                elapsed = time.monotonic() - start
+                if elapsed > _TIMEOUT and received < _LEAST_RATE * elapsed:
+                    raise TimeoutError(f"{received} bytes in {elapsed:.0f} s are too slow")
     if length is not None and received < int(length):
         raise ConnectionError(f"the connection broke after {received} of {length} bytes")
+    if length is None and not _ends_like_a_tar(partial):
+        raise ConnectionError(f"the connection broke after {received} bytes")
 
 
 def _run(command: str, partial: Path) -> None:
@@ -112,6 +125,12 @@ def _run(command: str, partial: Path) -> None:
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or [""]
         raise OSError(f"its command failed with status {done.returncode}: {lines[-1]}")
+
+
+def _ends_like_a_tar(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        return file.read() == bytes(1024)
 
 
 def _size(path: Path) -> int:

@@ -1,6 +1,6 @@
 """Loaders: workers build the batches that an order asks for; the order's place is the state."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,9 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from wuerstchen_pl.data.batches import Batches, Request, Snapshot
 from wuerstchen_pl.data.pictures import Batch, Report
-from wuerstchen_pl.data.stream import Ledger, describe
-
-_ENOUGH_SAMPLES, _ENOUGH_SHARDS = 1000, 20  # before a share of bad ones says anything
+from wuerstchen_pl.data.stream import Ledger
 
 
 class Plan:
@@ -83,7 +81,11 @@ class ResumableLoader(DataLoader[Any]):
         self.found.counts["pixels/kept"] += round(report.kept)
         for bad in report.bad:
             self.found.note_bad(bad)
-        check_bad(self.place, self.found, self.max_bad_fraction)
+        planned = Ledger(limit=self.max_bad_fraction)
+        planned.counts = self.place.counts
+        found = sum(n for name, n in self.found.counts.items() if name.startswith("bad/"))
+        # this rank's; the others are taken to find as many
+        planned.check(more_bad=found * self.batches.world_size)
 
     # State
 
@@ -120,32 +122,12 @@ class OnceLoader(DataLoader[Any]):
         super().__init__(dataset, batch_size=None, sampler=requests, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch, _ in self.reported():
+            yield batch
+
+    def reported(self) -> Iterator[tuple[Batch, Report]]:
+        """Yield each batch with what its worker says of it."""
         for batch, report in super().__iter__():
             for bad in report.bad:
                 self.found.note_bad(bad)
-            yield batch
-
-
-def check_bad(place: Snapshot, found: Ledger, limit: float) -> None:
-    """Stop a run whose data are bad for the most part.
-
-    Raises:
-        ValueError: with a summary.
-    """
-    counts = place.counts + found.counts
-    samples, shards = place.counts["seen"] + _bad(place.counts), counts["shards"]
-    if samples < _ENOUGH_SAMPLES:
-        return
-    shares = {"samples": (_bad(counts), samples)}
-    if shards >= _ENOUGH_SHARDS:
-        shares["shards"] = (counts["shards/broken"], shards)
-    for kind, (number, of) in shares.items():
-        if number > limit * of:
-            raise ValueError(
-                f"{number} of {of} {kind} are bad, more than data.max_bad_fraction={limit} "
-                f"({describe(counts)}): mend the data, or raise data.max_bad_fraction."
-            )
-
-
-def _bad(counts: Counter[str]) -> int:
-    return sum(n for name, n in counts.items() if name.startswith("bad/"))
+            yield batch, report

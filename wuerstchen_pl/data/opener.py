@@ -42,7 +42,8 @@ class Opener:
             return self._kept[shard]
         coming = self._coming.pop(shard, None)
         opened = self._open(shard) if coming is None else coming.result()
-        if len(opened.samples) <= self._room:
+        # a broken one may be whole when it is asked for again
+        if len(opened.samples) <= self._room and not opened.broken:
             self._room -= len(opened.samples)
             self._kept[shard] = opened
         self._check_hope(shard, opened)

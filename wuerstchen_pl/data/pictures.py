@@ -9,7 +9,6 @@ A batch is a dict, and every batch has one size, its bucket:
 B is the batch size, less the pictures that turn out unreadable.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.batches import Request
 from wuerstchen_pl.data.buckets import Size
-from wuerstchen_pl.data.source import Bad, Sample, Source
+from wuerstchen_pl.data.source import Bad, Sample, Source, digest
 from wuerstchen_pl.data.stream import Drawn
 from wuerstchen_pl.data.transforms import CENTRE, Crop, crop_box, decode, resize, salient_place
 
@@ -32,11 +31,13 @@ class Report:
 
     Attributes:
         bad: pictures that could not be read.
+        rows: which rows of the request could be.
         pixels: of all pictures, before they were cropped, as they were decoded.
         kept: how many of these pixels the crops show.
     """
 
     bad: list[Bad] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     pixels: float = 0.0
     kept: float = 0.0
 
@@ -82,12 +83,13 @@ class Pictures(Dataset[tuple[Batch, Report]]):
         self, size: Size, drawn: tuple[Drawn, ...], report: Report
     ) -> list[tuple[np.ndarray, str, str]]:
         rows = []
-        for sample, turn in drawn:
+        for number, (sample, turn) in enumerate(drawn):
             try:
                 img = self._decoded(sample, size)
             except OSError as error:
                 report.bad.append(Bad("unreadable picture", f"{sample.name}: {error}"))
                 continue
+            report.rows.append(number)
             place, choice = self._chance(sample, turn)
             if turn >= 0 and self.crop == "saliency":
                 place = salient_place(img, size)
@@ -110,11 +112,11 @@ class Pictures(Dataset[tuple[Batch, Report]]):
         """Draw the place of a crop and the choice of a caption, all in [0, 1)."""
         if turn < 0:
             return CENTRE, 0.0
-        top, left, choice = chances(f"{self.seed}/{turn}/{sample.name}", 3)
+        top, left, choice = chances(f"{self.seed}/{turn}/{sample.identity}", 3)
         return (CENTRE if self.crop == "centre" else (top, left)), choice
 
 
 def chances(name: str, count: int) -> list[float]:
-    """Draw numbers in [0, 1), a function of `name`."""
-    digest = hashlib.blake2b(name.encode(), digest_size=4 * count).digest()
-    return [int.from_bytes(digest[4 * i : 4 * i + 4]) / 2**32 for i in range(count)]
+    """Draw up to 8 numbers in [0, 1), a function of `name`."""
+    drawn = digest(name)
+    return [int.from_bytes(drawn[4 * i : 4 * i + 4]) / 2**32 for i in range(count)]

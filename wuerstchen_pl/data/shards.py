@@ -69,6 +69,8 @@ class ShardSource:
         return self._files.read(self._path(sample.shard), sample.offset, sample.size)
 
     def _path(self, shard: str) -> str:
+        if not self.allow_pipe and shard.startswith("pipe:"):
+            raise PermissionError(f"{shard!r} would run a command, and data.allow_pipe is false")
         return self.downloads.path(shard) if is_remote(shard) else shard
 
     def _shards(self, split: Split) -> list[str]:

@@ -48,6 +48,11 @@ class Sample:
         """Its shard and key: what no other sample has."""
         return f"{self.shard}/{self.key}"
 
+    @property
+    def identity(self) -> str:
+        """The same without the folder that its shard lies in: chance is made of it."""
+        return f"{base_name(self.shard)}/{self.key}"
+
 
 @dataclass(frozen=True, slots=True)
 class Bad:
@@ -104,15 +109,25 @@ class Source(Protocol):
         """
 
 
+def base_name(shard: str) -> str:
+    """A shard's name without the folder, so that data may move between a run and its resumption."""
+    return shard.rpartition("/")[2]
+
+
+def digest(name: str) -> bytes:
+    """32 bytes that are a function of a name, the same in every process and run."""
+    # not hash(), which differs from process to process; names of files need not be UTF-8
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+
+
 def unit_hash(name: str) -> float:
-    """Map a name to [0, 1), the same in every process and run."""
-    # not hash(), which differs from process to process
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]) / 2**56
+    """Map a name to [0, 1)."""
+    return int.from_bytes(digest(name)[:7]) / 2**56
 
 
 def permutation(length: int, name: str) -> list[int]:
     """Return a random order of `length` items, a function of `name`."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+    seed = int.from_bytes(digest(name)[:7])
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
 
 

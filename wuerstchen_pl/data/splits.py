@@ -1,11 +1,15 @@
 """What of a source is for training, and what for validation; who goes through it shard by shard."""
 
+from collections import Counter
 from itertools import zip_longest
+from typing import Any
 
-from wuerstchen_pl.data.buckets import Buckets, enlargement
+import torch
+
+from wuerstchen_pl.data.buckets import Buckets
 from wuerstchen_pl.data.filters import Filters
-from wuerstchen_pl.data.opener import Opener
-from wuerstchen_pl.data.source import Holdout, Sample, Source, Split
+from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
+from wuerstchen_pl.data.source import Holdout, Opened, Sample, Source, Split, permutation
 from wuerstchen_pl.data.stream import Ledger
 
 _AHEAD = 4  # shards that are opened before they are needed
@@ -21,6 +25,7 @@ class Splits:
         max_upscale: a picture that had to be enlarged further is dropped; None takes all.
         val_fraction: share that validation keeps of a source without a validation split.
         window: samples up to which shards are opened.
+        max_bad_fraction: limit of the ledger.
 
     Attributes:
         opener: opens the shards; those that fit in the window stay open.
@@ -40,11 +45,13 @@ class Splits:
         max_upscale: float | None,
         val_fraction: float,
         window: int,
+        max_bad_fraction: float = 1.0,
     ) -> None:
         self.source, self.filters, self.buckets = source, filters, buckets
         self.max_upscale, self.window = max_upscale, window
         self.opener = Opener(source, keep=window, hashes=filters.deduplicate)
-        self.ledger = Ledger()
+        self.ledger = Ledger(limit=max_bad_fraction)
+        self._first_with: dict[float, str] = {}
         shards, own = self.shards("train"), self.shards("val")
         found, opened = self._first_window(shards)
         self.holdout = Holdout(0 if own else val_fraction, [s.family for s in found])
@@ -54,45 +61,73 @@ class Splits:
             "val": self._first_window(own)[0] if own else kept,
         }
         self.epoch_samples = round(len(self.first["train"]) / max(1, opened) * len(shards))
+        self._agree()
+
+    def _agree(self) -> None:
+        """Take rank 0's findings: one that could not reach a shard would take other steps."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            findings: list[Any] = [(self.first["val"], self.epoch_samples)]
+            torch.distributed.broadcast_object_list(findings, src=0)
+            self.first["val"], self.epoch_samples = findings[0]
 
     def shards(self, split: Split) -> list[str]:
         """Name the shards of a split; of several groups by turns, so that all are met early."""
         turns = zip_longest(*(group.shards for group in self.source.groups(split)))
         return [shard for turn in turns for shard in turn if shard is not None]
 
-    def samples_of(self, shard: str) -> list[Sample]:
-        """List what training takes of a shard, and count."""
-        opened = self.opener.open(shard)
+    def samples_of(self, opened: Opened) -> list[Sample]:
+        """List what training takes of an opened shard, and count."""
         self.ledger.counts["shards"] += 1
+        self.ledger.counts["shards/broken"] += opened.broken
         for bad in opened.bad:
             self.ledger.note_bad(bad)
+        self.ledger.check(of_shards=len(self.shards("train")))
         found = []
         for sample in opened.samples:
             if sample in self.holdout:
                 continue
             self.ledger.counts["seen"] += 1
             passed = self._passing(sample)
+            if isinstance(passed, Sample) and self._is_duplicate(passed):
+                passed = "duplicate"
             if isinstance(passed, str):
                 self.ledger.counts[f"dropped/{passed}"] += 1
             else:
                 found.append(passed)
         return found
 
+    def _is_duplicate(self, sample: Sample) -> bool:
+        picture = sample.facts.get(PICTURE_HASH)
+        return (
+            picture is not None and self._first_with.setdefault(picture, sample.name) != sample.name
+        )
+
     def _first_window(self, shards: list[str]) -> tuple[list[Sample], int]:
         """Return what passes of the first shards, as many as a window takes, and their number."""
-        found: list[Sample] = []
-        for number, shard in enumerate(shards):
-            if len(found) >= self.window:
-                return found, number
-            self.opener.expect(shards[number : number + _AHEAD])
-            passed = map(self._passing, self.opener.open(shard).samples)
-            found += [sample for sample in passed if isinstance(sample, Sample)]
-        return found, len(shards)
+        # Any shards, and not the first ones: what a list lacks is often missing in a row.
+        order = permutation(len(shards), "first")
+        found: dict[int, list[Sample]] = {}
+        held = 0
+        for place, number in enumerate(order):
+            if held >= self.window:
+                break
+            self.opener.expect(shards[i] for i in order[place : place + _AHEAD])
+            samples = self.opener.open(shards[number]).samples
+            held += len(samples)
+            passed = map(self._passing, samples)
+            found[number] = [sample for sample in passed if isinstance(sample, Sample)]
+        listed = [sample for number in sorted(found) for sample in found[number]]
+        if held >= self.window and not listed:
+            dropped = Counter(str(self._passing(s)) for s in samples).most_common(1)[0][0]
+            raise ValueError(
+                f"of the first {held} samples none passes data.filters and data.max_upscale, most "
+                f"for {dropped}: lower what they ask."
+            )
+        return listed, len(found)
 
     def _passing(self, sample: Sample) -> Sample | str:
         """Return a sample as the filters leave it, or what drops it."""
         passed = self.filters.apply(sample)
         if isinstance(passed, Sample) and self.max_upscale:
-            size = self.buckets.place(passed, 0)
-            return "max_upscale" if enlargement(passed, size) > self.max_upscale else passed
+            return "max_upscale" if self.buckets.enlargement(passed) > self.max_upscale else passed
         return passed

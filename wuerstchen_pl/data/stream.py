@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 from wuerstchen_pl.data.filters import Filters
 from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
-from wuerstchen_pl.data.source import Bad, Holdout, Sample, permutation, unit_hash
+from wuerstchen_pl.data.source import Bad, Holdout, Opened, Sample, permutation, unit_hash
 
 _EXAMPLES = 3  # of each kind of bad data that are shown
+_AHEAD = 8  # shards that are opened in the background at most
+_ENOUGH_SAMPLES, _ENOUGH_SHARDS = 1000, 20  # before a share of bad ones says anything
 
 
 class Drawn(NamedTuple):
@@ -42,13 +44,18 @@ class Position(NamedTuple):
 class Ledger:
     """Counts what was seen, dropped and bad, and shows the first examples of what is bad.
 
+    Args:
+        show: whether to show examples.
+        limit: share of bad samples, or of broken shards, at which `check` stops the run.
+
     Attributes:
         counts: "seen", "dropped/<filter>", "bad/<reason>", "shards", "shards/broken" and what the
             workers add.
     """
 
-    def __init__(self, *, show: bool = True) -> None:
+    def __init__(self, *, show: bool = True, limit: float = 1.0) -> None:
         self.counts: Counter[str] = Counter()
+        self.limit = limit
         self.show = show
         self._shown: Counter[str] = Counter()
 
@@ -59,6 +66,32 @@ class Ledger:
         if self.show and self._shown[bad.reason] <= _EXAMPLES:
             more = " (further ones are only counted)" * (self._shown[bad.reason] == _EXAMPLES)
             warnings.warn(f"left out, {bad.reason}: {bad.where}{more}", stacklevel=2)
+
+    def check(self, *, more_bad: int = 0, of_shards: int = 0) -> None:
+        """Stop a run whose data are bad beyond the limit.
+
+        Args:
+            more_bad: samples found bad elsewhere, that were counted as seen here.
+            of_shards: how many shards there are: of a few, one may be broken.
+
+        Raises:
+            ValueError: with a summary.
+        """
+        bad = sum(n for name, n in self.counts.items() if name.startswith("bad/"))
+        shares = {
+            "samples": (bad + more_bad, self.counts["seen"] + bad, _ENOUGH_SAMPLES),
+            "shards": (self.counts["shards/broken"], self.counts["shards"], _ENOUGH_SHARDS),
+        }
+        if of_shards < _ENOUGH_SHARDS:
+            del shares["shards"]
+        for kind, (number, of, enough) in shares.items():
+            if of >= enough and number > self.limit * of:
+                found = f"; {more_bad} unreadable pictures" if more_bad else ""
+                raise ValueError(
+                    f"{number} of {of} {kind} are bad, more than data.max_bad_fraction="
+                    f"{self.limit} ({self.summary()}{found}): mend the data, or raise "
+                    "data.max_bad_fraction."
+                )
 
     def summary(self) -> str:
         """Say in words what the counts are."""
@@ -122,7 +155,8 @@ class Stream:
         return self
 
     def __next__(self) -> Drawn:
-        while self._place == len(self._window):
+        # greater than that if the data have become fewer since the position was noted
+        while self._place >= len(self._window):
             self._advance()
         self._place += 1
         return Drawn(self._window[self._place - 1], self._start[0])
@@ -147,6 +181,12 @@ class Stream:
         if position.place:
             self._fill(Ledger(show=False))
         self._place = position.place
+        if self._place > len(self._window):
+            warnings.warn(
+                "there are fewer samples than when the checkpoint was made: the order goes on with "
+                "the next window",
+                stacklevel=2,
+            )
 
     def _advance(self) -> None:
         """Fill the next window, which may turn out empty."""
@@ -164,31 +204,36 @@ class Stream:
         order = self._order_of(turn)
         names = [self.shards[i] for i in order]
         kept: list[Sample] = []
-        self._end = first
-        while self._end < len(names) and len(kept) < self.shuffle_samples:
-            kept += self._samples(names[self._end], ledger)
+        held, self._end = 0, first
+        # counted before the filters: a strict one makes windows smaller, not longer in coming
+        while self._end < len(names) and held < self.shuffle_samples:
+            opened = self.opener.open(names[self._end])
+            held += len(opened.samples)
+            kept += self._samples(opened, ledger)
             self._end += 1
         mixed = permutation(len(kept), f"{self.seed}/window/{turn}/{first}")
         self._window = [kept[i] for i in mixed]
         # As many shards as this window took will be wanted next.
-        self.opener.expect(names[self._end : 2 * self._end - first])
+        self.opener.expect(names[self._end : self._end + min(self._end - first, _AHEAD)])
 
     def _order_of(self, turn: int) -> list[int]:
         if self._order[0] != turn:
             self._order = turn, permutation(len(self.shards), f"{self.seed}/shards/{turn}")
         return self._order[1]
 
-    def _samples(self, shard: str, ledger: Ledger) -> Iterator[Sample]:
-        opened = self.opener.open(shard)
+    def _samples(self, opened: Opened, ledger: Ledger) -> Iterator[Sample]:
         ledger.counts["shards"] += 1
         ledger.counts["shards/broken"] += opened.broken
         for bad in opened.bad:
             ledger.note_bad(bad)
+        ledger.check(of_shards=len(self.shards))
         for sample in opened.samples:
             if sample in self.holdout:
                 continue
             ledger.counts["seen"] += 1
-            result = "duplicate" if self._is_duplicate(sample) else self.filters.apply(sample)
+            result = self.filters.apply(sample)
+            if isinstance(result, Sample) and self._is_duplicate(sample):
+                result = "duplicate"
             if isinstance(result, str):
                 ledger.counts[f"dropped/{result}"] += 1
             else:
@@ -198,7 +243,7 @@ class Stream:
         picture = sample.facts.get(PICTURE_HASH)
         if picture is None:
             return False
-        own = round(unit_hash(sample.name) * 2**56)
+        own = round(unit_hash(sample.identity) * 2**56)
         return self.first_with.setdefault(int(picture), own) != own
 
 

@@ -104,20 +104,18 @@ def _size_of(
     module: ImageTextDataModule, sample: Sample, seen: set[int], found: Survey
 ) -> Size | None:
     """Return the bucket of a sample, or count what drops it."""
-    picture = sample.facts.get(PICTURE_HASH)
-    if picture is not None and picture in seen:
-        found.dropped["duplicate"] += 1
-        return None
-    seen.update([] if picture is None else [int(picture)])
     passed = module.filters.apply(sample)
+    picture = sample.facts.get(PICTURE_HASH)
+    if isinstance(passed, Sample) and picture is not None and picture in seen:
+        passed = "duplicate"
     if isinstance(passed, str):
         found.dropped[passed] += 1
         return None
-    size = module.buckets.place(passed, sum(found.buckets.values()))
-    if module.max_upscale and enlargement(passed, size) > module.max_upscale:
+    seen.update([] if picture is None else [int(picture)])
+    if module.max_upscale and module.buckets.enlargement(passed) > module.max_upscale:
         found.dropped["max_upscale"] += 1
         return None
-    return size
+    return module.buckets.place(passed, sum(found.buckets.values()))
 
 
 def describe(found: Survey) -> str:

@@ -7,6 +7,7 @@ once; after that any picture is one `os.pread` away.
 
 import io
 import json
+import math
 import os
 import tarfile
 from pathlib import PurePosixPath
@@ -15,9 +16,11 @@ from typing import Any
 from PIL import Image
 
 from wuerstchen_pl.data.source import FACTS, Bad, Opened, Sample
+from wuerstchen_pl.data.transforms import FORMATS
 
 PICTURE_TYPES = ("jpg", "jpeg", "png", "webp")
 _EXIF_ORIENTATION = 0x0112
+_LONGEST_SIDE = 1_000_000
 _HEADER = 1 << 16  # bytes in which the size of a picture is nearly always found
 
 Members = dict[str, tarfile.TarInfo]
@@ -34,7 +37,7 @@ def index_tar(path: str, shard: str, expected: int | None = None) -> Opened:
     bad: list[Bad] = []
     try:
         with open(path, "rb") as file:
-            groups, damage = _groups(path, file.fileno())
+            groups, repeated, damage = _groups(path, file.fileno())
             samples = []
             for key, members in groups.items():
                 sample = _sample(file.fileno(), shard, key, members)
@@ -44,6 +47,7 @@ def index_tar(path: str, shard: str, expected: int | None = None) -> Opened:
                     bad.append(Bad(sample, f"{shard}/{key}"))
     except OSError as error:
         return Opened([], [Bad("unreadable shard", f"{shard}: {error}", expected or 1)], True)
+    bad += [Bad("repeated name", f"{shard}/{name}") for name in repeated]
     if damage is not None:
         bad.append(Bad("damaged shard", f"{shard}: {damage}"))
     if expected is not None and len(groups) < expected:
@@ -53,33 +57,41 @@ def index_tar(path: str, shard: str, expected: int | None = None) -> Opened:
     return Opened(samples, bad, broken=damage is not None)
 
 
-def _groups(path: str, descriptor: int) -> tuple[dict[str, Members], str | None]:
+def _groups(path: str, descriptor: int) -> tuple[dict[str, Members], list[str], str | None]:
     """Group the members of a tar file as WebDataset does: by the name up to its first dot.
 
     Returns:
-        The groups as far as the file can be read, and what is wrong with it or None.
+        The groups as far as the file can be read, names that come again, of which the last counts,
+        and what is wrong with the file or None.
     """
     groups: dict[str, Members] = {}
-    length, end = os.fstat(descriptor).st_size, 0
+    repeated: list[str] = []
+    length, end, last = os.fstat(descriptor).st_size, 0, -1
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                # a negative size would lead back, and round for ever
+                if member.size < 0 or member.offset <= last:
+                    return groups, repeated, f"it is damaged at byte {member.offset}"
+                last = member.offset
                 if member.offset_data + member.size > length:
-                    return groups, f"it is cut short in {member.name!r}"
+                    return groups, repeated, f"it is cut short in {member.name!r}"
                 stem, _, suffix = PurePosixPath(member.name).name.partition(".")
                 name = str(PurePosixPath(member.name).parent / stem)
-                if member.isfile():
-                    groups.setdefault(name, {})[suffix.lower()] = member
+                kinds = groups.setdefault(name, {}) if member.isfile() else {}
+                if suffix.lower() in kinds:
+                    repeated.append(member.name)
+                kinds[suffix.lower()] = member
             end = tar.offset
     # A damaged extended header raises whatever its fields make Python stumble over.
-    except (tarfile.TarError, ValueError, OverflowError, MemoryError, EOFError) as error:
-        return groups, f"it is no whole, uncompressed tar file ({error})"
+    except (tarfile.TarError, ValueError, ArithmeticError, RuntimeError, EOFError) as error:
+        return groups, repeated, f"it is no whole, uncompressed tar file ({error})"
     # tarfile takes a damaged header in mid-file for the end and loses the rest in silence; a true
     # end is a block of zeros.
     block = os.pread(descriptor, tarfile.BLOCKSIZE, end)
     if not block or any(block):
-        return groups, f"it is damaged or cut short at byte {end}"
-    return groups, None
+        return groups, repeated, f"it is damaged or cut short at byte {end}"
+    return groups, repeated, None
 
 
 def _sample(descriptor: int, shard: str, key: str, members: Members) -> Sample | str:
@@ -106,20 +118,25 @@ def _sample(descriptor: int, shard: str, key: str, members: Members) -> Sample |
 def _facts(descriptor: int, members: Members) -> dict[str, Any]:
     try:
         facts = json.loads(read(descriptor, members["json"])) if "json" in members else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that a filter can compare."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 1e9
 
 
 def size_of_json(facts: dict[str, Any]) -> tuple[int, int] | None:
     """Return (width, height) as img2dataset's json gives them, or None."""
     for prefix in ("", "original_"):
-        width, height = facts.get(f"{prefix}width"), facts.get(f"{prefix}height")
-        if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
+        width, height = (facts.get(f"{prefix}{side}") for side in ("width", "height"))
+        if not (isinstance(width, int) and isinstance(height, int)):
+            continue
+        if min(width, height) > 0 and max(width, height) <= _LONGEST_SIDE:
             return width, height
     return None
 
@@ -133,7 +150,9 @@ def size_of_picture(descriptor: int, picture: tarfile.TarInfo) -> tuple[int, int
 def upright_size(data: bytes | str) -> tuple[int, int] | None:
     """Return (width, height) of a picture, given as bytes or as a path, or None."""
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as img:
+        with Image.open(
+            io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS
+        ) as img:
             turned = img.getexif().get(_EXIF_ORIENTATION, 1) >= 5
             return (img.height, img.width) if turned else img.size
     except Exception:  # whatever a damaged header makes one of PIL's decoders stumble over
@@ -148,4 +167,13 @@ def read(descriptor: int, member: tarfile.TarInfo) -> bytes:
 def captions_of(value: Any) -> tuple[str, ...]:
     """Return the captions that a field holds: one, or a list to draw from; () if none."""
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(v.strip() for v in values if isinstance(v, str) and v.strip())
+    return tuple(v.strip() for v in values if isinstance(v, str) and v.strip() and _is_text(v))
+
+
+def _is_text(value: str) -> bool:
+    """Whether it is text: json can hold halves of characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
