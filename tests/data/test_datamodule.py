@@ -377,15 +377,16 @@ def test_a_list_that_yields_nothing_ends_with_the_reason(tmp_path: Path) -> None
 
 def test_filters_and_enlargement_hold_for_training_and_are_counted(tmp_path: Path) -> None:
     shards(tmp_path / "tars", 4, 5)
-    module = ready(
-        ShardSource(urls=str(tmp_path / "tars")),
-        val_fraction=0,
-        batch_size=2,
-        max_upscale=1.5,  # 48 x 32 needs 1.71, 40 x 40 needs 1.6, 36 x 36 needs 1.78
-        filters=Filters(max_ratio=1.9),
-    )
+    choices: dict[str, Any] = {
+        "val_fraction": 0,
+        "max_upscale": 1.5,  # 48 x 32 needs 1.71, 40 x 40 needs 1.6, 36 x 36 needs 1.78
+        "filters": Filters(max_ratio=1.9),
+    }
+    module = ready(ShardSource(urls=str(tmp_path / "tars")), shuffle_samples=100, **choices)
     with pytest.raises(ValueError, match=r"max_upscale=1\.5 drops every picture.*max_ratio"):
         next(iter(module.train_dataloader()))
+    with pytest.raises(ValueError, match=r"first 10 samples none passes .*most for max_upscale"):
+        ready(ShardSource(urls=str(tmp_path / "tars")), shuffle_samples=6, **choices)
 
 
 def test_sizes_are_known_before_any_data(tmp_path: Path) -> None:
