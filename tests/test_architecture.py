@@ -22,10 +22,11 @@ BELOW_ENTRY_POINTS = {
     "layouts",
     "sampling",
     "models",
+    "fingerprint",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: SHARED | BELOW_ENTRY_POINTS for name in ENTRY_POINTS},
-    "cache": SHARED | {"checkpoint", "data"},
+    "cache": SHARED | {"fingerprint", "data"},
     "data.__main__": SHARED | {"data"},
     "export": SHARED | BELOW_ENTRY_POINTS | {"card", "convert"},
     "card": {"checkpoint"},
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"models", "diffusion"},
     "checkpoint": {"models"},
     "callbacks": {"sampling.pictures"},
-    **{name: set() for name in ("models", "diffusion", "data", "metrics", "ema")},
+    **{name: set() for name in ("models", "diffusion", "data", "metrics", "ema", "fingerprint")},
     "__init__": {"pipeline", "sampling"},
 }
 

@@ -15,12 +15,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from wuerstchen_pl.checkpoint import weights_sha256
 from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import READ_BY_TRAIN, check_config
 from wuerstchen_pl.data.cached import PREPROCESSING
 from wuerstchen_pl.data.caching import claim, make
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.fingerprint import of_encoders
 
 READ: Mapping[str, Any] = {
     **READ_BY_TRAIN,
@@ -60,10 +60,7 @@ class Encoders:
     @property
     def fingerprint(self) -> dict[str, str]:
         """What a cache depends on; ``train`` compares it with what a stage has."""
-        found = {"stage": self.stage, "decoder": self.decoder.source["sha256"]}
-        if self.text_encoder is not None:
-            found["text_encoder"] = weights_sha256(self.text_encoder)
-        return found
+        return of_encoders(self.stage, decoder=self.decoder, text_encoder=self.text_encoder)
 
     @torch.no_grad()
     def images(self, images: Tensor) -> dict[str, Tensor]:

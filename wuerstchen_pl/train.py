@@ -3,7 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hydra
 import lightning as L
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from wuerstchen_pl import checkpoint
 from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
+from wuerstchen_pl.fingerprint import of_encoders
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
@@ -137,10 +138,8 @@ def check_cache(stage: "Stage", data: L.LightningDataModule) -> None:
         return
     own = {"stage": type(stage).__name__.removeprefix("Stage").lower()}
     if "decoder" in stage.frozen:
-        decoder: Any = stage.frozen["decoder"]
-        own["decoder"] = decoder.source["sha256"]
-    if "text_encoder" in made_with and "text_encoder" in stage.frozen:
-        own["text_encoder"] = checkpoint.weights_sha256(stage.frozen["text_encoder"])
+        text = stage.frozen.get("text_encoder") if "text_encoder" in made_with else None
+        own = of_encoders(own["stage"], decoder=stage.frozen["decoder"], text_encoder=text)
     for name, value in made_with.items():
         if own.get(name) != value:
             raise ValueError(

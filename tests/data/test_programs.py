@@ -43,7 +43,7 @@ def test_check_says_what_there_is_and_what_is_left(
     assert "1 shards, 0 of them damaged" in said
     assert "10 complete samples" in said
     assert "1 bad: no caption, such as " in said
-    assert "1 bad: unreadable picture, such as 000000/01.a.jpg" in said
+    assert "1 bad: unreadable picture, such as 000000000-000000011/01.a.jpg" in said
     assert "2 dropped by max_upscale" in said
     assert "7 pictures left" in said
     assert "4 in 64 x 64 px, 2 x 2 semantic positions" in said

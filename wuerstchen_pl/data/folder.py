@@ -3,19 +3,35 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from wuerstchen_pl.data.source import FACTS, Bad, Group, Opened, Sample, Split
-from wuerstchen_pl.data.tar import PICTURE_TYPES, captions_of, upright_size
+from wuerstchen_pl.data.source import Bad, Group, Opened, Sample, Split, facts_of
+from wuerstchen_pl.data.tar import PICTURE_TYPES, captions_of, has_text, upright_size
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 _PATH_COLUMNS = ("file_name", "file", "image", "path")
 _CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 _STRETCH = 5_000  # pictures that make a shard
 
-Row = tuple[str, tuple[str, ...] | None, dict[str, Any]]  # path in the folder, captions, facts
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A picture that is listed, or what is wrong with a line of a table.
+
+    Attributes:
+        path: in the folder; of a line that is wrong, where it is.
+        caption: one, or a list of them; None looks for a file beside the picture.
+        facts: what else the table says.
+        wrong: why it cannot be used.
+    """
+
+    path: str
+    caption: Any = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    wrong: str = ""
 
 
 class Folder:
@@ -54,48 +70,42 @@ class Folder:
         """Name the stretches of the folder."""
         if split == "val":
             return []
-        return [Group(1.0, [f"{i:06d}" for i in range(0, len(self._listed()), _STRETCH)])]
+        return [Group(1.0, stretches(len(self._listed())))]
 
     def open(self, shard: str) -> Opened:
         """List the samples of a stretch; reads the head of each picture."""
         samples, bad = [], []
-        for path, captions, facts in self._listed()[int(shard) : int(shard) + _STRETCH]:
-            found = self._sample(shard, path, captions, facts)
+        for row in self._listed()[slice(*ends(shard))]:
+            found = self._sample(shard, row)
             if isinstance(found, Sample):
                 samples.append(found)
             else:
-                bad.append(Bad(found, str(self.root / path)))
+                bad.append(Bad(found, str(self.root / row.path)))
         return Opened(samples, bad)
 
     def read(self, sample: Sample) -> bytes:
         """Return the encoded picture of a sample."""
+        if not is_inside(sample.key):  # a name out of a stranger's checkpoint
+            raise PermissionError(f"{sample.key!r} is outside of {self.root}")
         return (self.root / sample.key).read_bytes()
 
-    def _sample(
-        self, shard: str, path: str, captions: tuple[str, ...] | None, facts: dict[str, Any]
-    ) -> Sample | str:
-        if not (self.root / path).is_file():
-            return "no picture"
-        if captions is None:
-            try:
-                text = (self.root / path).with_suffix(".txt").read_text("utf-8")
-            except FileNotFoundError:
-                return "no caption"
-            except UnicodeDecodeError:
-                return "caption is not UTF-8"
-            captions = (text.strip(),)
+    def _sample(self, shard: str, row: Row) -> Sample | str:
+        path = self.root / row.path
+        try:
+            if row.wrong or not path.is_file():
+                return row.wrong or "no picture"
+            caption = path.with_suffix(".txt").read_text("utf-8") if row.caption is None else ""
+        except UnicodeDecodeError:
+            return "caption is not UTF-8"
+        except OSError:  # a name may be too long to be one
+            return "no caption" if row.caption is None else "no picture"
+        captions = (caption.strip(),) if row.caption is None else captions_of(row.caption)
         if not captions:
-            return "no caption"
-        size = upright_size(str(self.root / path))
+            return "caption is not UTF-8" if has_text(row.caption) else "no caption"
+        size = upright_size(str(path))
         if size is None:
             return "unreadable picture"
-        known = {}
-        for name in FACTS:
-            try:
-                known[name] = float(facts[name])
-            except (KeyError, TypeError, ValueError):
-                continue
-        return Sample(path, captions, *size, shard, family=path, facts=known)
+        return Sample(row.path, captions, *size, shard, family=row.path, facts=facts_of(row.facts))
 
     def _listed(self) -> list[Row]:
         if self._rows is None:
@@ -112,46 +122,77 @@ def _folder(root: str) -> Folder:
     return Folder(root=root)
 
 
+def stretches(count: int) -> list[str]:
+    """Name the stretches of a list, each by its ends: of one that has grown the last is new."""
+    starts = range(0, count, _STRETCH)
+    return [f"{start:09d}-{min(start + _STRETCH, count):09d}" for start in starts]
+
+
+def ends(stretch: str) -> tuple[int, int]:
+    """Return the first place of a stretch, and the one behind its last."""
+    start, _, end = stretch.partition("-")
+    return int(start), int(end)
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path leads nowhere but down."""
+    return not os.path.isabs(path) and ".." not in Path(path).parts
+
+
 def _of_files(root: Path) -> Iterator[Row]:
     for folder, folders, names in os.walk(root):
         folders.sort()
         for name in sorted(names):
             if name.rpartition(".")[2].lower() in PICTURE_TYPES and not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root), None, {}
+                yield Row(os.path.relpath(os.path.join(folder, name), root))
 
 
 def _of_table(table: Path) -> Iterator[Row]:
-    """Read a table's rows.
+    """Read a table's rows; what is wrong with one is said in its place.
 
     Raises:
-        ValueError: a line cannot be read, or a column is missing.
+        ValueError: the first row that can be read lacks a column.
     """
-    with table.open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = csv.DictReader(file) if table.suffix == ".csv" else _of_lines(table, file)
+    # the mark that some editors begin a file with is no part of the first column's name
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = _of_csv(file) if table.suffix == ".csv" else _of_lines(file)
+        checked = False
         for number, row in enumerate(rows, start=1):
+            where = f"{table.name}, row {number}"
+            if row is None:
+                yield Row(where, wrong="unreadable row")
+                continue
             path = next((row[name] for name in _PATH_COLUMNS if row.get(name)), None)
             column = next((name for name in _CAPTION_COLUMNS if name in row), None)
-            if path is None or column is None:
+            if not checked and (path is None or column is None):
                 missing = _PATH_COLUMNS if path is None else _CAPTION_COLUMNS
                 raise ValueError(
                     f"row {number} of {table} has no {' or '.join(missing)}: name a column so."
                 )
-            if os.path.isabs(path) or ".." in Path(path).parts:
-                raise ValueError(
-                    f"row {number} of {table} names {path!r}, which is outside of its folder: "
-                    "write paths relative to the table."
-                )
-            yield path, captions_of(row[column]), row
+            checked = True
+            if not isinstance(path, str):
+                yield Row(where, wrong="no picture")
+            elif not is_inside(path):
+                yield Row(f"{where}: {path}", wrong="picture outside of the folder")
+            else:
+                yield Row(path, "" if column is None else row[column] or "", row)
 
 
-def _of_lines(table: Path, lines: Any) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+def _of_csv(file: TextIO) -> Iterator[dict[str, Any] | None]:
+    rows = csv.DictReader(file)
+    while True:
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield None
+
+
+def _of_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
+    for line in filter(str.strip, lines):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} of {table} is no JSON object: mend or remove it.")
-        yield row
+        yield row if isinstance(row, dict) else None

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from wuerstchen_pl.data.source import FACTS, Bad, Group, Opened, Sample, Split
-from wuerstchen_pl.data.tar import captions_of, upright_size
-
-_STRETCH = 5_000  # rows that make a shard
+from wuerstchen_pl.data.folder import ends, stretches
+from wuerstchen_pl.data.source import Bad, Group, Opened, Sample, Split, facts_of
+from wuerstchen_pl.data.tar import captions_of, has_text, upright_size
 
 
 class HubDataset:
@@ -58,15 +57,14 @@ class HubDataset:
         name = self.splits[split]
         if name is None:
             return []
-        starts = range(0, len(self._table(name)), _STRETCH)
-        return [Group(1.0, [f"{name}:{start:09d}" for start in starts])]
+        return [Group(1.0, [f"{name}:{of}" for of in stretches(len(self._table(name)))])]
 
     def open(self, shard: str) -> Opened:
         """List the samples of a stretch; reads its pictures' bytes once."""
-        split, _, first = shard.rpartition(":")
+        split, _, stretch = shard.rpartition(":")
         table = self._table(split)
         samples, bad = [], []
-        for number in range(int(first), min(int(first) + _STRETCH, len(table))):
+        for number in range(*ends(stretch)):
             found = self._sample(shard, number, table)
             if isinstance(found, Sample):
                 samples.append(found)
@@ -89,25 +87,31 @@ class HubDataset:
             return "no picture"
         captions = captions_of(row[self.caption_column])
         if not captions:
-            return "no caption"
+            return "caption is not UTF-8" if has_text(row[self.caption_column]) else "no caption"
         size = upright_size(data)
         if size is None:
             return "unreadable picture"
-        facts = {n: float(row[n]) for n in FACTS if isinstance(row.get(n), int | float)}
         key = f"{number:09d}"
-        return Sample(key, captions, *size, shard, number, family=key, facts=facts)
+        return Sample(key, captions, *size, shard, number, family=key, facts=facts_of(row))
 
-    @staticmethod
-    def _bytes(picture: Any) -> bytes | None:
-        """Return a picture's bytes, which stand in the table or in a file beside it."""
-        if picture is None:
-            return None
-        if picture["bytes"] is not None:
-            return picture["bytes"]
+    def _bytes(self, picture: Any) -> bytes | None:
+        """Return a picture's bytes, which stand in the table or in a file that came with it."""
+        if picture is None or picture["bytes"] is not None:
+            return None if picture is None else picture["bytes"]
         try:
-            return Path(picture["path"]).read_bytes()
+            path = Path(picture["path"] or "").resolve()
+            own = any(path.is_relative_to(folder) for folder in self._folders())
+            return path.read_bytes() if own and path.is_file() else None
         except OSError:
             return None
+
+    def _folders(self) -> list[Path]:
+        """Where a table's pictures may be: a stranger's could name any file of this machine."""
+        import datasets
+        import huggingface_hub.constants as hub
+
+        caches = (datasets.config.HF_DATASETS_CACHE, hub.HF_HUB_CACHE, hub.HF_ASSETS_CACHE)
+        return [Path(folder).expanduser().resolve() for folder in (self.name, *caches)]
 
     def _table(self, split: str) -> Any:
         if split not in self._tables:

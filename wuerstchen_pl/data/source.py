@@ -5,9 +5,10 @@ is a stretch of a folder or of a table. Nothing needs to know all samples at onc
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -107,6 +108,20 @@ class Source(Protocol):
         Raises:
             OSError: it is not there, or not any more.
         """
+
+
+def facts_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a row of metadata says of a picture, as far as filters can compare it."""
+    found = {}
+    for name in FACTS:
+        value = row.get(name)
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if math.isfinite(number):
+            found[name] = number
+    return found
 
 
 def base_name(shard: str) -> str:

@@ -7,7 +7,6 @@ once; after that any picture is one `os.pread` away.
 
 import io
 import json
-import math
 import os
 import tarfile
 from pathlib import PurePosixPath
@@ -15,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from wuerstchen_pl.data.source import FACTS, Bad, Opened, Sample
+from wuerstchen_pl.data.source import Bad, Opened, Sample, facts_of
 from wuerstchen_pl.data.transforms import FORMATS
 
 PICTURE_TYPES = ("jpg", "jpeg", "png", "webp")
@@ -110,9 +109,8 @@ def _sample(descriptor: int, shard: str, key: str, members: Members) -> Sample |
     if size is None:
         return "unreadable picture"
     captions = captions_of(facts.get("captions")) or (caption,)
-    known = {name: float(facts[name]) for name in FACTS if _is_number(facts.get(name))}
     place = picture.offset_data, picture.size
-    return Sample(key, captions, *size, shard, *place, family=key, facts=known)
+    return Sample(key, captions, *size, shard, *place, family=key, facts=facts_of(facts))
 
 
 def _facts(descriptor: int, members: Members) -> dict[str, Any]:
@@ -121,13 +119,6 @@ def _facts(descriptor: int, members: Members) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number that a filter can compare."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 1e9
 
 
 def size_of_json(facts: dict[str, Any]) -> tuple[int, int] | None:
@@ -166,14 +157,22 @@ def read(descriptor: int, member: tarfile.TarInfo) -> bytes:
 
 def captions_of(value: Any) -> tuple[str, ...]:
     """Return the captions that a field holds: one, or a list to draw from; () if none."""
+    return tuple(text.strip() for text in _texts(value) if _is_unicode(text))
+
+
+def has_text(value: Any) -> bool:
+    """Whether a field holds a text, even one with halves of characters, or bytes that are none."""
+    return bool(_texts(value))
+
+
+def _texts(value: Any) -> list[str]:
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(v.strip() for v in values if isinstance(v, str) and v.strip() and _is_text(v))
+    return [text for text in values if isinstance(text, str) and text.strip()]
 
 
-def _is_text(value: str) -> bool:
-    """Whether it is text: json can hold halves of characters."""
+def _is_unicode(text: str) -> bool:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -53,6 +53,7 @@ class TextEncoder(nn.Module):
         if activation not in ("gelu", "quick_gelu"):
             raise ValueError(f"activation={activation!r} is unknown; use gelu or quick_gelu")
         self.width = width
+        self.num_heads = num_heads
         self.context_length = context_length
         self.weights = weights
         self.tokenizer = Tokenizer(context_length=context_length, folder=tokenizer)
@@ -96,8 +97,7 @@ class TextEncoder(nn.Module):
         hidden = hidden | _after_end(ids, self.tokenizer.end)[:, None, :]
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=ids.device)
         mask = mask.masked_fill(hidden, float("-inf"))
-        heads = tower.transformer.resblocks[0].attn.num_heads
-        x = tower.transformer(x, attn_mask=mask.repeat_interleave(heads, dim=0))
+        x = tower.transformer(x, attn_mask=mask.repeat_interleave(self.num_heads, dim=0))
         return tower.ln_final(x)
 
     def forward(self, captions: Sequence[str]) -> Tensor:

@@ -85,6 +85,11 @@ class StageA(Stage):
 
     # What Stage B uses
 
+    @property
+    def encoding(self) -> VQGAN:
+        """The network that ``encode`` uses."""
+        return self.vqgan
+
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, C, H/f, W/f) unquantized latents of unit variance."""
         return self.vqgan.encode(images)

@@ -98,6 +98,11 @@ class StageB(Stage):
 
     # What Stage C uses
 
+    @property
+    def encoding(self) -> SemanticCompressor:
+        """The network that ``encode`` uses."""
+        return self.compressor
+
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, S, h, w) semantic latents."""
         return self.compressor(images)

@@ -1,0 +1,52 @@
+"""What frozen networks compute, as short names: a cache is good for networks that have the same."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+# split otherwise by other tokenizers
+_PROBE = "A photo of 2 cats, na\u00efve & \u304b\u308f\u3044\u3044"
+
+
+def of_encoders(stage: str, *, decoder: Any, text_encoder: Any | None) -> dict[str, str]:
+    """Name what a cache for a stage is made with.
+
+    Args:
+        stage: ``b`` or ``c``.
+        decoder: the trained stage below it, of which only what encodes counts.
+        text_encoder: None where captions' states are not cached.
+    """
+    found = {"stage": stage, "decoder": of_network(decoder.encoding)}
+    if text_encoder is not None:
+        tokens = text_encoder.tokenizer([_PROBE]).tolist()
+        found["text_encoder"] = of_network(text_encoder, said=str(tokens))
+    return found
+
+
+def of_network(network: nn.Module, *, said: str = "") -> str:
+    """Hash a network's layers, numbers and weights, whatever file these came from.
+
+    Args:
+        network: frozen.
+        said: what else it depends on.
+    """
+    digest = hashlib.sha256(said.encode())
+    for name, layer in network.named_modules():
+        digest.update(f"{name} {type(layer).__name__}".encode())
+        if type(layer).__module__.startswith("wuerstchen_pl."):  # others' may gain some
+            digest.update(str(_numbers(layer)).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _numbers(layer: nn.Module) -> list[tuple[str, int | float]]:
+    """What a layer was built with and no weight shows, such as the factor of a resize."""
+    return sorted(
+        (name, value)
+        for name, value in vars(layer).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    )
