@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import READ_BY_TRAIN, check_config
-from wuerstchen_pl.data.cached import PREPROCESSING
-from wuerstchen_pl.data.caching import claim, make
-from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.cached import MANIFEST, PREPROCESSING
+from wuerstchen_pl.data.caching import make
+from wuerstchen_pl.data.claims import claim
+from wuerstchen_pl.data.datamodule import OF_THE_RUN, ImageTextDataModule
 from wuerstchen_pl.fingerprint import of_encoders
 
 READ: Mapping[str, Any] = {
@@ -33,9 +34,6 @@ READ: Mapping[str, Any] = {
 }
 TENSORS = {"b": ["latents", "image"], "c": ["semantic"]}
 """What a stage reads in place of pictures."""
-
-OF_THE_RUN = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
-"""Keys of the data that change nothing in a cache."""
 
 
 class Encoders:
@@ -107,8 +105,8 @@ def run(cfg: DictConfig) -> None:
         "shard_mb": cfg.shard_mb,
         "data": {key: value for key, value in source.items() if key not in OF_THE_RUN},
     }
-    claim(folder, settings)
-    whole = make(
+    claim(folder, settings, key="out")
+    missing = make(
         data,
         encoders,
         folder,
@@ -119,8 +117,14 @@ def run(cfg: DictConfig) -> None:
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )
     print(data.splits.ledger.summary())
-    if whole:
-        print(f"{cfg.out} is whole; train with data=cached data.root={cfg.out}")
+    if missing:
+        print(
+            f"{len(missing)} shards are missing, such as {missing[0]}: they cannot be read, or "
+            "other processes are still at them; run the same again to go on, with one process to "
+            "finish without them"
+        )
+    if (folder / MANIFEST).is_file():
+        print(f"train with data=cached data.root={cfg.out}")
 
 
 def check_ranges(cfg: DictConfig, stage: str) -> None:

@@ -58,6 +58,8 @@ def run(cfg: DictConfig) -> float:
             f"{output_dir} was interrupted at step {trainer.global_step}; ckpt=auto goes on from "
             "its last checkpoint"
         ) from stop
+    finally:  # Lightning does not after an error, and shards would go on being opened
+        data.teardown("fit")
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
 
 

@@ -187,4 +187,4 @@ def test_a_folder_begun_with_other_settings_is_not_mixed_up(
     told = ["build", f"from={folder}", f"to={tmp_path / 'out'}", "num_workers=0"]
     assert run(*told, "shard_samples=4") == 0
     assert run(*told, "shard_samples=5") == 1
-    assert "was begun with shard_samples=4, and this is 5" in capsys.readouterr().err
+    assert "was begun with shard_samples=4, and now it is 5" in capsys.readouterr().err

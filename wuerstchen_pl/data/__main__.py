@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.data.build import build
-from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.datamodule import OF_THE_RUN, ImageTextDataModule
 from wuerstchen_pl.data.histogram import draw
 from wuerstchen_pl.data.survey import describe, survey
 
@@ -64,12 +64,12 @@ def run_build(cfg: DictConfig) -> None:
     module: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     module.prepare_data()
     told: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    kept = ("_target_", "root", "urls", "name", "config", "split", "filters", "caption_column")
+    settings = {key: value for key, value in told.items() if key not in OF_THE_RUN}
     entries, left_out = build(
         module.source,
         output_folder(cfg.to),
         filters=module.filters,
-        settings={k: told[k] for k in kept if k in told} | {"shard_samples": cfg.shard_samples},
+        settings=settings | {"shard_samples": cfg.shard_samples},
         shard_samples=cfg.shard_samples,
         num_workers=min(cfg.num_workers, os.cpu_count() or 1),
     )

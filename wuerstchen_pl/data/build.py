@@ -8,21 +8,22 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from PIL import Image
 from tqdm import tqdm
 
 from wuerstchen_pl.data import manifest
+from wuerstchen_pl.data.claims import claim
 from wuerstchen_pl.data.filters import Filters
 from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
-from wuerstchen_pl.data.source import Bad, Sample, Source
-from wuerstchen_pl.data.tar import index_tar
+from wuerstchen_pl.data.source import Sample, Source, digest
 from wuerstchen_pl.data.transforms import FORMATS, decode
 
-_SETTINGS = ".build.json"
+_LOG = ".written.jsonl"
 _KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -33,6 +34,21 @@ class Part:
     number: int
     samples: list[Sample]
     path: Path
+
+    @property
+    def content(self) -> str:
+        """A hash of what is known of the samples."""
+        known = ((s.key, s.captions, s.width, s.height, s.size, s.facts) for s in self.samples)
+        return digest("\n".join(map(repr, known))).hex()
+
+
+class Written(TypedDict):
+    """A line of the log: which part was written, of what, and how many samples it lacks."""
+
+    number: int
+    content: str
+    entry: manifest.Entry
+    unreadable: int
 
 
 def build(
@@ -63,40 +79,24 @@ def build(
     Raises:
         ValueError: the folder holds something else, or nothing is left to write.
     """
-    _claim(folder, settings)
+    claim(folder, settings, key="to")
     left_out: Counter[str] = Counter()
+    parts = _parts(source, folder, filters, shard_samples, left_out)
     entries: dict[int, manifest.Entry] = {}
-    with tqdm(desc=f"writing {folder}", unit="picture") as bar:
-        for number, entry, bad in _written(
-            source, _parts(source, folder, filters, shard_samples, left_out), num_workers
-        ):
-            entries[number] = entry
-            left_out.update({reason: count for reason, count in bad.items()})
-            bar.update(entry["samples"])
+    with tqdm(desc=f"writing {folder}", unit=" pictures") as bar:
+        for written in _written(source, parts, folder / _LOG, num_workers):
+            entries[written["number"]] = written["entry"]
+            left_out["unreadable picture"] += written["unreadable"]
+            bar.update(written["entry"]["samples"])
     if not sum(entry["samples"] for entry in entries.values()):
-        raise ValueError(f"nothing is left to write to {folder} ({dict(left_out) or 'no samples'})")
+        raise ValueError(
+            f"nothing is left to write to {folder} ({dict(+left_out) or 'no samples'})"
+        )
+    for number in _read_log(folder / _LOG).keys() - entries.keys():  # the source held more before
+        _path(folder, number).unlink(missing_ok=True)
     listed = [entries[number] for number in sorted(entries)]
     manifest.write(folder, listed, settings=settings)
-    return listed, left_out
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder ours, or make sure that it is."""
-    written = json.loads(json.dumps(settings))
-    path = folder / _SETTINGS
-    if path.is_file():
-        before = json.loads(path.read_text("utf-8"))
-        other = sorted(k for k in {**before, **written} if before.get(k) != written.get(k))
-        if other:
-            raise ValueError(
-                f"to={str(folder)!r} was begun with {other[0]}={before.get(other[0])!r}, and this "
-                f"is {written.get(other[0])!r}: choose another folder, or delete that one."
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"to={str(folder)!r} holds something else: choose a new folder.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(written), "utf-8")
+    return listed, +left_out
 
 
 def _parts(
@@ -112,55 +112,82 @@ def _parts(
         for bad in opened.bad:
             left_out[bad.reason] += bad.count
         for sample in opened.samples:
+            passed = filters.apply(sample)
             picture = sample.facts.get(PICTURE_HASH)
-            passed = "duplicate" if picture in seen else filters.apply(sample)
-            seen.update([] if picture is None else [picture])
+            if isinstance(passed, Sample) and picture in seen:
+                passed = "duplicate"
             if isinstance(passed, str):
                 left_out[passed] += 1
                 continue
+            seen.update([] if picture is None else [picture])
             waiting.append(passed)
             if len(waiting) == shard_samples:
-                yield Part(number, waiting, folder / f"{number:05d}.tar")
+                yield Part(number, waiting, _path(folder, number))
                 number, waiting = number + 1, []
     if waiting:
-        yield Part(number, waiting, folder / f"{number:05d}.tar")
+        yield Part(number, waiting, _path(folder, number))
 
 
-Result = tuple[int, manifest.Entry, dict[str, int]]
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.tar"
 
 
-def _written(source: Source, parts: Iterator[Part], num_workers: int) -> Iterator[Result]:
-    """Write parts, a few at a time."""
-    if num_workers == 0:
-        yield from (_write(source, part) for part in parts)
-        return
+def _written(
+    source: Source, parts: Iterator[Part], log: Path, num_workers: int
+) -> Iterator[Written]:
+    """Write parts, a few at a time, but for those that are there already."""
+    before = _read_log(log)
     # spawned, as threads may be opening shards
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        running: set[Future[Result]] = set()
+    pool = ProcessPoolExecutor(num_workers, mp_context=context) if num_workers else nullcontext()
+    with log.open("a", encoding="utf-8") as lines, pool:
+
+        def noted(written: Written) -> Written:
+            print(json.dumps(written), file=lines, flush=True)
+            return written
+
+        running: set[Future[Written]] = set()
         for part in parts:
-            running.add(pool.submit(_write, source, part))
+            if (known := before.get(part.number)) and _is_there(known, part):
+                yield known
+            elif not isinstance(pool, ProcessPoolExecutor):
+                yield noted(_write(source, part))
+            else:
+                running.add(pool.submit(_write, source, part))
             if len(running) > 2 * num_workers:
                 done, running = wait(running, return_when="FIRST_COMPLETED")
-                yield from (future.result() for future in done)
-        yield from (future.result() for future in running)
+                yield from (noted(future.result()) for future in done)
+        yield from (noted(future.result()) for future in running)
 
 
-def _write(source: Source, part: Part) -> Result:
-    """Write one shard, unless it is there."""
-    if part.path.is_file():
-        kept = len(index_tar(str(part.path), part.path.name).samples)
-        lost = {"unreadable picture": len(part.samples) - kept} if kept < len(part.samples) else {}
-        return part.number, manifest.entry_of(part.path, kept), lost
+def _read_log(path: Path) -> dict[int, Written]:
+    """Read the log; a line that was cut short, and what its part was, does not count."""
+    found: dict[int, Written] = {}
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        try:
+            written = json.loads(line)
+        except ValueError:
+            continue
+        found[written["number"]] = written
+    return found
+
+
+def _is_there(written: Written, part: Part) -> bool:
+    """Whether an earlier run wrote this very part, and nobody cut it short."""
+    if written["content"] != part.content or not part.path.is_file():
+        return False
+    return part.path.stat().st_size == written["entry"]["bytes"]
+
+
+def _write(source: Source, part: Part) -> Written:
+    """Write one shard."""
     partial = part.path.with_suffix(".partial")
-    bad: list[Bad] = []
     kept = 0
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for place, sample in enumerate(part.samples):
             try:
                 members = _members(source.read(sample), sample)
-            except OSError as error:
-                bad.append(Bad("unreadable picture", f"{sample.name}: {error}"))
+            except OSError:
                 continue
             for suffix, data in members.items():
                 # TarInfo's default time is 0, so that the same samples give the same bytes.
@@ -169,8 +196,12 @@ def _write(source: Source, part: Part) -> Result:
                 tar.addfile(entry, io.BytesIO(data))
             kept += 1
     os.replace(partial, part.path)
-    counts = {"unreadable picture": len(bad)} if bad else {}
-    return part.number, manifest.entry_of(part.path, kept), counts
+    return {
+        "number": part.number,
+        "content": part.content,
+        "entry": manifest.entry_of(part.path, kept),
+        "unreadable": len(part.samples) - kept,
+    }
 
 
 def _members(data: bytes, sample: Sample) -> dict[str, bytes]:

@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.batches import Request
 from wuerstchen_pl.data.buckets import Size
+from wuerstchen_pl.data.claims import write_whole
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.pictures import Batch, Report, chances
 from wuerstchen_pl.data.source import Bad, Group, Opened, Sample, Split
@@ -251,9 +252,7 @@ def write_manifest(root: Path, names: Sequence[tuple[str, Split]], **facts: Any)
         {"name": name, "split": split, "bytes": (root / name).stat().st_size}
         for name, split in names
     ]
-    partial = root / f"{MANIFEST}.{os.getpid()}.partial"
-    partial.write_text(json.dumps({**facts, "shards": shards}, indent=2) + "\n", "utf-8")
-    os.replace(partial, root / MANIFEST)
+    write_whole(root / MANIFEST, json.dumps({**facts, "shards": shards}, indent=2) + "\n")
 
 
 @lru_cache(maxsize=64)

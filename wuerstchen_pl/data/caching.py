@@ -19,12 +19,11 @@ from tqdm import tqdm
 from wuerstchen_pl.data.batches import Request, in_order
 from wuerstchen_pl.data.buckets import Size
 from wuerstchen_pl.data.cached import EMPTY, ShardWriter, write_manifest
+from wuerstchen_pl.data.claims import write_whole
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loader import OnceLoader
 from wuerstchen_pl.data.source import Sample, Split, digest
 from wuerstchen_pl.data.stream import Drawn
-
-_SETTINGS = ".settings.json"
 
 
 class Encoders(Protocol):
@@ -46,30 +45,6 @@ class Made:
     text: Tensor | None = None
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make a folder that of a cache with these settings, or make sure that it is.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    written = json.loads(json.dumps(settings))
-    mark = folder / _SETTINGS
-    folder.mkdir(parents=True, exist_ok=True)
-    if not mark.is_file():
-        others = [path for path in folder.iterdir() if not path.name.startswith(_SETTINGS[:9])]
-        if others and not mark.is_file():  # else another process has just made it ours
-            raise ValueError(f"out={str(folder)!r} holds something else: choose a new folder.")
-        _replace(mark, json.dumps(written).encode())
-    else:
-        before = json.loads(mark.read_text("utf-8"))
-        other = sorted(k for k in {**before, **written} if before.get(k) != written.get(k))
-        if other:
-            raise ValueError(
-                f"out={str(folder)!r} was begun with {other[0]}={before.get(other[0])!r}, and now "
-                f"it is {written.get(other[0])!r}: choose another folder, or delete that one."
-            )
-
-
 def make(
     data: ImageTextDataModule,
     encoders: Encoders,
@@ -80,8 +55,10 @@ def make(
     shard_mb: int,
     rank: int = 0,
     world_size: int = 1,
-) -> bool:
+) -> list[str]:
     """Write what is missing of a cache, and its manifest when nothing is.
+
+    A single process writes the manifest without shards that cannot be read, too.
 
     Args:
         data: whose pictures; set up.
@@ -94,11 +71,11 @@ def make(
         world_size: number of processes that share the work.
 
     Returns:
-        Whether the cache is whole: with several processes the last one to end finds it so.
+        The shards that are missing: they cannot be read, or other processes are still at them.
     """
     count = _samples_per_file(data, encoders, crops, shard_mb)
     units = list(_units(data))
-    with tqdm(desc=f"encoding to {folder}", unit="picture", disable=rank > 0) as bar:
+    with tqdm(desc=f"encoding to {folder}", unit=" pictures", disable=rank > 0) as bar:
         for split, number, shard in units[rank::world_size]:
             note = folder / f"{split}-{number:05d}.json"
             if _noted(note, shard) is not None:
@@ -115,33 +92,29 @@ def make(
                     _write(folder / name, some, _made(data, encoders, some, turns, bar))
             # A shard that could not be fetched may be there the next time.
             if opened is None or opened.samples or not opened.broken:
-                _replace(note, json.dumps({"shard": shard, "files": names}).encode())
-    return _complete(folder, units, encoders, settings)
+                write_whole(note, json.dumps({"shard": shard, "files": names}))
+    written: list[tuple[str, Split]] = []
+    missing: list[str] = []
+    for split, number, shard in units:
+        noted = _noted(folder / f"{split}-{number:05d}.json", shard)
+        written += [(name, split) for name in noted or ()]
+        missing += [shard or "validation"] if noted is None else []
+    if not missing or world_size == 1:
+        _complete(folder, written, encoders, settings)
+    return missing
 
 
 def _complete(
-    folder: Path, units: list["Unit"], encoders: Encoders, settings: dict[str, Any]
-) -> bool:
-    """Write the manifest of what there is; say whether it is everything."""
-    notes = [
-        (split, _noted(folder / f"{split}-{number:05d}.json", shard))
-        for split, number, shard in units
-    ]
-    written = [(name, split) for split, names in notes for name in names or ()]
-    whole = all(names is not None for _, names in notes)
-    if whole and not any(split == "train" for _, split in written):
+    folder: Path, written: list[tuple[str, Split]], encoders: Encoders, settings: dict[str, Any]
+) -> None:
+    """Write the manifest of what there is."""
+    if not any(split == "train" for _, split in written):
         raise ValueError("nothing is left to train on: see what was left out above.")
     empty = encoders.captions([""])
     if empty is not None:
         save_file({"text": empty}, folder / f"{EMPTY}.partial")
         os.replace(folder / f"{EMPTY}.partial", folder / EMPTY)
-    if written and (whole or not _others_are_at_work()):
-        write_manifest(folder, written, **settings)
-    return whole
-
-
-def _others_are_at_work() -> bool:
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    write_manifest(folder, written, **settings)
 
 
 Unit = tuple[Split, int, str | None]
@@ -236,10 +209,3 @@ def _noted(path: Path, shard: str | None) -> list[str] | None:
     except (OSError, ValueError):
         return None
     return note["files"] if note.get("shard") == shard else None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

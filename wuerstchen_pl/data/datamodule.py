@@ -22,6 +22,9 @@ from wuerstchen_pl.data.splits import Splits
 from wuerstchen_pl.data.stream import Ledger, Mixture, Stream
 from wuerstchen_pl.data.transforms import Crop
 
+OF_THE_RUN = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
+"""Keys of the data that change nothing in what is made of them."""
+
 
 class ImageTextDataModule(L.LightningDataModule):
     """Batches of a source; `data/pictures.py` says what is in one.

@@ -33,7 +33,7 @@ class Filters:
         scripts: names out of SCRIPTS; more than half of a caption's letters must be of these.
         forbidden_words: a caption that holds one of them is dropped, in whatever case.
         deduplicate: drop a picture whose bytes equal those of one that came before it in the run;
-            16 bytes of memory and of each checkpoint per picture.
+            about 120 bytes of memory and 25 of each checkpoint per picture.
 
     Raises:
         ValueError: a script is unknown, or a least number exceeds its greatest.

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
+
+from wuerstchen_pl.data.claims import write_whole
 
 NAME = "shards.json"
 
@@ -34,10 +35,7 @@ def entry_of(path: Path, samples: int) -> Entry:
 
 def write(folder: Path, shards: Iterable[Entry], **more: Any) -> None:
     """Write the manifest of a folder, whole or not at all."""
-    path = folder / NAME
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({**more, "shards": list(shards)}, indent=2) + "\n", "utf-8")
-    os.replace(partial, path)
+    write_whole(folder / NAME, json.dumps({**more, "shards": list(shards)}, indent=2) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -23,14 +23,14 @@ def shards(
     allow_pipe: bool = False,
     download_dir: str = "downloads",
     download_gb: float = 100.0,
+    val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of WebDataset shards; the first five as of `ShardSource`."""
-    if val_urls is not None and loading.get("val_fraction", 0) > 0:
-        raise ValueError(
-            f"data.val_urls={val_urls!r} and data.val_fraction={loading['val_fraction']} both say "
-            "what validation uses: set one of them."
-        )
+    """Batches of WebDataset shards; the first five as of `ShardSource`, the sixth of the module.
+
+    Raises:
+        ValueError: both val_urls and val_fraction say what validation uses.
+    """
     source = ShardSource(
         urls=urls,
         val_urls=val_urls,
@@ -38,7 +38,8 @@ def shards(
         download_dir=download_dir,
         download_gb=download_gb,
     )
-    return ImageTextDataModule(source=source, **loading)
+    held_out = _held_out("val_urls", val_urls, val_fraction, default=0.001)
+    return ImageTextDataModule(source=source, val_fraction=held_out, **loading)
 
 
 def folder(*, root: str, **loading: Any) -> ImageTextDataModule:
@@ -55,9 +56,14 @@ def hf(
     image_column: str = "image",
     caption_column: str = "text",
     revision: str | None = None,
+    val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of a data set of the hub; the first seven as of `HubDataset`."""
+    """Batches of a data set of the hub; the first seven as of `HubDataset`, then of the module.
+
+    Raises:
+        ValueError: both val_split and val_fraction say what validation uses.
+    """
     source = HubDataset(
         name=name,
         config=config,
@@ -67,7 +73,8 @@ def hf(
         caption_column=caption_column,
         revision=revision,
     )
-    return ImageTextDataModule(source=source, **loading)
+    held_out = _held_out("val_split", val_split, val_fraction, default=0.01)
+    return ImageTextDataModule(source=source, val_fraction=held_out, **loading)
 
 
 def openmoji(
@@ -91,3 +98,15 @@ def mix(
 ) -> ImageTextDataModule:
     """Batches of several sources; the first two as of `Mix`."""
     return ImageTextDataModule(source=Mix(sources=sources, weights=weights), **loading)
+
+
+def _held_out(key: str, own: Any, val_fraction: float | None, *, default: float) -> float:
+    """Return the share that validation keeps of the training samples."""
+    if own is None:
+        return default if val_fraction is None else val_fraction
+    if val_fraction:
+        raise ValueError(
+            f"data.{key}={own!r} and data.val_fraction={val_fraction} both say what validation "
+            "uses: set one of them."
+        )
+    return 0.0

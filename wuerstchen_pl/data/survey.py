@@ -1,15 +1,15 @@
 """What a set of pictures holds, looked at before anybody trains on it."""
 
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
 
 from wuerstchen_pl.data.buckets import Size, enlargement
-from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.datamodule import ImageTextDataModule, cpu_count
 from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
 from wuerstchen_pl.data.source import Bad, Sample, Source
 from wuerstchen_pl.data.transforms import decode
@@ -67,8 +67,8 @@ def survey(module: ImageTextDataModule, *, full: bool) -> Survey:
     names = [shard for group in source.groups("train") for shard in group.shards]
     seen: set[int] = set()
     kept = area = 0.0
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for number, shard in enumerate(tqdm(names, desc="looking at shards", unit="shard")):
+    with ThreadPoolExecutor(cpu_count()) as threads, closing(opener):
+        for number, shard in enumerate(tqdm(names, desc="looking at shards", unit=" shards")):
             opener.expect(names[number : number + _AHEAD])
             opened = opener.open(shard)
             found.shards, found.broken = found.shards + 1, found.broken + opened.broken
@@ -87,7 +87,6 @@ def survey(module: ImageTextDataModule, *, full: bool) -> Survey:
                     found.buckets[size] += 1
                     kept += size[0] * size[1] / enlargement(sample, size) ** 2
                     area += sample.width * sample.height
-    opener.close()
     found.cropped = 1 - kept / area if area else 0.0
     return found
 
