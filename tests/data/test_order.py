@@ -11,8 +11,16 @@ from wuerstchen_pl.data.batches import Batches, Request, in_order
 from wuerstchen_pl.data.buckets import Buckets
 from wuerstchen_pl.data.filters import Filters
 from wuerstchen_pl.data.opener import Opener
-from wuerstchen_pl.data.source import Bad, Holdout, Opened
+from wuerstchen_pl.data.source import Bad, Holdout, Opened, Sample
 from wuerstchen_pl.data.stream import Drawn, Ledger, Mixture, Stream
+
+
+class Copies(Listed):
+    """Every third picture has the same bytes."""
+
+    def read(self, sample: Sample) -> bytes:
+        return b"copy" if int(sample.key) % 3 == 0 else sample.name.encode()
+
 
 SHARDS = {"a": 23, "b": 5, "c": 17, "d": 9, "e": 31}
 
@@ -78,6 +86,17 @@ def test_memory_is_bounded_by_two_windows() -> None:
     assert len(set(source.asked)) <= 2 * 3
 
 
+def test_a_strict_filter_makes_windows_smaller_not_longer() -> None:
+    source = Listed.of({f"{i:03d}": 12 for i in range(100)})  # two of each 12 are 64 wide
+    one = stream(source, shuffle_samples=36, filters=Filters(max_ratio=2, min_words=1, max_size=64))
+    strict = stream(source, shuffle_samples=36, filters=Filters(min_size=40, max_ratio=1))
+    for order, each in ((one, 36), (strict, 6)):
+        next(order)
+        assert order.ledger.counts["seen"] == 36
+        assert len(order._window) == each
+        order.opener.close()
+
+
 @pytest.mark.parametrize("start", range(0, 200, 7))
 def test_any_position_is_found_again_by_opening_one_window(start: int) -> None:
     whole = stream(Listed.of(SHARDS))
@@ -118,10 +137,6 @@ def test_a_small_set_holds_out_one_family_at_least() -> None:
 
 
 def test_duplicates_are_dropped_for_good_whichever_comes_first() -> None:
-    class Copies(Listed):
-        def read(self, sample: Any) -> bytes:  # every third picture has the same bytes
-            return b"copy" if int(sample.key) % 3 == 0 else sample.name.encode()
-
     source = Copies(Listed.of(SHARDS).opened)
     one = stream(source, filters=Filters(deduplicate=True))
     copies = [s.name for o in source.opened.values() for s in o.samples if int(s.key) % 3 == 0]
@@ -192,11 +207,16 @@ def test_a_batch_is_found_again_through_plain_values(stop: int) -> None:
 
 
 def test_reading_ahead_can_be_taken_back() -> None:
-    order = batches(filters=Filters(deduplicate=True))
-    before = order.snapshot()
+    order = batches(Copies(Listed.of(SHARDS).opened), filters=Filters(deduplicate=True))
+    list(islice(order, 3))
+    before, known = order.snapshot(), dict(order.stream.streams[0].first_with)
     first = list(islice(order, 50))
+    counts = order.ledger.counts.copy()
+    assert counts["dropped/duplicate"] > 50
     order.restore(before)
+    assert order.stream.streams[0].first_with == known
     assert list(islice(order, 50)) == first
+    assert order.ledger.counts == counts
 
 
 def test_another_number_of_processes_goes_on_with_the_same_samples() -> None:
@@ -222,6 +242,48 @@ def test_other_shards_begin_the_pass_anew_with_a_warning() -> None:
         snapshot = other.load_state_dict(state)
     other.restore(snapshot)
     assert turns(list(islice(other, 5))).keys() == {turn}
+
+
+def test_data_that_have_become_fewer_are_gone_on_with() -> None:
+    order = batches(Listed.of({"a": 60}), shuffle_samples=100)
+    list(islice(order, 12))
+    state = order.state_dict(order.snapshot())
+    other = batches(Listed.of({"a": 20}), shuffle_samples=100)
+    with pytest.warns(UserWarning, match="there are fewer samples"):
+        other.restore(other.load_state_dict(state))
+    drawn = [row for request in islice(other, 25) for row in request.rows]
+    assert Counter(row.sample.name for row in drawn if row.turn == 2) == Counter(
+        s.name for s in Listed.of({"a": 20}).opened["a"].samples
+    )
+
+
+def test_a_checkpoint_brings_back_no_sample_of_a_shard_that_is_not_ours() -> None:
+    order = batches()
+    list(islice(order, 7))
+    state = order.state_dict(order.snapshot())
+    assert sum(len(of) for _, of in state["pending"]) > 1
+    for _, of in state["pending"]:
+        of[0][5] = "pipe:touch ran"  # the shard, in a stranger's checkpoint
+    other = batches()
+    found = other.load_state_dict(state)
+    shards = {row.sample.shard for of in found.pending.values() for row in of}
+    assert shards <= SHARDS.keys()
+    assert sum(map(len, found.pending.values())) == sum(len(of) - 1 for _, of in state["pending"])
+
+
+def test_shards_that_were_moved_are_gone_on_with() -> None:
+    def moved(folder: str) -> Listed:
+        return Listed.of({f"{folder}/{name}.tar": n for name, n in SHARDS.items()})
+
+    order = batches(moved("here"))
+    list(islice(order, 17))
+    state = order.state_dict(order.snapshot())
+    other = batches(moved("http://there"))
+    other.restore(other.load_state_dict(state))
+    for ours, theirs in zip(islice(other, 30), islice(order, 30), strict=True):
+        assert [(d.sample.identity, d.turn) for d in ours.rows] == [
+            (d.sample.identity, d.turn) for d in theirs.rows
+        ]
 
 
 def test_what_is_too_small_is_dropped_counted_and_never_endless() -> None:

@@ -1,5 +1,6 @@
 """Where shards are: paths, folders, brace patterns, lists, and addresses on the web."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,14 +30,19 @@ def expand(urls: Urls, *, key: str, allow_pipe: bool = False) -> list[str]:
     for pattern in patterns:
         refuse_foreign(pattern, key=key, allow_pipe=allow_pipe)
         # a command may have braces of its own
-        expanded = [pattern] if pattern.startswith("pipe:") else braceexpand(pattern)
-        for name in islice(expanded, _MOST):
+        braces = [pattern] if pattern.startswith("pipe:") else braceexpand(pattern)
+        expanded = list(islice(braces, _MOST + 1))
+        if len(expanded) > _MOST:
+            raise ValueError(
+                f"{key}={pattern!r} names more than {_MOST:,} shards: mend its braces."
+            )
+        for name in expanded:
             refuse_foreign(name, key=key, allow_pipe=allow_pipe)  # what the braces may have hidden
             names += [name] if is_remote(name) else _local(Path(name).expanduser(), key, allow_pipe)
     if not names:
         raise ValueError(f"{key}={urls!r} names no shard: give a tar file, a folder or a pattern.")
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(names).most_common(1)[0][0]
         raise ValueError(f"{key} names {twice!r} twice: remove one.")
     return names
 
