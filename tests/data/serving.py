@@ -1,6 +1,8 @@
 """A web server that fails as it is told."""
 
+import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +16,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     failures = 0  # of the next requests
     break_after: int | None = None  # bytes, of each answer
+    tells_length = True  # of an answer that it breaks off
+    trickle = 0.0  # seconds between two bytes
     asked: list[str]
 
     @property
@@ -34,6 +38,13 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_error(503)
         elif self.server.break_after is not None:
             self.break_off(self.server.break_after)
+        elif self.server.trickle:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(1000):
+                    self.wfile.write(b"x")
+                    time.sleep(self.server.trickle)
         else:
             super().do_GET()
 
@@ -42,7 +53,8 @@ class Handler(SimpleHTTPRequestHandler):
         data = Path(self.translate_path(self.path)).read_bytes()
         start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
+        if self.server.tells_length:
+            self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         self.wfile.write(data[start : start + after])
 
@@ -51,7 +63,7 @@ def serve(folder: Path) -> Iterator[Server]:
     """Serve a folder until the fixture that yields from this ends."""
     server = Server(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

@@ -77,3 +77,10 @@ def test_nearest_is_symmetric_in_the_logarithm() -> None:
 def test_enlargement_is_that_of_the_side_that_needs_more() -> None:
     assert enlargement(listed("s", 0, 50, 100), (100, 100)) == 2
     assert enlargement(listed("s", 0, 400, 200), (100, 100)) == 0.5
+
+
+def test_papers_sizes_ask_for_no_more_than_their_square() -> None:
+    buckets = Buckets(policy="paper", image_size=768, multiple=128)
+    assert buckets.enlargement(listed("s", 0, 768, 768)) == 1
+    # that its long sizes would enlarge a square picture by 5/3 drops none
+    assert {buckets.enlargement(listed("s", 0, 512, n)) for n in (512, 768, 900)} == {1.5}

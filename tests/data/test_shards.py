@@ -1,6 +1,10 @@
 """Shards on a disk and on the web, whole and damaged."""
 
+import io
+import math
+import os
 import pickle
+import signal
 import tarfile
 import time
 from collections import Counter
@@ -13,11 +17,11 @@ import webdataset
 
 from tests.data.made import encode, picture, sample, shards, write
 from tests.data.serving import Server, serve
-from wuerstchen_pl.data import manifest
+from wuerstchen_pl.data import downloads, manifest
 from wuerstchen_pl.data.addresses import expand
 from wuerstchen_pl.data.downloads import Downloads
 from wuerstchen_pl.data.shards import ShardSource
-from wuerstchen_pl.data.source import Opened
+from wuerstchen_pl.data.source import Opened, Sample, unit_hash
 from wuerstchen_pl.data.tar import index_tar
 
 
@@ -144,6 +148,52 @@ def test_a_damaged_shard_gives_what_it_has_and_the_manifest_tells_the_rest(
     assert found.broken
 
 
+def test_headers_that_lead_back_end_the_reading(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.tar", sample("a") | sample("b"))
+    with tarfile.open(path) as tar:
+        fourth = tar.getmembers()[3]
+        back = tarfile.TarInfo(fourth.name)
+        back.size = -fourth.offset - tarfile.BLOCKSIZE  # as if the next one were the first
+        header = back.tobuf(tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[fourth.offset : fourth.offset + len(header)] = header
+    path.write_bytes(data)
+    found = index_tar(str(path), "s")
+    assert [s.key for s in found.samples] == ["a"]
+    assert reasons(found) == {"damaged shard": 1}
+
+
+def test_names_and_texts_that_are_no_unicode_are_no_obstacle(tmp_path: Path) -> None:
+    half = sample("half", captions=["whole", "half \ud800"], pwatermark=math.nan, punsafe=1e400)
+    none = sample("none", captions=["half \udc00"])
+    name = "caf\udce9"  # a byte that is no UTF-8
+    members = half | none | {name + k[1:]: v for k, v in sample("x").items()}
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, data in members.items():
+            entry = tarfile.TarInfo(key)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    found = index_tar(str(path), "s")
+    assert [s.captions for s in found.samples] == [
+        *(("whole",), ("a picture of none",), ("a picture of x",)),
+    ]
+    assert [s.facts for s in found.samples] == [{}, {}, {}]
+    assert len({unit_hash(s.identity) for s in found.samples}) == 3
+
+
+def test_a_name_that_comes_twice_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        for key, data in [*sample("a").items(), ("a.txt", b"another caption")]:
+            entry = tarfile.TarInfo(key)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    found = index_tar(str(path), "s")
+    assert [s.captions for s in found.samples] == [("another caption",)]
+    assert reasons(found) == {"repeated name": 1}
+
+
 def test_what_is_missing_by_the_manifest_is_counted_though_the_shard_is_whole(
     folder: Path,
 ) -> None:
@@ -179,11 +229,27 @@ def test_foreign_addresses_are_refused_before_anything_is_read(url: str, message
         ShardSource(urls=["/nowhere/a.tar", url])
 
 
-def test_a_list_file_cannot_smuggle_a_command_in(tmp_path: Path) -> None:
-    (tmp_path / "all.txt").write_text(f"pipe:touch {tmp_path / 'ran'}\n")
-    with pytest.raises(ValueError, match="would run a command"):
+@pytest.mark.parametrize("line", ["pipe:touch {ran}", "{{pipe:touch {ran},x.tar}}", "{list}"])
+def test_a_list_file_cannot_smuggle_a_command_in(tmp_path: Path, line: str) -> None:
+    ran, other = tmp_path / "ran", tmp_path / "other.txt"
+    other.write_text(f"pipe:touch {ran}\n")
+    (tmp_path / "all.txt").write_text(line.format(ran=ran, list=other) + "\n")
+    with pytest.raises(ValueError, match=r"would run a command|names another list"):
         ShardSource(urls=str(tmp_path / "all.txt")).prepare()
+    assert not ran.exists()
+
+
+def test_a_command_out_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    source = ShardSource(urls=str(tmp_path), download_dir=str(tmp_path / "down"))
+    stranger = Sample("a", ("a",), 1, 1, f"pipe:touch {tmp_path / 'ran'}")
+    with pytest.raises(OSError, match="would run a command"):
+        source.read(stranger)
     assert not (tmp_path / "ran").exists()
+
+
+def test_braces_without_end_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"names more than 1,000,000 shards: mend its braces"):
+        ShardSource(urls=str(tmp_path / "{0..9999999999}.tar")).prepare()
 
 
 def test_missing_empty_and_doubled_are_refused(tmp_path: Path) -> None:
@@ -276,6 +342,55 @@ def test_the_oldest_downloads_make_room_and_come_back_when_they_are_wanted(
     assert source.read(second.samples[0]) == picture("000010000", 16, 16)
     assert source.read(first.samples[0]) == picture("000000000", 30, 20)
     assert len(server.asked) == 3
+
+
+def test_tars_of_others_in_the_folder_of_downloads_are_kept(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "down").mkdir()
+    (tmp_path / "down/mine.tar").write_bytes(b"precious")
+    opened(remote(server, tmp_path, keep_bytes=1))
+    assert (tmp_path / "down/mine.tar").read_bytes() == b"precious"
+
+
+def test_an_answer_without_a_length_that_breaks_off_is_asked_for_again(
+    server: Server, tmp_path: Path
+) -> None:
+    server.break_after, server.tells_length = 4000, False
+    (first, _) = opened(remote(server, tmp_path, attempts=20))
+    assert len(first.samples) == 2
+
+
+def test_a_server_that_trickles_is_given_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downloads, "_TIMEOUT", 0.3)
+    server.trickle = 0.05
+    found = remote(server, tmp_path, attempts=2).open(server.url + "/00000.tar")
+    assert "are too slow" in found.bad[0].where
+
+
+def test_a_worker_that_is_forked_during_a_download_holds_nobody_up(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, children = remote(server, tmp_path), []
+
+    def forks(address: str, target: Path) -> None:
+        children.append(os.fork())
+        if not children[0]:
+            time.sleep(30)
+            os._exit(0)
+        raise OSError("later")
+
+    bring = source.downloads._bring
+    monkeypatch.setattr(source.downloads, "_bring", forks)
+    try:
+        assert source.open(server.url + "/00000.tar").broken
+        monkeypatch.setattr(source.downloads, "_bring", bring)
+        start = time.monotonic()
+        assert len(source.open(server.url + "/00000.tar").samples) == 2
+        assert time.monotonic() - start < 10
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
 
 
 def test_an_allowed_command_writes_a_shard(folder: Path, tmp_path: Path) -> None:

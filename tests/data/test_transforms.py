@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wuerstchen_pl.data.tar import upright_size
 from wuerstchen_pl.data.transforms import CENTRE, crop_box, decode, resize, salient_place
 
 
@@ -70,6 +71,14 @@ def test_exif_rotation_gives_the_upright_picture(orientation: int) -> None:
 def test_unreadable_bytes_raise() -> None:
     with pytest.raises(OSError, match="cannot identify"):
         decode(b"no picture")
+
+
+def test_formats_that_run_programs_are_no_pictures() -> None:
+    script = encode(Image.new("RGB", (8, 8)), "EPS")
+    assert Image.open(io.BytesIO(script)).format == "EPS"  # PIL would hand it to Ghostscript
+    with pytest.raises(OSError, match="cannot identify"):
+        decode(script)
+    assert upright_size(script) is None
 
 
 def test_an_animation_shows_its_first_frame() -> None:

@@ -1,5 +1,6 @@
 """Where shards are: paths, folders, brace patterns, lists, and addresses on the web."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -9,6 +10,7 @@ from braceexpand import braceexpand
 
 Urls = str | Sequence[str]
 _LISTS = (".txt", ".list")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _MOST = 1_000_000  # shards of a pattern: one that gives more is a slip
 
 
@@ -29,14 +31,7 @@ def expand(urls: Urls, *, key: str, allow_pipe: bool = False) -> list[str]:
     names: list[str] = []
     for pattern in patterns:
         refuse_foreign(pattern, key=key, allow_pipe=allow_pipe)
-        # a command may have braces of its own
-        braces = [pattern] if pattern.startswith("pipe:") else braceexpand(pattern)
-        expanded = list(islice(braces, _MOST + 1))
-        if len(expanded) > _MOST:
-            raise ValueError(
-                f"{key}={pattern!r} names more than {_MOST:,} shards: mend its braces."
-            )
-        for name in expanded:
+        for name in _without_braces(pattern, key):
             refuse_foreign(name, key=key, allow_pipe=allow_pipe)  # what the braces may have hidden
             names += [name] if is_remote(name) else _local(Path(name).expanduser(), key, allow_pipe)
     if not names:
@@ -44,6 +39,17 @@ def expand(urls: Urls, *, key: str, allow_pipe: bool = False) -> list[str]:
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise ValueError(f"{key} names {twice!r} twice: remove one.")
+    return names
+
+
+def _without_braces(pattern: str, key: str) -> list[str]:
+    if pattern.startswith("pipe:"):  # a command may have braces of its own
+        return [pattern]
+    # braceexpand lists a range before it gives its first number
+    longest = max((abs(int(b) - int(a)) for a, b in _RANGE.findall(pattern)), default=0)
+    names = list(islice(braceexpand(pattern), _MOST + 1)) if longest <= _MOST else []
+    if longest > _MOST or len(names) > _MOST:
+        raise ValueError(f"{key}={pattern!r} names more than {_MOST:,} shards: mend its braces.")
     return names
 
 
