@@ -137,6 +137,26 @@ def test_build_goes_on_where_it_was_stopped(
     assert first == second
 
 
+def test_build_writes_again_what_has_changed_since(folder: Path, tmp_path: Path) -> None:
+    def built(name: str) -> dict[str, int]:
+        told = [f"from={folder}", f"to={tmp_path / name}", "shard_samples=3", "num_workers=0"]
+        assert run("build", *told) == 0
+        return {p.stem: p.stat().st_mtime_ns for p in sorted((tmp_path / name).glob("*.tar"))}
+
+    first = built("out")
+    (folder / "06.a.txt").write_text("another caption")  # in the second shard
+    (folder / "09.a.jpg").unlink()  # in the third, which the fourth and last now completes
+    second = built("out")
+    assert [second.get(name) == time for name, time in first.items()] == [True, False, False, False]
+    assert len(second) == 3
+    (tmp_path / "out/00001.tar").write_bytes(b"cut short")
+    third = built("out")
+    assert [third[name] == time for name, time in second.items()] == [True, False, True]
+    assert built("new").keys() == third.keys()
+    for name in ("00000.tar", "00001.tar", "00002.tar", "shards.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 def test_captions_to_draw_from_survive_the_building(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(picture("a", 64, 64))

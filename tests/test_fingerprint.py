@@ -1,0 +1,53 @@
+"""A network's name tells whether it computes the same, and nothing else."""
+
+import copy
+
+import pytest
+import torch
+
+from wuerstchen_pl.fingerprint import of_encoders, of_network
+from wuerstchen_pl.models.compressor import ConvBackbone, SemanticCompressor
+from wuerstchen_pl.models.text import TextEncoder
+
+
+def compressor(**changes: float) -> SemanticCompressor:
+    torch.manual_seed(0)
+    return SemanticCompressor(backbone=ConvBackbone(width=4, depth=2), latent_channels=4, **changes)
+
+
+def test_copies_have_one_name_wherever_they_work_and_whether_they_train() -> None:
+    one = compressor()
+    other = copy.deepcopy(one).eval().requires_grad_(False)
+    for parameter in other.parameters():  # as a file may store them
+        parameter.data = parameter.data.contiguous(memory_format=torch.preserve_format).clone()
+    assert of_network(one) == of_network(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.mapper.weight.data[0, 0].add_(1e-6),
+        lambda net: net.norm.running_mean[0].add_(1e-6),
+        lambda net: setattr(net, "resize", 0.5),
+        lambda net: setattr(net.backbone.layers, "2", torch.nn.ReLU()),
+        lambda net: net.half(),
+    ],
+    ids=["weight", "statistics", "resize", "activation", "type"],
+)
+def test_what_computes_otherwise_has_another_name(change: object) -> None:
+    one, other = compressor(), compressor()
+    change(other)
+    assert of_network(one) != of_network(other)
+
+
+def test_a_text_encoder_is_named_with_its_heads_and_tokens() -> None:
+    def name(heads: int = 2, lower: bool = True) -> str:
+        torch.manual_seed(0)
+        text = TextEncoder(width=16, depth=1, num_heads=heads)
+        if not lower:
+            text.tokenizer.bpe.clean_fn = lambda text: text
+        stage = type("Below", (), {"encoding": compressor()})
+        return of_encoders("c", decoder=stage, text_encoder=text)["text_encoder"]
+
+    assert name() == name()
+    assert len({name(), name(heads=4), name(lower=False)}) == 3
