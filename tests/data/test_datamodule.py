@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.data.made import picture, sample, shards, write
 from tests.data.serving import serve
+from wuerstchen_pl.data import modules
 from wuerstchen_pl.data.buckets import nearest
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.filters import Filters
@@ -302,6 +303,18 @@ def test_shards_for_validation_are_taken_as_they_are(tmp_path: Path) -> None:
     loader = module.train_dataloader()
     seen = {k for _ in range(8) for batch in loader for k in batch["key"]}
     assert seen == set(train)
+
+
+def test_validation_comes_from_shards_of_its_own_or_from_a_share(tmp_path: Path) -> None:
+    loading = {"image_size": 64, "batch_size": 2}
+    own = modules.shards(urls=str(tmp_path / "a"), val_urls=str(tmp_path / "b"), **loading)
+    assert own.val_fraction == 0
+    assert modules.shards(urls=str(tmp_path / "a"), **loading).val_fraction == 0.001
+    assert modules.shards(urls=str(tmp_path / "a"), val_fraction=0, **loading).val_fraction == 0
+    with pytest.raises(ValueError, match=r"val_urls='b' and data\.val_fraction=0\.1 both say"):
+        modules.shards(urls="a", val_urls="b", val_fraction=0.1, **loading)
+    with pytest.raises(ValueError, match=r"val_split='test' and data\.val_fraction=0\.1 both say"):
+        modules.hf(name="a", val_split="test", val_fraction=0.1, **loading)
 
 
 # What is bad
