@@ -24,11 +24,14 @@ demo: setup ## train on 291 drawings, sample, evaluate: outputs/demo/index.html 
 demo-full: setup ## the same on all 1,659 drawings, with larger networks
 	$(BIN)/python -m scripts.demo --experiment openmoji
 
+# Each process computes with one thread: two that use all cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: setup ## the fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: setup ## every test
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 lint: setup ## style and types
 	$(BIN)/ruff check .
