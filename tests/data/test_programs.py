@@ -137,6 +137,23 @@ def test_build_goes_on_where_it_was_stopped(
     assert first == second
 
 
+def test_check_looks_at_shards_for_validation_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run("build", f"from={folder}", f"to={tmp_path / 'tars'}", "num_workers=0") == 0
+    (tmp_path / "val.tar").write_bytes(b"garbage")
+    told = [
+        "image_size=64",
+        f"data.urls={tmp_path / 'tars'}",
+        f"data.val_urls={tmp_path / 'val.tar'}",
+    ]
+    assert run("check", "data=shards", *told, f"output_dir={tmp_path / 'out'}") == 0
+    train, val = capsys.readouterr().out.split("for validation:")
+    assert "1 shards, 0 of them damaged" in train
+    assert "1 shards, 1 of them damaged" in val
+    assert "1 bad: damaged shard" in val
+
+
 def test_build_writes_again_what_has_changed_since(folder: Path, tmp_path: Path) -> None:
     def built(name: str) -> dict[str, int]:
         told = [f"from={folder}", f"to={tmp_path / name}", "shard_samples=3", "num_workers=0"]

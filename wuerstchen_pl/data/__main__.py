@@ -38,6 +38,9 @@ def run_check(cfg: DictConfig) -> float:
     module.prepare_data()
     found = survey(module, full=cfg.full)
     print(describe(found))
+    if module.source.groups("val"):
+        print("for validation:")
+        print(describe(survey(module, "val", full=cfg.full)))
     if found.sizes:
         folder.mkdir(parents=True, exist_ok=True)
         draw(found.sizes, module.sizes).save(folder / "sizes.png")

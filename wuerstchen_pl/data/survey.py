@@ -11,7 +11,7 @@ from tqdm import tqdm
 from wuerstchen_pl.data.buckets import Size, enlargement
 from wuerstchen_pl.data.datamodule import ImageTextDataModule, cpu_count
 from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
-from wuerstchen_pl.data.source import Bad, Sample, Source
+from wuerstchen_pl.data.source import Bad, Sample, Source, Split
 from wuerstchen_pl.data.transforms import decode
 
 _EXAMPLES = 3
@@ -44,7 +44,7 @@ class Survey:
 
     @property
     def left(self) -> int:
-        """How many pictures there are to train and validate on."""
+        """How many pictures can be used."""
         return sum(self.buckets.values())
 
     def note(self, bad: Bad) -> None:
@@ -55,16 +55,18 @@ class Survey:
             self.examples[bad.reason].append(bad.where)
 
 
-def survey(module: ImageTextDataModule, *, full: bool) -> Survey:
-    """Look at every shard of the training data.
+def survey(module: ImageTextDataModule, split: Split = "train", *, full: bool) -> Survey:
+    """Look at every shard of a split.
 
     Args:
         module: the data, with its filters and buckets.
+        split: "train", which holds what a share keeps for validation, too; or "val", if that has
+            shards of its own.
         full: decode every picture too; else their metadata are believed.
     """
     found, source = Survey(), module.source
     opener = Opener(source, keep=0, hashes=module.filters.deduplicate)
-    names = [shard for group in source.groups("train") for shard in group.shards]
+    names = [shard for group in source.groups(split) for shard in group.shards]
     seen: set[int] = set()
     kept = area = 0.0
     with ThreadPoolExecutor(cpu_count()) as threads, closing(opener):
