@@ -22,14 +22,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from scripts.reference_models import VERSION
 from scripts.timing import Work, side_by_side, write_table
-from wuerstchen_pl.data.cached import (
+from wuerstchen_pl.data.caches.cached import (
     EMPTY,
     PREPROCESSING,
     CachedDataModule,
     ShardWriter,
     write_manifest,
 )
-from wuerstchen_pl.data.source import Sample
+from wuerstchen_pl.data.sources.source import Sample
 from wuerstchen_pl.diffusion.objective import noise_error, p2_weight
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
 from wuerstchen_pl.models.prior import Prior

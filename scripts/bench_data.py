@@ -26,8 +26,8 @@ from torchvision.transforms.functional import resize as torchvision_resize
 
 from scripts.timing import side_by_side, write_table
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.shards import ShardSource
-from wuerstchen_pl.data.transforms import CENTRE, crop_box, decode, resize
+from wuerstchen_pl.data.loading.transforms import CENTRE, crop_box, decode, resize
+from wuerstchen_pl.data.sources.shards import ShardSource
 
 SHAPES = ((1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768))
 SIDE, BATCH = 512, 16

@@ -38,16 +38,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"models", "diffusion"},
     "checkpoint": {"models"},
     "callbacks": {"sampling.pictures"},
+    "data.sources": set(),
+    "data.order": {"data.sources"},
+    "data.loading": {"data.sources", "data.order"},
+    "data.caches": {"data.sources", "data.order", "data.loading", "data.datamodule"},
     **{name: set() for name in ("models", "diffusion", "data", "metrics", "ema", "fingerprint")},
     "__init__": {"pipeline", "sampling"},
 }
 
 
 def layer_of(path: Path) -> str:
-    """wuerstchen_pl/models/vqgan.py -> models; wuerstchen_pl/cli.py -> cli."""
+    """wuerstchen_pl/data/order/stream.py -> data.order; wuerstchen_pl/cli.py -> cli."""
     if path.name == "__main__.py":  # a program, and no part of its folder
         return f"{path.parent.name}.__main__"
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    folder = path.relative_to(PACKAGE).parts[:-1]
+    return ".".join(folder) or path.stem
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import run_program, small
 from wuerstchen_pl import checkpoint
-from wuerstchen_pl.data.cached import Cached, CachedDataModule
+from wuerstchen_pl.data.caches.cached import Cached, CachedDataModule
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 
 STEPS = 8  # two passes over the small data
@@ -157,7 +157,7 @@ def contents(folder: Path) -> dict[str, Any]:
 def test_a_cache_goes_on_where_it_was_stopped(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wuerstchen_pl.data import caching
+    from wuerstchen_pl.data.caches import caching
 
     out, write, written = tmp_path / "parts", caching._write, []
 

@@ -114,9 +114,10 @@ def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Pat
         (tmp_path / f"pictures/{i}.jpg").write_bytes(picture(str(i), 64, 64))
         (tmp_path / f"pictures/{i}.txt").write_text(f"number {i}")
     told = [a for a in arguments(cascade, tmp_path) if not a.startswith("data.limit")]
+    package = "wuerstchen_pl.data.sources"
     sources = (
-        f"{{web:{{_target_:wuerstchen_pl.data.shards.ShardSource,urls:{tmp_path / 'tars'}}},"
-        f"own:{{_target_:wuerstchen_pl.data.folder.Folder,root:{tmp_path / 'pictures'}}}}}"
+        f"{{web:{{_target_:{package}.shards.ShardSource,urls:{tmp_path / 'tars'}}},"
+        f"own:{{_target_:{package}.folder.Folder,root:{tmp_path / 'pictures'}}}}}"
     )
     more = [f"data.sources={sources}", "data.weights={web:1,own:2}", "data.num_workers=0"]
     filters = ["data.max_upscale=2", "data.filters.max_ratio=1.9", "trainer.max_steps=24"]

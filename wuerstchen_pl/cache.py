@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import READ_BY_TRAIN, check_config
-from wuerstchen_pl.data.cached import MANIFEST, PREPROCESSING
-from wuerstchen_pl.data.caching import make
+from wuerstchen_pl.data.caches.cached import MANIFEST, PREPROCESSING
+from wuerstchen_pl.data.caches.caching import make
 from wuerstchen_pl.data.claims import claim
 from wuerstchen_pl.data.datamodule import OF_THE_RUN, ImageTextDataModule
 from wuerstchen_pl.fingerprint import of_encoders

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from wuerstchen_pl.data.openmoji import OpenMoji
+from wuerstchen_pl.data.sources.openmoji import OpenMoji
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from wuerstchen_pl.data.source import Group, Opened, Sample, Split
+from wuerstchen_pl.data.sources.source import Group, Opened, Sample, Split
 
 SHAPES = ((48, 32), (32, 48), (40, 40), (64, 32), (36, 36))
 

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from tests.data.made import listed
-from wuerstchen_pl.data.buckets import Buckets, area_sizes, enlargement, nearest
+from wuerstchen_pl.data.order.buckets import Buckets, area_sizes, enlargement, nearest
 
 
 @pytest.mark.parametrize(("image_size", "multiple"), [(64, 16), (512, 32), (1024, 64)])

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tests.data.made import SHAPES, picture, sample, write
-from wuerstchen_pl.data.cached import PREPROCESSING, CachedDataModule
-from wuerstchen_pl.data.caching import make
+from wuerstchen_pl.data.caches.cached import PREPROCESSING, CachedDataModule
+from wuerstchen_pl.data.caches.caching import make
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.filters import Filters
-from wuerstchen_pl.data.shards import ShardSource
+from wuerstchen_pl.data.order.filters import Filters
+from wuerstchen_pl.data.sources.shards import ShardSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:left out:UserWarning")
 

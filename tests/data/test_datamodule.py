@@ -14,14 +14,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.data.made import picture, sample, shards, write
 from tests.data.serving import serve
 from wuerstchen_pl.data import modules
-from wuerstchen_pl.data.buckets import nearest
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.filters import Filters
-from wuerstchen_pl.data.folder import Folder
-from wuerstchen_pl.data.mix import Mix
-from wuerstchen_pl.data.openmoji import OpenMoji
-from wuerstchen_pl.data.shards import ShardSource
-from wuerstchen_pl.data.source import Sample, Source
+from wuerstchen_pl.data.order.buckets import nearest
+from wuerstchen_pl.data.order.filters import Filters
+from wuerstchen_pl.data.sources.folder import Folder
+from wuerstchen_pl.data.sources.mix import Mix
+from wuerstchen_pl.data.sources.openmoji import OpenMoji
+from wuerstchen_pl.data.sources.shards import ShardSource
+from wuerstchen_pl.data.sources.source import Sample, Source
 
 Seen = list[tuple[int, int, int, tuple[str, ...], float]]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from tests.data.made import listed
-from wuerstchen_pl.data.filters import Filters
+from wuerstchen_pl.data.order.filters import Filters
 
 SCORES = {"pwatermark": 0.2, "punsafe": 0.1, "aesthetic": 6.0}
 

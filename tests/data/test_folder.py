@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from tests.data.made import Listed, encode, picture, shards
-from wuerstchen_pl.data.folder import Folder
-from wuerstchen_pl.data.hub import HubDataset
-from wuerstchen_pl.data.mix import Mix
-from wuerstchen_pl.data.shards import ShardSource
-from wuerstchen_pl.data.source import Bad, Sample, Source
+from wuerstchen_pl.data.sources.folder import Folder
+from wuerstchen_pl.data.sources.hub import HubDataset
+from wuerstchen_pl.data.sources.mix import Mix
+from wuerstchen_pl.data.sources.shards import ShardSource
+from wuerstchen_pl.data.sources.source import Bad, Sample, Source
 
 
 def listing(source: Source) -> tuple[list[Sample], list[Bad]]:

@@ -8,11 +8,11 @@ import pytest
 import webdataset
 
 from tests.data.made import listed
-from wuerstchen_pl.data import openmoji as module
-from wuerstchen_pl.data.buckets import area_sizes, nearest
-from wuerstchen_pl.data.openmoji import OpenMoji, drawings, family, select
-from wuerstchen_pl.data.source import Holdout, Sample
-from wuerstchen_pl.data.transforms import decode
+from wuerstchen_pl.data.loading.transforms import decode
+from wuerstchen_pl.data.order.buckets import area_sizes, nearest
+from wuerstchen_pl.data.sources import openmoji as module
+from wuerstchen_pl.data.sources.openmoji import OpenMoji, drawings, family, select
+from wuerstchen_pl.data.sources.source import Holdout, Sample
 
 
 def samples_of(source: OpenMoji) -> list[Sample]:

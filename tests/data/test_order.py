@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from tests.data.made import Listed, listed
-from wuerstchen_pl.data.batches import Batches, Request, in_order
-from wuerstchen_pl.data.buckets import Buckets
-from wuerstchen_pl.data.filters import Filters
-from wuerstchen_pl.data.opener import Opener
-from wuerstchen_pl.data.source import Bad, Holdout, Opened, Sample
-from wuerstchen_pl.data.stream import Drawn, Ledger, Mixture, Stream
+from wuerstchen_pl.data.order.batches import Batches, Request, in_order
+from wuerstchen_pl.data.order.buckets import Buckets
+from wuerstchen_pl.data.order.filters import Filters
+from wuerstchen_pl.data.order.opener import Opener
+from wuerstchen_pl.data.order.stream import Drawn, Ledger, Mixture, Stream
+from wuerstchen_pl.data.sources.source import Bad, Holdout, Opened, Sample
 
 
 class Copies(Listed):

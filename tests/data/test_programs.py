@@ -14,7 +14,7 @@ from tests.data.made import encode, picture
 from wuerstchen_pl.data import __main__ as program
 from wuerstchen_pl.data import build as building
 from wuerstchen_pl.data.histogram import draw
-from wuerstchen_pl.data.shards import ShardSource
+from wuerstchen_pl.data.sources.shards import ShardSource
 
 
 def run(*arguments: str) -> int:

@@ -17,12 +17,12 @@ import webdataset
 
 from tests.data.made import encode, picture, sample, shards, write
 from tests.data.serving import Server, serve
-from wuerstchen_pl.data import downloads, manifest
-from wuerstchen_pl.data.addresses import expand
-from wuerstchen_pl.data.downloads import Downloads
-from wuerstchen_pl.data.shards import ShardSource
-from wuerstchen_pl.data.source import Opened, Sample, unit_hash
-from wuerstchen_pl.data.tar import index_tar
+from wuerstchen_pl.data.sources import downloads, manifest
+from wuerstchen_pl.data.sources.addresses import expand
+from wuerstchen_pl.data.sources.downloads import Downloads
+from wuerstchen_pl.data.sources.shards import ShardSource
+from wuerstchen_pl.data.sources.source import Opened, Sample, unit_hash
+from wuerstchen_pl.data.sources.tar import index_tar
 
 
 @pytest.fixture

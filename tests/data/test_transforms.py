@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wuerstchen_pl.data.tar import upright_size
-from wuerstchen_pl.data.transforms import CENTRE, crop_box, decode, resize, salient_place
+from wuerstchen_pl.data.loading.transforms import CENTRE, crop_box, decode, resize, salient_place
+from wuerstchen_pl.data.sources.fields import upright_size
 
 
 def encode(img: Image.Image, kind: str, **options: object) -> bytes:

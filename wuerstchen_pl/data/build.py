@@ -16,12 +16,13 @@ from typing import Any, TypedDict
 from PIL import Image
 from tqdm import tqdm
 
-from wuerstchen_pl.data import manifest
 from wuerstchen_pl.data.claims import claim
-from wuerstchen_pl.data.filters import Filters
-from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
-from wuerstchen_pl.data.source import Sample, Source, digest
-from wuerstchen_pl.data.transforms import FORMATS, decode
+from wuerstchen_pl.data.loading.transforms import decode
+from wuerstchen_pl.data.order.filters import Filters
+from wuerstchen_pl.data.order.opener import PICTURE_HASH, Opener
+from wuerstchen_pl.data.sources import manifest
+from wuerstchen_pl.data.sources.fields import FORMATS
+from wuerstchen_pl.data.sources.source import Sample, Source, digest
 
 _LOG = ".written.jsonl"
 _KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

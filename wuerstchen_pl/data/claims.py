@@ -1,13 +1,14 @@
-"""A folder that a program fills over several runs: whose it is, and files that are whole or absent.
+"""A folder that a program fills over several runs, and whose it is.
 
 The settings that a result depends on stand in the folder from the beginning, so that no later run
 goes on with others.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from wuerstchen_pl.data.sources.files import write_whole
 
 _SETTINGS = ".settings.json"
 
@@ -38,10 +39,3 @@ def claim(folder: Path, settings: dict[str, Any], *, key: str) -> None:
             f"{key}={str(folder)!r} was begun with {other[0]}={before.get(other[0])!r}, and now "
             f"it is {written.get(other[0])!r}: choose another folder, or delete that one."
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or, if this is interrupted, not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

@@ -12,22 +12,22 @@ from typing import Any
 import lightning as L
 import torch
 
-from wuerstchen_pl.data.batches import Batches, in_order
-from wuerstchen_pl.data.buckets import Buckets, Policy, Size
-from wuerstchen_pl.data.filters import Filters
-from wuerstchen_pl.data.loader import OnceLoader, ResumableLoader
-from wuerstchen_pl.data.pictures import Pictures
-from wuerstchen_pl.data.source import Holdout, Source, Split
-from wuerstchen_pl.data.splits import Splits
-from wuerstchen_pl.data.stream import Ledger, Mixture, Stream
-from wuerstchen_pl.data.transforms import Crop
+from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader
+from wuerstchen_pl.data.loading.pictures import Pictures
+from wuerstchen_pl.data.loading.transforms import Crop
+from wuerstchen_pl.data.order.batches import Batches, in_order
+from wuerstchen_pl.data.order.buckets import Buckets, Policy, Size
+from wuerstchen_pl.data.order.filters import Filters
+from wuerstchen_pl.data.order.splits import Splits
+from wuerstchen_pl.data.order.stream import Ledger, Mixture, Stream
+from wuerstchen_pl.data.sources.source import Holdout, Source, Split
 
 OF_THE_RUN = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
 """Keys of the data that change nothing in what is made of them."""
 
 
 class ImageTextDataModule(L.LightningDataModule):
-    """Batches of a source; `data/pictures.py` says what is in one.
+    """Batches of a source; `data/loading/pictures.py` says what is in one.
 
     The Trainer needs `use_distributed_sampler=False`: ranks are told apart here.
 

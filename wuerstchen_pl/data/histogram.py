@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from wuerstchen_pl.data.buckets import Size
+from wuerstchen_pl.data.order.buckets import Size
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 520, 240, 52, 34  # of a chart, in pixels
 _BAR, _MARK, _INK = (70, 110, 180), (200, 80, 60), (40, 40, 40)

@@ -6,14 +6,14 @@ What a function does not take itself goes to `ImageTextDataModule`, as `config.K
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wuerstchen_pl.data.addresses import Urls
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.folder import Folder
-from wuerstchen_pl.data.hub import HubDataset
-from wuerstchen_pl.data.mix import Mix
-from wuerstchen_pl.data.openmoji import OpenMoji
-from wuerstchen_pl.data.shards import ShardSource
-from wuerstchen_pl.data.source import Source
+from wuerstchen_pl.data.sources.addresses import Urls
+from wuerstchen_pl.data.sources.folder import Folder
+from wuerstchen_pl.data.sources.hub import HubDataset
+from wuerstchen_pl.data.sources.mix import Mix
+from wuerstchen_pl.data.sources.openmoji import OpenMoji
+from wuerstchen_pl.data.sources.shards import ShardSource
+from wuerstchen_pl.data.sources.source import Source
 
 
 def shards(

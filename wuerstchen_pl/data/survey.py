@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from wuerstchen_pl.data.buckets import Size, enlargement
 from wuerstchen_pl.data.datamodule import ImageTextDataModule, cpu_count
-from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
-from wuerstchen_pl.data.source import Bad, Sample, Source, Split
-from wuerstchen_pl.data.transforms import decode
+from wuerstchen_pl.data.loading.transforms import decode
+from wuerstchen_pl.data.order.buckets import Size, enlargement
+from wuerstchen_pl.data.order.opener import PICTURE_HASH, Opener
+from wuerstchen_pl.data.sources.source import Bad, Sample, Source, Split
 
 _EXAMPLES = 3
 _AHEAD = 4  # shards that are opened before they are needed

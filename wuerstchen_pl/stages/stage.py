@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wuerstchen_pl.ema import EMA
 
 Batch = dict[str, Any]
-"""``image`` (B, 3, H, W) in [0, 1], ``caption`` list[str]; or what ``data/cached.py`` gives."""
+"""``image`` (B, 3, H, W) in [0, 1], ``caption`` list[str]; or as ``data/caches/cached.py`` says."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from wuerstchen_pl.data.filters import Filters
-from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
-from wuerstchen_pl.data.source import Bad, Holdout, Opened, Sample, permutation, unit_hash
+from wuerstchen_pl.data.order.filters import Filters
+from wuerstchen_pl.data.order.opener import PICTURE_HASH, Opener
+from wuerstchen_pl.data.sources.source import Bad, Holdout, Opened, Sample, permutation, unit_hash
 
 _EXAMPLES = 3  # of each kind of bad data that are shown
 _AHEAD = 8  # shards that are opened in the background at most

@@ -5,17 +5,13 @@ is a stretch of a folder or of a table. Nothing needs to know all samples at onc
 """
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 Split = Literal["train", "val"]
-
-FACTS = ("pwatermark", "punsafe", "aesthetic", "AESTHETIC_SCORE")
-"""What LAION's metadata say of a picture, and filters ask for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +104,6 @@ class Source(Protocol):
         Raises:
             OSError: it is not there, or not any more.
         """
-
-
-def facts_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a row of metadata says of a picture, as far as filters can compare it."""
-    found = {}
-    for name in FACTS:
-        value = row.get(name)
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError, OverflowError):
-            continue
-        if math.isfinite(number):
-            found[name] = number
-    return found
 
 
 def base_name(shard: str) -> str:

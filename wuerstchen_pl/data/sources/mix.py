@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from wuerstchen_pl.data.source import Bad, Group, Opened, Sample, Source, Split
+from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Source, Split
 
 
 class Mix:

@@ -8,8 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from wuerstchen_pl.data.source import Bad, Group, Opened, Sample, Split, facts_of
-from wuerstchen_pl.data.tar import PICTURE_TYPES, captions_of, has_text, upright_size
+from wuerstchen_pl.data.sources.fields import (
+    PICTURE_TYPES,
+    captions_of,
+    facts_of,
+    has_text,
+    upright_size,
+)
+from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Split
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 _PATH_COLUMNS = ("file_name", "file", "image", "path")

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
-from wuerstchen_pl.data.claims import write_whole
+from wuerstchen_pl.data.sources.files import write_whole
 
 NAME = "shards.json"
 

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from wuerstchen_pl.data.batches import Request, in_order
-from wuerstchen_pl.data.buckets import Size
-from wuerstchen_pl.data.cached import EMPTY, ShardWriter, write_manifest
-from wuerstchen_pl.data.claims import write_whole
+from wuerstchen_pl.data.caches.cached import EMPTY, ShardWriter, write_manifest
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.loader import OnceLoader
-from wuerstchen_pl.data.source import Sample, Split, digest
-from wuerstchen_pl.data.stream import Drawn
+from wuerstchen_pl.data.loading.loader import OnceLoader
+from wuerstchen_pl.data.order.batches import Request, in_order
+from wuerstchen_pl.data.order.buckets import Size
+from wuerstchen_pl.data.order.stream import Drawn
+from wuerstchen_pl.data.sources.files import write_whole
+from wuerstchen_pl.data.sources.source import Sample, Split, digest
 
 
 class Encoders(Protocol):

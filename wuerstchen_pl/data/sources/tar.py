@@ -5,20 +5,15 @@ img2dataset writes them; a list `captions` in the json stands for the txt. The h
 once; after that any picture is one `os.pread` away.
 """
 
-import io
 import json
 import os
 import tarfile
 from pathlib import PurePosixPath
 from typing import Any
 
-from PIL import Image
+from wuerstchen_pl.data.sources.fields import PICTURE_TYPES, captions_of, facts_of, upright_size
+from wuerstchen_pl.data.sources.source import Bad, Opened, Sample
 
-from wuerstchen_pl.data.source import Bad, Opened, Sample, facts_of
-from wuerstchen_pl.data.transforms import FORMATS
-
-PICTURE_TYPES = ("jpg", "jpeg", "png", "webp")
-_EXIF_ORIENTATION = 0x0112
 _LONGEST_SIDE = 1_000_000
 _HEADER = 1 << 16  # bytes in which the size of a picture is nearly always found
 
@@ -138,41 +133,6 @@ def size_of_picture(descriptor: int, picture: tarfile.TarInfo) -> tuple[int, int
     return upright_size(head) or upright_size(read(descriptor, picture))
 
 
-def upright_size(data: bytes | str) -> tuple[int, int] | None:
-    """Return (width, height) of a picture, given as bytes or as a path, or None."""
-    try:
-        with Image.open(
-            io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS
-        ) as img:
-            turned = img.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-            return (img.height, img.width) if turned else img.size
-    except Exception:  # whatever a damaged header makes one of PIL's decoders stumble over
-        return None
-
-
 def read(descriptor: int, member: tarfile.TarInfo) -> bytes:
     """Return the bytes of a member."""
     return os.pread(descriptor, member.size, member.offset_data)
-
-
-def captions_of(value: Any) -> tuple[str, ...]:
-    """Return the captions that a field holds: one, or a list to draw from; () if none."""
-    return tuple(text.strip() for text in _texts(value) if _is_unicode(text))
-
-
-def has_text(value: Any) -> bool:
-    """Whether a field holds a text, even one with halves of characters, or bytes that are none."""
-    return bool(_texts(value))
-
-
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list | tuple) else [value]
-    return [text for text in values if isinstance(text, str) and text.strip()]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

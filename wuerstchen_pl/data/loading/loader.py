@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from wuerstchen_pl.data.batches import Batches, Request, Snapshot
-from wuerstchen_pl.data.pictures import Batch, Report
-from wuerstchen_pl.data.stream import Ledger
+from wuerstchen_pl.data.loading.pictures import Batch, Report
+from wuerstchen_pl.data.order.batches import Batches, Request, Snapshot
+from wuerstchen_pl.data.order.stream import Ledger
 
 
 class Plan:

@@ -16,11 +16,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from wuerstchen_pl.data.batches import Request
-from wuerstchen_pl.data.buckets import Size
-from wuerstchen_pl.data.source import Bad, Sample, Source, digest
-from wuerstchen_pl.data.stream import Drawn
-from wuerstchen_pl.data.transforms import CENTRE, Crop, crop_box, decode, resize, salient_place
+from wuerstchen_pl.data.loading.transforms import (
+    CENTRE,
+    Crop,
+    crop_box,
+    decode,
+    resize,
+    salient_place,
+)
+from wuerstchen_pl.data.order.batches import Request
+from wuerstchen_pl.data.order.buckets import Size
+from wuerstchen_pl.data.order.stream import Drawn
+from wuerstchen_pl.data.sources.source import Bad, Sample, Source, digest
 
 Batch = dict[str, Any]
 

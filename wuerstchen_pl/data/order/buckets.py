@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from wuerstchen_pl.data.source import Sample, unit_hash
+from wuerstchen_pl.data.sources.source import Sample, unit_hash
 
 Size = tuple[int, int]  # (height, width) in pixels
 Policy = Literal["area", "sizes", "paper"]

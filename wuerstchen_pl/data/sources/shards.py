@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
-from wuerstchen_pl.data import manifest
-from wuerstchen_pl.data.addresses import Urls, check_any_exists, expand, is_remote, refuse_foreign
-from wuerstchen_pl.data.downloads import Downloads
-from wuerstchen_pl.data.files import OpenFiles
-from wuerstchen_pl.data.source import Bad, Group, Opened, Sample, Split
-from wuerstchen_pl.data.tar import index_tar
+from wuerstchen_pl.data.sources import manifest
+from wuerstchen_pl.data.sources.addresses import (
+    Urls,
+    check_any_exists,
+    expand,
+    is_remote,
+    refuse_foreign,
+)
+from wuerstchen_pl.data.sources.downloads import Downloads
+from wuerstchen_pl.data.sources.files import OpenFiles
+from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Split
+from wuerstchen_pl.data.sources.tar import index_tar
 
 
 class ShardSource:

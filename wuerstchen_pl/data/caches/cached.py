@@ -28,12 +28,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wuerstchen_pl.data.batches import Request
-from wuerstchen_pl.data.buckets import Size
-from wuerstchen_pl.data.claims import write_whole
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.pictures import Batch, Report, chances
-from wuerstchen_pl.data.source import Bad, Group, Opened, Sample, Split
+from wuerstchen_pl.data.loading.pictures import Batch, Report, chances
+from wuerstchen_pl.data.order.batches import Request
+from wuerstchen_pl.data.order.buckets import Size
+from wuerstchen_pl.data.sources.files import write_whole
+from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Split
 
 MANIFEST = "cache.json"
 EMPTY = "empty.safetensors"

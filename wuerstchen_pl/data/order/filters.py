@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from wuerstchen_pl.data.source import Sample
+from wuerstchen_pl.data.sources.source import Sample
 
 SCRIPTS = (
     *("arabic", "armenian", "bengali", "bopomofo", "cjk", "cyrillic", "devanagari", "ethiopic"),

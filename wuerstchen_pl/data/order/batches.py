@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from wuerstchen_pl.data.buckets import Buckets, Size
-from wuerstchen_pl.data.source import Sample, base_name, digest
-from wuerstchen_pl.data.stream import Drawn, Mixture, Position
+from wuerstchen_pl.data.order.buckets import Buckets, Size
+from wuerstchen_pl.data.order.stream import Drawn, Mixture, Position
+from wuerstchen_pl.data.sources.source import Sample, base_name, digest
 
 _SPARE = 16  # samples that a batch without a single readable picture may take instead
 

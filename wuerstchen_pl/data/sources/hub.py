@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from wuerstchen_pl.data.folder import ends, stretches
-from wuerstchen_pl.data.source import Bad, Group, Opened, Sample, Split, facts_of
-from wuerstchen_pl.data.tar import captions_of, has_text, upright_size
+from wuerstchen_pl.data.sources.fields import captions_of, facts_of, has_text, upright_size
+from wuerstchen_pl.data.sources.folder import ends, stretches
+from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Split
 
 
 class HubDataset:

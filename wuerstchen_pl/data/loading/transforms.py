@@ -15,15 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from wuerstchen_pl.data.buckets import Size
+from wuerstchen_pl.data.order.buckets import Size
+from wuerstchen_pl.data.sources.fields import EXIF_ORIENTATION, FORMATS
 
 Crop = Literal["random", "centre", "saliency"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 CENTRE = (0.5, 0.5)
-# PIL's other formats include some that start programs, as EPS does.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_EXIF_ORIENTATION = 0x0112
 _PROBE = 64  # pixels of the shorter side in which the salient part is looked for
 
 
@@ -46,7 +44,7 @@ def decode(data: bytes, cover: Size | None = None) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is large but below the limit is no one's fault
             img: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            orientation = img.getexif().get(_EXIF_ORIENTATION, 1)
+            orientation = img.getexif().get(EXIF_ORIENTATION, 1)
             if cover is not None:
                 _draft(img, cover, turned=orientation >= 5)
             if (plain := _plain_jpeg(img, data, orientation)) is not None:

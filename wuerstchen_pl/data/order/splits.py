@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from wuerstchen_pl.data.buckets import Buckets
-from wuerstchen_pl.data.filters import Filters
-from wuerstchen_pl.data.opener import PICTURE_HASH, Opener
-from wuerstchen_pl.data.source import Holdout, Opened, Sample, Source, Split, permutation
-from wuerstchen_pl.data.stream import Ledger
+from wuerstchen_pl.data.order.buckets import Buckets
+from wuerstchen_pl.data.order.filters import Filters
+from wuerstchen_pl.data.order.opener import PICTURE_HASH, Opener
+from wuerstchen_pl.data.order.stream import Ledger
+from wuerstchen_pl.data.sources.source import Holdout, Opened, Sample, Source, Split, permutation
 
 _AHEAD = 4  # shards that are opened before they are needed
 

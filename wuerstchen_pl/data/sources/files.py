@@ -1,7 +1,8 @@
-"""Reads stretches of files, and keeps the last few files open, per process."""
+"""Files: stretches of them, read from the last few that stay open, and files written whole."""
 
 import os
 from functools import lru_cache
+from pathlib import Path
 
 _MAX_OPEN = 64  # well below the usual limit of 1,024 open files, per worker
 
@@ -38,3 +39,10 @@ class OpenFiles:
     def __reduce__(self) -> tuple[type["OpenFiles"], tuple[()]]:
         # A file descriptor means nothing in another process.
         return OpenFiles, ()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or, if this is interrupted, not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,1 @@
+"""What frozen networks make of pictures, written once and read in their place."""

@@ -1,0 +1,1 @@
+"""From the names of samples to tensors, in worker processes."""
