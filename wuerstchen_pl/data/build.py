@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from wuerstchen_pl.data.order.filters import Filters
 from wuerstchen_pl.data.order.opener import PICTURE_HASH, Opener
 from wuerstchen_pl.data.sources import manifest
 from wuerstchen_pl.data.sources.fields import FORMATS
+from wuerstchen_pl.data.sources.files import whole
 from wuerstchen_pl.data.sources.source import Sample, Source, digest
 
 _LOG = ".written.jsonl"
@@ -93,9 +93,10 @@ def build(
         raise ValueError(
             f"nothing is left to write to {folder} ({dict(+left_out) or 'no samples'})"
         )
-    for number in _read_log(folder / _LOG).keys() - entries.keys():  # the source held more before
-        _path(folder, number).unlink(missing_ok=True)
     listed = [entries[number] for number in sorted(entries)]
+    for path in folder.glob("*.tar"):  # the source held more before
+        if path.name not in {entry["name"] for entry in listed}:
+            path.unlink()
     manifest.write(folder, listed, settings=settings)
     return listed, +left_out
 
@@ -167,9 +168,9 @@ def _read_log(path: Path) -> dict[int, Written]:
     for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
             written = json.loads(line)
-        except ValueError:
+            found[written["number"]] = written
+        except (ValueError, TypeError, KeyError):
             continue
-        found[written["number"]] = written
     return found
 
 
@@ -182,9 +183,11 @@ def _is_there(written: Written, part: Part) -> bool:
 
 def _write(source: Source, part: Part) -> Written:
     """Write one shard."""
-    partial = part.path.with_suffix(".partial")
     kept = 0
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        whole(part.path) as partial,
+        tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for place, sample in enumerate(part.samples):
             try:
                 members = _members(source.read(sample), sample)
@@ -196,7 +199,6 @@ def _write(source: Source, part: Part) -> Written:
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
             kept += 1
-    os.replace(partial, part.path)
     return {
         "number": part.number,
         "content": part.content,

@@ -33,7 +33,13 @@ def claim(folder: Path, settings: dict[str, Any], *, key: str) -> None:
             raise ValueError(f"{key}={str(folder)!r} holds something else: choose a new folder.")
         write_whole(mark, json.dumps(written))
         return
-    before = json.loads(mark.read_text("utf-8"))
+    try:
+        before: dict[str, Any] = dict(json.loads(mark.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{key}={str(folder)!r} has a damaged {_SETTINGS}, which says what it was made of: "
+            "choose another folder, or delete that one."
+        ) from error
     if other := sorted(k for k in {**before, **written} if before.get(k) != written.get(k)):
         raise ValueError(
             f"{key}={str(folder)!r} was begun with {other[0]}={before.get(other[0])!r}, and now "

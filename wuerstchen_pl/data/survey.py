@@ -136,7 +136,8 @@ def describe(found: Survey) -> str:
     for (height, width), number in sorted(found.buckets.items()):
         positions = f"{-(-3 * height // 128)} x {-(-3 * width // 128)}"
         lines.append(f"  {number:8d} in {height} x {width} px, {positions} semantic positions")
-    return "\n".join(lines)
+    # names of files need not be Unicode, and terminals insist on it
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
 def _quantiles(values: np.ndarray, form: str) -> str:

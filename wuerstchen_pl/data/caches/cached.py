@@ -16,7 +16,6 @@ state of the empty caption, so that captions can still be dropped. Batches:
 """
 
 import json
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +31,7 @@ from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading.pictures import Batch, Report, chances
 from wuerstchen_pl.data.order.batches import Request
 from wuerstchen_pl.data.order.buckets import Size
-from wuerstchen_pl.data.sources.files import write_whole
+from wuerstchen_pl.data.sources.files import whole, write_whole
 from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Split
 
 MANIFEST = "cache.json"
@@ -240,10 +239,9 @@ class ShardWriter:
         tensors = {name: torch.cat(rows).contiguous() for name, rows in self._rows.items()}
         if self._text:
             tensors["text"] = torch.cat(self._text).contiguous()
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"samples": json.dumps(self._samples)})
-        partial.chmod(0o644)  # safetensors lets nobody else read
-        os.replace(partial, self.path)
+        with whole(self.path) as partial:
+            save_file(tensors, partial, metadata={"samples": json.dumps(self._samples)})
+            partial.chmod(0o644)  # safetensors lets nobody else read
 
 
 def write_manifest(root: Path, names: Sequence[tuple[str, Split]], **facts: Any) -> None:

@@ -5,7 +5,6 @@ that was stopped finds so, it does not do again. Several processes each take a s
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from wuerstchen_pl.data.loading.loader import OnceLoader
 from wuerstchen_pl.data.order.batches import Request, in_order
 from wuerstchen_pl.data.order.buckets import Size
 from wuerstchen_pl.data.order.stream import Drawn
-from wuerstchen_pl.data.sources.files import write_whole
+from wuerstchen_pl.data.sources.files import whole, write_whole
 from wuerstchen_pl.data.sources.source import Sample, Split, digest
 
 
@@ -78,15 +77,17 @@ def make(
     with tqdm(desc=f"encoding to {folder}", unit=" pictures", disable=rank > 0) as bar:
         for split, number, shard in units[rank::world_size]:
             note = folder / f"{split}-{number:05d}.json"
-            if _noted(note, shard) is not None:
+            done = _noted(note, shard) is not None
+            if done and not data.filters.deduplicate:  # else what comes later may be a copy
                 continue
-            opened = None if shard is None else data.splits.opener.open(shard)
+            opened = data.splits.opener.open(shard) if split == "train" else None
             samples = data.splits.first["val"] if opened is None else data.splits.samples_of(opened)
+            if done:
+                continue
             turns = list(range(crops)) if split == "train" else [-1]
             names = []
             for part, some in enumerate(_parts(samples, count)):
-                content = digest("\n".join(sample.identity for sample in some)).hex()[:8]
-                name = f"{split}-{number:05d}-{part:03d}-{content}.safetensors"
+                name = f"{split}-{number:05d}-{part:03d}-{_content(some)}.safetensors"
                 names.append(name)
                 if not (folder / name).is_file():
                     _write(folder / name, some, _made(data, encoders, some, turns, bar))
@@ -98,7 +99,7 @@ def make(
     for split, number, shard in units:
         noted = _noted(folder / f"{split}-{number:05d}.json", shard)
         written += [(name, split) for name in noted or ()]
-        missing += [shard or "validation"] if noted is None else []
+        missing += [shard] if noted is None else []
     if not missing or world_size == 1:
         _complete(folder, written, encoders, settings)
     return missing
@@ -112,19 +113,24 @@ def _complete(
         raise ValueError("nothing is left to train on: see what was left out above.")
     empty = encoders.captions([""])
     if empty is not None:
-        save_file({"text": empty}, folder / f"{EMPTY}.partial")
-        os.replace(folder / f"{EMPTY}.partial", folder / EMPTY)
+        with whole(folder / EMPTY) as partial:
+            save_file({"text": empty}, partial)
+            partial.chmod(0o644)  # safetensors lets nobody else read
     write_manifest(folder, written, **settings)
 
 
-Unit = tuple[Split, int, str | None]
+Unit = tuple[Split, int, str]  # the last is what the note must say
 
 
 def _units(data: ImageTextDataModule) -> Iterator[Unit]:
     """Name what is done at a time: each shard for training, and validation as a whole."""
     for number, shard in enumerate(data.splits.shards("train")):
         yield "train", number, shard
-    yield "val", 0, None
+    yield "val", 0, f"validation {_content(data.splits.first['val'])}"
+
+
+def _content(samples: list[Sample]) -> str:
+    return digest("\n".join(sample.identity for sample in samples)).hex()[:8]
 
 
 def _parts(samples: list[Sample], count: int) -> Iterator[list[Sample]]:
@@ -202,7 +208,7 @@ def _write(path: Path, samples: list[Sample], found: list[Made]) -> None:
     writer.write()
 
 
-def _noted(path: Path, shard: str | None) -> list[str] | None:
+def _noted(path: Path, shard: str) -> list[str] | None:
     """The files that a note says were made of a shard; None without one of this very shard."""
     try:
         note = json.loads(path.read_text("utf-8"))

@@ -149,6 +149,11 @@ class Batches:
 
     def state_dict(self, snapshot: Snapshot) -> dict[str, Any]:
         """Write a snapshot in plain values, the same on every rank, for a checkpoint."""
+        places = {
+            shard: (number, place)
+            for number, stream in enumerate(self.stream.streams)
+            for place, shard in enumerate(stream.shards)
+        }
         return {
             "samples": snapshot.batches * self.global_batch,
             "global_batch": self.global_batch,
@@ -160,7 +165,7 @@ class Batches:
                 for s, known in zip(self.stream.streams, snapshot.known, strict=True)
             ],
             "pending": [
-                [list(size), [_packed(drawn) for drawn in of]]
+                [list(size), [[*places[row.sample.shard], *_packed(row)] for row in of]]
                 for size, of in snapshot.pending.items()
             ],
             "counts": dict(snapshot.counts),
@@ -195,7 +200,7 @@ class Batches:
             drawn=state["drawn"],
             positions=tuple(positions),
             known=tuple(len(s.first_with) for s in self.stream.streams),
-            pending={tuple(size): self._found_again(of) for size, of in state["pending"]},
+            pending=self._found_again(state["pending"]),
             counts=Counter(state["counts"]),
         )
 
@@ -206,21 +211,18 @@ class Batches:
             for stream in self.stream.streams
         ]
 
-    def _found_again(self, packed: list[Any]) -> tuple[Drawn, ...]:
-        """Read samples back, if they are of our shards: a checkpoint may come from a stranger."""
-        shards = [shard for stream in self.stream.streams for shard in stream.shards]
-        here = {shard: shard for shard in shards}
-        here |= {
-            base_name(shard): shard
-            for shard in shards
-            if len(shards) == len(set(map(base_name, shards)))
-        }
-        found = []
-        for turn, key, captions, width, height, shard, *rest in packed:
-            own = here.get(shard) or here.get(base_name(shard))
-            if own is not None:
-                found.append(Drawn(Sample(key, tuple(captions), width, height, own, *rest), turn))
-        return tuple(found)
+    def _found_again(self, pending: list[Any]) -> dict[Size, tuple[Drawn, ...]]:
+        """Read samples back: of our shards, in our sizes, though the checkpoint be a stranger's."""
+        found: dict[Size, list[Drawn]] = {}
+        for (height, width), rows in pending:
+            for stream, number, turn, key, captions, (wide, high), rest in rows:
+                shard = self.stream.streams[stream].shards[number]
+                drawn = Drawn(Sample(key, tuple(captions), wide, high, shard, *rest), turn)
+                size = height, width
+                if size not in self.buckets.sizes:  # image_size or buckets are others now
+                    size = self.buckets.place(drawn.sample, self.number)
+                found.setdefault(size, []).append(drawn)
+        return {size: tuple(of) for size, of in found.items()}
 
 
 def in_order(
@@ -247,6 +249,5 @@ def in_order(
 
 def _packed(drawn: Drawn) -> list[Any]:
     s = drawn.sample
-    shape = s.width, s.height, s.shard, s.offset, s.size, s.family
-    sample = [s.key, list(s.captions), *shape, dict(s.facts)]
-    return [drawn.turn, *sample]
+    rest = [s.offset, s.size, s.family, dict(s.facts)]
+    return [drawn.turn, s.key, list(s.captions), [s.width, s.height], rest]

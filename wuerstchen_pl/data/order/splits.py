@@ -81,7 +81,6 @@ class Splits:
         self.ledger.counts["shards/broken"] += opened.broken
         for bad in opened.bad:
             self.ledger.note_bad(bad)
-        self.ledger.check(of_shards=len(self.shards("train")))
         found = []
         for sample in opened.samples:
             if sample in self.holdout:
@@ -94,6 +93,7 @@ class Splits:
                 self.ledger.counts[f"dropped/{passed}"] += 1
             else:
                 found.append(passed)
+        self.ledger.check(of_shards=len(self.shards("train")))
         return found
 
     def _is_duplicate(self, sample: Sample) -> bool:

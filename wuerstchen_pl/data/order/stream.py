@@ -142,7 +142,8 @@ class Stream:
         self.opener, self.shards, self.seed = opener, shards, seed
         self.shuffle_samples, self.filters = shuffle_samples, filters
         self.holdout, self.ledger = holdout, ledger
-        # Picture hash -> hash of the name of the sample that first had it.
+        self._numbers = {shard: number for number, shard in enumerate(shards)}
+        # Picture hash -> hash of the place of the sample that first had it.
         self.first_with: dict[int, int] = {}
         self._order: tuple[int, list[int]] = (-1, [])
         self._window: list[Sample] = []
@@ -226,7 +227,6 @@ class Stream:
         ledger.counts["shards/broken"] += opened.broken
         for bad in opened.bad:
             ledger.note_bad(bad)
-        ledger.check(of_shards=len(self.shards))
         for sample in opened.samples:
             if sample in self.holdout:
                 continue
@@ -238,12 +238,14 @@ class Stream:
                 ledger.counts[f"dropped/{result}"] += 1
             else:
                 yield result
+        ledger.check(of_shards=len(self.shards))
 
     def _is_duplicate(self, sample: Sample) -> bool:
         picture = sample.facts.get(PICTURE_HASH)
         if picture is None:
             return False
-        own = round(unit_hash(sample.identity) * 2**56)
+        # the shard's number: names may change when data move, and need not differ without a folder
+        own = round(unit_hash(f"{self._numbers[sample.shard]}/{sample.key}") * 2**56)
         return self.first_with.setdefault(int(picture), own) != own
 
 

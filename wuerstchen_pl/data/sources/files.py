@@ -1,6 +1,9 @@
 """Files: stretches of them, read from the last few that stay open, and files written whole."""
 
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,8 +44,21 @@ class OpenFiles:
         return OpenFiles, ()
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give the path to write a file to, which then is there whole or, after an error, not at all.
+
+    Several processes may do so at a time: the last one wins.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or, if this is interrupted, not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
+    """Write a text file whole, or not at all."""
+    with whole(path) as partial:
+        partial.write_text(text, "utf-8")

@@ -111,7 +111,9 @@ class Folder:
         size = upright_size(str(path))
         if size is None:
             return "unreadable picture"
-        return Sample(row.path, captions, *size, shard, family=row.path, facts=facts_of(row.facts))
+        place = 0, path.stat().st_size
+        facts = facts_of(row.facts)
+        return Sample(row.path, captions, *size, shard, *place, family=row.path, facts=facts)
 
     def _listed(self) -> list[Row]:
         if self._rows is None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from wuerstchen_pl.data.sources.fields import captions_of, facts_of, has_text, upright_size
+from wuerstchen_pl.data.sources.fields import FACTS, captions_of, facts_of, has_text, upright_size
 from wuerstchen_pl.data.sources.folder import ends, stretches
 from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Split
 
@@ -92,7 +92,8 @@ class HubDataset:
         if size is None:
             return "unreadable picture"
         key = f"{number:09d}"
-        return Sample(key, captions, *size, shard, number, family=key, facts=facts_of(row))
+        place = number, len(data)
+        return Sample(key, captions, *size, shard, *place, family=key, facts=facts_of(row))
 
     def _bytes(self, picture: Any) -> bytes | None:
         """Return a picture's bytes, which stand in the table or in a file that came with it."""
@@ -102,7 +103,7 @@ class HubDataset:
             path = Path(picture["path"] or "").resolve()
             own = any(path.is_relative_to(folder) for folder in self._folders())
             return path.read_bytes() if own and path.is_file() else None
-        except OSError:
+        except (OSError, ValueError, RuntimeError):  # a name may hold what no name can
             return None
 
     def _folders(self) -> list[Path]:
@@ -141,6 +142,9 @@ class HubDataset:
                 "check the name, or give the path of a folder."
             ) from error
         self._check_columns(table, datasets)
+        # others would be decoded as well, and may name files and addresses
+        facts = [name for name in FACTS if name in table.column_names]
+        table = table.select_columns([self.image_column, self.caption_column, *facts])
         return table.cast_column(self.image_column, datasets.Image(decode=False))
 
     def _check_columns(self, table: Any, datasets: Any) -> None:

@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a folder, or None where there is none that can be read."""
     try:
         return _read(folder / NAME, (folder / NAME).stat().st_mtime_ns)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -39,7 +39,7 @@ def index_tar(path: str, shard: str, expected: int | None = None) -> Opened:
                     samples.append(sample)
                 else:
                     bad.append(Bad(sample, f"{shard}/{key}"))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name may hold what no name can
         return Opened([], [Bad("unreadable shard", f"{shard}: {error}", expected or 1)], True)
     bad += [Bad("repeated name", f"{shard}/{name}") for name in repeated]
     if damage is not None:
@@ -77,8 +77,9 @@ def _groups(path: str, descriptor: int) -> tuple[dict[str, Members], list[str], 
                     repeated.append(member.name)
                 kinds[suffix.lower()] = member
             end = tar.offset
-    # A damaged extended header raises whatever its fields make Python stumble over.
-    except (tarfile.TarError, ValueError, ArithmeticError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header makes Python stumble over
         return groups, repeated, f"it is no whole, uncompressed tar file ({error})"
     # tarfile takes a damaged header in mid-file for the end and loses the rest in silence; a true
     # end is a block of zeros.
