@@ -17,7 +17,7 @@ import webdataset
 
 from tests.data.made import encode, picture, sample, shards, write
 from tests.data.serving import Server, serve
-from wuerstchen_pl.data.sources import downloads, manifest
+from wuerstchen_pl.data.sources import addresses, downloads, manifest
 from wuerstchen_pl.data.sources.addresses import expand
 from wuerstchen_pl.data.sources.downloads import Downloads
 from wuerstchen_pl.data.sources.shards import ShardSource
@@ -229,7 +229,9 @@ def test_foreign_addresses_are_refused_before_anything_is_read(url: str, message
         ShardSource(urls=["/nowhere/a.tar", url])
 
 
-@pytest.mark.parametrize("line", ["pipe:touch {ran}", "{{pipe:touch {ran},x.tar}}", "{list}"])
+@pytest.mark.parametrize(
+    "line", ["pipe:touch {ran}", "{{pipe:touch {ran},x.tar}}", "{list}", "{{{list},x.tar}}"]
+)
 def test_a_list_file_cannot_smuggle_a_command_in(tmp_path: Path, line: str) -> None:
     ran, other = tmp_path / "ran", tmp_path / "other.txt"
     other.write_text(f"pipe:touch {ran}\n")
@@ -247,9 +249,49 @@ def test_a_command_out_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_braces_without_end_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "braces",
+    [
+        *("{0..9999999999}", f"{{0..{'9' * 5000}}}", "{a,b}" * 30, "{0..999}" * 3),
+        *(
+            f"{{{'{a,b}' * 30},c}}",
+            "{{0..999}{0..999},x}{a,b}",
+            f"{'{a,' * 30}{{0..999999}}{'}' * 30}",
+        ),
+    ],
+    ids=range(7),
+)
+def test_braces_without_end_are_refused(tmp_path: Path, braces: str) -> None:
     with pytest.raises(ValueError, match=r"names more than 1,000,000 shards: mend its braces"):
-        ShardSource(urls=str(tmp_path / "{0..9999999999}.tar")).prepare()
+        ShardSource(urls=f"{tmp_path}/{braces}.tar").prepare()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        *(("a.tar", 1), ("{0..9}.tar", 10), ("{00..08..4}{a,b}", 6), ("{{0..4},{8..9}}.tar", 7)),
+        *(("{a,{b,c}{d,e}}x", 5), ("{}", 1), ("{9..0}", 10)),
+    ],
+)
+def test_names_are_counted_before_they_are_listed(tmp_path: Path, pattern: str, count: int) -> None:
+    assert len(expand(f"{tmp_path}/{pattern}", key="data.urls")) == count
+    assert addresses._count(pattern) >= count
+
+
+def test_lists_with_what_no_path_can_be_end_with_a_sentence(tmp_path: Path) -> None:
+    for text, message in (
+        (b"a\0b.tar", "holds a NUL character"),
+        (b"~nosuchuser/x.tar", "there is no such user"),
+        (b"{a,b.tar", "has a brace without its other"),
+    ):
+        (tmp_path / "all.txt").write_bytes(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"data\.urls.*{message}"):
+            ShardSource(urls=str(tmp_path / "all.txt")).prepare()
+    name = b"caf\xe9.tar"
+    (tmp_path / "all.txt").write_bytes(bytes(tmp_path) + b"/" + name)
+    write(tmp_path / "s.tar", sample("a")).rename(tmp_path / os.fsdecode(name))
+    (found,) = opened(ShardSource(urls=str(tmp_path / "all.txt")))
+    assert [s.key for s in found.samples] == ["a"]
 
 
 def test_missing_empty_and_doubled_are_refused(tmp_path: Path) -> None:
@@ -334,9 +376,9 @@ def test_what_cannot_be_fetched_is_skipped_and_named(
 
 
 def test_the_oldest_downloads_make_room_and_come_back_when_they_are_wanted(
-    server: Server, tmp_path: Path
+    server: Server, folder: Path, tmp_path: Path
 ) -> None:
-    source = remote(server, tmp_path, keep_bytes=1)
+    source = remote(server, tmp_path, keep_bytes=(folder / "00000.tar").stat().st_size)
     first, second = opened(source)
     assert len(list((tmp_path / "down").glob("*.tar"))) == 1
     assert source.read(second.samples[0]) == picture("000010000", 16, 16)
@@ -344,10 +386,13 @@ def test_the_oldest_downloads_make_room_and_come_back_when_they_are_wanted(
     assert len(server.asked) == 3
 
 
-def test_tars_of_others_in_the_folder_of_downloads_are_kept(server: Server, tmp_path: Path) -> None:
+def test_tars_of_others_in_the_folder_of_downloads_are_kept(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "down").mkdir()
     (tmp_path / "down/mine.tar").write_bytes(b"precious")
-    opened(remote(server, tmp_path, keep_bytes=1))
+    opened(remote(server, tmp_path, keep_bytes=(folder / "00000.tar").stat().st_size))
+    assert len(list((tmp_path / "down").glob("*.tar"))) == 2
     assert (tmp_path / "down/mine.tar").read_bytes() == b"precious"
 
 
@@ -357,6 +402,15 @@ def test_an_answer_without_a_length_that_breaks_off_is_asked_for_again(
     server.break_after, server.tells_length = 4000, False
     (first, _) = opened(remote(server, tmp_path, attempts=20))
     assert len(first.samples) == 2
+
+
+def test_an_answer_without_end_is_cut_short_and_not_asked_for_again(
+    server: Server, tmp_path: Path
+) -> None:
+    found = remote(server, tmp_path, keep_bytes=5000).open(server.url + "/00000.tar")
+    assert "larger than data.download_gb" in found.bad[0].where
+    assert server.asked == ["/00000.tar"]
+    assert not list((tmp_path / "down").glob("*.partial"))
 
 
 def test_a_server_that_trickles_is_given_up(

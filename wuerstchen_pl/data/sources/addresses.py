@@ -1,16 +1,17 @@
 """Where shards are: paths, folders, brace patterns, lists, and addresses on the web."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 Urls = str | Sequence[str]
 _LISTS = (".txt", ".list")
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_INNERMOST = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?")
 _MOST = 1_000_000  # shards of a pattern: one that gives more is a slip
 
 
@@ -27,13 +28,7 @@ def expand(urls: Urls, *, key: str, allow_pipe: bool = False) -> list[str]:
         FileNotFoundError: a path does not exist, or a folder holds no tar file.
         ValueError: nothing is given, or an address is neither local nor http(s).
     """
-    patterns = [urls] if isinstance(urls, str) else list(urls)
-    names: list[str] = []
-    for pattern in patterns:
-        refuse_foreign(pattern, key=key, allow_pipe=allow_pipe)
-        for name in _without_braces(pattern, key):
-            refuse_foreign(name, key=key, allow_pipe=allow_pipe)  # what the braces may have hidden
-            names += [name] if is_remote(name) else _local(Path(name).expanduser(), key, allow_pipe)
+    names = _names(urls, key, allow_pipe)
     if not names:
         raise ValueError(f"{key}={urls!r} names no shard: give a tar file, a folder or a pattern.")
     if len(set(names)) < len(names):
@@ -42,15 +37,46 @@ def expand(urls: Urls, *, key: str, allow_pipe: bool = False) -> list[str]:
     return names
 
 
+def _names(urls: Urls, key: str, allow_pipe: bool, listed_in: Path | None = None) -> list[str]:
+    names: list[str] = []
+    for pattern in [urls] if isinstance(urls, str) else urls:
+        refuse_foreign(pattern, key=key, allow_pipe=allow_pipe)
+        for name in _without_braces(pattern, key):
+            refuse_foreign(name, key=key, allow_pipe=allow_pipe)  # what the braces may have hidden
+            names += [name] if is_remote(name) else _local(name, key, allow_pipe, listed_in)
+    return names
+
+
 def _without_braces(pattern: str, key: str) -> list[str]:
     if pattern.startswith("pipe:"):  # a command may have braces of its own
         return [pattern]
-    # braceexpand lists a range before it gives its first number
-    longest = max((abs(int(b) - int(a)) for a, b in _RANGE.findall(pattern)), default=0)
-    names = list(islice(braceexpand(pattern), _MOST + 1)) if longest <= _MOST else []
-    if longest > _MOST or len(names) > _MOST:
+    if _count(pattern) > _MOST:  # braceexpand would list them all before it gives the first
         raise ValueError(f"{key}={pattern!r} names more than {_MOST:,} shards: mend its braces.")
-    return names
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise ValueError(f"{key}={pattern!r} has a brace without its other: mend it.") from error
+
+
+def _count(pattern: str) -> int:
+    """How many names braces give, at most; from the innermost ones outwards."""
+
+    def counted(braces: re.Match[str]) -> str:
+        content = braces[1]
+        if ends := _RANGE.fullmatch(content):
+            first, last = (int(end) if len(end) < 12 else _MOST for end in ends.groups())
+            return f"\0{min(abs(last - first), _MOST) + 1}\0"
+        return f"\0{min(sum(map(_product, content.split(','))), _MOST + 1)}\0"
+
+    found = 1
+    while found:
+        pattern, found = _INNERMOST.subn(counted, pattern)
+    return _product(pattern)
+
+
+def _product(part: str) -> int:
+    """The product of the counts that stand in a part in place of braces."""
+    return math.prod(int(count) for count in part.split("\0")[1::2])
 
 
 def is_remote(name: str) -> bool:
@@ -64,6 +90,8 @@ def refuse_foreign(pattern: str, *, key: str, allow_pipe: bool) -> None:
     Raises:
         ValueError: naming the address.
     """
+    if "\0" in pattern:
+        raise ValueError(f"{key}={pattern!r} holds a NUL character, and no name does: remove it.")
     if pattern.startswith("pipe:"):
         if not allow_pipe:
             raise ValueError(
@@ -77,7 +105,11 @@ def refuse_foreign(pattern: str, *, key: str, allow_pipe: bool) -> None:
         )
 
 
-def _local(path: Path, key: str, allow_pipe: bool) -> list[str]:
+def _local(name: str, key: str, allow_pipe: bool, listed_in: Path | None) -> list[str]:
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{key} names {name!r}, and there is no such user.") from error
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
         if not tars:
@@ -87,10 +119,13 @@ def _local(path: Path, key: str, allow_pipe: bool) -> list[str]:
             )
         return [str(tar) for tar in tars]
     if path.suffix in _LISTS and path.is_file():
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-        if nested := next((line for line in lines if line.endswith(_LISTS)), None):
-            raise ValueError(f"{key}: the list {path} names another list, {nested!r}: join them.")
-        return expand([line for line in lines if line], key=key, allow_pipe=allow_pipe)
+        if listed_in is not None:
+            raise ValueError(
+                f"{key}: the list {listed_in} names another list, {name!r}: join them."
+            )
+        # names of files need not be UTF-8
+        lines = path.read_text("utf-8", errors="surrogateescape").splitlines()
+        return _names([line.strip() for line in lines if line.strip()], key, allow_pipe, path)
     # A single absent shard among many is counted when its turn comes.
     return [str(path)]
 

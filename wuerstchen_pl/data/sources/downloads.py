@@ -4,6 +4,7 @@ A shard from the web is then read like one on disk, at random and again after a 
 may be shared by all processes of a machine: a file appears in it whole, or not at all.
 """
 
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -30,7 +31,7 @@ class Downloads:
     Args:
         folder: where they are kept.
         keep_bytes: the oldest ones beyond this many bytes are removed, to be fetched again when
-            they are wanted.
+            they are wanted; one that alone is larger is not taken.
         attempts: how often a shard is asked for.
         wait: seconds before the second attempt; they double with each.
     """
@@ -78,10 +79,11 @@ class Downloads:
             if attempt:
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
-                _download(address, partial)
+                _download(address, partial, self.keep_bytes)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 status = getattr(error, "code", None)
-                if status in _LASTING or attempt == self.attempts - 1:
+                lasting = status in _LASTING or getattr(error, "errno", None) == errno.EFBIG
+                if lasting or attempt == self.attempts - 1:
                     tried = f" after {attempt + 1} attempts" if attempt else ""
                     reason = str(error) or type(error).__name__
                     raise OSError(f"it cannot be fetched{tried}: {reason}") from error
@@ -99,7 +101,7 @@ class Downloads:
             path.unlink(missing_ok=True)
 
 
-def _download(address: str, partial: Path) -> None:
+def _download(address: str, partial: Path, most: int) -> None:
     """Fetch an address; goes on behind what an attempt before has left, if the server can."""
     done = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
@@ -110,6 +112,8 @@ def _download(address: str, partial: Path) -> None:
         with partial.open("ab" if resumed else "wb") as file:
             while chunk := answer.read1(_CHUNK):
                 received += file.write(chunk)
+                if received > most:  # else one that never ends would fill the disk
+                    raise OSError(errno.EFBIG, "it is larger than data.download_gb")
                 elapsed = time.monotonic() - start
                 if elapsed > _TIMEOUT and received < _LEAST_RATE * elapsed:
                     raise TimeoutError(f"{received} bytes in {elapsed:.0f} s are too slow")
