@@ -1,5 +1,7 @@
 """What a cache holds of sources of every kind, with networks that are simple sums."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.data.made import SHAPES, picture, sample, write
+from wuerstchen_pl.data.caches import caching
 from wuerstchen_pl.data.caches.cached import PREPROCESSING, CachedDataModule
 from wuerstchen_pl.data.caches.caching import make
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
@@ -138,6 +141,52 @@ def test_a_shard_that_could_not_be_read_is_tried_again(folder: Path, tmp_path: P
     data = module(folder)
     assert cached(data, tmp_path / "out") == []
     assert rows(read(tmp_path / "out")) == rows(data)
+
+
+def test_copies_are_left_out_of_a_cache_that_was_stopped_in_between(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = {"filters": Filters(deduplicate=True)}
+    cached(module(folder, **settings), tmp_path / "out")
+    whole = rows(read(tmp_path / "out"))
+    (tmp_path / "out/train-00001.json").unlink()
+    for path in (tmp_path / "out").glob("train-00001-*"):
+        path.unlink()
+    cached(module(folder, **settings), tmp_path / "out")
+    assert rows(read(tmp_path / "out")) == whole
+
+
+def test_validation_is_made_again_when_it_has_grown(folder: Path, tmp_path: Path) -> None:
+    def held_out(data: ImageTextDataModule) -> set[str]:
+        return {caption for batch in data.val_dataloader() for caption in batch["caption"]}
+
+    whole = (folder / "b.tar").read_bytes()
+    (folder / "b.tar").write_bytes(b"garbage")
+    cached(module(folder, val_fraction=0.4), tmp_path / "out")
+    fewer = held_out(read(tmp_path / "out"))
+    (folder / "b.tar").write_bytes(whole)
+    data = module(folder, val_fraction=0.4)
+    cached(data, tmp_path / "out")
+    assert held_out(read(tmp_path / "out")) == held_out(data)
+    assert fewer < held_out(data)
+
+
+def test_processes_that_end_together_do_not_disturb_each_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(module(folder), tmp_path / "out")
+    modules, gate = [module(folder) for _ in range(4)], threading.Barrier(4)
+    save = caching.save_file
+
+    def together(*arguments: Any) -> None:
+        save(*arguments)
+        gate.wait(timeout=20)  # all have written, and none has named its file yet
+
+    monkeypatch.setattr(caching, "save_file", together)
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda data: cached(data, tmp_path / "out", world_size=4), modules)
+        assert list(found) == [[], [], [], []]
+    assert rows(read(tmp_path / "out")) == rows(module(folder))
 
 
 def test_two_processes_share_the_shards_and_the_last_one_finds_it_whole(

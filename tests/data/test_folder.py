@@ -195,12 +195,32 @@ def test_a_table_reads_no_file_but_its_own(tmp_path: Path) -> None:
     for path in (elsewhere, own):
         Image.new("RGB", (8, 8)).save(path)
     paths = [str(own), str(elsewhere), str(own.parent / "../private.png"), str(own.parent), None]
+    paths += [f"{own}\0", "~nosuchuser/x.png"]
     rows = [{"image": {"bytes": None, "path": p}, "text": str(i)} for i, p in enumerate(paths)]
     source = HubDataset(name=str(own.parent))
     source._tables["train"] = rows  # as a parquet file of a stranger's may have them
     samples, bad = listing(source)
     assert [s.captions for s in samples] == [("0",)]
-    assert [b.reason for b in bad] == ["no picture"] * 4
+    assert [b.reason for b in bad] == ["no picture"] * 6
+
+
+def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "mask": datasets.Image(),
+            "punsafe": datasets.Value("float32"),
+        }
+    )
+    row = {"image": {"bytes": picture("a"), "path": None}, "text": "a", "punsafe": 0.5}
+    row["mask"] = {"bytes": b"no picture", "path": None}
+    table = datasets.Dataset.from_list([row], features=features)
+    table.save_to_disk(str(tmp_path / "saved"))
+    samples, bad = listing(HubDataset(name=str(tmp_path / "saved")))
+    assert [(s.captions, s.facts) for s in samples] == [(("a",), {"punsafe": 0.5})]
+    assert not bad
 
 
 def test_a_column_of_lists_gives_captions_to_draw_from(table: Path) -> None:

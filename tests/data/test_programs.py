@@ -154,6 +154,30 @@ def test_check_looks_at_shards_for_validation_too(
     assert "1 bad: damaged shard" in val
 
 
+def test_names_that_are_no_unicode_are_shown(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    assert run("check", "data=folder", f"data.root={folder}", f"output_dir={tmp_path / 'o'}") == 1
+    assert "caf\\udce9.jpg" in capsys.readouterr().out
+
+
+def test_damaged_notes_of_a_build_cost_work_or_end_with_a_sentence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    told = [f"from={folder}", f"to={tmp_path / 'out'}", "shard_samples=4", "num_workers=0"]
+    assert run("build", *told) == 0
+    before = (tmp_path / "out/shards.json").read_text()
+    (tmp_path / "out/.written.jsonl").write_text('null\n[1]\n{"number": 0}\n{"number": 1, "con')
+    (tmp_path / "out/00009.tar").write_bytes(b"written, and not noted, before the source shrank")
+    assert run("build", *told) == 0
+    assert (tmp_path / "out/shards.json").read_text() == before
+    assert not (tmp_path / "out/00009.tar").exists()
+    (tmp_path / "out/.settings.json").write_text('{"shard')
+    assert run("build", *told) == 1
+    assert "has a damaged .settings.json" in capsys.readouterr().err
+
+
 def test_build_writes_again_what_has_changed_since(folder: Path, tmp_path: Path) -> None:
     def built(name: str) -> dict[str, int]:
         told = [f"from={folder}", f"to={tmp_path / name}", "shard_samples=3", "num_workers=0"]

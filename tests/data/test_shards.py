@@ -163,6 +163,32 @@ def test_headers_that_lead_back_end_the_reading(tmp_path: Path) -> None:
     assert reasons(found) == {"damaged shard": 1}
 
 
+@pytest.mark.parametrize("kind", ["long name", "sparse"])
+def test_headers_that_promise_too_much_end_the_reading(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "s.tar", sample("a"))
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[-1].offset_data + tarfile.BLOCKSIZE
+    more = tarfile.TarInfo("b.txt")
+    more.size = 2**50 if kind == "long name" else 0
+    more.type = tarfile.GNUTYPE_LONGNAME if kind == "long name" else tarfile.GNUTYPE_SPARSE
+    header = bytearray(more.tobuf(tarfile.GNU_FORMAT))
+    if kind == "sparse":
+        header[482] = 1  # its map goes on in a block that is not there
+        header[148:156] = b"%06o\0 " % tarfile.calc_chksums(header[:512])[0]
+    path.write_bytes(data[:end] + header)
+    found = index_tar(str(path), "s")
+    assert [s.key for s in found.samples] == ["a"]
+    assert reasons(found) == {"damaged shard": 1}
+
+
+def test_a_manifest_of_brackets_and_a_name_with_nul_are_no_obstacle(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.tar", sample("a"))
+    (tmp_path / "shards.json").write_text("[" * 200_000)
+    assert len(ShardSource(urls=str(tmp_path)).open(str(path)).samples) == 1
+    assert reasons(index_tar("a\0b.tar", "s")) == {"unreadable shard": 1}
+
+
 def test_names_and_texts_that_are_no_unicode_are_no_obstacle(tmp_path: Path) -> None:
     half = sample("half", captions=["whole", "half \ud800"], pwatermark=math.nan, punsafe=1e400)
     none = sample("none", captions=["half \udc00"])
@@ -252,12 +278,13 @@ def test_a_command_out_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "braces",
     [
-        *("{0..9999999999}", f"{{0..{'9' * 5000}}}", "{a,b}" * 30, "{0..999}" * 3),
-        *(
-            f"{{{'{a,b}' * 30},c}}",
-            "{{0..999}{0..999},x}{a,b}",
-            f"{'{a,' * 30}{{0..999999}}{'}' * 30}",
-        ),
+        "{0..9999999999}",
+        f"{{0..{'9' * 5000}}}",
+        "{a,b}" * 30,
+        "{0..999}" * 3,
+        f"{{{'{a,b}' * 30},c}}",
+        "{{0..999}{0..999},x}{a,b}",
+        f"{'{a,' * 30}{{0..999999}}{'}' * 30}",
     ],
     ids=range(7),
 )

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from PIL import Image
 from tqdm import tqdm
@@ -168,9 +168,10 @@ def _read_log(path: Path) -> dict[int, Written]:
     for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
             written = json.loads(line)
-            found[written["number"]] = written
-        except (ValueError, TypeError, KeyError):
+        except ValueError:
             continue
+        if isinstance(written, dict) and written.keys() == Written.__annotations__.keys():
+            found[written["number"]] = cast("Written", written)
     return found
 
 
