@@ -122,6 +122,17 @@ def test_seeking_far_opens_no_more_than_seeking_near() -> None:
     assert max(opened_at(12), opened_at(1_012), opened_at(19_012)) <= 10
 
 
+def test_behind_a_window_none_is_opened_until_a_sample_is_wanted() -> None:
+    one = stream(Listed.of(SHARDS), shuffle_samples=30)
+    next(one)
+    list(islice(one, len(one._window) - 1))
+    source = Listed.of(SHARDS)
+    other = stream(source, shuffle_samples=30)
+    other.seek(one.position)
+    assert source.asked == []
+    assert names(list(islice(other, 100))) == names(list(islice(one, 100)))
+
+
 def test_what_is_held_out_never_comes() -> None:
     source = Listed.of({"a": 300})
     holdout = Holdout(0.3)

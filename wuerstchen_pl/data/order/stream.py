@@ -170,7 +170,9 @@ class Stream:
 
     @property
     def position(self) -> Position:
-        """Where the stream is."""
+        """Where the stream is; behind the last sample of a window, before the next one."""
+        if self._window and self._place >= len(self._window):
+            return Position(self._start[0], self._end)
         return Position(*self._start, self._place)
 
     def seek(self, position: Position) -> None:
