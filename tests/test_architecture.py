@@ -29,20 +29,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": SHARED | {"fingerprint", "data"},
     "data.__main__": SHARED | {"data"},
     "export": SHARED | BELOW_ENTRY_POINTS | {"card", "convert"},
-    "card": {"checkpoint"},
+    "card": {"checkpoint", "durable"},
     "cli": {"config"},
     "config": set(),
     "pipeline": {"sampling", "layouts", "checkpoint", "diffusion", "models"},
     "layouts": {"checkpoint", "models"},
     "stages": {"sampling", "models", "diffusion", "ema", "checkpoint"},
     "sampling": {"models", "diffusion"},
-    "checkpoint": {"models"},
-    "callbacks": {"sampling.pictures"},
+    "checkpoint": {"models", "durable"},
+    "callbacks": {"sampling.pictures", "durable"},
     "data.sources": set(),
     "data.order": {"data.sources"},
     "data.loading": {"data.sources", "data.order"},
     "data.caches": {"data.sources", "data.order", "data.loading", "data.datamodule"},
-    **{name: set() for name in ("models", "diffusion", "data", "metrics", "ema", "fingerprint")},
+    **{
+        name: set()
+        for name in ("models", "diffusion", "data", "metrics", "ema", "fingerprint", "durable")
+    },
     "__init__": {"pipeline", "sampling"},
 }
 

@@ -17,7 +17,7 @@ from tests.layouts.conftest import (
     random_part,
     tensors,
 )
-from wuerstchen_pl import WuerstchenPipeline, checkpoint
+from wuerstchen_pl import WuerstchenPipeline, checkpoint, durable
 from wuerstchen_pl.layouts import read
 from wuerstchen_pl.layouts.model import Model
 from wuerstchen_pl.models.tokenizer import write_vocabulary
@@ -79,7 +79,7 @@ def test_the_card_says_what_was_trained_how_and_on_what(cascade: Path, exported:
     rows = [line for line in card.splitlines() if line.startswith("| Stage")]
     assert [row.split(" | ")[0] for row in rows] == ["| StageC", "| StageB", "| StageA"]
     assert all("| 4 | 4 | 0.001 | 64 | openmoji (limit=24)" in row for row in rows)
-    assert checkpoint.sha256(checkpoint.find(cascade / "b"))[:12] in rows[1]
+    assert durable.sha256(checkpoint.find(cascade / "b"))[:12] in rows[1]
     code = card.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")
 

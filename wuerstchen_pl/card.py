@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from wuerstchen_pl import checkpoint
+from wuerstchen_pl import checkpoint, durable
 
 UNKNOWN = "not recorded"
 CARD = """\
@@ -74,7 +74,7 @@ def _row(path: Path, *, averaged: bool) -> str:
         "averaged" if averaged else "raw",
         f"{record['hours']} x {record['devices']}" if record else UNKNOWN,
         record.get("hardware", UNKNOWN),
-        checkpoint.sha256(path)[:12],
+        durable.sha256(path)[:12],
     ]
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
 

@@ -4,15 +4,17 @@ A checkpoint may come from a stranger. It is read with ``weights_only=True``, an
 its config names are built only if they stand in ``BUILDABLE``.
 """
 
-import hashlib
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
 from hydra.errors import InstantiationException
+
+from wuerstchen_pl import durable
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
@@ -49,19 +51,26 @@ BUILDABLE = frozenset(
 
 
 def find(run: str | Path) -> Path:
-    """The newest checkpoint of a run's folder, or ``run`` itself if it is a file.
+    """The newest whole checkpoint of a run's folder, or ``run`` itself if it is a file.
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if the file is damaged, or all of the folder's are.
     """
     path = Path(run)
+    if path.is_file() and not durable.is_intact(path):
+        raise ValueError(f"{path} is damaged: its sha256 is not the one beside it; name another")
     if path.is_file():
         return path
-    found = list(path.glob("checkpoints/step*.ckpt"))
+    found = sorted(path.glob("checkpoints/step*.ckpt"), key=step_of, reverse=True)
     if not found:
         missing = "holds no checkpoint" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {missing}")
-    return max(found, key=step_of)
+    for newest in found:
+        if durable.is_intact(newest):
+            return newest
+        warnings.warn(f"{newest} is damaged, and the one before it is taken", stacklevel=2)
+    raise ValueError(f"all {len(found)} checkpoints of {path} are damaged; train again")
 
 
 def step_of(path: Path) -> int:
@@ -88,12 +97,6 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in kept):
         raise ValueError(f"{path} is no checkpoint of a wuerstchen_pl run: it names no stage")
     return content
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build(config: Any) -> Any:
@@ -160,7 +163,7 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
         raise ValueError(f"{path} does not hold the weights of the networks it names") from error
     module.ema.load_state_dict({**content["ema"], "shadow": {}})
     module.config = content["stage"]
-    module.source = {"path": str(path), "sha256": sha256(path)}
+    module.source = {"path": str(path), "sha256": durable.sha256(path)}
     return module.eval()
 
 
@@ -201,9 +204,9 @@ def follow(path: Path, name: str, named: dict[str, str]) -> Path:
     found = beside if beside.is_file() else Path(named["path"])
     if not found.is_file():
         raise FileNotFoundError(f"{path} needs its {name} {beside}, which is not there")
-    if sha256(found) != named["sha256"]:
+    if durable.sha256(found) != named["sha256"]:
         raise ValueError(
             f"{path} was trained over {found} with sha256 {named['sha256'][:12]}, and that file "
-            f"has changed to {sha256(found)[:12]}; put the old one back or train again"
+            f"has changed to {durable.sha256(found)[:12]}; put the old one back or train again"
         )
     return found

@@ -1,11 +1,12 @@
-"""Checkpoints every n steps and at the end, each whole or not there at all."""
+"""Checkpoints every n steps and at the end, each whole or not there at all, with its hash."""
 
-import os
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from wuerstchen_pl import durable
 
 
 class Checkpoints(Checkpoint):
@@ -48,7 +49,7 @@ class Checkpoints(Checkpoint):
         try:
             trainer.save_checkpoint(aside)
             if trainer.is_global_zero:
-                os.replace(aside, path)
+                durable.publish(aside, path)
         except OSError as error:
             aside.unlink(missing_ok=True)
             reason = error.strerror or error
@@ -58,4 +59,4 @@ class Checkpoints(Checkpoint):
             # by step: names have seven digits, and sort wrongly from ten million on
             saved = sorted(self.folder.glob("step*.ckpt"), key=lambda p: int(p.stem[4:]))
             for old in saved[: -self.keep]:
-                old.unlink()
+                durable.remove(old)
