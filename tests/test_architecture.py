@@ -34,9 +34,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "pipeline": {"sampling", "layouts", "checkpoint", "diffusion", "models"},
     "layouts": {"checkpoint", "models"},
-    "stages": {"sampling", "models", "diffusion", "ema", "checkpoint"},
+    "stages": {"sampling", "models", "diffusion", "ema", "checkpoint", "sharding"},
     "sampling": {"models", "diffusion"},
-    "checkpoint": {"models", "durable"},
+    "checkpoint": {"models", "durable", "in_parts"},
+    "ema": {"sharding"},
+    "strategy": {"sharding", "in_parts"},
+    "one_file": {"checkpoint", "durable"},
+    "train": SHARED | {"callbacks.signals", "checkpoint", "fingerprint", "one_file", "strategy"},
     "callbacks": {"sampling.pictures", "durable"},
     "data.sources": set(),
     "data.order": {"data.sources"},
@@ -44,7 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.caches": {"data.sources", "data.order", "data.loading", "data.datamodule"},
     **{
         name: set()
-        for name in ("models", "diffusion", "data", "metrics", "ema", "fingerprint", "durable")
+        for name in (
+            "models", "diffusion", "data", "metrics", "fingerprint", "durable", "sharding",
+            "in_parts",
+        )
     },
     "__init__": {"pipeline", "sampling"},
 }

@@ -39,6 +39,64 @@ def test_the_published_codes_ema_every_hundred_steps() -> None:
     assert float(ema.shadow["weight"]) == pytest.approx(6.0)
 
 
+def test_the_published_codes_decay_has_no_warm_up() -> None:
+    ema = EMA(decay=0.9, every_steps=2, start_step=2, warmup=False)
+    follow(ema, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert float(ema.shadow["weight"]) == pytest.approx(4 + 0.1 * (6 - 4))
+
+
+def test_a_shadow_kept_by_the_host_is_the_same_and_away_from_the_weights() -> None:
+    module = nn.Linear(3, 2, device="meta")  # a device whose tensors hold no values to average
+    ema = EMA(decay=0.9, device="cpu")
+    with pytest.raises(NotImplementedError):
+        ema.update(module)  # it is copied to the host, which a meta tensor cannot be
+    kept, other = EMA(decay=0.9, device="cpu"), EMA(decay=0.9)
+    values = [1.0, 3.0, 2.0]
+    follow(kept, values)
+    module = follow(other, values)
+    assert torch.equal(kept.shadow["weight"], other.shadow["weight"])
+    with kept.applied(module):
+        assert torch.equal(module.weight, other.shadow["weight"])
+    assert module.weight.item() == 2.0
+
+
+def test_weights_and_averages_survive_a_failure_while_they_are_exchanged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, ema = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), EMA(decay=0.9)
+    ema.update(module)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(1)
+    weights = [p.detach().clone() for p in module.parameters()]
+    averages = {name: t.clone() for name, t in ema.shadow.items()}
+    copies = []
+    copy_ = torch.Tensor.copy_
+
+    def failing(tensor: torch.Tensor, *args: object) -> torch.Tensor:
+        copies.append(tensor)
+        if len(copies) == 3:
+            raise KeyboardInterrupt
+        return copy_(tensor, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.Tensor, "copy_", failing)
+    with pytest.raises(KeyboardInterrupt), ema.applied(module):
+        raise AssertionError("not reached")
+    monkeypatch.undo()
+    assert len(copies) > 3
+    assert all(torch.equal(a, b) for a, b in zip(weights, module.parameters(), strict=True))
+    assert all(torch.equal(t, averages[name]) for name, t in ema.shadow.items())
+
+
+def test_an_averaged_model_has_the_present_buffers() -> None:
+    module, ema = nn.BatchNorm1d(2), EMA(decay=0.9)
+    ema.update(module)
+    module(torch.randn(8, 2))
+    with ema.applied(module):
+        assert int(module.num_batches_tracked) == 1
+    assert sorted(ema.shadow) == ["bias", "weight"]
+
+
 def test_raw_weights_come_back_whatever_raises() -> None:
     ema = EMA(decay=0.5)
     module = follow(ema, [1.0, 3.0])
@@ -82,7 +140,7 @@ def test_overwritten_rows_take_the_present_weights() -> None:
     with torch.no_grad():
         module.weight += 1
     before = ema.shadow["weight"].clone()
-    ema.overwrite(module, "weight", torch.tensor([1]))
+    ema.overwrite("weight", torch.tensor([1]), module.weight[[1]].detach())
     assert torch.equal(ema.shadow["weight"][1], module.weight[1].detach())
     assert torch.equal(ema.shadow["weight"][[0, 2]], before[[0, 2]])
 

@@ -61,8 +61,7 @@ def start(told: list[str], processes: int) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*(launcher if processes > 1 else []), "-m", "wuerstchen_pl.train", *told]
     if processes > 1:
-        command += ["trainer.strategy=ddp", f"trainer.devices={processes}"]
-        command = [c if c != "trainer.strategy=ddp" else "+trainer.strategy=ddp" for c in command]
+        command += ["trainer=ddp", f"trainer.devices={processes}", "trainer.accelerator=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *command], env=environment, start_new_session=True,

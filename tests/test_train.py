@@ -7,14 +7,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from tests.conftest import run_program, small
 from tests.data.made import picture, shards, write
+from tests.test_resume import differing
 from wuerstchen_pl import checkpoint
+from wuerstchen_pl.callbacks.signals import ASKING, Signals
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.stage import Batch
+from wuerstchen_pl.train import REQUEUE
 
 
 def arguments(cascade: Path, root: Path, *overrides: str) -> list[str]:
@@ -45,30 +47,61 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert checkpoint.read(checkpoint.find(folder.parent))["global_step"] == 2
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SIGTERMException])
-def test_an_interrupted_run_says_so_and_goes_on(
-    interruption: type[BaseException],
-    cascade: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    step = StageC.training_step
+def signalled(monkeypatch: pytest.MonkeyPatch, signals: list[int], *, step: int) -> None:
+    """Send signals to this process in the midst of a step of Stage C."""
+    train = StageC.training_step
 
     def interrupted(stage: StageC, batch: Batch, batch_idx: int) -> Tensor:
-        if stage.global_step == 3:
-            raise interruption
-        return step(stage, batch, batch_idx)
+        if stage.global_step == step:
+            for each in signals:
+                os.kill(os.getpid(), each)
+        return train(stage, batch, batch_idx)
 
+    monkeypatch.setattr(StageC, "training_step", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), ("SIGTERM", REQUEUE), ("SIGUSR1", REQUEUE)]
+)
+def test_a_signal_saves_the_step_it_came_in_and_the_run_goes_on(
+    name: str, code: int, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run, kept = tmp_path / "default/c", "checkpoint_every_steps=100"
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, [signal.Signals[name]], step=2)
+        assert run_program("train", arguments(cascade, tmp_path, kept)) == code
+    assert f"was stopped by {name} after step 3, which is saved" in capsys.readouterr().err
+    assert checkpoint.step_of(checkpoint.find(run)) == 3
+    assert run_program("train", arguments(cascade, tmp_path, kept, "ckpt=auto")) == 0
+    assert run_program("train", arguments(cascade, tmp_path / "whole", kept)) == 0
+    whole = checkpoint.read(checkpoint.find(tmp_path / "whole/default/c"))
+    assert not differing(whole, checkpoint.read(checkpoint.find(run)))
+
+
+def test_a_second_ctrl_c_is_not_kept_waiting(
+    cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(StageC, "training_step", interrupted)
-        assert run_program("train", arguments(cascade, tmp_path)) == 1
-    signal.signal(signal.SIGINT, handler)  # Lightning ignores a second Ctrl-C for good
+    signalled(monkeypatch, [signal.SIGINT, signal.SIGINT], step=3)
+    assert run_program("train", arguments(cascade, tmp_path)) == 130
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones for good
     assert "interrupted at step 3; ckpt=auto goes on" in capsys.readouterr().err
     assert checkpoint.step_of(checkpoint.find(tmp_path / "default/c")) == 2
-    assert run_program("train", arguments(cascade, tmp_path, "ckpt=auto")) == 0
-    assert checkpoint.step_of(checkpoint.find(tmp_path / "default/c")) == 4
+
+
+def test_a_run_that_has_ended_listens_no_more(cascade: Path, tmp_path: Path) -> None:
+    assert run_program("train", arguments(cascade, tmp_path)) == 0
+    handlers = [getattr(signal.getsignal(each), "__self__", None) for each in ASKING]
+    assert not any(isinstance(owner, Signals) for owner in handlers)
+
+
+def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:
+    more = ["checkpoint_every_steps=1", "callbacks.checkpoints.keep_every_steps=2"]
+    kept = [a for a in arguments(cascade, tmp_path) if "max_steps" not in a]
+    told = [*kept, *more, "callbacks.checkpoints.keep=1", "trainer.max_steps=5"]
+    assert run_program("train", told) == 0
+    found = (tmp_path / "default/c/checkpoints").glob("*.ckpt")
+    assert sorted(checkpoint.step_of(path) for path in found) == [2, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +110,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
         ("trainer.precision=bf16-true", "use bf16-mixed or 32-true"),
         ("validate_every_steps=0", "validate_every_steps=0 is out of range"),
         ("checkpoint_every_steps=0", "checkpoint_every_steps=0 is out of range"),
+        ("callbacks.checkpoints.keep_every_steps=3", "keep_every_steps=3 is no multiple of"),
         ("stage.optimizer.lr=-1", "stage.optimizer.lr=-1 learns nothing"),
         ("data.bucket_multiple=8", "set data.bucket_multiple=16"),
         ("stage.prior.latent_channels=8", "stage.prior.latent_channels=8"),

@@ -7,6 +7,7 @@ its config names are built only if they stand in ``BUILDABLE``.
 import os
 import re
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import hydra
 import torch
 from hydra.errors import InstantiationException
 
-from wuerstchen_pl import durable
+from wuerstchen_pl import durable, in_parts
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
@@ -51,17 +52,17 @@ BUILDABLE = frozenset(
 
 
 def find(run: str | Path) -> Path:
-    """The newest whole checkpoint of a run's folder, or ``run`` itself if it is a file.
+    """The newest whole checkpoint of a run's folder, or ``run`` itself if it is a checkpoint.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if the file is damaged, or all of the folder's are.
     """
     path = Path(run)
-    if path.is_file() and not durable.is_intact(path):
+    if path.is_file() or in_parts.is_in_parts(path):
+        if durable.is_intact(path):
+            return path
         raise ValueError(f"{path} is damaged: its sha256 is not the one beside it; name another")
-    if path.is_file():
-        return path
     found = sorted(path.glob("checkpoints/step*.ckpt"), key=step_of, reverse=True)
     if not found:
         missing = "holds no checkpoint" if path.exists() else "does not exist"
@@ -80,14 +81,17 @@ def step_of(path: Path) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint; runs no code of it.
+    """The contents of a checkpoint, a file or in parts; runs no code of it.
 
     Raises:
         ValueError: if the file is damaged, or wants more than tensors and plain values.
     """
-    with path.open("rb") as file:
+    with path.open("rb") if path.is_file() else nullcontext() as file:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            if file is None:
+                content = in_parts.read(path)
+            else:
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch's own text advises to load it all the same
             raise ValueError(
                 f"{path} is damaged or no checkpoint, or holds more than tensors and plain values; "
@@ -201,8 +205,8 @@ def follow(path: Path, name: str, named: dict[str, str]) -> Path:
     """Where the frozen stage of the checkpoint at ``path`` lies: beside its run, or as named."""
     run = path.parent.parent
     beside = Path(os.path.normpath(run / named["path"]))
-    found = beside if beside.is_file() else Path(named["path"])
-    if not found.is_file():
+    found = beside if beside.exists() else Path(named["path"])
+    if not found.exists():
         raise FileNotFoundError(f"{path} needs its {name} {beside}, which is not there")
     if durable.sha256(found) != named["sha256"]:
         raise ValueError(

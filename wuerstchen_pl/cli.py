@@ -122,13 +122,24 @@ def _environment(value: str | None) -> Iterator[None]:
         os.environ |= {} if before is None else {_TRACEBACKS: before}
 
 
+class Exit(Exception):
+    """What a program says at its end when it was not left to finish, and its exit code."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an exception into one line on stderr and exit code 1."""
+    """Turn an exception into one line on stderr and exit code 1, or that of ``Exit``."""
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exit as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
     except Exception as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)

@@ -1,27 +1,34 @@
-"""Files that a kill or a power cut leaves whole or absent, and that damage later on betrays.
+"""Files and folders that a kill or a power cut leaves whole or absent, and that damage betrays.
 
-A file is written aside, forced to the disk, hashed, and then named. The hash stands beside it, in
-the form that ``sha256sum --check`` reads.
+One is written aside, forced to the disk, hashed, and then named. The hashes stand beside it, in the
+form that ``sha256sum --check`` reads.
 """
 
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Give a file that was written aside its name.
+    """Give a file or folder that was written aside its name.
 
     Raises:
         OSError: if the disk is full or fails; ``path`` is then as it was.
     """
-    _sync(aside)
+    for file in _files(aside):
+        _sync(file)
     beside = _beside(path)
     partial = beside.with_name(f"{beside.name}.partial")
+    names = (Path(path.name, file.relative_to(aside)) for file in _files(aside))
+    lines = (f"{sha256(f)}  {name}\n" for f, name in zip(_files(aside), names, strict=True))
     try:
-        partial.write_text(f"{sha256(aside)}  {path.name}\n", "utf-8")
+        partial.write_text("".join(lines), "utf-8")
         _sync(partial)
         os.replace(partial, beside)
+        if path.is_dir():  # damaged, and made again
+            shutil.rmtree(path)
         os.replace(aside, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -29,24 +36,35 @@ def publish(aside: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file and its hash."""
+    """Remove a file or folder, and its hashes."""
+    if path.is_dir():
+        shutil.rmtree(path)
     path.unlink(missing_ok=True)
     _beside(path).unlink(missing_ok=True)
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file is what was published; true of one that has no hash beside it."""
+    """Whether a file or folder is what was published; true of one that has no hash beside it."""
     try:
-        noted = _beside(path).read_text("utf-8").split()
+        noted = _beside(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return True
-    return bool(noted) and noted[0] == sha256(path)
+    found = [f"{sha256(file)}  {Path(path.name, file.relative_to(path))}" for file in _files(path)]
+    return bool(noted) and sorted(noted) == sorted(found)
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """Hash of a file's bytes; of a folder, of its files' hashes and names."""
+    if path.is_dir():
+        each = "".join(f"{sha256(f)}  {f.relative_to(path)}\n" for f in _files(path))
+        return hashlib.sha256(each.encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The files of a folder in the order of their names, or the file itself."""
+    return iter(sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path])
 
 
 def _beside(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Train one stage: ``python -m wuerstchen_pl.train stage=a|b|c experiment=...``."""
 
 import logging
+import signal
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +15,20 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from wuerstchen_pl import checkpoint
-from wuerstchen_pl.cli import command, output_folder
+from wuerstchen_pl.callbacks.signals import Stopped
+from wuerstchen_pl.cli import Exit, command, output_folder
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.fingerprint import of_encoders
+from wuerstchen_pl.one_file import OneFile
+from wuerstchen_pl.strategy import FullySharded
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
+
+REQUEUE = 75
+"""Exit code of a run that was told to stop and wants to go on: EX_TEMPFAIL of sysexits.h."""
+INTERRUPTED = 130
+"""Exit code of Ctrl-C, as shells have it."""
 
 
 def run(cfg: DictConfig) -> float:
@@ -48,16 +57,26 @@ def run(cfg: DictConfig) -> float:
         logger=[hydra.utils.instantiate(c) for c in cfg.logger.values() if c is not None],
         _convert_="all",
     )
+    if not isinstance(trainer.strategy, FullySharded):
+        trainer.strategy.checkpoint_io = OneFile()
     rank_zero_only(data.prepare_data)()  # so that data that are not there leave no folder behind
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     try:
         trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
-    except SystemExit as stop:  # Lightning's answer to Ctrl-C, and to SIGTERM with exit code 0
-        raise InterruptedError(
+    except Stopped as stop:
+        code = INTERRUPTED if stop.signum == signal.SIGINT else REQUEUE
+        raise Exit(
+            f"{output_dir} was stopped by {stop} after step {trainer.global_step}, which is saved; "
+            "the same command with ckpt=auto goes on",
+            code,
+        ) from None
+    except SystemExit:  # Lightning's answer to Ctrl-C, where the first one was not waited for
+        raise Exit(
             f"{output_dir} was interrupted at step {trainer.global_step}; ckpt=auto goes on from "
-            "its last checkpoint"
-        ) from stop
+            "its last checkpoint",
+            INTERRUPTED,
+        ) from None
     finally:  # Lightning does not after an error, and shards would go on being opened
         data.teardown("fit")
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
@@ -170,6 +189,8 @@ def _quieten() -> None:
         "Checkpoint directory",
         "You are trying to `self",
         "treespec",
+        "It is recommended to use `self",
+        "Grad strides do not match bucket",
     ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
 

@@ -67,6 +67,36 @@ def test_the_discriminator_learns_before_it_counts(batch: Batch) -> None:
     assert not all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_one_optimiser_of_two_groups_does_what_two_do(batch: Batch) -> None:
+    options = {"adversarial_start_step": 0, "quantize_drop_prob": 0.0, "revive_every_steps": 99}
+    stage, other = stage_a(**options), stage_a(**options)
+    fit(stage, batch, 3)
+    assert other.optimizer_factory is not None
+    parts = (other.vqgan, other.discriminator)
+    optimizers = [other.optimizer_factory(part.parameters()) for part in parts]
+    other.train()
+    for _ in range(3):
+        images = batch["image"]
+        loss, decoded, _ = other.generator_loss(images, quantize=True, adversarial=True)
+        for optimizer, each in zip(optimizers, (loss, None), strict=True):
+            each = other.discriminator_loss(images, decoded) if each is None else each
+            optimizer.zero_grad()
+            each.backward()
+            optimizer.step()
+    pairs = zip(stage.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_each_part_is_clipped_by_its_own_norm(batch: Batch) -> None:
+    stage = stage_a()
+    fit(stage, batch, 1, gradient_clip_val=0.01)
+    norms = [
+        float(torch.stack([p.grad.norm() for p in part.parameters() if p.grad is not None]).norm())
+        for part in (stage.vqgan, stage.discriminator)
+    ]
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
 def test_the_discriminators_loss_is_binary_cross_entropy(batch: Batch) -> None:
     stage = stage_a().eval()
     images, fake = batch["image"], batch["image"].flip(0) * 0.5

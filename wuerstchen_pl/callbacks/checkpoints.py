@@ -15,15 +15,25 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where they go.
         every_steps: steps between two.
-        keep: how many are kept.
+        keep: how many of the newest are kept.
+        keep_every_steps: those of whole multiples of so many steps are kept for good; None keeps
+            none of them.
     """
 
-    def __init__(self, *, folder: str, every_steps: int, keep: int = 2) -> None:
+    def __init__(
+        self, *, folder: str, every_steps: int, keep: int = 2, keep_every_steps: int | None = None
+    ) -> None:
         if every_steps < 1 or keep < 1:
             raise ValueError(
                 f"checkpoint_every_steps={every_steps} and keep={keep} must be at least 1"
             )
+        if keep_every_steps is not None and (keep_every_steps < 1 or keep_every_steps % every_steps):
+            raise ValueError(
+                f"callbacks.checkpoints.keep_every_steps={keep_every_steps} is no multiple of "
+                f"checkpoint_every_steps={every_steps}; use one, or null"
+            )
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
+        self.keep_every_steps = keep_every_steps
         self._saved_step = -1
 
     def on_train_batch_end(
@@ -37,9 +47,14 @@ class Checkpoints(Checkpoint):
         """Save if it is time, or the last step."""
         step = trainer.global_step
         if step % self.every_steps == 0 or step == trainer.max_steps:
-            self._save(trainer)
+            self.save(trainer)
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def save(self, trainer: L.Trainer) -> None:
+        """Save now; all processes have to call it.
+
+        Raises:
+            OSError: if it cannot be written; those before are left as they are.
+        """
         step = trainer.global_step
         if step == self._saved_step:  # gradient accumulation: the step has not moved
             return
@@ -51,12 +66,16 @@ class Checkpoints(Checkpoint):
             if trainer.is_global_zero:
                 durable.publish(aside, path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            durable.remove(aside)
             reason = error.strerror or error
             raise OSError(f"checkpoint {path} could not be written: {reason}") from error
         self._saved_step = step
         if trainer.is_global_zero:
-            # by step: names have seven digits, and sort wrongly from ten million on
-            saved = sorted(self.folder.glob("step*.ckpt"), key=lambda p: int(p.stem[4:]))
-            for old in saved[: -self.keep]:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        # by step: names have seven digits, and sort wrongly from ten million on
+        saved = sorted((int(p.stem[4:]), p) for p in self.folder.glob("step*.ckpt"))
+        for step, old in saved[: -self.keep]:
+            if not self.keep_every_steps or step % self.keep_every_steps:
                 durable.remove(old)

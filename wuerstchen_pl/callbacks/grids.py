@@ -54,10 +54,12 @@ class Grids(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the grid of the first batch."""
-        if batch_idx != 0 or trainer.sanity_checking or not trainer.is_global_zero:
+        """Draw the grid of the first batch; on all processes, as each may hold a part of the weights.
+        """
+        if batch_idx != 0 or trainer.sanity_checking:
             return
         rows = {key: value[: self.num_pictures] for key, value in batch.items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        grid = draw_grid(pl_module.example_grid(rows))  # type: ignore[operator]
-        grid.save(self.folder / f"step{trainer.global_step:07d}.png")
+        columns = pl_module.example_grid(rows)  # type: ignore[operator]
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draw_grid(columns).save(self.folder / f"step{trainer.global_step:07d}.png")

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from wuerstchen_pl.models.all_processes import GlobalBatchNorm2d, globalise
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -37,7 +39,7 @@ class SemanticCompressor(nn.Module):
         self.latent_channels = latent_channels
         self.resize = resize
         self.mapper = nn.Conv2d(backbone.channels, latent_channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(latent_channels)
+        self.norm = GlobalBatchNorm2d(latent_channels)
         # on the CPU: a network that is built on the meta device gets them from no file
         mean, std = (torch.tensor(v, device="cpu") for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("mean", mean[:, None, None], persistent=False)
@@ -83,7 +85,7 @@ class EfficientNet(nn.Module):
         net = build(weights="DEFAULT" if weights == "imagenet" else None)
         if weights not in (None, "imagenet"):
             net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.features = net.features
+        self.features = globalise(net.features)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised -> (B, 1280, ceil(H/32), ceil(W/32))."""

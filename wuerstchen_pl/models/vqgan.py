@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wuerstchen_pl.models.all_processes import GlobalBatchNorm2d, std_of_all
 from wuerstchen_pl.models.layers import LayerNorm2d, xavier_init
 
 
@@ -164,7 +165,7 @@ class VQGAN(nn.Module):
                 )
             self.encoder.add_module(f"block{i}", ScaledResBlock(channels))
         self.to_latent = nn.Conv2d(widths[-1], latent_channels, 1, bias=False)
-        self.latent_norm = nn.BatchNorm2d(latent_channels)
+        self.latent_norm = GlobalBatchNorm2d(latent_channels)
 
         self.quantizer = VectorQuantizer(codebook_size, latent_channels)
 
@@ -194,7 +195,7 @@ class VQGAN(nn.Module):
         x = self.latent_norm(self.to_latent(self.encoder(self.stem(x))).float())
         if self.training and self.measure_scale:
             with torch.no_grad():
-                self.scale_factor.lerp_(x.std(), 0.01)
+                self.scale_factor.lerp_(std_of_all(x), 0.01)
         return x
 
     def decode(self, latents: Tensor) -> Tensor:

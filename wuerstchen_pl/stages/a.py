@@ -10,18 +10,23 @@ from torch import Tensor, nn
 from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.discriminator import Discriminator
 from wuerstchen_pl.models.vqgan import VQGAN, codebook_use
+from wuerstchen_pl.sharding import gathered, set_rows
 from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage
 
 
 class StageA(Stage):
-    """Reconstruction, perceptual, adversarial and codebook losses; two optimisers, by hand.
+    """Reconstruction, perceptual, adversarial and codebook losses.
+
+    VQGAN and discriminator are two groups of one optimiser: it treats each parameter alone, so that
+    it does what two optimisers would, and both are averaged, clipped, accumulated, sharded and
+    stored as the other stages are.
 
     Args:
         vqgan: encoder, codebook and decoder.
         discriminator: the critic; it learns from the first step on.
         perceptual: two pictures -> (B,) distance; frozen.
-        optimizer: for the VQGAN's parameters and, a second one, for the discriminator's.
-        lr_factor: of both learning rates, by step.
+        optimizer: over the VQGAN's parameters and the discriminator's.
+        lr_factor: of the learning rate, by step.
         ema: average of the trainable weights.
         mse_weight: weight of the squared error (paper: 1).
         perceptual_weight: weight of the perceptual distance (paper: 0.1).
@@ -31,6 +36,7 @@ class StageA(Stage):
         quantize_drop_prob: share of steps that skip quantisation (paper: 0.1).
         revive_every_steps: steps after which codes that nothing used are moved onto latents of the
             present batch.
+        seed: of the random numbers of training.
     """
 
     TRAINING_ONLY = (*Stage.TRAINING_ONLY, "perceptual")
@@ -51,9 +57,9 @@ class StageA(Stage):
         commitment_weight: float = 0.25,
         quantize_drop_prob: float = 0.1,
         revive_every_steps: int = 100,
+        seed: int = 0,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema)
-        self.automatic_optimization = False
+        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema, seed=seed)
         self.vqgan = vqgan
         self.discriminator = discriminator
         self.perceptual: nn.Module | None = None
@@ -143,58 +149,55 @@ class StageA(Stage):
 
     # Training
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One step of the VQGAN, then one of the discriminator."""
-        images = batch["image"]
-        # The critic is stepped by its bare optimiser: Lightning counts the steps of wrapped ones,
-        # and ``global_step`` is to count batches.
-        vqgan_opt = self.optimizers()[0]  # type: ignore[index]
-        critic_opt = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
-        quantize = bool(torch.rand(()) >= self.quantize_drop_prob)
-        adversarial = self.global_step >= self.adversarial_start_step
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The VQGAN's and the discriminator's, apart."""
+        parts = {"vqgan": self.vqgan, "discriminator": self.discriminator}
+        return [{"params": list(part.parameters()), "name": name} for name, part in parts.items()]
 
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum of both losses, of which each teaches its own part alone."""
+        images = batch["image"]
+        draws = self.draws(len(images), batch_idx)
         self.discriminator.requires_grad_(False)
         loss, decoded, terms = self.generator_loss(
-            images, quantize=quantize, adversarial=adversarial
+            images,
+            quantize=draws.once() >= self.quantize_drop_prob,
+            adversarial=self.global_step >= self.adversarial_start_step,
         )
-        vqgan_opt.zero_grad()
-        self.manual_backward(loss)
-        vqgan_opt.step()
         self.discriminator.requires_grad_(True)
-
         critic_loss = self.discriminator_loss(images, decoded)
-        critic_opt.zero_grad()
-        self.manual_backward(critic_loss)
-        critic_opt.step()
+        self._count_codes(terms.pop("indices"))
+        self._latents = rows_of(terms.pop("features").detach())
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        terms["discriminator"] = critic_loss
+        self.log_dict({f"train/{n}": term.detach() for n, term in terms.items()}, sync_dist=True)
+        return loss + critic_loss
 
-        for scheduler in self.lr_schedulers():  # type: ignore[union-attr]
-            scheduler.step()
-        self.ema.update(self)
-        self._count_codes(terms.pop("indices"), terms.pop("features"))
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("train/discriminator", critic_loss.detach())
-        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
+    def _count_codes(self, indices: Tensor) -> None:
+        uses = torch.bincount(indices.flatten(), minlength=len(self.code_uses)).float()
+        self.code_uses += self.trainer.strategy.reduce(uses, reduce_op="sum")
 
     @torch.no_grad()
-    def _count_codes(self, indices: Tensor, features: Tensor) -> None:
-        """Count uses, and now and then move the codes that had none onto present latents."""
-        codebook = self.vqgan.quantizer.codebook.weight
-        self.code_uses += torch.bincount(indices.flatten(), minlength=len(codebook))
-        if self.global_step % self.revive_every_steps:
+    def after_step(self, step: int) -> None:
+        """Now and then move the codes that had no use onto present latents, on all processes."""
+        if step % self.revive_every_steps:
             return
         dead = (self.code_uses == 0).nonzero().flatten()
         self.log("train/revived_codes", float(len(dead)))
-        if len(dead):
-            latents = features.permute(0, 2, 3, 1).flatten(0, 2).to(codebook.dtype)
-            codebook[dead] = latents[torch.randint(len(latents), (len(dead),))]
-            self.ema.overwrite(self, "vqgan.quantizer.codebook.weight", dead)
         self.code_uses.zero_()
+        if len(dead) == 0:
+            return
+        latents = self._everyones(self._latents)
+        chosen = self.draws(1, 0).choice(len(latents), len(dead)).to(latents.device)
+        rows, codebook = latents[chosen], self.vqgan.quantizer.codebook.weight
+        set_rows(codebook, dead, rows)
+        self.ema.overwrite("vqgan.quantizer.codebook.weight", dead, rows)
 
-    def configure_optimizers(self) -> Any:
-        """The VQGAN's and the discriminator's, apart."""
-        parts = (self.vqgan, self.discriminator)
-        configured = [self.scheduled(part.parameters()) for part in parts]
-        return [c["optimizer"] for c in configured], [c["lr_scheduler"] for c in configured]
+    def _everyones(self, rows: Tensor) -> Tensor:
+        """(N, C) of each process -> those of all: as many of each as the fewest have."""
+        counted = torch.tensor(len(rows), device=rows.device)
+        fewest = int(self.trainer.strategy.reduce(counted, reduce_op="min"))
+        return self.all_gather(rows[:fewest]).view(-1, rows.shape[1])
 
     # Validation, on averaged weights
 
@@ -224,9 +227,15 @@ class StageA(Stage):
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
         """Original, and what comes back: raw and averaged weights, and through the codebook."""
         images = batch["image"]
-        raw = self.reconstruct(images)
+        with gathered(self):
+            raw = self.reconstruct(images)
         with self.ema.applied(self):
             averaged = self.reconstruct(images)
             quantized = self.vqgan.quantizer(self.vqgan.features(images)).latents
             codes = self.vqgan.decode_features(quantized).clamp(0, 1)
         return {"original": images, "raw": raw, "EMA": averaged, "EMA, quantised": codes}
+
+
+def rows_of(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B H W, C) float32."""
+    return features.permute(0, 2, 3, 1).flatten(0, 2).float()

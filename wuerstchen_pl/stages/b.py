@@ -14,8 +14,9 @@ from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.decoder import DecoderPipeline
 from wuerstchen_pl.sampling.place import Place
+from wuerstchen_pl.sharding import gathered
 from wuerstchen_pl.stages.a import StageA
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, noise_like, text_of
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, text_of
 
 
 class StageB(Stage):
@@ -34,6 +35,7 @@ class StageB(Stage):
         semantic_noise_prob: share of the others whose latents are noised, at a time drawn from
             [0, 0.5] (code: 0.3).
         text_drop_prob: share of captions replaced by the empty one (code: 0.05).
+        seed: of the random numbers of training.
     """
 
     decoder: StageA
@@ -53,8 +55,9 @@ class StageB(Stage):
         semantic_drop_prob: float = 0.05,
         semantic_noise_prob: float = 0.3,
         text_drop_prob: float = 0.05,
+        seed: int = 0,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema)
+        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema, seed=seed)
         if decoder.latent_channels != diffnext.latent_channels:
             raise ValueError(
                 f"stage.diffnext.latent_channels={diffnext.latent_channels}, but Stage A's latents "
@@ -202,14 +205,14 @@ class StageB(Stage):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw times, noise and what is dropped; return the loss."""
         x0 = self.latents(batch)
-        rows = len(x0)
+        draws = self.draws(len(x0), batch_idx)
         semantic = self.encode(batch["image"])
-        chance, time = torch.rand(rows, 2), torch.rand(rows) * 0.5
-        semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), noise_like(semantic))
-        text = text_of(batch, self.text, self.text_drop_prob)
-        t = draw_time(torch.rand(rows)).to(x0.device)
-        loss = self.loss(x0, t, noise_like(x0), semantic, text)
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        chance, time = draws.uniform(2), draws.uniform() * 0.5
+        semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), draws.noise(semantic))
+        text = text_of(batch, self.text, draws.uniform() < self.text_drop_prob)
+        t = draw_time(draws.uniform()).to(x0.device)
+        loss = self.loss(x0, t, draws.noise(x0), semantic, text)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         return loss
 
     # Validation, on averaged weights
@@ -236,7 +239,8 @@ class StageB(Stage):
         def drawn() -> Tensor:
             return self.decode(self.encode(images), size=size, seeds=range(rows), captions=captions)
 
-        raw = drawn()
+        with gathered(self):
+            raw = drawn()
         with self.ema.applied(self):
             pred = self.diffnext(xt, t, self.encode(images), self.text(captions))
             averaged = drawn()

@@ -14,8 +14,9 @@ from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.sampling.prior import PriorPipeline
+from wuerstchen_pl.sharding import gathered
 from wuerstchen_pl.stages.b import StageB
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, noise_like, text_of
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, text_of
 
 
 class StageC(Stage):
@@ -34,6 +35,7 @@ class StageC(Stage):
             the unconditional branch of guidance.
         semantic_shift: Stage C works in (s + shift) / scale of the compressor's s (v1, v2: 1).
         semantic_scale: see ``semantic_shift`` (v1, v2: 42).
+        seed: of the random numbers of training.
     """
 
     decoder: StageB
@@ -52,8 +54,9 @@ class StageC(Stage):
         caption_drop_prob: float = 0.05,
         semantic_shift: float = 0.0,
         semantic_scale: float = 1.0,
+        seed: int = 0,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema)
+        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema, seed=seed)
         if prior.latent_channels != decoder.latent_channels:
             raise ValueError(
                 f"stage.prior.latent_channels={prior.latent_channels}, but Stage B's compressor "
@@ -171,10 +174,11 @@ class StageC(Stage):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw times, noise and dropped captions; return the loss."""
         x0 = self.latents(batch)
-        text = text_of(batch, self.text, self.caption_drop_prob)
-        t = draw_time(torch.rand(len(x0))).to(x0.device)
-        loss = self.loss(x0, t, noise_like(x0), cast(Tensor, text))
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        draws = self.draws(len(x0), batch_idx)
+        text = text_of(batch, self.text, draws.uniform() < self.caption_drop_prob)
+        t = draw_time(draws.uniform()).to(x0.device)
+        loss = self.loss(x0, t, draws.noise(x0), cast(Tensor, text))
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         return loss
 
     # Validation, on averaged weights
@@ -209,7 +213,8 @@ class StageC(Stage):
             semantic = self.sample(captions, size=size, seeds=seeds, num_steps=20)
             return self.decoder.decode(semantic, size=size, seeds=seeds, captions=captions)
 
-        raw = sampled()
+        with gathered(self):
+            raw = sampled()
         with self.ema.applied(self):
             pred = self.prior(xt, t, self.text(captions))
             averaged = sampled()

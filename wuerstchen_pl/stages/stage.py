@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.ema import EMA
+from wuerstchen_pl.models.layers import Block
+from wuerstchen_pl.models.vqgan import ScaledResBlock
+from wuerstchen_pl.sharding import shard
+from wuerstchen_pl.stages.draws import Draws, derived
 
 Batch = dict[str, Any]
 """``image`` (B, 3, H, W) in [0, 1], ``caption`` list[str]; or as ``data/caches/cached.py`` says."""
@@ -20,32 +24,21 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 def text_of(
     batch: Batch,
     encode: Callable[[Sequence[str]], Tensor | None],
-    drop_prob: float | None = None,
+    dropped: Tensor | None = None,
 ) -> Tensor | None:
     """The states of a batch's captions, as cached or encoded now.
 
     Args:
         batch: with ``caption``, and ``text`` and ``empty_text`` if they were cached.
         encode: captions -> (B, L, D) states, or None for a stage without text.
-        drop_prob: share of the captions that the empty one replaces, for which a number is drawn
-            for each; None drops and draws nothing.
+        dropped: (B,) whether the empty caption replaces this one; None drops nothing.
     """
-    dropped = torch.zeros(len(batch["caption"]), dtype=torch.bool)
-    if drop_prob is not None:
-        dropped = torch.rand(len(dropped)) < drop_prob
+    if dropped is None:
+        dropped = torch.zeros(len(batch["caption"]), dtype=torch.bool)
     if "text" not in batch:
         return encode(["" if d else c for c, d in zip(batch["caption"], dropped, strict=True)])
     text = batch["text"]
     return torch.where(dropped.to(text.device)[:, None, None], batch["empty_text"], text)
-
-
-def noise_like(tensor: Tensor) -> Tensor:
-    """Standard normal noise, the same whatever the tensor's memory format.
-
-    ``torch.randn_like`` fills in the order of the memory: latents out of a convolution and the same
-    ones out of a file would get different noise.
-    """
-    return torch.randn(tensor.shape, device=tensor.device, dtype=tensor.dtype)
 
 
 class WarmupCosine:
@@ -77,7 +70,7 @@ class Stage(L.LightningModule):
     appears in no checkpoint, optimiser or EMA. A checkpoint names it by path and sha256.
     """
 
-    TRAINING_ONLY: tuple[str, ...] = ("optimizer", "lr_factor", "ema")
+    TRAINING_ONLY: tuple[str, ...] = ("optimizer", "lr_factor", "ema", "seed")
     """Constructor arguments that a stage which only samples does without."""
 
     def __init__(
@@ -86,17 +79,18 @@ class Stage(L.LightningModule):
         optimizer: OptimizerFactory | None,
         lr_factor: Callable[[int], float] | None,
         ema: EMA | None,
+        seed: int,
     ) -> None:
         super().__init__()
         self.optimizer_factory = optimizer
         self.lr_factor = lr_factor or WarmupCosine()
         self.ema = ema or EMA(decay=0.0)
+        self.seed = seed
         self.frozen: dict[str, nn.Module] = {}
         self.config: dict[str, Any] | None = None
         """The ``stage`` part of the run's config; goes into checkpoints."""
         self.source: dict[str, str] | None = None
         """``path`` and ``sha256`` of the checkpoint that this stage was loaded from."""
-        self._resumed_rng: Tensor | None = None
 
     # Frozen parts
 
@@ -110,6 +104,12 @@ class Stage(L.LightningModule):
             module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    def configure_model(self) -> None:
+        """Shard the weights if the run's strategy spreads them over processes."""
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None:
+            shard(self, (Block, ScaledResBlock), mesh["data_parallel"])
+
     # Optimisation
 
     @property
@@ -121,25 +121,29 @@ class Stage(L.LightningModule):
         """Semantic positions (h, w) of a picture; None for a stage that knows none."""
         return None
 
-    def scheduled(self, params: Iterable[nn.Parameter]) -> dict[str, Any]:
-        """An optimiser of ``params`` with the learning rate's schedule, in Lightning's form."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups of the optimiser, each of which is clipped by its own norm."""
+        return [{"params": list(self.parameters())}]
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser over everything that is not frozen, and the learning rate's schedule."""
         if self.optimizer_factory is None:
             raise ValueError("stage.optimizer is missing; a stage that trains needs one")
-        optimizer = self.optimizer_factory(params)
+        optimizer = self.optimizer_factory(self.parameter_groups())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def configure_optimizers(self) -> Any:
-        """One optimiser over everything that is not frozen."""
-        return self.scheduled(self.parameters())
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then average: here, and not in a batch hook, so that no checkpoint lies between."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self)
+        self.after_step(self.global_step + 1)
+
+    def after_step(self, step: int) -> None:
+        """What a stage does to its weights beside the optimiser, when ``step`` steps are done."""
 
     def configure_gradient_clipping(
         self,
@@ -149,8 +153,9 @@ class Stage(L.LightningModule):
     ) -> None:
         """Clip by norm, and log the norm; Lightning's own refuses fused optimisers."""
         limit = gradient_clip_val or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters(), limit)
-        self.log("train/grad_norm", norm)
+        for group in optimizer.param_groups:
+            norm = nn.utils.clip_grad_norm_(group["params"], limit)
+            self.log("_".join(["train/grad_norm", *group.get("name", "").split()]), norm)
 
     # Checkpoints
 
@@ -158,7 +163,6 @@ class Stage(L.LightningModule):
         """Add the averaged weights, the stage's config, and the names of the frozen stages."""
         checkpoint["ema"] = self.ema.state_dict()
         checkpoint["stage"] = self.config
-        checkpoint["rng"] = torch.get_rng_state()
         root = self.trainer.default_root_dir
         checkpoint["frozen"] = {
             name: {**part.source, "path": os.path.relpath(part.source["path"], root)}
@@ -169,7 +173,6 @@ class Stage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averaged weights back, and refuse to go on over other frozen weights."""
         self.ema.load_state_dict(checkpoint["ema"])
-        self._resumed_rng = checkpoint["rng"]
         for name, named in checkpoint["frozen"].items():
             source = getattr(self.frozen[name], "source", None)
             if source is not None and source["sha256"] != named["sha256"]:
@@ -179,11 +182,19 @@ class Stage(L.LightningModule):
                     "start a new run"
                 )
 
+    # Randomness
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Go on with the random numbers where the checkpoint was made, whatever drew some since."""
-        if self._resumed_rng is not None:
-            torch.set_rng_state(self._resumed_rng)
-            self._resumed_rng = None
+        """Let dropout draw by (seed, step, process), whatever drew numbers before."""
+        torch.manual_seed(derived(self.seed, *self._batch_of_run(batch_idx), self.global_rank))
+
+    def draws(self, rows: int, batch_idx: int) -> Draws:
+        """The random numbers of the present batch, in which this process has ``rows`` samples."""
+        step, first_row = self._batch_of_run(batch_idx), self.global_rank * rows
+        return Draws(seed=self.seed, step=step, rows=rows, first_row=first_row)
+
+    def _batch_of_run(self, batch_idx: int) -> tuple[int, int]:
+        return self.global_step, batch_idx % self.trainer.accumulate_grad_batches
 
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
         """Columns of a validation grid: label -> (B, 3, H, W) in [0, 1]."""

@@ -1,0 +1,19 @@
+#!/bin/bash
+# Train on Slurm, over pre-emptions and time limits: sbatch --nodes=8 scripts/slurm.sh stage=c experiment=laion
+#
+# Slurm's notice reaches the run 5 minutes before the end; it saves and exits with 75, and the job
+# goes to the queue again. So it does after a pre-emption.
+#SBATCH --job-name=wuerstchen
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@300
+srun python -m wuerstchen_pl.train trainer=slurm ckpt=auto "$@"
+code=$?
+if [ "$code" -eq 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,71 @@
+"""Steps whose gradient is not finite are left out and counted; many in a row end the run."""
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from wuerstchen_pl.callbacks.checkpoints import Checkpoints
+
+
+class FiniteSteps(L.Callback):
+    """Take the gradients away from a step in which one is NaN or infinite.
+
+    The optimiser then changes nothing: no weight, no moment. The step counts as one, so that
+    schedules and the data go on. What a forward pass has done to batch-norm statistics stays.
+
+    Args:
+        max_in_a_row: steps left out in a row, at which the run ends.
+    """
+
+    def __init__(self, *, max_in_a_row: int = 20) -> None:
+        if max_in_a_row < 1:
+            raise ValueError(f"max_in_a_row={max_in_a_row} never trains; use 1 or more")
+        self.max_in_a_row = max_in_a_row
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps left out, for the checkpoint."""
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting."""
+        self.skipped = state_dict["skipped"]
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at the gradients; the same on all processes, as they have them in common.
+
+        Raises:
+            ValueError: if too many steps were left out in a row.
+        """
+        params = [p for p in pl_module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if norm.isfinite():
+            self._in_a_row = 0
+            return
+        for p in params:
+            p.grad = None
+        self.skipped += 1
+        self._in_a_row += 1
+        pl_module.log("train/skipped_steps", float(self.skipped))
+        if self._in_a_row >= self.max_in_a_row:
+            raise ValueError(
+                f"{self._in_a_row} steps in a row had no finite gradient, up to step "
+                f"{trainer.global_step}; {_last_saved(trainer)}. Lower stage.optimizer.lr, set "
+                "trainer.gradient_clip_val=1.0, or train with trainer.precision=32-true"
+            )
+
+
+def _last_saved(trainer: L.Trainer) -> str:
+    """What there is to go on from."""
+    callbacks: list[Checkpoint] = trainer.checkpoint_callbacks
+    saved = [c.newest() for c in callbacks if isinstance(c, Checkpoints)]
+    if not saved or saved[0] is None:
+        return "nothing was saved before"
+    return f"{saved[0]} is the last checkpoint, and its weights are finite"

@@ -1,0 +1,101 @@
+"""Checkpoints in parts: a folder to which each process writes what it holds.
+
+Tensors lie in safetensors files, written and read by torch's distributed checkpoints, and so can be
+read by any number of processes; everything else, in ``rest.pt``. Neither runs code. (torch's own
+layout of such folders keeps a pickle.)
+"""
+
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+REST = "rest.pt"
+SEPARATOR = "|"  # parameters' names have dots
+Place = tuple[str | int, ...]
+Template = Callable[[Place, torch.Size, torch.dtype], Tensor]
+
+
+def write(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint, of which each process has a part of the tensors; all have to call it.
+
+    Raises:
+        OSError: if the disk is full or fails.
+    """
+    tensors: dict[str, Tensor] = {}
+    rest = _taken_out(checkpoint, (), tensors)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        if folder.exists():  # left by a run that was killed
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        torch.save(rest, folder / REST)
+    if dist.is_initialized():
+        dist.barrier()
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
+
+
+def read(folder: Path, template: Template | None = None) -> dict[str, Any]:
+    """The contents of a checkpoint in parts.
+
+    Args:
+        folder: as written by ``write``, by any number of processes.
+        template: path of a tensor in the checkpoint, its whole shape and type -> a tensor to read
+            into, which may be sharded; None reads whole tensors, in one process.
+
+    Raises:
+        OSError: if a file is missing.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors = {}
+    for name, found in reader.read_metadata().state_dict_metadata.items():
+        path = tuple(_key(step) for step in name.split(SEPARATOR))
+        size, dtype = found.size, found.properties.dtype  # type: ignore[union-attr]
+        tensors[name] = template(path, size, dtype) if template else torch.empty(size, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as wanted
+        dcp.load(tensors, storage_reader=reader, no_dist=template is None)
+    checkpoint = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    for name, tensor in tensors.items():
+        _put_back(checkpoint, [_key(step) for step in name.split(SEPARATOR)], tensor)
+    return checkpoint
+
+
+def is_in_parts(path: Path) -> bool:
+    """Whether a path is a checkpoint in parts."""
+    return (path / REST).is_file()
+
+
+def _taken_out(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """A copy of a tree without its tensors, which go into ``tensors`` by their path."""
+    if isinstance(node, Tensor):
+        tensors[SEPARATOR.join(path)] = node
+        return None
+    if isinstance(node, dict):
+        return {k: _taken_out(v, (*path, _step(k)), tensors) for k, v in node.items()}
+    if isinstance(node, list | tuple):
+        kept = [_taken_out(v, (*path, _step(i)), tensors) for i, v in enumerate(node)]
+        return kept if isinstance(node, list) else tuple(kept)
+    return node
+
+
+def _put_back(node: Any, path: Sequence[str | int], tensor: Tensor) -> None:
+    """Put a tensor to the place that was left empty for it."""
+    for step in path[:-1]:
+        node = node[step]
+    node[path[-1]] = tensor
+
+
+def _step(key: str | int) -> str:
+    return f"#{key}" if isinstance(key, int) else key
+
+
+def _key(step: str) -> str | int:
+    return int(step[1:]) if step.startswith("#") else step

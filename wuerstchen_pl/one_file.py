@@ -1,0 +1,36 @@
+"""Checkpoints in one file, as every strategy but FSDP writes them; read in either form."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from wuerstchen_pl import checkpoint, durable
+
+
+class OneFile(CheckpointIO):
+    """Writes straight to the disk; Lightning's own makes a copy in memory first."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a file; not durable yet, and without a hash.
+
+        Raises:
+            OSError: if the disk is full or fails.
+        """
+        try:
+            torch.save(checkpoint, path)
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file, or a folder that several processes wrote; runs no code of it."""
+        return checkpoint.read(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove it."""
+        durable.remove(Path(path))

@@ -1,0 +1,64 @@
+"""Weights that lie in parts on several processes (FSDP2), and how to reach them whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(stage: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceMesh) -> None:
+    """Spread a stage's weights over a mesh, in place: each block a unit, and what is left another.
+
+    A unit is whole on each process only while its forward or backward pass runs; the unit of what
+    is left, from the beginning of ``training_step`` to the end of the backward pass. Outside of
+    these, use ``gathered``.
+    """
+    if isinstance(stage, FSDPModule):
+        return
+    for module in list(stage.modules()):
+        if isinstance(module, blocks):
+            fully_shard(module, mesh=mesh)
+    fully_shard(stage, mesh=mesh)
+    register_fsdp_forward_method(stage, "training_step")
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Let every process have the whole weights within the block; all of them have to enter it.
+
+    What is changed in the weights within the block is lost.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not module, recurse=False)
+            part.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, as one; all processes have to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, sharded as ``other`` is."""
+    if isinstance(tensor, DTensor) or not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+@torch.no_grad()
+def set_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
+    """``tensor[rows] = values`` of a tensor that may be sharded; the same on every process."""
+    full = whole(tensor).clone()
+    full[rows] = values.to(full)
+    tensor.copy_(like(full, tensor))

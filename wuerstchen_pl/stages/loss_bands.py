@@ -1,0 +1,30 @@
+"""The loss of a denoiser by bands of t: where it learns, and where it fails."""
+
+import torch
+from torch import Tensor
+
+BANDS = 10
+
+
+class LossBands:
+    """Means of the losses of samples whose t lies in the same tenth of [0, 1]."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(2, BANDS)
+
+    @torch.no_grad()
+    def add(self, t: Tensor, losses: Tensor) -> None:
+        """Take in (B,) losses at (B,) times."""
+        self.sums = self.sums.to(losses.device)
+        band = (t * BANDS).long().clamp(0, BANDS - 1)
+        self.sums[0].index_add_(0, band, losses.detach().float())
+        self.sums[1].index_add_(0, band, torch.ones_like(losses, dtype=torch.float32))
+
+    def taken(self) -> Tensor:
+        """(2, BANDS) sums and numbers of losses since the last time, to be added up over processes.
+
+        They begin anew.
+        """
+        sums = self.sums.clone()
+        self.sums.zero_()
+        return sums

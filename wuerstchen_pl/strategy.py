@@ -1,0 +1,127 @@
+"""Fully sharded data parallel training (FSDP2), with checkpoints in parts or in one file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from wuerstchen_pl import in_parts
+from wuerstchen_pl.sharding import like, whole
+
+
+class FullySharded(ModelParallelStrategy):
+    """Each process holds its part of weights, gradients, averages and optimiser.
+
+    Lightning's own strategy writes averages and the rest of a checkpoint from one process only, and
+    into a pickle. Whatever one wrote, the other reads, with any number of processes.
+
+    Args:
+        in_parts: write checkpoints as folders to which each process adds what it holds; False
+            gathers them into one file.
+    """
+
+    def __init__(self, *, in_parts: bool = True) -> None:
+        super().__init__(save_distributed_checkpoint=in_parts)
+
+    def setup_environment(self) -> None:
+        """Spread over all processes of all machines."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's tensors, sharded."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimiser's tensors, sharded, by the number of their parameter."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        return optimizer.state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a folder, or gather a file.
+
+        Raises:
+            OSError: if the disk is full or fails.
+        """
+        path = Path(self.broadcast(filepath))
+        if self._save_distributed_checkpoint:
+            in_parts.write(checkpoint, path)
+            return
+        gathered = _gathered(checkpoint, keep=self.global_rank == 0)
+        if self.global_rank == 0:
+            torch.save(gathered, path)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read either form into the module and its optimisers; returns all that was there."""
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.lightning_module is not None
+        known = _Known(self.lightning_module, self.optimizers)
+        if in_parts.is_in_parts(path):
+            checkpoint = in_parts.read(path, known.template)
+        else:
+            checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+            checkpoint = known.sharded(checkpoint)
+        self.lightning_module.load_state_dict(checkpoint["state_dict"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+        return checkpoint
+
+
+class _Known:
+    """Which parameter a tensor of a checkpoint belongs to, and so how it is sharded."""
+
+    def __init__(self, module: nn.Module, optimizers: list[Optimizer]) -> None:
+        self.by_name = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.by_number = [
+            [p for group in optimizer.param_groups for p in group["params"]]
+            for optimizer in optimizers
+        ]
+
+    def owner(self, path: tuple[str | int, ...]) -> Tensor | None:
+        """The parameter or buffer of ``state_dict``, ``ema|shadow`` or ``optimizer_states``."""
+        match path:
+            case ("state_dict", str(name)) | ("ema", "shadow", str(name)):
+                return self.by_name.get(name)
+            case ("optimizer_states", int(optimizer), "state", int(number), _):
+                return self.by_number[optimizer][number]
+        return None
+
+    def template(self, path: tuple[str | int, ...], size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor to read one of a checkpoint into."""
+        owner = self.owner(path)
+        if isinstance(owner, DTensor) and owner.shape == size:
+            return torch.empty_like(owner.detach(), dtype=dtype)
+        return torch.empty(size, dtype=dtype)
+
+    def sharded(self, node: Any, path: tuple[str | int, ...] = ()) -> Any:
+        """A copy of a checkpoint in which whole tensors are sharded as those they belong to."""
+        if isinstance(node, dict):
+            return {k: self.sharded(v, (*path, k)) for k, v in node.items()}
+        if isinstance(node, list):
+            return [self.sharded(v, (*path, i)) for i, v in enumerate(node)]
+        owner = self.owner(path) if isinstance(node, Tensor) else None
+        return like(node, owner) if owner is not None and owner.shape == node.shape else node
+
+
+def _gathered(node: Any, *, keep: bool) -> Any:
+    """A copy of a tree with whole tensors, in the host's memory; none where they are not kept."""
+    if isinstance(node, dict):
+        return {k: _gathered(v, keep=keep) for k, v in node.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(_gathered(v, keep=keep) for v in node)
+    if isinstance(node, Tensor):
+        full = whole(node)
+        return full.cpu() if keep else None
+    return node
