@@ -49,7 +49,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{
         name: set()
         for name in (
-            "models", "diffusion", "data", "metrics", "fingerprint", "durable", "sharding",
+            "models",
+            "diffusion",
+            "data",
+            "metrics",
+            "fingerprint",
+            "durable",
+            "sharding",
             "in_parts",
         )
     },

@@ -35,7 +35,7 @@ def write(checkpoint: dict[str, Any], folder: Path) -> None:
         if folder.exists():  # left by a run that was killed
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        torch.save(rest, folder / REST)
+        torch.save({"rest": rest, "tensors": list(tensors)}, folder / REST)
     if dist.is_initialized():
         dist.barrier()
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -52,17 +52,22 @@ def read(folder: Path, template: Template | None = None) -> dict[str, Any]:
 
     Raises:
         OSError: if a file is missing.
+        ValueError: if a tensor is.
     """
     reader = HuggingFaceStorageReader(str(folder))
+    noted = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    there = reader.read_metadata().state_dict_metadata
+    if missing := sorted(set(noted["tensors"]) - there.keys()):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     tensors = {}
-    for name, found in reader.read_metadata().state_dict_metadata.items():
-        path = tuple(_key(step) for step in name.split(SEPARATOR))
+    for name in noted["tensors"]:
+        path, found = tuple(_key(step) for step in name.split(SEPARATOR)), there[name]
         size, dtype = found.size, found.properties.dtype  # type: ignore[union-attr]
         tensors[name] = template(path, size, dtype) if template else torch.empty(size, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as wanted
         dcp.load(tensors, storage_reader=reader, no_dist=template is None)
-    checkpoint = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    checkpoint = noted["rest"]
     for name, tensor in tensors.items():
         _put_back(checkpoint, [_key(step) for step in name.split(SEPARATOR)], tensor)
     return checkpoint

@@ -37,6 +37,8 @@ def test_numbers_are_spread_as_they_should_be() -> None:
 
 
 def test_seeds_of_neighbours_have_nothing_in_common() -> None:
-    seeds = [derived(seed, step, "row", row) for seed in (0, 1) for step in (0, 1) for row in (0, 1)]
+    seeds = [
+        derived(seed, step, "row", row) for seed in (0, 1) for step in (0, 1) for row in (0, 1)
+    ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -27,7 +27,9 @@ class Checkpoints(Checkpoint):
             raise ValueError(
                 f"checkpoint_every_steps={every_steps} and keep={keep} must be at least 1"
             )
-        if keep_every_steps is not None and (keep_every_steps < 1 or keep_every_steps % every_steps):
+        if keep_every_steps is not None and (
+            keep_every_steps < 1 or keep_every_steps % every_steps
+        ):
             raise ValueError(
                 f"callbacks.checkpoints.keep_every_steps={keep_every_steps} is no multiple of "
                 f"checkpoint_every_steps={every_steps}; use one, or null"
@@ -72,6 +74,10 @@ class Checkpoints(Checkpoint):
         self._saved_step = step
         if trainer.is_global_zero:
             self._remove_old()
+
+    def newest(self) -> Path | None:
+        """The last checkpoint that was saved, by this process or one before it."""
+        return max(self.folder.glob("step*.ckpt"), default=None, key=lambda p: int(p.stem[4:]))
 
     def _remove_old(self) -> None:
         # by step: names have seven digits, and sort wrongly from ten million on

@@ -2,7 +2,6 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -64,8 +63,7 @@ class FiniteSteps(L.Callback):
 
 def _last_saved(trainer: L.Trainer) -> str:
     """What there is to go on from."""
-    callbacks: list[Checkpoint] = trainer.checkpoint_callbacks
-    saved = [c.newest() for c in callbacks if isinstance(c, Checkpoints)]
+    saved = [c.newest() for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
     if not saved or saved[0] is None:
         return "nothing was saved before"
     return f"{saved[0]} is the last checkpoint, and its weights are finite"

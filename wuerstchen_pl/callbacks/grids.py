@@ -54,8 +54,7 @@ class Grids(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the grid of the first batch; on all processes, as each may hold a part of the weights.
-        """
+        """Draw the grid of the first batch: on all processes, which may share the weights."""
         if batch_idx != 0 or trainer.sanity_checking:
             return
         rows = {key: value[: self.num_pictures] for key, value in batch.items()}

@@ -43,7 +43,7 @@ class RunRecord(L.Callback):
             return
         cuda = torch.cuda.is_available()
         record = {
-            "stage": type(pl_module).__name__,
+            "stage": type(pl_module).__name__.removeprefix("FSDP"),
             "steps": trainer.global_step,
             "hours": round(self._hours(), 4),
             "parameters": sum(p.numel() for p in pl_module.parameters()),

@@ -68,7 +68,7 @@ class Signals(L.Callback):
             return
         self._seen_step = step
         if received := self._received_by_any(trainer, pl_module.device):
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, Checkpoints):
                     callback.save(trainer)
             raise Stopped(received)

@@ -24,8 +24,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return torch.addcmul(self.bias[:, None, None], centred, scale).to(x.dtype)
 
     def _remember(self, mean: Tensor, var: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var, self.momentum)

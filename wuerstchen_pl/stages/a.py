@@ -1,7 +1,7 @@
 """Stage A: training the VQGAN (arXiv 2306.00637, section 3.1 and appendix E)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -197,7 +197,7 @@ class StageA(Stage):
         """(N, C) of each process -> those of all: as many of each as the fewest have."""
         counted = torch.tensor(len(rows), device=rows.device)
         fewest = int(self.trainer.strategy.reduce(counted, reduce_op="min"))
-        return self.all_gather(rows[:fewest]).view(-1, rows.shape[1])
+        return cast(Tensor, self.all_gather(rows[:fewest])).view(-1, rows.shape[1])
 
     # Validation, on averaged weights
 

@@ -16,6 +16,7 @@ from wuerstchen_pl.sampling.decoder import DecoderPipeline
 from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.sharding import gathered
 from wuerstchen_pl.stages.a import StageA
+from wuerstchen_pl.stages.loss_bands import LossBands
 from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, text_of
 
 
@@ -80,6 +81,7 @@ class StageB(Stage):
         if text_encoder is not None:
             self.hold_frozen("text_encoder", text_encoder)
         self.schedule = CosineSchedule()
+        self.loss_bands = LossBands()
         self.p2: P2Form = p2
         self.semantic_drop_prob = semantic_drop_prob
         self.semantic_noise_prob = semantic_noise_prob
@@ -177,9 +179,9 @@ class StageB(Stage):
     def loss(
         self, x0: Tensor, t: Tensor, noise: Tensor, semantic: Tensor, text: Tensor | None
     ) -> Tensor:
-        """p2(t) |noise - prediction|^2, the mean over the batch (section 3.4)."""
+        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.4)."""
         pred = self.diffnext(self.schedule.add_noise(x0, t, noise), t, semantic, text)
-        return (p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)).mean()
+        return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
 
     def corrupt(self, semantic: Tensor, chance: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Zero some samples' semantic latents and noise others', so that Stage C's errors do less.
@@ -211,7 +213,9 @@ class StageB(Stage):
         semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), draws.noise(semantic))
         text = text_of(batch, self.text, draws.uniform() < self.text_drop_prob)
         t = draw_time(draws.uniform()).to(x0.device)
-        loss = self.loss(x0, t, draws.noise(x0), semantic, text)
+        losses = self.loss(x0, t, draws.noise(x0), semantic, text)
+        self.loss_bands.add(t, losses)
+        loss = losses.mean()
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         return loss
 
@@ -223,7 +227,7 @@ class StageB(Stage):
         with self.ema.applied(self):
             x0, semantic = self.latents(batch), self.encode(batch["image"])
             t, noise = validation_draw(x0, seed=batch_idx)
-            loss = self.loss(x0, t, noise, semantic, text_of(batch, self.text))
+            loss = self.loss(x0, t, noise, semantic, text_of(batch, self.text)).mean()
         self.log("val/loss", loss, batch_size=len(x0), sync_dist=True)
 
     @torch.no_grad()

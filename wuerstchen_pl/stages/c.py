@@ -16,6 +16,7 @@ from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.sampling.prior import PriorPipeline
 from wuerstchen_pl.sharding import gathered
 from wuerstchen_pl.stages.b import StageB
+from wuerstchen_pl.stages.loss_bands import LossBands
 from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, text_of
 
 
@@ -80,6 +81,7 @@ class StageC(Stage):
             self.hold_frozen("text_encoder", text_encoder)
         self.train_text_encoder = train_text_encoder
         self.schedule = CosineSchedule()
+        self.loss_bands = LossBands()
         self.p2: P2Form = p2
         self.caption_drop_prob = caption_drop_prob
         self.semantic_shift, self.semantic_scale = semantic_shift, semantic_scale
@@ -167,9 +169,9 @@ class StageC(Stage):
     # Objective
 
     def loss(self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor) -> Tensor:
-        """p2(t) |noise - prediction|^2, the mean over the batch (section 3.4)."""
+        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.4)."""
         pred = self.prior(self.schedule.add_noise(x0, t, noise), t, text)
-        return (p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)).mean()
+        return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw times, noise and dropped captions; return the loss."""
@@ -177,7 +179,9 @@ class StageC(Stage):
         draws = self.draws(len(x0), batch_idx)
         text = text_of(batch, self.text, draws.uniform() < self.caption_drop_prob)
         t = draw_time(draws.uniform()).to(x0.device)
-        loss = self.loss(x0, t, draws.noise(x0), cast(Tensor, text))
+        losses = self.loss(x0, t, draws.noise(x0), cast(Tensor, text))
+        self.loss_bands.add(t, losses)
+        loss = losses.mean()
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         return loss
 
@@ -190,7 +194,7 @@ class StageC(Stage):
             x0 = self.latents(batch)
             t, noise = validation_draw(x0, seed=batch_idx)
             text = text_of(batch, self.text)
-            loss = self.loss(x0, t, noise, cast(Tensor, text))
+            loss = self.loss(x0, t, noise, cast(Tensor, text)).mean()
         self.log("val/loss", loss, batch_size=len(x0), sync_dist=True)
 
     @torch.no_grad()

@@ -18,7 +18,8 @@ from wuerstchen_pl.stages.draws import Draws, derived
 Batch = dict[str, Any]
 """``image`` (B, 3, H, W) in [0, 1], ``caption`` list[str]; or as ``data/caches/cached.py`` says."""
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+"""Of parameters or groups of them."""
 
 
 def text_of(
