@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ema": {"sharding"},
     "strategy": {"sharding", "in_parts"},
     "one_file": {"checkpoint", "durable"},
-    "train": SHARED | {"callbacks.signals", "checkpoint", "fingerprint", "one_file", "strategy"},
+    "train": SHARED
+    | {"callbacks.signals", "checkpoint", "models.blocks", "fingerprint", "one_file", "strategy"},
     "callbacks": {"sampling.pictures", "durable"},
     "data.sources": set(),
     "data.order": {"data.sources"},

@@ -162,7 +162,7 @@ COMMAND_LINES = {
     "root key": (["stage=a", "sede=1"], "sede is no key; did you mean seed?"),
     "group": (["stage=a", "experimnt=demo"], "experimnt is no key; did you mean experiment?"),
     "key": (["stage=a", "stage.vqgan.widht=1"], "did you mean stage.vqgan.width?"),
-    "not in YAML": (["stage=a", "trainer.strategy=ddp"], "add it with +trainer.strategy=..."),
+    "not in YAML": (["stage=a", "trainer.benchmark=true"], "add it with +trainer.benchmark=..."),
     "nothing like it": (["stage=a", "zzz=1"], "zzz is no key; remove it"),
     "added": (["stage=a", "+zzz=1"], "zzz is read by nothing; remove it"),
     "word": (["stage=c", "stage.prior.depth=abc"], "stage.prior.depth is 'abc', and must be int"),

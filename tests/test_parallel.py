@@ -21,7 +21,7 @@ OF_STAGE = {
     # rounding errors, and Adam would make whole steps of these.
     "a": [
         "+stage.optimizer.eps=1e-2",
-        "stage.revive_every_steps=7",
+        "stage.revive_every_steps=13",
         "stage.adversarial_start_step=5",
     ],
     "b": [],
@@ -32,6 +32,7 @@ STRATEGIES = {
     "ddp": (["trainer=ddp"], None),
     "fsdp": (["trainer=fsdp"], None),
     "fsdp_one_file": (["trainer=fsdp", "trainer.strategy.in_parts=false"], None),
+    "fsdp_checkpointed": (["trainer=fsdp", "activation_checkpointing=true"], None),
     "one_then_fsdp": (["trainer=fsdp"], "one"),
     "fsdp_then_ddp": (["trainer=ddp"], "fsdp"),
 }

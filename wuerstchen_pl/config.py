@@ -27,6 +27,8 @@ READ_BY_TRAIN: Mapping[str, Any] = {
     "seed": int,
     "ckpt": str | None,
     "init_from": str | None,
+    "activation_checkpointing": bool,
+    "compile": bool,
     "paths.output_dir": str,
     # what other keys are made of; a stage, or an override, may do without some of them
     "name": str,

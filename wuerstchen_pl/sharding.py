@@ -1,6 +1,6 @@
 """Weights that lie in parts on several processes (FSDP2), and how to reach them whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard(stage: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceMesh) -> None:
+def shard(stage: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Spread a stage's weights over a mesh, in place: each block a unit, and what is left another.
 
     A unit is whole on each process only while its forward or backward pass runs; the unit of what
@@ -19,9 +19,8 @@ def shard(stage: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceMes
     """
     if isinstance(stage, FSDPModule):
         return
-    for module in list(stage.modules()):
-        if isinstance(module, blocks):
-            fully_shard(module, mesh=mesh)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
     fully_shard(stage, mesh=mesh)
     register_fsdp_forward_method(stage, "training_step")
 

@@ -19,6 +19,7 @@ from wuerstchen_pl.callbacks.signals import Stopped
 from wuerstchen_pl.cli import Exit, command, output_folder
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.fingerprint import of_encoders
+from wuerstchen_pl.models.blocks import checkpoint_activations, compile_blocks
 from wuerstchen_pl.one_file import OneFile
 from wuerstchen_pl.strategy import FullySharded
 
@@ -48,6 +49,10 @@ def run(cfg: DictConfig) -> float:
 
     data: L.LightningDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     stage = build_stage(cfg)
+    if cfg.activation_checkpointing:
+        checkpoint_activations(stage)
+    if cfg.compile:
+        compile_blocks(stage)
     check_sizes(stage, data)
     check_cache(stage, data)
     rank_zero_only(print)(describe_sizes(stage, data))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.stages.conftest import STAGES, fit
+from wuerstchen_pl.models.blocks import blocks_of, checkpoint_activations
 from wuerstchen_pl.stages.stage import Batch, Stage, WarmupCosine
 
 
@@ -130,3 +131,16 @@ def test_clipping_bounds_the_gradient(batch: Batch) -> None:
     fit(stage, batch, 2, gradient_clip_val=0.01)
     assert min(norms) > 0.01
     assert max(after) <= 0.0101
+
+
+@pytest.mark.parametrize("name", "abc")
+def test_a_stage_trains_to_the_same_weights_with_checkpointed_blocks(
+    name: str, batch: Batch
+) -> None:
+    plain, spare = STAGES[name](), STAGES[name]()
+    assert blocks_of(spare)
+    checkpoint_activations(spare)
+    fit(plain, batch, 3)
+    fit(spare, batch, 3)
+    pairs = zip(plain.parameters(), spare.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wuerstchen_pl.models.conditions import Digest, Inputs, as_many
+from wuerstchen_pl.models.response_norm import GeluResponseNorm
 
 LAYER_NORM_EPS = 1e-6
 
@@ -77,26 +78,6 @@ def upsamplers(widths: Sequence[int]) -> nn.ModuleList:
     )
 
 
-class GlobalResponseNorm(nn.Module):
-    """y = x (1 + gamma N(x)) + beta, with N(x) = |x|_HW / mean_C |x|_HW (ConvNeXt V2, Eq. 1-3)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        # Summed in float32, where bfloat16 would lose the small ones; squared in it as well where
-        # float16 would overflow from 256 on. The inner epsilon keeps the root's gradient finite
-        # where a channel is all zero.
-        squares = (x.float() if x.dtype == torch.float16 else x).square()
-        energy = squares.sum(dim=(1, 2), keepdim=True, dtype=torch.float32)
-        response = (energy + 1e-12).sqrt()
-        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * response).to(x.dtype))
-
-
 class ResBlock(nn.Module):
     """ConvNeXt V2 block: depthwise 3x3, norm, MLP with global response norm; residual.
 
@@ -120,7 +101,7 @@ class ResBlock(nn.Module):
         self.norm = LayerNorm2d(channels)
         self.own = channels + skip_channels
         self.expand = nn.Linear(self.own + semantic_channels, channels * 4)
-        self.response_norm = GlobalResponseNorm(channels * 4)
+        self.response_norm = GeluResponseNorm(channels * 4)
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(channels * 4, channels)
 
@@ -139,7 +120,7 @@ class ResBlock(nn.Module):
             h = self.expand(h)
         else:
             h = as_many(F.linear(h, self.expand.weight[:, : self.own]), share) + share
-        h = self.project(self.dropout(self.response_norm(F.gelu(h))))
+        h = self.project(self.dropout(self.response_norm(h)))
         return as_many(x, h) + h.permute(0, 3, 1, 2)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from wuerstchen_pl.models.layers import (
     LAYER_NORM_EPS,
     AttentionBlock,
-    GlobalResponseNorm,
     LayerNorm2d,
     TimestepBlock,
     downsamplers,
@@ -25,6 +24,7 @@ from wuerstchen_pl.models.layers import (
     upsamplers,
     xavier_init,
 )
+from wuerstchen_pl.models.response_norm import GeluResponseNorm
 
 
 class ResBlock(nn.Module):
@@ -39,14 +39,14 @@ class ResBlock(nn.Module):
         self.depthwise = nn.Conv2d(seen, channels, 3, padding=1, groups=channels)
         self.norm = LayerNorm2d(channels)
         self.expand = nn.Linear(channels, channels * 4)
-        self.response_norm = GlobalResponseNorm(channels * 4)
+        self.response_norm = GeluResponseNorm(channels * 4)
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(channels * 4, channels)
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """(B, C, H, W) and (B, skip_channels, H, W) -> (B, C, H, W)."""
         seen = x if skip is None else torch.cat([x, skip], dim=1)
-        h = F.gelu(self.expand(self.norm(self.depthwise(seen)).permute(0, 2, 3, 1)))
+        h = self.expand(self.norm(self.depthwise(seen)).permute(0, 2, 3, 1))
         return x + self.project(self.dropout(self.response_norm(h))).permute(0, 3, 1, 2)
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.ema import EMA
-from wuerstchen_pl.models.layers import Block
-from wuerstchen_pl.models.vqgan import ScaledResBlock
+from wuerstchen_pl.models.blocks import blocks_of
 from wuerstchen_pl.sharding import shard
 from wuerstchen_pl.stages.draws import Draws, derived
 
@@ -109,7 +108,7 @@ class Stage(L.LightningModule):
         """Shard the weights if the run's strategy spreads them over processes."""
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None:
-            shard(self, (Block, ScaledResBlock), mesh["data_parallel"])
+            shard(self, blocks_of(self), mesh["data_parallel"])
 
     # Optimisation
 
