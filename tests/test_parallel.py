@@ -21,7 +21,10 @@ OF_STAGE = {
     # rounding errors, and Adam would make whole steps of these.
     "a": [
         "+stage.optimizer.eps=1e-2",
-        "stage.revive_every_steps=13",
+        "stage.optimizer.lr=2e-4",
+        "stage.revive_every_steps=7",
+        # An instance norm of one position makes its rounding error as large as a value.
+        "stage.discriminator.depth=3",
         "stage.adversarial_start_step=5",
     ],
     "b": [],
@@ -81,7 +84,9 @@ def end_of(run: Path) -> dict[str, Any]:
 
 def tensors(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by name: weights, averages, moments."""
-    found = {f"weight {k}": v for k, v in content["state_dict"].items()}
+    weights = dict(content["state_dict"])
+    weights.pop("code_uses", None)  # counts of nearest codes, of which two may be as near
+    found = {f"weight {k}": v for k, v in weights.items()}
     found |= {f"average {k}": v for k, v in content["ema"]["shadow"].items()}
     for number, state in content["optimizer_states"][0]["state"].items():
         found |= {f"{name} of {number}": value for name, value in state.items()}
