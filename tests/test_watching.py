@@ -13,11 +13,13 @@ from torch.utils.data import DataLoader
 from tests.conftest import run_program
 from tests.test_train import arguments
 from wuerstchen_pl import checkpoint
-from wuerstchen_pl.callbacks import throughput
+from wuerstchen_pl.callbacks import memory, throughput, trial
 from wuerstchen_pl.callbacks.finite_steps import FiniteSteps
 from wuerstchen_pl.callbacks.loss_by_time import LossByTime, draw
+from wuerstchen_pl.callbacks.memory import needs
 from wuerstchen_pl.callbacks.norms import Norms
 from wuerstchen_pl.callbacks.throughput import Throughput, peak_of
+from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.loss_bands import LossBands
 
@@ -139,8 +141,7 @@ def test_rates_are_those_of_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     fit(module, 9, measured, data=Loader())
     assert module.logged["speed/data_wait"] == pytest.approx([0.75, 0.75])
     assert module.logged["speed/samples_per_second"] == pytest.approx([ROWS / 4] * 2)
-    # forward, and backward to the weights; nothing asks for the gradient of x
-    assert measured._flops_per_sample == 4 * WIDE * NARROW
+    assert measured._flops_per_sample == 3 * 2 * WIDE * NARROW
 
 
 @pytest.mark.parametrize(
@@ -204,3 +205,67 @@ def test_rates_stop_while_it_validates() -> None:
     time.sleep(0.05)
     callback.on_validation_end(None, None)  # type: ignore[arg-type]
     assert callback._since - begun >= 0.05
+
+
+def test_a_trial_counts_one_sample_and_leaves_no_trace() -> None:
+    class Both(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(NARROW)
+            self.frozen = {"wide": nn.Linear(WIDE, WIDE, bias=False).requires_grad_(False)}
+
+        def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                x = self.frozen["wide"](batch["x"])
+            self.log("train/loss", 0)
+            loss = self.norm(self.net(x + torch.rand(x.shape)).repeat(2, 1)).square().mean()
+            return loss
+
+    module = Both()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    torch.manual_seed(3)
+    found = trial.measured(module, next(batches(1)))
+    drawn = torch.rand(())
+    torch.manual_seed(3)
+    assert drawn == torch.rand(())
+    assert found.flops == 2 * WIDE * WIDE + 3 * 2 * WIDE * NARROW
+    assert module.logged == {}
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+def test_the_memory_that_is_told_is_what_is_there() -> None:
+    module, batch = Line(), next(batches(1))
+    module.frozen = {"wide": nn.Linear(WIDE, WIDE, bias=False)}
+    module.ema = EMA(decay=0.9)
+    weights = 4 * WIDE * NARROW
+    adam = torch.optim.AdamW(module.parameters())
+    needed = needs(module, adam, batch)
+    # of one sample, kept for the backward pass: x, and the map's output for the square
+    kept = ROWS * 4 * (WIDE + NARROW)
+    assert needed.pop("activations") == pytest.approx(kept, abs=ROWS * 16)
+    assert needed == {
+        "weights": weights, "frozen networks": 4 * WIDE * WIDE, "gradients": weights,
+        "optimiser": 2 * weights, "averages": weights,
+    }  # fmt: skip
+    module.ema = EMA(decay=0.9, device="cpu")
+    assert needs(module, torch.optim.SGD(module.parameters()), batch)["averages"] == 0
+
+
+@pytest.mark.parametrize(("told", "code"), [([], 1), (["check_memory=false"], 0)])
+def test_what_cannot_fit_is_refused_before_its_first_step(
+    told: list[str], code: int, cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(memory, "memory_of", lambda *_: 1000)
+    assert run_program("train", [*arguments(cascade, tmp_path), *told]) == code
+    said = capsys.readouterr()
+    assert "memory, GB of 0.0: weights" in said.out
+    assert ("or check_memory=false to try it" in said.err) == bool(code)
+
+
+def test_rows_of_a_batch_from_a_cache_are_those_of_its_samples() -> None:
+    batch = {"semantic": torch.ones(2, 16, 3, 3), "caption": ["a", "b"], "size": (128, 96),
+             "text": torch.ones(2, 7, 4), "empty_text": torch.ones(1, 7, 4)}  # fmt: skip
+    one = trial.first_rows(batch, 1)
+    assert one["size"] == (128, 96)
+    assert [len(one[k]) for k in ("semantic", "caption", "text", "empty_text")] == [1, 1, 1, 1]

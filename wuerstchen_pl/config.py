@@ -29,6 +29,7 @@ READ_BY_TRAIN: Mapping[str, Any] = {
     "init_from": str | None,
     "activation_checkpointing": bool,
     "compile": bool,
+    "check_memory": bool,
     "paths.output_dir": str,
     # what other keys are made of; a stage, or an override, may do without some of them
     "name": str,

@@ -6,6 +6,7 @@ import lightning as L
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from wuerstchen_pl.callbacks.trial import first_rows
 from wuerstchen_pl.sampling.pictures import to_pil
 
 LABEL_HEIGHT = 16
@@ -57,7 +58,7 @@ class Grids(L.Callback):
         """Draw the grid of the first batch: on all processes, which may share the weights."""
         if batch_idx != 0 or trainer.sanity_checking:
             return
-        rows = {key: value[: self.num_pictures] for key, value in batch.items()}
+        rows = first_rows(batch, self.num_pictures)
         columns = pl_module.example_grid(rows)  # type: ignore[operator]
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch.utils.flop_counter import FlopCounterMode
+
+from wuerstchen_pl.callbacks.trial import measured
 
 PEAK_TFLOPS = {
     "A100": 312, "H100": 989, "H200": 989, "B200": 2250, "A10": 125, "A40": 150, "L4": 121,
@@ -20,7 +21,7 @@ class Throughput(L.Callback):
 
     ``speed/samples_per_second``; ``speed/data_wait``, the share of the time that went by between
     two batches; ``speed/mfu``, the share of the devices' peak rate, where that is known, with the
-    operations of the run's first batch, frozen networks included; ``cost/gpu_hours``;
+    operations of the first sample, frozen networks included; ``cost/gpu_hours``;
     ``cost/kwh``, from the devices' own meters, where they have them; and ``cost/kg_co2`` of that.
 
     Args:
@@ -38,8 +39,8 @@ class Throughput(L.Callback):
         self.every_steps, self.kg_co2_per_kwh = every_steps, kg_co2_per_kwh
         self.hours = 0.0
         self.kwh = 0.0
-        self._flops_per_sample = 0.0
-        self._counter: FlopCounterMode | None = None
+        self._flops_per_sample: int | None = None
+        self._warm = False
         self._forget()
 
     def _forget(self) -> None:
@@ -56,16 +57,16 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._counter = FlopCounterMode(display=False)
+        self._warm = False
         self._forget()
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict, batch_idx: int
     ) -> None:
         """Note for how long the data were waited for; count the operations of the first batch."""
         self._waited += time.perf_counter() - self._batch_ended
-        if self._counter is not None:
-            self._counter.__enter__()
+        if self._flops_per_sample is None:
+            self._flops_per_sample = measured(pl_module, batch).flops
 
     def on_train_batch_end(
         self,
@@ -76,14 +77,11 @@ class Throughput(L.Callback):
         batch_idx: int,
     ) -> None:
         """Count, and log now and then."""
-        rows = len(batch["caption"])
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._flops_per_sample = self._counter.get_total_flops() / rows
-            self._counter = None
+        if not self._warm:
+            self._warm = True
             self._forget()  # the first batch also waits for the workers, and for kernels
             return
-        self._samples += rows
+        self._samples += len(batch["caption"])
         self._batch_ended = time.perf_counter()
         if trainer.global_step % self.every_steps == 0 and self._samples:
             pl_module.log_dict(self._measured(trainer, pl_module.device), rank_zero_only=True)
@@ -109,7 +107,8 @@ class Throughput(L.Callback):
         if device.type == "cuda":
             self.hours += seconds / 3600 * trainer.world_size
             found["cost/gpu_hours"] = self.hours
-            if peak := peak_of(torch.cuda.get_device_name(device)):
+            peak = peak_of(torch.cuda.get_device_name(device))
+            if peak and self._flops_per_sample:
                 found["speed/mfu"] = rate * self._flops_per_sample / (peak * 1e12)
             if watts := drawn_by([device]):
                 self.kwh += watts * trainer.world_size * seconds / 3.6e6

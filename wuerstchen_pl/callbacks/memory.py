@@ -1,0 +1,86 @@
+"""What training takes of each device's memory, told before its first step."""
+
+import os
+from collections.abc import Iterable
+
+import lightning as L
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wuerstchen_pl.callbacks.trial import measured
+
+GB = 1e9
+
+
+class Memory(L.Callback):
+    """Show the memory that a run needs on each device, and refuse one that cannot fit.
+
+    Weights, gradients, averages and frozen networks are counted; the optimiser's moments are two
+    tensors a weight if it has betas, else one; activations are what one sample of the first batch
+    keeps for its backward pass, times the samples of a batch. What operations take for a moment is
+    not in it: a fit within a tenth may still fail.
+
+    Args:
+        refuse: False shows the table alone.
+    """
+
+    def __init__(self, *, refuse: bool = True) -> None:
+        self.refuse = refuse
+        self._looked = False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict, batch_idx: int
+    ) -> None:
+        """Look once.
+
+        Raises:
+            ValueError: if it cannot fit.
+        """
+        if self._looked:
+            return
+        self._looked = True
+        needed = needs(pl_module, trainer.optimizers[0], batch)
+        total, there = sum(needed.values()), memory_of(pl_module.device, trainer.num_devices)
+        if trainer.is_global_zero:
+            parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in needed.items())
+            tqdm.write(f"memory, GB of {there / GB:.1f}: {parts}; in all {total / GB:.2f}")
+        if self.refuse and total > there:
+            most = max(needed, key=lambda name: needed[name])
+            raise ValueError(
+                f"training needs about {total / GB:.1f} GB on each device, most of it "
+                f"{most}, and there are {there / GB:.1f}; lower data.batch_size and raise "
+                "trainer.accumulate_grad_batches, set activation_checkpointing=true, "
+                "stage.ema.device=cpu or trainer=fsdp, or check_memory=false to try it"
+            )
+
+
+def needs(
+    module: L.LightningModule, optimizer: torch.optim.Optimizer, batch: dict
+) -> dict[str, int]:
+    """Bytes on this device, by what they are for."""
+    trained = _bytes(p for p in module.parameters() if p.requires_grad)
+    frozen = getattr(module, "frozen", {}).values()
+    moments = 2 if "betas" in optimizer.defaults else 1
+    ema = getattr(module, "ema", None)
+    averaged = ema is not None and ema.decay > 0 and ema.device is None
+    return {
+        "weights": _bytes(module.parameters()) + _bytes(module.buffers()),
+        "frozen networks": sum(_bytes(f.parameters()) for f in frozen),
+        "gradients": trained,
+        "optimiser": moments * trained,
+        "averages": trained if averaged else 0,
+        "activations": measured(module, batch).kept_bytes * len(batch["caption"]),
+    }
+
+
+def memory_of(device: torch.device, processes: int) -> int:
+    """Bytes of a GPU, or a process's share of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, processes)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the parts that lie on this device."""
+    return sum(getattr(t, "to_local", lambda t=t: t)().nbytes for t in tensors)

@@ -1,0 +1,97 @@
+"""A forward pass of one sample, before training begins: what it computes, and what it keeps."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+OF_ALL = ("size", "empty_text")
+"""Keys of a batch that hold one thing for all of its samples."""
+
+
+class Measured(NamedTuple):
+    """Of one sample of a training step, on one process."""
+
+    flops: int  # of forward and backward; a product and a sum are two
+    kept_bytes: int  # by the forward pass for the backward pass, weights apart
+
+
+def measured(module: L.LightningModule, batch: dict[str, Any]) -> Measured:
+    """Try a training step with the first sample of a batch, and leave no trace of it.
+
+    Operations whose gradients are recorded count three times, as the backward pass takes two for
+    each. All processes have to call it.
+    """
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with _unnoticed(module), torch.enable_grad(), hooks, _Operations() as operations:
+        loss = module.training_step(_alone(batch), 0)
+    for p in module.parameters():
+        kept.pop(_place(p), None)
+    del loss
+    return Measured(operations.number, sum(kept.values()))
+
+
+def first_rows(batch: dict[str, Any], number: int) -> dict[str, Any]:
+    """The first samples of a batch."""
+    return {k: v if k in OF_ALL else v[:number] for k, v in batch.items()}
+
+
+def _alone(batch: dict[str, Any]) -> dict[str, Any]:
+    """The first sample, in memory of its own."""
+    rows = first_rows(batch, 1)
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in rows.items()}
+
+
+class _Operations(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = getattr(func, "_overloadpacket", None)
+        if packet in flop_registry:
+            times = 3 if torch.is_grad_enabled() else 1
+            self.number += times * flop_registry[packet](*args, **kwargs, out_val=out)
+        return out
+
+
+@contextmanager
+def _unnoticed(module: L.LightningModule) -> Iterator[None]:
+    """Restore buffers, random numbers and losses that are summed up, and log nothing."""
+    before = {name: b.detach().clone() for name, b in module.named_buffers()}
+    logging = ("log", "log_dict")
+    own = {name: vars(module).pop(name) for name in logging if name in vars(module)}
+    for name in logging:
+        setattr(module, name, lambda *args, **kwargs: None)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for name in logging:
+            delattr(module, name)
+        for name, function in own.items():
+            setattr(module, name, function)
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(before[name])
+        if (bands := getattr(module, "loss_bands", None)) is not None:
+            bands.taken()
+
+
+def _place(tensor: Tensor) -> int:
+    local = getattr(tensor, "to_local", lambda: tensor)()
+    return local.untyped_storage().data_ptr()
