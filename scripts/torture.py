@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,10 @@ class Run:
         found = self.folder.glob("checkpoints/step*.ckpt")
         return max(map(checkpoint.step_of, found), default=-1)
 
+    def is_beyond(self, step: int) -> bool:
+        """Whether there is a checkpoint of a later step."""
+        return self.step() > step
+
     def end(self) -> dict[str, Any]:
         """The newest checkpoint."""
         return checkpoint.read(checkpoint.find(self.folder))
@@ -85,20 +91,20 @@ def kills(root: Path, *, times: int, steps: int, processes: int, seed: int) -> l
     for number in range(times):
         process, before = run.live(), run.step()
         if rng.random() < 0.8:  # or else while it starts
-            wait_for(lambda before=before: run.step() > before, process)
+            wait_for(partial(run.is_beyond, before), process)
             time.sleep(rng.uniform(0, 1))
         else:
             time.sleep(rng.uniform(0, 8))
         kill(process, one_of=processes > 1, rng=rng)
-        partial = [p.name for p in run.folder.glob("checkpoints/*.partial")]
-        print(f"kill {number + 1}: step {run.step()}", "in the midst of saving" if partial else "")
+        begun = any(run.folder.glob("checkpoints/*.partial"))
+        print(f"kill {number + 1}: step {run.step()}", "in the midst of saving" if begun else "")
     run.finish()
     whole = Run(root / "whole", steps, processes)
     whole.finish()
     return differing(run.end(), whole.end())
 
 
-def wait_for(happened: Any, process: subprocess.Popen[bytes]) -> None:
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     """Until something has happened, or the process has ended."""
     while process.poll() is None and not happened():
         time.sleep(0.01)
@@ -131,14 +137,14 @@ def trouble(root: Path, *, kind: str, steps: int) -> list[str]:
     run = Run(root / "disk", steps)
     process = run.live()
     if kind == "full-disk":
-        wait_for(lambda: run.step() >= 0, process)
+        wait_for(partial(run.is_beyond, -1), process)
         filler = root / "disk/filler"
-        with filler.open("wb") as file, __import__("contextlib").suppress(OSError):
+        with filler.open("wb") as file, suppress(OSError):
             while True:
                 file.write(bytes(4096))
                 file.flush()
     else:
-        wait_for(lambda: run.step() >= steps // 3, process)
+        wait_for(partial(run.is_beyond, steps // 3), process)
         os.kill(process.pid, signal.SIGSTOP)  # nothing may be open while it is mounted anew
         mount("-o", "remount,ro", str(root / "disk"))
         os.kill(process.pid, signal.SIGCONT)

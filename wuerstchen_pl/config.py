@@ -34,6 +34,9 @@ READ_BY_TRAIN: Mapping[str, Any] = {
     # what other keys are made of; a stage, or an override, may do without some of them
     "name": str,
     "image_size": int,
+    "size_12": int,
+    "size_24": int,
+    "global_batch": int | None,
     "bucket_multiple": int,
     "checkpoint_every_steps": int,
     "validate_every_steps": int,

@@ -62,6 +62,10 @@ def run(cfg: DictConfig) -> float:
         logger=[hydra.utils.instantiate(c) for c in cfg.logger.values() if c is not None],
         _convert_="all",
     )
+    if cfg.global_batch is not None:
+        trainer.accumulate_grad_batches = accumulation(
+            cfg.global_batch, cfg.data.batch_size, trainer.world_size
+        )
     if not isinstance(trainer.strategy, FullySharded):
         trainer.strategy.checkpoint_io = OneFile()
     rank_zero_only(data.prepare_data)()  # so that data that are not there leave no folder behind
@@ -136,6 +140,22 @@ def find_resume(ckpt: str | None, output_dir: Path) -> Path | None:
             "choose another paths.output_dir or name"
         )
     return None
+
+
+def accumulation(global_batch: int, batch_size: int, processes: int) -> int:
+    """Batches of each process that make a step of ``global_batch`` samples.
+
+    Raises:
+        ValueError: if no whole number of them does.
+    """
+    at_once = batch_size * processes
+    if global_batch < 1 or global_batch % at_once:
+        raise ValueError(
+            f"global_batch={global_batch} is no multiple of {at_once}, which is data.batch_size="
+            f"{batch_size} on {processes} process{'es' * (processes > 1)}; set data.batch_size to "
+            f"a divisor of {global_batch / processes:g}"
+        )
+    return global_batch // at_once
 
 
 def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:

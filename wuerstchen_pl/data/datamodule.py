@@ -49,6 +49,8 @@ class ImageTextDataModule(L.LightningDataModule):
             whatever there is.
         crop: "random", "centre", or "saliency", which keeps the strongest edges; validation crops
             in the centre.
+        crop_share: of the sides of the greatest crop of a picture, in (0, 1]; 0.5 crops 128 px out
+            of a picture that covers 256.
         filters: what else is dropped; None drops nothing.
         shuffle_samples: least number of samples that are shuffled together, the window.
         max_bad_fraction: share of the samples that may be bad, or of the shards where 20 were
@@ -73,6 +75,7 @@ class ImageTextDataModule(L.LightningDataModule):
         sizes: Sequence[Sequence[int]] | None = None,
         max_upscale: float | None = None,
         crop: Crop = "random",
+        crop_share: float = 1.0,
         filters: Filters | None = None,
         shuffle_samples: int = 20_000,
         max_bad_fraction: float = 0.05,
@@ -91,6 +94,8 @@ class ImageTextDataModule(L.LightningDataModule):
                 raise ValueError(f"data.{key} is {value}: give {lowest} or more.")
         if max_upscale is not None and max_upscale <= 0:
             raise ValueError(f"data.max_upscale is {max_upscale}: give more than 0, or null.")
+        if not 0 < crop_share <= 1:
+            raise ValueError(f"data.crop_share is {crop_share}: give more than 0, up to 1.")
         Holdout(val_fraction)
         self.source = source
         self.batch_size = batch_size
@@ -106,8 +111,10 @@ class ImageTextDataModule(L.LightningDataModule):
             sizes=sizes,
             seed=seed,
         )
-        self.max_upscale = max_upscale
+        # A part of a crop is enlarged by so much more.
+        self.max_upscale = None if max_upscale is None else max_upscale * crop_share
         self.crop: Crop = crop
+        self.crop_share = crop_share
         self.filters = filters or Filters()
         self.shuffle_samples = shuffle_samples
         self.max_bad_fraction = max_bad_fraction
@@ -219,7 +226,11 @@ class ImageTextDataModule(L.LightningDataModule):
     def dataset(self) -> Any:
         """Return what builds batches of requests, for a loader."""
         return Pictures(
-            source=self.source, seed=self.seed, crop=self.crop, keep_decoded=self.keep_decoded
+            source=self.source,
+            seed=self.seed,
+            crop=self.crop,
+            keep_decoded=self.keep_decoded,
+            crop_share=self.crop_share,
         )
 
     def loader_options(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ A batch is a dict, and every batch has one size, its bucket:
 B is the batch size, less the pictures that turn out unreadable.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,10 +58,14 @@ class Pictures(Dataset[tuple[Batch, Report]]):
         seed: of the crops and of the choice of captions.
         crop: how training crops.
         keep_decoded: keep each picture, decoded, in this process's memory.
+        crop_share: of the sides of the greatest crop.
     """
 
-    def __init__(self, *, source: Source, seed: int, crop: Crop, keep_decoded: bool) -> None:
+    def __init__(
+        self, *, source: Source, seed: int, crop: Crop, keep_decoded: bool, crop_share: float = 1.0
+    ) -> None:
         self.source, self.seed, self.crop = source, seed, crop
+        self.crop_share = crop_share
         self._kept: dict[str, np.ndarray] | None = {} if keep_decoded else None
 
     def __getitem__(self, request: Request) -> tuple[Batch, Report]:
@@ -101,7 +106,7 @@ class Pictures(Dataset[tuple[Batch, Report]]):
             if turn >= 0 and self.crop == "saliency":
                 place = salient_place(img, size)
             height, width = img.shape[:2]
-            box = crop_box(height, width, size, place)
+            box = crop_box(height, width, size, place, self.crop_share)
             report.pixels += height * width
             report.kept += (box[2] - box[0]) * (box[3] - box[1])
             caption = sample.captions[int(choice * len(sample.captions))]
@@ -110,7 +115,8 @@ class Pictures(Dataset[tuple[Batch, Report]]):
 
     def _decoded(self, sample: Sample, size: Size) -> np.ndarray:
         if self._kept is None:
-            return decode(self.source.read(sample), cover=size)
+            height, width = (math.ceil(side / self.crop_share) for side in size)
+            return decode(self.source.read(sample), cover=(height, width))
         if sample.name not in self._kept:
             self._kept[sample.name] = decode(self.source.read(sample))
         return self._kept[sample.name]

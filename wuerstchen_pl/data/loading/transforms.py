@@ -88,7 +88,9 @@ def _to_rgb(img: Image.Image) -> Image.Image:
     return img.convert("RGB")
 
 
-def crop_box(height: int, width: int, size: Size, place: tuple[float, float]) -> Box:
+def crop_box(
+    height: int, width: int, size: Size, place: tuple[float, float], share: float = 1.0
+) -> Box:
     """Return the greatest part of a picture that has a size's ratio, to the nearest pixel.
 
     Args:
@@ -96,8 +98,9 @@ def crop_box(height: int, width: int, size: Size, place: tuple[float, float]) ->
         width: of the picture.
         size: (height, width) of the crop to be.
         place: where from top to bottom and from left to right, in [0, 1]; CENTRE is the middle.
+        share: of the sides of that part; less than 1 crops out of a larger picture.
     """
-    scale = min(height / size[0], width / size[1])
+    scale = min(height / size[0], width / size[1]) * share
     high, wide = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
     top, left = round(place[0] * (height - high)), round(place[1] * (width - wide))
     return left, top, left + wide, top + high
