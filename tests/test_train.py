@@ -16,7 +16,7 @@ from wuerstchen_pl import checkpoint
 from wuerstchen_pl.callbacks.signals import ASKING, Signals
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.stage import Batch
-from wuerstchen_pl.train import REQUEUE
+from wuerstchen_pl.train import REQUEUE, accumulation
 
 
 def arguments(cascade: Path, root: Path, *overrides: str) -> list[str]:
@@ -93,6 +93,38 @@ def test_a_run_that_has_ended_listens_no_more(cascade: Path, tmp_path: Path) -> 
     assert run_program("train", arguments(cascade, tmp_path)) == 0
     handlers = [getattr(signal.getsignal(each), "__self__", None) for each in ASKING]
     assert not any(isinstance(owner, Signals) for owner in handlers)
+
+
+def test_a_step_has_its_whole_global_batch_and_validation_comes_by_steps(
+    cascade: Path, tmp_path: Path
+) -> None:
+    # an epoch has five batches of four: two steps of two, and none of the one that is left
+    kept = [a for a in arguments(cascade, tmp_path) if not a.startswith("validate_every_steps")]
+    told = [*kept, "global_batch=8", "validate_every_steps=2", "trainer.log_every_n_steps=1"]
+    assert run_program("train", told) == 0
+    run = tmp_path / "default/c"
+    content = checkpoint.read(checkpoint.find(run))
+    assert content["global_step"] == 4
+    assert content["ImageTextDataModule"]["samples"] == 4 * 8
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    assert [int(step) for step, name, _ in rows if name == "val/loss"] == [1, 3]
+    assert [int(step) for step, name, _ in rows if name == "train/grad_norm"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "batch_size", "processes", "wanted"),
+    [(1536, 24, 64, 1), (1536, 24, 8, 8), (1536, 6, 256, 1), (8, 8, 1, 1)],
+)
+def test_batches_of_a_step_follow_from_the_global_batch(
+    global_batch: int, batch_size: int, processes: int, wanted: int
+) -> None:
+    assert accumulation(global_batch, batch_size, processes) == wanted
+
+
+def test_a_global_batch_that_cannot_be_made_is_refused_with_what_can() -> None:
+    message = r"global_batch=1536 is no multiple of 6144.*divisor of 6$"
+    with pytest.raises(ValueError, match=message):
+        accumulation(1536, 24, 256)
 
 
 def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def run(cfg: DictConfig) -> float:
         trainer.accumulate_grad_batches = accumulation(
             cfg.global_batch, cfg.data.batch_size, trainer.world_size
         )
+    # Lightning counts batches, where our key says steps.
+    trainer.val_check_interval *= trainer.accumulate_grad_batches
     if not isinstance(trainer.strategy, FullySharded):
         trainer.strategy.checkpoint_io = OneFile()
     rank_zero_only(data.prepare_data)()  # so that data that are not there leave no folder behind

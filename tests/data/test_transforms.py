@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading.transforms import CENTRE, crop_box, decode, resize, salient_place
 from wuerstchen_pl.data.sources.fields import upright_size
+from wuerstchen_pl.data.sources.folder import Folder
 
 
 def encode(img: Image.Image, kind: str, **options: object) -> bytes:
@@ -206,3 +208,24 @@ def test_the_salient_crop_holds_what_has_edges(where: float, across: bool) -> No
 def test_a_picture_without_edges_is_cropped_in_the_centre() -> None:
     place = salient_place(np.zeros((100, 300, 3), dtype=np.uint8), (64, 64))
     assert place == pytest.approx(CENTRE, abs=0.02)
+
+
+@pytest.mark.parametrize("place", [(0.0, 0.0), CENTRE, (1.0, 0.25)])
+def test_a_share_of_the_crop_is_cut_out_of_a_larger_picture(place: tuple[float, float]) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (256, 384, 3), dtype=np.uint8)
+    left, top, right, bottom = crop_box(256, 384, (128, 128), place, 0.5)
+    assert (bottom - top, right - left) == (128, 128)
+    assert (top, left) == (round(place[0] * 128), round(place[1] * 256))
+    cut = resize(picture, (left, top, right, bottom), (128, 128))
+    assert np.array_equal(cut, picture[top:bottom, left:right])  # no pixel is resized
+
+
+def test_a_share_needs_pictures_that_are_so_much_larger() -> None:
+    module = ImageTextDataModule(
+        source=Folder(root="nowhere"), image_size=128, batch_size=1, max_upscale=1.5, crop_share=0.5
+    )
+    assert module.max_upscale == 0.75  # of the whole crop: 1.5 of its half
+    with pytest.raises(ValueError, match=r"data\.crop_share is 1\.5: give more than 0, up to 1"):
+        ImageTextDataModule(
+            source=Folder(root="nowhere"), image_size=128, batch_size=1, crop_share=1.5
+        )

@@ -41,6 +41,7 @@ class Throughput(L.Callback):
         self.kwh = 0.0
         self._flops_per_sample: int | None = None
         self._warm = False
+        self._logged_step = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -83,7 +84,9 @@ class Throughput(L.Callback):
             return
         self._samples += len(batch["caption"])
         self._batch_ended = time.perf_counter()
-        if trainer.global_step % self.every_steps == 0 and self._samples:
+        step = trainer.global_step
+        if step % self.every_steps == 0 and step != self._logged_step:
+            self._logged_step = step
             pl_module.log_dict(self._measured(trainer, pl_module.device), rank_zero_only=True)
             self._forget()
 

@@ -178,7 +178,7 @@ class ImageTextDataModule(L.LightningDataModule):
         self._loader = ResumableLoader(
             self.dataset(),
             batches,
-            steps_per_epoch=max(1, self.splits.epoch_samples // (self.batch_size * world_size)),
+            batches_per_epoch=self._batches_per_epoch(world_size),
             max_bad_fraction=self.max_bad_fraction,
             **self.loader_options(),
         )
@@ -186,6 +186,12 @@ class ImageTextDataModule(L.LightningDataModule):
             self._loader.load_state_dict(self._resume_from)
         self._resume_from = None
         return self._loader
+
+    def _batches_per_epoch(self, world_size: int) -> int:
+        """Whole steps, as Lightning ends one with the epoch, however few batches it has by then."""
+        a_step = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        batches = self.splits.epoch_samples // (self.batch_size * world_size)
+        return max(1, batches // a_step) * a_step
 
     def val_dataloader(self) -> OnceLoader:
         """Return every sample of the validation split once."""

@@ -35,7 +35,7 @@ class ResumableLoader(DataLoader[Any]):
     Args:
         dataset: builds batches, with a `Report` each.
         batches: the order.
-        steps_per_epoch: length of an epoch; what is left over moves to the next one.
+        batches_per_epoch: length of an epoch; what is left over moves to the next one.
         max_bad_fraction: share of bad samples, or broken shards, above which it stops.
         options: of torch's DataLoader.
     """
@@ -45,12 +45,12 @@ class ResumableLoader(DataLoader[Any]):
         dataset: Dataset[tuple[Batch, Report]],
         batches: Batches,
         *,
-        steps_per_epoch: int,
+        batches_per_epoch: int,
         max_bad_fraction: float,
         **options: Any,
     ) -> None:
         self.batches, self.plan = batches, Plan(batches)
-        self.steps_per_epoch = steps_per_epoch
+        self.batches_per_epoch = batches_per_epoch
         self.max_bad_fraction = max_bad_fraction
         self.place = batches.snapshot()
         # What workers found; what the order counts is in `place`.
@@ -59,7 +59,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def __len__(self) -> int:
         # Always that of a whole epoch; without it Lightning saves the state one batch too late.
-        return self.steps_per_epoch
+        return self.batches_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # Nothing happens before the first batch is asked for: Lightning makes iterators early.
