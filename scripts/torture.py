@@ -138,11 +138,9 @@ def trouble(root: Path, *, kind: str, steps: int) -> list[str]:
     process = run.live()
     if kind == "full-disk":
         wait_for(partial(run.is_beyond, -1), process)
-        filler = root / "disk/filler"
-        with filler.open("wb") as file, suppress(OSError):
+        with suppress(OSError), (root / "disk/filler").open("wb", buffering=0) as filler:
             while True:
-                file.write(bytes(4096))
-                file.flush()
+                filler.write(bytes(4096))
     else:
         wait_for(partial(run.is_beyond, steps // 3), process)
         os.kill(process.pid, signal.SIGSTOP)  # nothing may be open while it is mounted anew

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -31,7 +32,8 @@ def publish(aside: Path, path: Path) -> None:
             shutil.rmtree(path)
         os.replace(aside, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that has turned read-only
+            partial.unlink(missing_ok=True)
     _sync(path.parent)
 
 

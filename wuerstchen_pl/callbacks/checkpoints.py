@@ -1,5 +1,6 @@
 """Checkpoints every n steps and at the end, each whole or not there at all, with its hash."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -68,7 +69,8 @@ class Checkpoints(Checkpoint):
             if trainer.is_global_zero:
                 durable.publish(aside, path)
         except OSError as error:
-            durable.remove(aside)
+            with suppress(OSError):  # the disk may be one that nothing can be removed from
+                durable.remove(aside)
             reason = error.strerror or error
             raise OSError(f"checkpoint {path} could not be written: {reason}") from error
         self._saved_step = step
