@@ -1,7 +1,9 @@
 """The README's commands, as they stand there, with a few steps and small networks."""
 
+import itertools
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import pytest
 
 from tests.conftest import run_program, small
 from tests.data.made import picture, shards
+from tests.test_config import composed
 from wuerstchen_pl import WuerstchenPipeline
+from wuerstchen_pl.config import check_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 
 
 def commands(name: str) -> list[list[str]]:
@@ -26,7 +31,7 @@ def commands(name: str) -> list[list[str]]:
 
 
 def test_the_readme_is_short_and_has_every_command() -> None:
-    assert len(README.splitlines()) <= 210
+    assert len(README.splitlines()) <= 220
     assert len(commands("train")) >= 6
     assert commands("sample")
     assert commands("evaluate")
@@ -74,7 +79,12 @@ def on_own_data(arguments: list[str], place: Path) -> list[str]:
     return [*arguments, "data.num_workers=0", "data.max_upscale=null"]
 
 
-@pytest.mark.parametrize("arguments", commands("train"), ids=lambda a: " ".join(a)[:60])
+ON_GPUS = [c for c in commands("train") if "trainer=fsdp_a100" in c]
+
+
+@pytest.mark.parametrize(
+    "arguments", [c for c in commands("train") if c not in ON_GPUS], ids=lambda a: " ".join(a)[:60]
+)
 def test_training_commands(arguments: list[str], cascade: Path, place: Path) -> None:
     stage = next(a[-1] for a in arguments if a.startswith("stage="))
     if "hydra/sweeper=optuna" in arguments:
@@ -92,6 +102,34 @@ def test_training_commands(arguments: list[str], cascade: Path, place: Path) -> 
     before = set(place.rglob("*.ckpt"))
     assert run_program("train", [*arguments, *shrink, *above]) == 0
     assert set(place.rglob("step0000002.ckpt")) > before
+
+
+def swept(arguments: list[str]) -> Iterator[list[str]]:
+    """The command lines of a sweep; those that a cluster's plugin starts have none of it."""
+    told = [a for a in arguments if a != "-m" and not a.startswith("hydra/launcher")]
+    choices = [
+        [f"{key}={value}" for value in values.split(",")] if "," in values else [f"{key}={values}"]
+        for key, _, values in (a.partition("=") for a in told)
+    ]
+    yield from map(list, itertools.product(*choices))
+
+
+def on_several_devices() -> list[list[str]]:
+    """The trainings of the README and docs/training.md that need more than this machine."""
+    lines = re.findall(r"^(?:torchrun .*|python) -m wuerstchen_pl\.train (.*)$", TRAINING, re.M)
+    found = [*ON_GPUS, *map(shlex.split, lines)]
+    return [one for arguments in found for one in swept(arguments)]
+
+
+@pytest.mark.parametrize("arguments", on_several_devices(), ids=lambda a: " ".join(a)[:60])
+def test_commands_for_several_devices_hold_only_what_is_read(arguments: list[str]) -> None:
+    check_config(composed(*arguments))
+
+
+def test_the_papers_phases_are_told_by_one_command() -> None:
+    phases = [a for a in on_several_devices() if any("experiment=paper_c" in x for x in a)]
+    names = {next(x for x in a if x.startswith("experiment=")) for a in phases}
+    assert names == {f"experiment=paper_c_{n}" for n in (1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize("arguments", commands("data"), ids=lambda a: " ".join(a)[:60])
