@@ -2,6 +2,7 @@
 
 inference: the denoisers, Stage A's decoder and a whole text-to-image run, beside diffusers' own on
 the same weights, in turns, with outputs compared in the same run.
+prior: a training step of Stage C's prior and the memory it keeps, beside diffusers' prior.
 training: a step of each stage's network, forward, backward and AdamW, on random latents.
 data: from JPEG shards to batches, beside plain WebDataset with torchvision, on one core.
 cache: a training step of Stage C from a cache, beside diffusers' recipe, which encodes online.
@@ -15,7 +16,7 @@ import torch
 
 from scripts import bench_data, bench_training
 
-THEMES = ["inference", "training", "cache", "data"]
+THEMES = ["inference", "training", "prior", "cache", "data"]
 
 
 def main() -> None:
@@ -48,6 +49,10 @@ def main() -> None:
         print(bench_inference.run(options.size, options.rounds))
     if "training" in options.themes:
         print(bench_training.run(options.preset, options.batch))
+    if "prior" in options.themes:
+        from scripts import bench_prior  # which needs diffusers
+
+        print(bench_prior.run(options.rounds))
     if "cache" in options.themes:
         from scripts import bench_cache  # which needs diffusers
 

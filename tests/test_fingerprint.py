@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from wuerstchen_pl.fingerprint import of_encoders, of_network
+from wuerstchen_pl.models.all_processes import GlobalBatchNorm2d, globalise
 from wuerstchen_pl.models.compressor import ConvBackbone, SemanticCompressor
 from wuerstchen_pl.models.text import TextEncoder
 
@@ -51,3 +53,10 @@ def test_a_text_encoder_is_named_with_its_heads_and_tokens() -> None:
 
     assert name() == name()
     assert len({name(), name(heads=4), name(lower=False)}) == 3
+
+
+def test_a_batch_norm_over_all_processes_has_the_name_of_any() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    before = of_network(plain)
+    assert of_network(globalise(plain)) == before
+    assert type(plain[1]) is GlobalBatchNorm2d

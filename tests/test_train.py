@@ -4,6 +4,9 @@ import errno
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,26 @@ def test_a_signal_saves_the_step_it_came_in_and_the_run_goes_on(
     assert not differing(whole, checkpoint.read(checkpoint.find(run)))
 
 
+@pytest.mark.slow
+def test_a_signal_to_the_whole_process_group_spares_the_workers(
+    cascade: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "default/c"
+    shards(tmp_path / "tars", 4, 8)
+    kept = [a for a in arguments(cascade, tmp_path) if not a.startswith(("data.", "trainer.max"))]
+    data = ["data=shards", f"data.urls={tmp_path / 'tars'}", "data.num_workers=2"]
+    more = ["data.max_upscale=null", "data.batch_size=4", "trainer.max_steps=100000"]
+    command = [sys.executable, "-m", "wuerstchen_pl.train", *kept, *data, *more]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (list(run.glob("checkpoints/*.ckpt")) or process.poll() is not None):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun and systemd do
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == REQUEUE, said[-2000:]
+    saved = int(re.findall(r"was stopped by SIGTERM after step (\d+)", said)[0])
+    assert checkpoint.step_of(checkpoint.find(run)) == saved
+
+
 def test_a_second_ctrl_c_is_not_kept_waiting(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -109,6 +132,25 @@ def test_a_step_has_its_whole_global_batch_and_validation_comes_by_steps(
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     assert [int(step) for step, name, _ in rows if name == "val/loss"] == [1, 3]
     assert [int(step) for step, name, _ in rows if name == "train/grad_norm"] == [0, 1, 2, 3]
+
+
+def test_accumulated_steps_resume_bit_for_bit_and_save_nothing_between(
+    cascade: Path, tmp_path: Path
+) -> None:
+    def told(root: Path, *more: str) -> list[str]:
+        return [*arguments(cascade, root), "global_batch=8", "callbacks.checkpoints.keep=9", *more]
+
+    assert run_program("train", told(tmp_path / "whole")) == 0
+    assert run_program("train", told(tmp_path / "parts", "trainer.max_steps=2")) == 0
+    run = tmp_path / "parts/default/c"
+    first = checkpoint.find(run)
+    before = first.read_bytes()
+    assert run_program("train", told(tmp_path / "parts", "ckpt=auto")) == 0
+    assert first.read_bytes() == before  # and is not saved again with half a step's gradients
+    whole = checkpoint.read(checkpoint.find(tmp_path / "whole/default/c"))
+    assert not differing(whole, checkpoint.read(checkpoint.find(run)))
+    steps = sorted(checkpoint.step_of(p) for p in run.glob("checkpoints/*.ckpt"))
+    assert steps == [2, 4]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def find(run: str | Path) -> Path:
         ValueError: if the file is damaged, or all of the folder's are.
     """
     path = Path(run)
-    if path.is_file() or in_parts.is_in_parts(path):
+    if _is_checkpoint(path):
         if durable.is_intact(path):
             return path
         raise ValueError(f"{path} is damaged: its sha256 is not the one beside it; name another")
@@ -72,6 +72,10 @@ def find(run: str | Path) -> Path:
             return newest
         warnings.warn(f"{newest} is damaged, and the one before it is taken", stacklevel=2)
     raise ValueError(f"all {len(found)} checkpoints of {path} are damaged; train again")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_file() or in_parts.is_in_parts(path)
 
 
 def step_of(path: Path) -> int:
@@ -205,8 +209,8 @@ def follow(path: Path, name: str, named: dict[str, str]) -> Path:
     """Where the frozen stage of the checkpoint at ``path`` lies: beside its run, or as named."""
     run = path.parent.parent
     beside = Path(os.path.normpath(run / named["path"]))
-    found = beside if beside.exists() else Path(named["path"])
-    if not found.exists():
+    found = beside if _is_checkpoint(beside) else Path(named["path"])
+    if not _is_checkpoint(found):
         raise FileNotFoundError(f"{path} needs its {name} {beside}, which is not there")
     if durable.sha256(found) != named["sha256"]:
         raise ValueError(

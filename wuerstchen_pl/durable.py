@@ -20,6 +20,8 @@ def publish(aside: Path, path: Path) -> None:
     """
     for file in _files(aside):
         _sync(file)
+    if aside.is_dir():
+        _sync(aside)
     beside = _beside(path)
     partial = beside.with_name(f"{beside.name}.partial")
     names = (Path(path.name, file.relative_to(aside)) for file in _files(aside))
@@ -27,9 +29,9 @@ def publish(aside: Path, path: Path) -> None:
     try:
         partial.write_text("".join(lines), "utf-8")
         _sync(partial)
+        if path.is_dir() or (path.exists() and aside.is_dir()):  # which cannot be replaced
+            remove(path)
         os.replace(partial, beside)
-        if path.is_dir():  # damaged, and made again
-            shutil.rmtree(path)
         os.replace(aside, path)
     finally:
         with suppress(OSError):  # of a disk that has turned read-only

@@ -34,8 +34,9 @@ def of_network(network: nn.Module, *, said: str = "") -> str:
     """
     digest = hashlib.sha256(said.encode())
     for name, layer in network.named_modules():
-        digest.update(f"{name} {type(layer).__name__}".encode())
-        if type(layer).__module__.startswith("wuerstchen_pl."):  # others' may gain some
+        kind = getattr(layer, "STANDS_FOR", type(layer))
+        digest.update(f"{name} {kind.__name__}".encode())
+        if kind.__module__.startswith("wuerstchen_pl."):  # others' may gain some
             digest.update(str(_numbers(layer)).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -5,6 +5,7 @@ read by any number of processes; everything else, in ``rest.pt``. Neither runs c
 layout of such folders keeps a pickle.)
 """
 
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 REST = "rest.pt"
 SEPARATOR = "|"  # parameters' names have dots
@@ -31,15 +33,38 @@ def write(checkpoint: dict[str, Any], folder: Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     rest = _taken_out(checkpoint, (), tensors)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    failed: list[OSError | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        if folder.exists():  # left by a run that was killed
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        torch.save({"rest": rest, "tensors": list(tensors)}, folder / REST)
+        try:
+            _begin(folder, {"rest": rest, "tensors": shapes})
+        except OSError as error:
+            failed = [error]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    try:
+        dcp.save(tensors, storage_writer=writer)
+    except CheckpointException as error:  # which is no Exception
+        raise OSError(_reason(error)) from error
+
+
+def _begin(folder: Path, content: dict[str, Any]) -> None:
+    """An empty folder but for what is no tensor."""
+    if folder.is_dir():  # left by a run that was killed
+        shutil.rmtree(folder)
+    folder.unlink(missing_ok=True)
+    folder.mkdir(parents=True)
+    with (folder / REST).open("wb") as file:
+        torch.save(content, file)
+
+
+def _reason(error: CheckpointException) -> str:
+    """What the first process that failed says."""
+    first = next(iter(error.failures.values()))[0]
+    return getattr(first, "strerror", None) or str(first)
 
 
 def read(folder: Path, template: Template | None = None) -> dict[str, Any]:
@@ -57,7 +82,8 @@ def read(folder: Path, template: Template | None = None) -> dict[str, Any]:
     reader = HuggingFaceStorageReader(str(folder))
     noted = torch.load(folder / REST, map_location="cpu", weights_only=True)
     there = reader.read_metadata().state_dict_metadata
-    if missing := sorted(set(noted["tensors"]) - there.keys()):
+    whole = [name for name, shape in noted["tensors"].items() if _is_whole(there.get(name), shape)]
+    if missing := sorted(noted["tensors"].keys() - set(whole)):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     tensors = {}
     for name in noted["tensors"]:
@@ -66,11 +92,21 @@ def read(folder: Path, template: Template | None = None) -> dict[str, Any]:
         tensors[name] = template(path, size, dtype) if template else torch.empty(size, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as wanted
-        dcp.load(tensors, storage_reader=reader, no_dist=template is None)
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=template is None)
+        except CheckpointException as error:
+            raise OSError(f"{folder} cannot be read: {_reason(error)}") from error
     checkpoint = noted["rest"]
     for name, tensor in tensors.items():
         _put_back(checkpoint, [_key(step) for step in name.split(SEPARATOR)], tensor)
     return checkpoint
+
+
+def _is_whole(found: Any, shape: list[int]) -> bool:
+    """Whether the parts of a tensor that are there make all of it."""
+    if found is None or list(found.size) != shape:
+        return False
+    return sum(math.prod(chunk.sizes) for chunk in found.chunks) >= math.prod(shape)
 
 
 def is_in_parts(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,23 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, as one; all processes have to call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # where the processes can talk, wherever it lies
+    placed = cast(DTensor, tensor.to(tensor.device_mesh.device_type))
+    return placed.full_tensor().to(tensor.device)
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor, the same on every process, sharded as ``other`` is."""
     if isinstance(tensor, DTensor) or not isinstance(other, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+    mesh = other.device_mesh
+    # each takes its part of what it has, without a word to the others
+    parts = distribute_tensor(
+        tensor.to(mesh.device_type), mesh, other.placements, src_data_rank=None
+    )
+    return parts.to(other.device)
 
 
 @torch.no_grad()

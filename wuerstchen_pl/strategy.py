@@ -59,7 +59,8 @@ class FullySharded(ModelParallelStrategy):
             return
         gathered = _gathered(checkpoint, keep=self.global_rank == 0)
         if self.global_rank == 0:
-            torch.save(gathered, path)
+            with path.open("wb") as file:
+                torch.save(gathered, file)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

@@ -1,5 +1,7 @@
 """Blocks that keep less, or are compiled, compute what they did."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +66,29 @@ def test_compiled_blocks_have_the_same_gradients_and_names() -> None:
     for a, b in zip(gradients(plain), gradients(fast), strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-3
     assert plain.state_dict().keys() == fast.state_dict().keys()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_blocks_are_compiled_checkpointed_or_not(
+    checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend)
+    )
+    plain, fast = prior(0.0), prior(0.0)
+    if checkpointed:
+        checkpoint_activations(fast)
+    compile_blocks(fast)
+    found = gradients(fast)
+    assert graphs
+    for a, b in zip(gradients(plain), found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_frozen_parts_are_left_as_they_are() -> None:

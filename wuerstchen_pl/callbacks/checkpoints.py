@@ -1,5 +1,6 @@
 """Checkpoints every n steps and at the end, each whole or not there at all, with its hash."""
 
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,7 +38,12 @@ class Checkpoints(Checkpoint):
             )
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
         self.keep_every_steps = keep_every_steps
+        self.seconds = 0.0  # that saving took
         self._saved_step = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The step that a run begins or goes on with is not saved anew."""
+        self._saved_step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -61,21 +67,39 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step == self._saved_step:  # gradient accumulation: the step has not moved
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
         path = self.folder / f"step{step:07d}.ckpt"
+        reason = self._written(trainer, path)
+        # The others wait until it is published: one that ended before would have rank 0 killed.
+        if (reason := trainer.strategy.broadcast(reason)) is not None:
+            raise OSError(f"checkpoint {path} could not be written: {reason}")
+        self._saved_step = step
+        self.seconds += time.perf_counter() - began
+
+    def _written(self, trainer: L.Trainer, path: Path) -> str | None:
+        """Write and publish; on rank 0, why that failed."""
         aside = path.with_suffix(".partial")
         try:
-            trainer.save_checkpoint(aside)
             if trainer.is_global_zero:
-                durable.publish(aside, path)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left in self.folder.glob("*.partial"):  # by runs that were killed
+                    durable.remove(left)
+            trainer.save_checkpoint(aside)
         except OSError as error:
+            trainer.strategy.barrier()  # where the processes wait that had nothing to write
             with suppress(OSError):  # the disk may be one that nothing can be removed from
                 durable.remove(aside)
-            reason = error.strerror or error
-            raise OSError(f"checkpoint {path} could not be written: {reason}") from error
-        self._saved_step = step
-        if trainer.is_global_zero:
+            return error.strerror or str(error)
+        if not trainer.is_global_zero:
+            return None
+        try:
+            durable.publish(aside, path)
             self._remove_old()
+        except OSError as error:
+            with suppress(OSError):
+                durable.remove(aside)
+            return error.strerror or str(error)
+        return None
 
     def newest(self) -> Path | None:
         """The last checkpoint that was saved, by this process or one before it."""

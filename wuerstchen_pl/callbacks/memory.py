@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from wuerstchen_pl.callbacks.trial import measured
@@ -17,9 +17,9 @@ class Memory(L.Callback):
     """Show the memory that a run needs on each device, and refuse one that cannot fit.
 
     Weights, gradients, averages and frozen networks are counted; the optimiser's moments are two
-    tensors a weight if it has betas, else one; activations are what one sample of the first batch
-    keeps for its backward pass, times the samples of a batch. What operations take for a moment is
-    not in it: a fit within a tenth may still fail.
+    tensors a weight if it has betas, else one; activations, by a trial with a few samples, are what
+    the forward pass of the first batch keeps for its backward pass. What operations take for a
+    moment, and validation, are not in it: a fit within a tenth may still fail.
 
     Args:
         refuse: False shows the table alone.
@@ -45,7 +45,9 @@ class Memory(L.Callback):
         if trainer.is_global_zero:
             parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in needed.items())
             tqdm.write(f"memory, GB of {there / GB:.1f}: {parts}; in all {total / GB:.2f}")
-        if self.refuse and total > there:
+        # all together, as one that stopped would leave the others waiting
+        short = torch.tensor(float(total > there), device=pl_module.device)
+        if self.refuse and float(trainer.strategy.reduce(short, reduce_op="max")):
             most = max(needed, key=lambda name: needed[name])
             raise ValueError(
                 f"training needs about {total / GB:.1f} GB on each device, most of it "
@@ -60,18 +62,23 @@ def needs(
 ) -> dict[str, int]:
     """Bytes on this device, by what they are for."""
     trained = _bytes(p for p in module.parameters() if p.requires_grad)
-    frozen = getattr(module, "frozen", {}).values()
     moments = 2 if "betas" in optimizer.defaults else 1
     ema = getattr(module, "ema", None)
-    averaged = ema is not None and ema.decay > 0 and ema.device is None
+    averaged = ema is not None and ema.device is None
     return {
         "weights": _bytes(module.parameters()) + _bytes(module.buffers()),
-        "frozen networks": sum(_bytes(f.parameters()) for f in frozen),
+        "frozen networks": _frozen(module),
         "gradients": trained,
         "optimiser": moments * trained,
         "averages": trained if averaged else 0,
-        "activations": measured(module, batch).kept_bytes * len(batch["caption"]),
+        "activations": measured(module, batch).kept_bytes,
     }
+
+
+def _frozen(module: nn.Module) -> int:
+    """Bytes of what a stage holds frozen, and of what that holds."""
+    held = getattr(module, "frozen", {}).values()
+    return sum(_bytes(part.parameters()) + _frozen(part) for part in held)
 
 
 def memory_of(device: torch.device, processes: int) -> int:

@@ -7,11 +7,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from wuerstchen_pl.callbacks.checkpoints import Checkpoints
 from wuerstchen_pl.callbacks.trial import measured
 
 PEAK_TFLOPS = {
     "A100": 312, "H100": 989, "H200": 989, "B200": 2250, "A10": 125, "A40": 150, "L4": 121,
-    "L40": 181, "V100": 112, "RTX 3090": 71, "RTX 4090": 165,
+    "L40": 181, "L40S": 362, "V100": 112, "RTX 3090": 71, "RTX 4090": 165,
 }  # fmt: skip
 """Dense bfloat16 (V100: float16) products of a device in 1e12 a second, from its data sheet."""
 
@@ -39,7 +40,8 @@ class Throughput(L.Callback):
         self.every_steps, self.kg_co2_per_kwh = every_steps, kg_co2_per_kwh
         self.hours = 0.0
         self.kwh = 0.0
-        self._flops_per_sample: int | None = None
+        self._flops_per_sample: float | None = None
+        self._saved = 0.0
         self._warm = False
         self._logged_step = 0
         self._forget()
@@ -60,14 +62,18 @@ class Throughput(L.Callback):
         """Start the clock."""
         self._warm = False
         self._forget()
+        self._counted_until = self._since
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict, batch_idx: int
     ) -> None:
         """Note for how long the data were waited for; count the operations of the first batch."""
-        self._waited += time.perf_counter() - self._batch_ended
+        saving = sum(c.seconds for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints))
+        self._since += saving - self._saved  # which is neither training nor waiting
+        self._waited += time.perf_counter() - self._batch_ended - (saving - self._saved)
+        self._saved = saving
         if self._flops_per_sample is None:
-            self._flops_per_sample = measured(pl_module, batch).flops
+            self._flops_per_sample = measured(pl_module, batch).flops_of_sample
 
     def on_train_batch_end(
         self,
@@ -101,34 +107,37 @@ class Throughput(L.Callback):
         self._batch_ended += took
 
     def _measured(self, trainer: L.Trainer, device: torch.device) -> dict[str, float]:
-        seconds = time.perf_counter() - self._since
+        now = time.perf_counter()
+        seconds = now - self._since
         rate = self._samples / seconds  # of one process
         found = {
             "speed/samples_per_second": rate * trainer.world_size,
             "speed/data_wait": self._waited / seconds,
         }
         if device.type == "cuda":
-            self.hours += seconds / 3600 * trainer.world_size
+            # validation and saving cost too
+            cost, self._counted_until = now - self._counted_until, now
+            self.hours += cost / 3600 * trainer.world_size
             found["cost/gpu_hours"] = self.hours
             peak = peak_of(torch.cuda.get_device_name(device))
             if peak and self._flops_per_sample:
                 found["speed/mfu"] = rate * self._flops_per_sample / (peak * 1e12)
             if watts := drawn_by([device]):
-                self.kwh += watts * trainer.world_size * seconds / 3.6e6
+                self.kwh += watts * trainer.world_size * cost / 3.6e6
                 found["cost/kwh"] = self.kwh
                 found["cost/kg_co2"] = self.kwh * self.kg_co2_per_kwh
         return found
 
 
 def peak_of(name: str) -> int | None:
-    """The peak rate of a device in 1e12 operations a second, by the longest name that fits."""
-    fitting = [known for known in PEAK_TFLOPS if known in name]
-    return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
+    """The peak rate of a device in 1e12 operations a second, by the words of its name."""
+    words = f" {name.replace('-', ' ')} "
+    return next((peak for known, peak in PEAK_TFLOPS.items() if f" {known} " in words), None)
 
 
 def drawn_by(devices: Iterable[torch.device]) -> float:
     """Watts that GPUs draw now; 0 where they cannot say."""
     try:
         return sum(torch.cuda.power_draw(device) for device in devices) / 1000
-    except (RuntimeError, ImportError, ModuleNotFoundError):
+    except Exception:  # NVML's own among them, which is there to be asked or not
         return 0.0

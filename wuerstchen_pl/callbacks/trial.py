@@ -1,4 +1,4 @@
-"""A forward pass of one sample, before training begins: what it computes, and what it keeps."""
+"""A forward pass of a few samples before training begins: what it computes, what it keeps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,18 +15,31 @@ OF_ALL = ("size", "empty_text")
 
 
 class Measured(NamedTuple):
-    """Of one sample of a training step, on one process."""
+    """Of a training step on one process."""
 
-    flops: int  # of forward and backward; a product and a sum are two
-    kept_bytes: int  # by the forward pass for the backward pass, weights apart
+    flops_of_sample: float  # of forward and backward; a product and a sum are two
+    kept_bytes: int  # of the whole batch, by the forward pass for the backward pass, weights apart
 
 
 def measured(module: L.LightningModule, batch: dict[str, Any]) -> Measured:
-    """Try a training step with the first sample of a batch, and leave no trace of it.
+    """Try a training step with two and with four samples of a batch, and leave no trace of it.
 
     Operations whose gradients are recorded count three times, as the backward pass takes two for
-    each. All processes have to call it.
+    each. What does not grow with the samples, such as weights in another form, counts once. All
+    processes have to call it.
     """
+    rows = len(batch["caption"])
+    few, more = (2, 4) if rows >= 4 else (rows, rows)
+    flops, kept = _tried(module, first_rows(batch, few))
+    if few == more:
+        return Measured(flops / rows, kept)
+    more_flops, more_kept = _tried(module, first_rows(batch, more))
+    of_sample = (more_kept - kept) / (more - few)
+    return Measured((more_flops - flops) / (more - few), round(kept + of_sample * (rows - few)))
+
+
+def _tried(module: L.LightningModule, batch: dict[str, Any]) -> tuple[int, int]:
+    """Operations and kept bytes of a training step."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -35,12 +48,13 @@ def measured(module: L.LightningModule, batch: dict[str, Any]) -> Measured:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with _unnoticed(module), torch.enable_grad(), hooks, _Operations() as operations:
-        loss = module.training_step(_alone(batch), 0)
+    precision = module.trainer.precision_plugin.train_step_context()
+    with _unnoticed(module), precision, torch.enable_grad(), hooks, _Operations() as operations:
+        loss = module.training_step(_apart(batch), 0)
     for p in module.parameters():
         kept.pop(_place(p), None)
     del loss
-    return Measured(operations.number, sum(kept.values()))
+    return operations.number, sum(kept.values())
 
 
 def first_rows(batch: dict[str, Any], number: int) -> dict[str, Any]:
@@ -48,10 +62,9 @@ def first_rows(batch: dict[str, Any], number: int) -> dict[str, Any]:
     return {k: v if k in OF_ALL else v[:number] for k, v in batch.items()}
 
 
-def _alone(batch: dict[str, Any]) -> dict[str, Any]:
-    """The first sample, in memory of its own."""
-    rows = first_rows(batch, 1)
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in rows.items()}
+def _apart(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch in memory of its own."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 class _Operations(TorchDispatchMode):
@@ -78,7 +91,7 @@ def _unnoticed(module: L.LightningModule) -> Iterator[None]:
     for name in logging:
         setattr(module, name, lambda *args, **kwargs: None)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
             yield
     finally:
         for name in logging:

@@ -12,7 +12,11 @@ from typing import Any
 import lightning as L
 import torch
 
-from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader
+from wuerstchen_pl.data.loading.loader import (
+    OnceLoader,
+    ResumableLoader,
+    leave_signals_to_the_run,
+)
 from wuerstchen_pl.data.loading.pictures import Pictures
 from wuerstchen_pl.data.loading.transforms import Crop
 from wuerstchen_pl.data.order.batches import Batches, in_order
@@ -245,6 +249,7 @@ class ImageTextDataModule(L.LightningDataModule):
         # Their own generator, as a loader draws a number at every epoch from the global one else.
         return {
             "generator": torch.Generator().manual_seed(self.seed),
+            "worker_init_fn": leave_signals_to_the_run,
             "num_workers": min(self.num_workers, cpu_count()),
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

@@ -168,9 +168,7 @@ class StageA(Stage):
         critic_loss = self.discriminator_loss(images, decoded)
         self._count_codes(terms.pop("indices"))
         self._latents = rows_of(terms.pop("features").detach())
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
-        terms["discriminator"] = critic_loss
-        self.log_dict({f"train/{n}": term.detach() for n, term in terms.items()}, sync_dist=True)
+        self.log_means({"loss": loss, "discriminator": critic_loss, **terms})
         return loss + critic_loss
 
     def _count_codes(self, indices: Tensor) -> None:
@@ -218,10 +216,11 @@ class StageA(Stage):
         self.log_dict(metrics, batch_size=len(images), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Codebook use."""
-        perplexity, dead = codebook_use(self.val_code_uses)
-        self.log("val/codebook_perplexity", perplexity, sync_dist=True)
-        self.log("val/codebook_dead", dead, sync_dist=True)
+        """Codebook use, on all processes together."""
+        uses = self.trainer.strategy.reduce(self.val_code_uses.clone(), reduce_op="sum")
+        perplexity, dead = codebook_use(uses)
+        self.log("val/codebook_perplexity", perplexity, rank_zero_only=True)
+        self.log("val/codebook_dead", dead, rank_zero_only=True)
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:

@@ -216,7 +216,7 @@ class StageB(Stage):
         losses = self.loss(x0, t, draws.noise(x0), semantic, text)
         self.loss_bands.add(t, losses)
         loss = losses.mean()
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log_means({"loss": loss})
         return loss
 
     # Validation, on averaged weights

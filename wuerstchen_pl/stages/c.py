@@ -182,7 +182,7 @@ class StageC(Stage):
         losses = self.loss(x0, t, draws.noise(x0), cast(Tensor, text))
         self.loss_bands.add(t, losses)
         loss = losses.mean()
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log_means({"loss": loss})
         return loss
 
     # Validation, on averaged weights

@@ -14,11 +14,12 @@ class LossBands:
 
     @torch.no_grad()
     def add(self, t: Tensor, losses: Tensor) -> None:
-        """Take in (B,) losses at (B,) times."""
+        """Take in (B,) losses at (B,) times; those that are not finite are left out."""
         self.sums = self.sums.to(losses.device)
         band = (t * BANDS).long().clamp(0, BANDS - 1)
-        self.sums[0].index_add_(0, band, losses.detach().float())
-        self.sums[1].index_add_(0, band, torch.ones_like(losses, dtype=torch.float32))
+        finite = losses.isfinite()
+        self.sums[0].index_add_(0, band, losses.float().where(finite, 0.0))
+        self.sums[1].index_add_(0, band, finite.float())
 
     def taken(self) -> Tensor:
         """(2, BANDS) sums and numbers of losses since the last time, to be added up over processes.

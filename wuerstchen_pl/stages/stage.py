@@ -157,6 +157,14 @@ class Stage(L.LightningModule):
             norm = nn.utils.clip_grad_norm_(group["params"], limit)
             self.log("_".join(["train/grad_norm", *group.get("name", "").split()]), norm)
 
+    def log_means(self, values: dict[str, Tensor]) -> None:
+        """Log ``train/...``, means over processes, when logs are written: it takes time."""
+        if (self.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        means = self.trainer.strategy.reduce(stacked, reduce_op="mean")
+        self.log_dict({f"train/{n}": m for n, m in zip(values, means, strict=True)})
+
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -190,7 +198,9 @@ class Stage(L.LightningModule):
 
     def draws(self, rows: int, batch_idx: int) -> Draws:
         """The random numbers of the present batch, in which this process has ``rows`` samples."""
-        step, first_row = self._batch_of_run(batch_idx), self.global_rank * rows
+        # a batch lacks what could not be read, and the next process's rows begin all the same
+        of_each = getattr(getattr(self.trainer, "datamodule", None), "batch_size", rows)
+        step, first_row = self._batch_of_run(batch_idx), self.global_rank * of_each
         return Draws(seed=self.seed, step=step, rows=rows, first_row=first_row)
 
     def _batch_of_run(self, batch_idx: int) -> tuple[int, int]:

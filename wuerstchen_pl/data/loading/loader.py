@@ -1,5 +1,6 @@
 """Loaders: workers build the batches that an order asks for; the order's place is the state."""
 
+import signal
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,15 @@ from torch.utils.data import DataLoader, Dataset
 from wuerstchen_pl.data.loading.pictures import Batch, Report
 from wuerstchen_pl.data.order.batches import Batches, Request, Snapshot
 from wuerstchen_pl.data.order.stream import Ledger
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Let a worker go on when its whole process group is told to stop: the run ends its step first.
+
+    A worker ends with the process that started it.
+    """
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
 
 
 class Plan:

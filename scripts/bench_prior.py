@@ -1,0 +1,141 @@
+"""Train Stage C's prior beside diffusers', on the same weights and batch: time, and memory kept.
+
+A prior of 8 blocks, 512 wide, at 24 x 24 positions, batch 2, without dropout so that losses can be
+compared; on a GPU, of the published size, in bfloat16 autocast. Memory is what a forward pass keeps
+for its backward pass, counted, weights apart.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from scripts import reference_models
+from scripts.timing import Work, side_by_side, write_table
+from wuerstchen_pl import WuerstchenPipeline
+from wuerstchen_pl.models.blocks import checkpoint_activations
+
+SMALL = {"c": 512, "c_cond": 512, "depth": 8, "nhead": 8}
+PUBLISHED = {"c": 1536, "c_cond": 1280, "depth": 32, "nhead": 24}
+DECODER = {
+    "c_hidden": [64, 128, 256, 256], "c_cond": 256, "blocks": [2, 4, 6, 2],
+    "nhead": [-1, 2, 4, 4], "clip_embd": 256,
+}  # fmt: skip
+Forward = Callable[[], Tensor]
+
+
+def priors(config: dict[str, int]) -> tuple[Any, nn.Module]:
+    """diffusers' prior and ours, with the same random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        decoder = {**reference_models.PUBLISHED_DECODER, **DECODER}
+        theirs = reference_models.combined(Path(folder), config, decoder, {"embed_dim": 96})
+        paths = reference_models.save_pair(theirs, Path(folder))
+        ours = WuerstchenPipeline.from_pretrained(str(paths[0]), prior=str(paths[1]))
+    for net in (theirs.prior_prior, ours.prior.prior):
+        net.train().requires_grad_(True)
+        for part in net.modules():
+            if hasattr(part, "dropout") and isinstance(part.dropout, float):
+                part.dropout = 0.0
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+    return theirs.prior_prior, ours.prior.prior
+
+
+def kept(net: nn.Module, forward: Forward) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights apart."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = forward()
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    total = sum(size for place, size in sizes.items() if place not in weights)
+    del loss
+    return total
+
+
+def trained(net: nn.Module, forward: Forward, *, fused: bool) -> Work:
+    """A step: forward, backward, clipping by norm, AdamW."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9, fused=fused)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def run(rounds: int) -> Path:
+    """Measure, print, write.
+
+    Raises:
+        RuntimeError: if the losses differ: then there is nothing to compare.
+    """
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    config, batch = (PUBLISHED, 16) if cuda else (SMALL, 2)
+    theirs, ours = priors(config)
+    theirs.to(device)
+    ours.to(device)
+    rng = torch.Generator().manual_seed(0)
+    x, text = (
+        torch.randn(batch, 16, 24, 24, generator=rng),
+        torch.randn(batch, 77, config["c_cond"], generator=rng),
+    )
+    x, text, t = x.to(device), text.to(device), torch.full((batch,), 0.5, device=device)
+
+    def loss_of(net: nn.Module) -> Forward:
+        def forward() -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                return net(x, t, text).float().square().mean()
+
+        return forward
+
+    rows, default = [], dict(theirs.attn_processors)
+    for mode in ("plain", "activation checkpointing"):
+        if mode != "plain":
+            checkpoint_activations(ours)
+        for attention, processor in {"default": default, "SDPA": AttnProcessor2_0()}.items():
+            theirs.set_attn_processor(processor)
+            rows.append(row(theirs, ours, loss_of, f"{mode} | {attention}", rounds))
+            print(rows[-1], flush=True)
+    return write_table(
+        "training_prior",
+        "python scripts/bench.py prior" + ("" if cuda else f" --threads {torch.get_num_threads()}"),
+        f"A training step of the prior, batch {batch}, 24 x 24 positions, {config}, against "
+        f"diffusers {reference_models.VERSION} with its default attention and AttnProcessor2_0; "
+        "ours plain and with activation checkpointing, theirs without. Medians of "
+        f"{rounds} rounds in turns. MB: what a forward pass keeps for its backward pass.",
+        "| ours | diffusers' attention | diffusers ms | ours ms | ratio | diffusers MB | ours MB "
+        "| share |",
+        rows,
+    )
+
+
+def row(
+    theirs: nn.Module, ours: nn.Module, loss_of: Callable[[nn.Module], Forward], name: str,
+    rounds: int,
+) -> str:  # fmt: skip
+    """One row of the table."""
+    a, b = loss_of(theirs), loss_of(ours)
+    if abs(float(a()) / float(b()) - 1) > (2e-2 if torch.cuda.is_available() else 1e-4):
+        raise RuntimeError(f"losses are {float(a())} and {float(b())}; nothing was timed")
+    their_bytes, our_bytes = kept(theirs, a), kept(ours, b)
+    found = side_by_side(trained(theirs, a, fused=False), trained(ours, b, fused=True), rounds)
+    return (
+        f"| {name} | {found.theirs_ms:.0f} | {found.ours_ms:.0f} | {found.ratio:.2f} "
+        f"| {their_bytes / 1e6:.0f} | {our_bytes / 1e6:.0f} | {our_bytes / their_bytes:.2f} |"
+    )
