@@ -1,7 +1,9 @@
 """Checkpoints every n steps and at the end, each whole or not there at all, with its hash."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -69,37 +71,28 @@ class Checkpoints(Checkpoint):
             return
         began = time.perf_counter()
         path = self.folder / f"step{step:07d}.ckpt"
-        reason = self._written(trainer, path)
+        aside = path.with_suffix(".partial")
         # The others wait until it is published: one that ended before would have rank 0 killed.
-        if (reason := trainer.strategy.broadcast(reason)) is not None:
-            raise OSError(f"checkpoint {path} could not be written: {reason}")
+        failed = (
+            _first_does(trainer, self._make_room)
+            or _all_write(trainer, aside)
+            or _first_does(trainer, partial(self._publish, aside, path))
+        )
+        if failed:
+            with suppress(OSError):  # the disk may be one that nothing can be removed from
+                durable.remove(aside)
+            raise OSError(f"checkpoint {path} could not be written: {failed}")
         self._saved_step = step
         self.seconds += time.perf_counter() - began
 
-    def _written(self, trainer: L.Trainer, path: Path) -> str | None:
-        """Write and publish; on rank 0, why that failed."""
-        aside = path.with_suffix(".partial")
-        try:
-            if trainer.is_global_zero:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for left in self.folder.glob("*.partial"):  # by runs that were killed
-                    durable.remove(left)
-            trainer.save_checkpoint(aside)
-        except OSError as error:
-            trainer.strategy.barrier()  # where the processes wait that had nothing to write
-            with suppress(OSError):  # the disk may be one that nothing can be removed from
-                durable.remove(aside)
-            return error.strerror or str(error)
-        if not trainer.is_global_zero:
-            return None
-        try:
-            durable.publish(aside, path)
-            self._remove_old()
-        except OSError as error:
-            with suppress(OSError):
-                durable.remove(aside)
-            return error.strerror or str(error)
-        return None
+    def _make_room(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob("*.partial"):  # by runs that were killed
+            durable.remove(left)
+
+    def _publish(self, aside: Path, path: Path) -> None:
+        durable.publish(aside, path)
+        self._remove_old()
 
     def newest(self) -> Path | None:
         """The last checkpoint that was saved, by this process or one before it."""
@@ -111,3 +104,25 @@ class Checkpoints(Checkpoint):
         for step, old in saved[: -self.keep]:
             if not self.keep_every_steps or step % self.keep_every_steps:
                 durable.remove(old)
+
+
+def _first_does(trainer: L.Trainer, work: Callable[[], None]) -> str | None:
+    """Let the first process do something, and all know why it failed, if it did."""
+    failed = None
+    if trainer.is_global_zero:
+        try:
+            work()
+        except OSError as error:
+            failed = error.strerror or str(error)
+    return trainer.strategy.broadcast(failed)
+
+
+def _all_write(trainer: L.Trainer, aside: Path) -> str | None:
+    """Let each process write what it has to, and all know why it failed, if it did."""
+    failed = None
+    try:
+        trainer.save_checkpoint(aside)
+    except OSError as error:
+        failed = error.strerror or str(error)
+        trainer.strategy.barrier()  # where those wait that had nothing to write
+    return trainer.strategy.broadcast(failed)
