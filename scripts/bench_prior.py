@@ -108,7 +108,8 @@ def run(rounds: int) -> Path:
     for mode in ("plain", "activation checkpointing"):
         if mode != "plain":
             checkpoint_activations(ours)
-        for attention, processor in {"default": default, "SDPA": AttnProcessor2_0()}.items():
+        # which is emptied of what it sets
+        for attention, processor in {"default": {**default}, "SDPA": AttnProcessor2_0()}.items():
             theirs.set_attn_processor(processor)
             rows.append(row(theirs, ours, loss_of, f"{mode} | {attention}", rounds))
             print(rows[-1], flush=True)
