@@ -4,7 +4,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import open_clip
 import pytest
+import torch
 
 from wuerstchen_pl import cache, convert, evaluate, export, sample, train
 from wuerstchen_pl.data import __main__ as data
@@ -88,3 +90,24 @@ def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in "abc":
         assert run_program("train", small(stage, root)) == 0
     return root / "default"
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a small CLIP with random weights."""
+    torch.manual_seed(0)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8}
+    model = open_clip.CLIP(8, vision_cfg=vision, text_cfg=text)
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def frozen_text(clip: Path, length: int = 77) -> list[str]:
+    return [
+        "stage.train_text_encoder=false",
+        f"+stage.text_encoder.weights={clip}",
+        f"stage.text_encoder.context_length={length}",
+        "stage.caption_drop_prob=0.5",
+    ]

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "pipeline": {"sampling", "layouts", "checkpoint", "diffusion", "models"},
     "layouts": {"checkpoint", "models"},
-    "stages": {"sampling", "models", "diffusion", "ema", "checkpoint", "sharding"},
+    "stages": {"sampling", "models", "diffusion", "ema", "checkpoint", "durable", "sharding"},
     "sampling": {"models", "diffusion"},
     "checkpoint": {"models", "durable", "in_parts"},
     "ema": {"sharding"},

@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.conftest import run_program, small
+from tests.conftest import frozen_text, run_program, small
 from wuerstchen_pl import checkpoint
 from wuerstchen_pl.data.caches.cached import Cached, CachedDataModule
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
@@ -22,30 +21,9 @@ from wuerstchen_pl.data.datamodule import ImageTextDataModule
 STEPS = 8  # two passes over the small data
 
 
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of a small CLIP with random weights."""
-    torch.manual_seed(0)
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    vision = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8}
-    model = open_clip.CLIP(8, vision_cfg=vision, text_cfg=text)
-    path = tmp_path_factory.mktemp("clip") / "clip.pt"
-    torch.save(model.state_dict(), path)
-    return path
-
-
 def arguments(stage: str, root: Path, above: Path, *more: str) -> list[str]:
     paths = [f"paths.stage_{s}={above / s}" for s in "ab"]
     return [*small(stage, root, STEPS), *paths, f"paths.data={above.parent / 'data'}", *more]
-
-
-def frozen_text(clip: Path, length: int = 77) -> list[str]:
-    return [
-        "stage.train_text_encoder=false",
-        f"+stage.text_encoder.weights={clip}",
-        f"stage.text_encoder.context_length={length}",
-        "stage.caption_drop_prob=0.5",
-    ]
 
 
 def make(stage: str, out: Path, above: Path, *more: str) -> int:

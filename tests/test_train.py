@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
-from tests.conftest import run_program, small
+from tests.conftest import frozen_text, run_program, small
 from tests.data.made import picture, shards, write
 from tests.test_resume import differing
-from wuerstchen_pl import checkpoint
+from wuerstchen_pl import checkpoint, durable
 from wuerstchen_pl.callbacks.signals import ASKING, Signals
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.stage import Batch
@@ -167,6 +169,24 @@ def test_a_global_batch_that_cannot_be_made_is_refused_with_what_can() -> None:
     message = r"global_batch=1536 is no multiple of 6144.*divisor of 6$"
     with pytest.raises(ValueError, match=message):
         accumulation(1536, 24, 256)
+
+
+def test_a_run_stands_by_the_clip_that_it_was_trained_with(
+    cascade: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    own = shutil.copy(clip, tmp_path / "clip.pt")
+    told = [*arguments(cascade, tmp_path), *frozen_text(Path(own))]
+    assert run_program("train", [*told, "trainer.max_steps=2"]) == 0
+    run = tmp_path / "default/c"
+    content = checkpoint.read(checkpoint.find(run))
+    assert content["files"]["text_encoder"]["sha256"] == durable.sha256(clip)
+    assert content["versions"].keys() == {"torch", "lightning"}
+    assert checkpoint.load_stage(run=run, stage="c").text_encoder.weights == str(own)
+    torch.save({k: v * 2 for k, v in torch.load(own, weights_only=True).items()}, own)
+    with pytest.raises(ValueError, match=r"text_encoder\.weights=.*clip\.pt has sha256"):
+        checkpoint.load_stage(run=run, stage="c")
+    assert run_program("train", [*told, "ckpt=auto"]) == 1
+    assert "put that file back" in capsys.readouterr().err
 
 
 def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
     for name, named in content["frozen"].items():
         config[name] = {**config[name], "run": str(follow(path, name, named))}
     module: Stage = build(config)
+    module.check_files(content.get("files", {}))
     state = dict(content["state_dict"])
     if ema:
         state |= content["ema"]["shadow"]

@@ -3,12 +3,16 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from wuerstchen_pl import durable
 from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.blocks import blocks_of
 from wuerstchen_pl.sharding import shard
@@ -167,10 +171,35 @@ class Stage(L.LightningModule):
 
     # Checkpoints
 
+    def files(self) -> dict[str, dict[str, str]]:
+        """Path and sha256 of the files that frozen parts were read from, such as CLIP's."""
+        paths = {name: getattr(part, "weights", None) for name, part in self.frozen.items()}
+        return {
+            name: {"path": str(path), "sha256": _hash_of(str(path), os.stat(path).st_mtime_ns)}
+            for name, path in paths.items()
+            if path is not None and os.path.isfile(path)
+        }
+
+    def check_files(self, named: dict[str, dict[str, str]]) -> None:
+        """Refuse other frozen weights than those that a checkpoint names.
+
+        Raises:
+            ValueError: naming the file and both hashes.
+        """
+        for name, own in self.files().items():
+            wanted = named.get(name, own)["sha256"]
+            if own["sha256"] != wanted:
+                raise ValueError(
+                    f"stage.{name}.weights={own['path']} has sha256 {own['sha256'][:12]}, and the "
+                    f"checkpoint was trained with {wanted[:12]}; put that file back"
+                )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the averaged weights, the stage's config, and the names of the frozen stages."""
         checkpoint["ema"] = self.ema.state_dict()
         checkpoint["stage"] = self.config
+        checkpoint["versions"] = {name: version(name) for name in ("torch", "lightning")}
+        checkpoint["files"] = self.files()
         root = self.trainer.default_root_dir
         checkpoint["frozen"] = {
             name: {**part.source, "path": os.path.relpath(part.source["path"], root)}
@@ -181,6 +210,7 @@ class Stage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averaged weights back, and refuse to go on over other frozen weights."""
         self.ema.load_state_dict(checkpoint["ema"])
+        self.check_files(checkpoint["files"])
         for name, named in checkpoint["frozen"].items():
             source = getattr(self.frozen[name], "source", None)
             if source is not None and source["sha256"] != named["sha256"]:
@@ -209,3 +239,9 @@ class Stage(L.LightningModule):
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
         """Columns of a validation grid: label -> (B, 3, H, W) in [0, 1]."""
         raise NotImplementedError
+
+
+@lru_cache(maxsize=16)
+def _hash_of(path: str, changed_at: int) -> str:
+    """The sha256 of a file, read once: those of CLIP have gigabytes."""
+    return durable.sha256(Path(path))
