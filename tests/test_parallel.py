@@ -74,10 +74,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cascade: Path) -> Path:
             jobs.append(arguments("b", root / name, cascade, *told))
         for stage in "abc" if name in ("ddp", "fsdp") else "b":
             jobs.append(arguments(stage, root / name, cascade, *two, *strategy))
+    jobs.append(arguments("b", root / "fsdp_then_one", cascade, *two, "trainer=fsdp", first))
     launch(jobs, root)
     told = ["trainer=cpu", whole]
-    jobs = [arguments("b", root / "fsdp_then_one", cascade, *two, "trainer=fsdp", first)]
-    launch(jobs, root)
     assert run_program("train", arguments("b", root / "fsdp_then_one", cascade, *told)) == 0
     return root
 
