@@ -21,7 +21,7 @@ def launch(jobs: list[list[str]], folder: Path, processes: int = 2) -> None:
     command = [sys.executable, *torchrun, "-m", "tests.many_runs", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
 
 
 if __name__ == "__main__":

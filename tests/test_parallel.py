@@ -170,6 +170,19 @@ def test_codes_of_validation_are_counted_on_all_processes(runs: Path) -> None:
     assert dead("one") == dead("ddp") == dead("fsdp")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_processes_end_when_the_first_cannot_write(
+    strategy: str, cascade: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "default/a").mkdir(parents=True)
+    (tmp_path / "default/a/checkpoints").write_text("in the way")
+    two = [f"trainer={strategy}", "trainer.devices=2", "trainer.accelerator=cpu"]
+    job = arguments("a", tmp_path, cascade, "data.batch_size=4", *two)
+    with pytest.raises(AssertionError, match="could not be written: File exists"):
+        launch([job], tmp_path)
+
+
 def test_a_shard_that_is_missing_is_no_tensor_of_garbage(runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "alone.ckpt"
     shutil.copytree(checkpoint.find(runs / "fsdp/default/b"), path)

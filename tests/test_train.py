@@ -202,6 +202,11 @@ def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:
     ("override", "sentence"),
     [
         ("trainer.precision=bf16-true", "use bf16-mixed or 32-true"),
+        pytest.param(
+            "trainer.accelerator=gpu",
+            "trainer.accelerator=gpu finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         ("validate_every_steps=0", "validate_every_steps=0 is out of range"),
         ("checkpoint_every_steps=0", "checkpoint_every_steps=0 is out of range"),
         ("callbacks.checkpoints.keep_every_steps=3", "keep_every_steps=3 is no multiple of"),

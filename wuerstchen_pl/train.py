@@ -115,6 +115,11 @@ def check_ranges(cfg: DictConfig) -> None:
             f"trainer.precision={precision} overflows or mixes types in these networks; use "
             "bf16-mixed or 32-true"
         )
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use here; "
+            "use trainer.accelerator=cpu, or mend the driver"
+        )
     for key in ("validate_every_steps", "checkpoint_every_steps"):
         if cfg[key] < 1:
             raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")
