@@ -154,11 +154,9 @@ def test_checkpoints_in_parts_are_those_of_fsdp_alone(runs: Path) -> None:
 def test_a_sharded_run_draws_the_grid_that_one_process_draws(runs: Path) -> None:
     grids = [runs / name / f"default/c/grids/step{STEPS:07d}.png" for name in ("one", "fsdp")]
     one, sharded = (np.asarray(Image.open(grid)).astype(int) for grid in grids)
-    width = one.shape[1]
-    # the rows of the first process, in both: pictures that one draws and the other does not follow
-    rows = min(len(one), len(sharded))
-    assert rows > 64
-    assert np.abs(one[:80, :width] - sharded[:80, :width]).max() <= 2
+    # the first picture's row: of the others, each process has its own
+    assert min(len(one), len(sharded)) >= 80
+    assert np.abs(one[:80] - sharded[:80]).max() <= 2
 
 
 def test_codes_of_validation_are_counted_on_all_processes(runs: Path) -> None:

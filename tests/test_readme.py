@@ -126,6 +126,22 @@ def test_commands_for_several_devices_hold_only_what_is_read(arguments: list[str
     check_config(composed(*arguments))
 
 
+def test_the_papers_phases_run_by_one_command(cascade: Path, place: Path) -> None:
+    told = next(c for c in ON_GPUS if any("paper_c_4" in a for a in c))
+    shards(place / "tars", 2, 8)
+    told = [a for a in told if not a.startswith(("data.urls", "trainer="))]
+    shrink = [a for a in small("c", place, steps=2) if not a.startswith(("stage=", "data."))]
+    data = [f"data.urls={place / 'tars'}", "data.val_fraction=0.5", "data.num_workers=0"]
+    data += ["data.max_upscale=null", "data.batch_size=2", "global_batch=2", "size_12=64"]
+    data += ["size_24=96", "data.bucket_multiple=16", "trainer.precision=32-true", "preset=tiny"]
+    data += [f"data.filters.{key}=null" for key in ("min_size", "min_aesthetic")]
+    data += [f"data.filters.{key}=null" for key in ("max_pwatermark", "max_punsafe")]
+    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    assert run_program("train", [*told, *shrink, *data, *above, "callbacks.grids=null"]) == 0
+    for phase in range(1, 5):
+        assert (place / f"paper_c_{phase}/c/checkpoints/step0000002.ckpt").is_file()
+
+
 def test_the_papers_phases_are_told_by_one_command() -> None:
     phases = [a for a in on_several_devices() if any("experiment=paper_c" in x for x in a)]
     names = {next(x for x in a if x.startswith("experiment=")) for a in phases}
