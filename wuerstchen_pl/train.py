@@ -56,23 +56,26 @@ def run(cfg: DictConfig) -> float:
     check_sizes(stage, data)
     check_cache(stage, data)
     rank_zero_only(print)(describe_sizes(stage, data))
-    trainer: L.Trainer = hydra.utils.instantiate(
-        cfg.trainer,
-        callbacks=[hydra.utils.instantiate(c) for c in cfg.callbacks.values() if c is not None],
-        logger=[hydra.utils.instantiate(c) for c in cfg.logger.values() if c is not None],
-        _convert_="all",
-    )
-    if cfg.global_batch is not None:
-        trainer.accumulate_grad_batches = accumulation(
-            cfg.global_batch, cfg.data.batch_size, trainer.world_size
-        )
-    # Lightning counts batches, where our key says steps.
-    trainer.val_check_interval *= trainer.accumulate_grad_batches
-    if not isinstance(trainer.strategy, FullySharded):
-        trainer.strategy.checkpoint_io = OneFile()
+    trainer = build_trainer(cfg)
     rank_zero_only(data.prepare_data)()  # so that data that are not there leave no folder behind
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
+    fit(trainer, stage, data, resume, output_dir)
+    return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
+
+
+def fit(
+    trainer: L.Trainer,
+    stage: "Stage",
+    data: L.LightningDataModule,
+    resume: Path | None,
+    output_dir: Path,
+) -> None:
+    """Train to the end.
+
+    Raises:
+        Exit: if it was told to stop before.
+    """
     try:
         trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
     except Stopped as stop:
@@ -90,7 +93,25 @@ def run(cfg: DictConfig) -> float:
         ) from None
     finally:  # Lightning does not after an error, and shards would go on being opened
         data.teardown("fit")
-    return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
+
+
+def build_trainer(cfg: DictConfig) -> L.Trainer:
+    """The trainer of a config, with callbacks and loggers, which takes its batches by our keys."""
+    trainer: L.Trainer = hydra.utils.instantiate(
+        cfg.trainer,
+        callbacks=[hydra.utils.instantiate(c) for c in cfg.callbacks.values() if c is not None],
+        logger=[hydra.utils.instantiate(c) for c in cfg.logger.values() if c is not None],
+        _convert_="all",
+    )
+    if cfg.global_batch is not None:
+        trainer.accumulate_grad_batches = accumulation(
+            cfg.global_batch, cfg.data.batch_size, trainer.world_size
+        )
+    # Lightning counts batches, where our key says steps.
+    trainer.val_check_interval *= trainer.accumulate_grad_batches
+    if not isinstance(trainer.strategy, FullySharded):
+        trainer.strategy.checkpoint_io = OneFile()
+    return trainer
 
 
 def build_stage(cfg: DictConfig) -> "Stage":
