@@ -131,3 +131,12 @@ def test_optuna_searches(program: Program, tmp_path: Path) -> None:
     assert finished(runs / "0")
     assert finished(runs / "1")
     assert "best_value" in (runs / "optimization_results.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_submitit_launches_a_sweep(program: Program, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
+    arguments = [*small("a", tmp_path, steps=1), "stage.optimizer.lr=1e-3,1e-4"]
+    arguments.remove("stage.optimizer.lr=1e-3")
+    assert program("train", "-m", "hydra/launcher=submitit_local", *arguments) == 0
+    assert all(finished(tmp_path / "default/a" / number) for number in "01")

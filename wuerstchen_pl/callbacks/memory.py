@@ -62,17 +62,22 @@ def needs(
 ) -> dict[str, int]:
     """Bytes on this device, by what they are for."""
     trained = _bytes(p for p in module.parameters() if p.requires_grad)
-    moments = 2 if "betas" in optimizer.defaults else 1
+    moments = (2 if "betas" in optimizer.defaults else 1) * _bits(optimizer) / 32
     ema = getattr(module, "ema", None)
     averaged = ema is not None and ema.device is None
     return {
         "weights": _bytes(module.parameters()) + _bytes(module.buffers()),
         "frozen networks": _frozen(module),
         "gradients": trained,
-        "optimiser": moments * trained,
+        "optimiser": round(moments * trained),
         "averages": trained if averaged else 0,
         "activations": measured(module, batch).kept_bytes,
     }
+
+
+def _bits(optimizer: torch.optim.Optimizer) -> int:
+    """Of a moment of a weight: bitsandbytes' optimisers say 8."""
+    return getattr(getattr(optimizer, "args", None), "optim_bits", 32)
 
 
 def _frozen(module: nn.Module) -> int:

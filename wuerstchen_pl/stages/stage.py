@@ -194,6 +194,20 @@ class Stage(L.LightningModule):
                     f"checkpoint was trained with {wanted[:12]}; put that file back"
                 )
 
+    def check_optimizer(self, trained: dict[str, Any] | None) -> None:
+        """Refuse to hand the moments of one optimiser to another.
+
+        Raises:
+            ValueError: naming both.
+        """
+        now, before = (((c or {}).get("optimizer") or {}) for c in (self.config, trained))
+        if now.get("_target_") != before.get("_target_"):
+            raise ValueError(
+                f"stage.optimizer._target_={now.get('_target_')} cannot go on with the moments of "
+                f"{before.get('_target_')}; choose that one (optimizer@stage.optimizer), or start "
+                "a new run with init_from"
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the averaged weights, the stage's config, and the names of the frozen stages."""
         checkpoint["ema"] = self.ema.state_dict()
@@ -209,6 +223,7 @@ class Stage(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averaged weights back, and refuse to go on over other frozen weights."""
+        self.check_optimizer(checkpoint["stage"])
         self.ema.load_state_dict(checkpoint["ema"])
         self.check_files(checkpoint["files"])
         for name, named in checkpoint["frozen"].items():
