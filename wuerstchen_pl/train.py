@@ -141,8 +141,8 @@ def check_ranges(cfg: DictConfig) -> None:
             f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use here; "
             "use trainer.accelerator=cpu, or mend the driver"
         )
-    strategy = str(OmegaConf.select(cfg, "trainer.strategy._target_"))
-    if strategy.endswith("FullySharded") and cfg.stage.optimizer._target_.startswith("bitsandbytes"):
+    sharded = str(OmegaConf.select(cfg, "trainer.strategy._target_")).endswith("FullySharded")
+    if sharded and cfg.stage.optimizer._target_.startswith("bitsandbytes"):
         raise ValueError(
             "optimizer@stage.optimizer=adamw_8bit knows no sharded weights; use trainer=ddp, or "
             "optimizer@stage.optimizer=adamw, whose moments are sharded too"
