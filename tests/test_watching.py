@@ -288,6 +288,24 @@ def test_what_cannot_fit_is_refused_before_its_first_step(
     assert ("or check_memory=false to try it" in said.err) == bool(code)
 
 
+@pytest.mark.parametrize(("lacking", "fitting"), [(0.5, 2), (1.5, 2), (2.5, 1), (3.5, None)])
+def test_the_largest_batch_that_fits_and_makes_the_same_step_is_named(
+    lacking: float, fitting: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2 batches of 4 samples a step, where so many samples' activations have no room."""
+    module = Line()
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=2)
+    batch = next(batches(1))
+    optimizer = torch.optim.AdamW(module.parameters())
+    module.trainer.strategy.optimizers = [optimizer]
+    of_sample = trial.measured_once(module, batch).kept_bytes_of_sample
+    there = sum(needs(module, optimizer, batch).values()) - lacking * of_sample
+    monkeypatch.setattr(memory, "memory_of", lambda *_: there)
+    named = f"set data.batch_size={fitting} global_batch=8, " if fitting else "set "
+    with pytest.raises(ValueError, match=f"{named}activation_checkpointing=true"):
+        memory.Memory().on_train_batch_start(module.trainer, module, batch, 0)
+
+
 def test_rows_of_a_batch_from_a_cache_are_those_of_its_samples() -> None:
     batch = {"semantic": torch.ones(2, 16, 3, 3), "caption": ["a", "b"], "size": (128, 96),
              "text": torch.ones(2, 7, 4), "empty_text": torch.ones(1, 7, 4)}  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wuerstchen_pl.callbacks.trial import measured
+from wuerstchen_pl.callbacks.trial import measured_once
 
 GB = 1e9
 
@@ -42,19 +42,34 @@ class Memory(L.Callback):
         self._looked = True
         needed = needs(pl_module, trainer.optimizers[0], batch)
         total, there = sum(needed.values()), memory_of(pl_module.device, trainer.num_devices)
+        of_sample = measured_once(pl_module, batch).kept_bytes_of_sample
+        room = len(batch["caption"]) + int((there - total) // max(1, of_sample))
         if trainer.is_global_zero:
             parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in needed.items())
-            tqdm.write(f"memory, GB of {there / GB:.1f}: {parts}; in all {total / GB:.2f}")
+            tqdm.write(
+                f"memory, GB of {there / GB:.1f}: {parts}; in all {total / GB:.2f}; "
+                f"room for {max(0, room)} samples at once"
+            )
         # all together, as one that stopped would leave the others waiting
         short = torch.tensor(float(total > there), device=pl_module.device)
         if self.refuse and float(trainer.strategy.reduce(short, reduce_op="max")):
             most = max(needed, key=lambda name: needed[name])
             raise ValueError(
                 f"training needs about {total / GB:.1f} GB on each device, most of it "
-                f"{most}, and there are {there / GB:.1f}; lower data.batch_size and raise "
-                "trainer.accumulate_grad_batches, set activation_checkpointing=true, "
-                "stage.ema.device=cpu or trainer=fsdp, or check_memory=false to try it"
+                f"{most}, and there are {there / GB:.1f}; set {_fitting(trainer, batch, room)}"
+                "activation_checkpointing=true, stage.ema.device=cpu or trainer=fsdp, or "
+                "check_memory=false to try it"
             )
+
+
+def _fitting(trainer: L.Trainer, batch: dict, room: int) -> str:
+    """The largest batch that has room and makes the same step; nothing if none has."""
+    rows = len(batch["caption"])
+    of_process = rows * trainer.accumulate_grad_batches
+    fitting = [n for n in range(1, min(room, rows) + 1) if of_process % n == 0]
+    if not fitting:
+        return ""
+    return f"data.batch_size={fitting[-1]} global_batch={of_process * trainer.world_size}, "
 
 
 def needs(
@@ -71,7 +86,7 @@ def needs(
         "gradients": trained,
         "optimiser": round(moments * trained),
         "averages": trained if averaged else 0,
-        "activations": measured(module, batch).kept_bytes,
+        "activations": measured_once(module, batch).kept_bytes,
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
-from wuerstchen_pl.callbacks.trial import measured
+from wuerstchen_pl.callbacks.trial import measured_once
 
 PEAK_TFLOPS = {
     "A100": 312, "H100": 989, "H200": 989, "B200": 2250, "A10": 125, "A40": 150, "L4": 121,
@@ -73,7 +73,7 @@ class Throughput(L.Callback):
         self._waited += time.perf_counter() - self._batch_ended - (saving - self._saved)
         self._saved = saving
         if self._flops_per_sample is None:
-            self._flops_per_sample = measured(pl_module, batch).flops_of_sample
+            self._flops_per_sample = measured_once(pl_module, batch).flops_of_sample
 
     def on_train_batch_end(
         self,

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -19,6 +20,17 @@ class Measured(NamedTuple):
 
     flops_of_sample: float  # of forward and backward; a product and a sum are two
     kept_bytes: int  # of the whole batch, by the forward pass for the backward pass, weights apart
+    kept_bytes_of_sample: float
+
+
+_MEASURED: WeakKeyDictionary[nn.Module, Measured] = WeakKeyDictionary()
+
+
+def measured_once(module: L.LightningModule, batch: dict[str, Any]) -> Measured:
+    """``measured`` with the first batch of a run, whoever asks."""
+    if module not in _MEASURED:
+        _MEASURED[module] = measured(module, batch)
+    return _MEASURED[module]
 
 
 def measured(module: L.LightningModule, batch: dict[str, Any]) -> Measured:
@@ -32,10 +44,11 @@ def measured(module: L.LightningModule, batch: dict[str, Any]) -> Measured:
     few, more = (2, 4) if rows >= 4 else (rows, rows)
     flops, kept = _tried(module, first_rows(batch, few))
     if few == more:
-        return Measured(flops / rows, kept)
+        return Measured(flops / rows, kept, kept / rows)
     more_flops, more_kept = _tried(module, first_rows(batch, more))
     of_sample = (more_kept - kept) / (more - few)
-    return Measured((more_flops - flops) / (more - few), round(kept + of_sample * (rows - few)))
+    in_all = round(kept + of_sample * (rows - few))
+    return Measured((more_flops - flops) / (more - few), in_all, of_sample)
 
 
 def _tried(module: L.LightningModule, batch: dict[str, Any]) -> tuple[int, int]:
