@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -43,16 +43,19 @@ class Run:
         root: where it is written.
         steps: of the whole run.
         processes: of each life.
+        more: keys of its command line.
     """
 
-    def __init__(self, root: Path, steps: int, processes: int = 1) -> None:
-        self.root, self.steps, self.processes = root, steps, processes
+    def __init__(
+        self, root: Path, steps: int, processes: int = 1, more: Sequence[str] = ()
+    ) -> None:
+        self.root, self.steps, self.processes, self.more = root, steps, processes, more
         self.folder = root / "default/a"
 
     def live(self) -> subprocess.Popen[bytes]:
         """Start it, or go on."""
         module = ["-m", "wuerstchen_pl.train", *SMALL, f"trainer.max_steps={self.steps}"]
-        module.append(f"paths.root={self.root}")
+        module += [f"paths.root={self.root}", *self.more]
         if self.processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone"]
             module = [*launcher, f"--nproc-per-node={self.processes}", *module]
@@ -84,10 +87,12 @@ class Run:
         return checkpoint.read(checkpoint.find(self.folder))
 
 
-def kills(root: Path, *, times: int, steps: int, processes: int, seed: int) -> list[str]:
+def kills(
+    root: Path, *, times: int, steps: int, processes: int, seed: int, more: Sequence[str] = ()
+) -> list[str]:
     """Kill a run so many times; what differs at the end."""
     rng = random.Random(seed)
-    run = Run(root / "killed", steps, processes)
+    run = Run(root / "killed", steps, processes, more)
     for number in range(times):
         process, before = run.live(), run.step()
         if rng.random() < 0.8:  # or else while it starts
@@ -99,7 +104,7 @@ def kills(root: Path, *, times: int, steps: int, processes: int, seed: int) -> l
         begun = any(run.folder.glob("checkpoints/*.partial"))
         print(f"kill {number + 1}: step {run.step()}", "in the midst of saving" if begun else "")
     run.finish()
-    whole = Run(root / "whole", steps, processes)
+    whole = Run(root / "whole", steps, processes, more)
     whole.finish()
     return differing(run.end(), whole.end())
 
@@ -126,7 +131,7 @@ def children(pid: int) -> list[int]:
     return [int(each) for each in path.read_text().split()] if path.exists() else []
 
 
-def trouble(root: Path, *, kind: str, steps: int) -> list[str]:
+def trouble(root: Path, *, kind: str, steps: int, more: Sequence[str] = ()) -> list[str]:
     """Let a run's disk fill up, or turn read-only, and mend it; what differs at the end.
 
     It has to run where it may mount: `main` sees to that.
@@ -134,7 +139,7 @@ def trouble(root: Path, *, kind: str, steps: int) -> list[str]:
     (root / "disk").mkdir()
     size = "8m" if kind == "full-disk" else "200m"
     mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(root / "disk"))
-    run = Run(root / "disk", steps)
+    run = Run(root / "disk", steps, more=more)
     process = run.live()
     if kind == "full-disk":
         wait_for(partial(run.is_beyond, -1), process)
@@ -153,7 +158,7 @@ def trouble(root: Path, *, kind: str, steps: int) -> list[str]:
     run.end()  # whole, or it raises
     mount("-o", "remount,rw,size=200m", str(root / "disk"))
     run.finish()
-    whole = Run(root / "whole", steps)
+    whole = Run(root / "whole", steps, more=more)
     whole.finish()
     return differing(run.end(), whole.end())
 
@@ -190,11 +195,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=["kills", "full-disk", "read-only"])
+    parser.add_argument("more", nargs="*", help="keys of the run, such as trainer=fsdp")
     parser.add_argument("--times", type=int, default=50, help="kills")
     parser.add_argument("--steps", type=int, default=600, help="of the run")
     parser.add_argument("--processes", type=int, default=1, help="of the run that is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.kind != "kills" and "TORTURE_MAY_MOUNT" not in os.environ:
         command = ["unshare", "--map-root-user", "--mount", sys.executable, "-m", "scripts.torture"]
         environment = {**os.environ, "TORTURE_MAY_MOUNT": "1"}
@@ -204,10 +210,10 @@ def main() -> None:
         if options.kind == "kills":
             found = kills(
                 root, times=options.times, steps=options.steps, processes=options.processes,
-                seed=options.seed,
+                seed=options.seed, more=options.more,
             )  # fmt: skip
         else:
-            found = trouble(root, kind=options.kind, steps=options.steps)
+            found = trouble(root, kind=options.kind, steps=options.steps, more=options.more)
     if found:
         sys.exit(f"differs from the undisturbed run: {', '.join(found[:5])} of {len(found)}")
     print("bit-equal to the undisturbed run")

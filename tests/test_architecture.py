@@ -38,11 +38,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"models", "diffusion"},
     "checkpoint": {"models", "durable", "in_parts"},
     "ema": {"sharding"},
-    "strategy": {"sharding", "in_parts"},
-    "one_file": {"checkpoint", "durable"},
+    "strategy": {"sharding", "in_parts", "put_off"},
+    "one_file": {"checkpoint", "durable", "put_off"},
     "train": SHARED
     | {"callbacks.signals", "checkpoint", "models.blocks", "fingerprint", "one_file", "strategy"},
-    "callbacks": {"sampling.pictures", "durable"},
+    "callbacks": {"sampling.pictures", "durable", "put_off"},
     "data.sources": set(),
     "data.order": {"data.sources"},
     "data.loading": {"data.sources", "data.order"},
@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "durable",
             "sharding",
             "in_parts",
+            "put_off",
         )
     },
     "__init__": {"pipeline", "sampling"},

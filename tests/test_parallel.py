@@ -33,12 +33,13 @@ OF_STAGE = {
     "b": [],
     "c": [],
 }
+IN_BACKGROUND = "callbacks.checkpoints.in_background=true"
 # name: what chooses the strategy, and what runs first, if it goes on from half the way
 STRATEGIES = {
     "ddp": (["trainer=ddp"], None),
     "fsdp": (["trainer=fsdp"], None),
-    "fsdp_one_file": (["trainer=fsdp", "trainer.strategy.in_parts=false"], None),
-    "fsdp_checkpointed": (["trainer=fsdp", "activation_checkpointing=true"], None),
+    "fsdp_one_file": (["trainer=fsdp", "trainer.strategy.in_parts=false", IN_BACKGROUND], None),
+    "fsdp_checkpointed": (["trainer=fsdp", "activation_checkpointing=true", IN_BACKGROUND], None),
     "one_then_fsdp": (["trainer=fsdp"], "one"),
     "fsdp_then_ddp": (["trainer=ddp"], "fsdp"),
     "fsdp_then_fsdp": (["trainer=fsdp"], "fsdp"),

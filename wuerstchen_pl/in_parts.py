@@ -25,8 +25,13 @@ Place = tuple[str | int, ...]
 Template = Callable[[Place, torch.Size, torch.dtype], Tensor]
 
 
-def write(checkpoint: dict[str, Any], folder: Path) -> None:
+def write(checkpoint: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Write a checkpoint, of which each process has a part of the tensors; all have to call it.
+
+    Args:
+        checkpoint: nested dicts and lists of tensors, which may be sharded, and plain values.
+        folder: a new one; one that is there is removed.
+        group: by which the processes talk; None is that of training.
 
     Raises:
         OSError: if the disk is full or fails.
@@ -41,12 +46,12 @@ def write(checkpoint: dict[str, Any], folder: Path) -> None:
         except OSError as error:
             failed = [error]
     if dist.is_initialized():
-        dist.broadcast_object_list(failed)
+        dist.broadcast_object_list(failed, group=group)
     if failed[0] is not None:
         raise failed[0]
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:  # which is no Exception
         raise OSError(_reason(error)) from error
 

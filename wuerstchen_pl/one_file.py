@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from wuerstchen_pl import checkpoint, durable
+from wuerstchen_pl.put_off import hand_over
 
 
 class OneFile(CheckpointIO):
@@ -15,14 +16,18 @@ class OneFile(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a file; not durable yet, and without a hash.
+        """Write a file, or leave that to a ``PutOff``; not durable yet, and without a hash.
 
         Raises:
             OSError: if the disk is full or fails.
         """
-        # A file of Python's: its errors say what is wrong with the disk, torch's do not.
-        with Path(path).open("wb") as file:
-            torch.save(checkpoint, file)
+
+        def write(content: dict[str, Any], group: object) -> None:
+            # A file of Python's: its errors say what is wrong with the disk, torch's do not.
+            with Path(path).open("wb") as file:
+                torch.save(content, file)
+
+        hand_over(checkpoint, write, storage_options)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

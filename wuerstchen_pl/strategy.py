@@ -7,10 +7,12 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from wuerstchen_pl import in_parts
+from wuerstchen_pl.put_off import hand_over
 from wuerstchen_pl.sharding import like, whole
 
 
@@ -48,19 +50,23 @@ class FullySharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a folder, or gather a file.
+        """Write a folder, or gather a file; or leave the writing to a ``PutOff``.
 
         Raises:
             OSError: if the disk is full or fails.
         """
         path = Path(self.broadcast(filepath))
-        if self._save_distributed_checkpoint:
-            in_parts.write(checkpoint, path)
-            return
-        gathered = _gathered(checkpoint, keep=self.global_rank == 0)
-        if self.global_rank == 0:
-            with path.open("wb") as file:
-                torch.save(gathered, file)
+        if not self._save_distributed_checkpoint:
+            checkpoint = _gathered(checkpoint, keep=self.global_rank == 0)
+
+        def write(content: dict[str, Any], group: ProcessGroup | None) -> None:
+            if self._save_distributed_checkpoint:
+                in_parts.write(content, path, group)
+            elif self.global_rank == 0:
+                with path.open("wb") as file:
+                    torch.save(content, file)
+
+        hand_over(checkpoint, write, storage_options)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

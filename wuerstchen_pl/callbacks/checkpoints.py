@@ -2,15 +2,21 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from wuerstchen_pl import durable
+from wuerstchen_pl.put_off import PutOff
+
+_THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
 
 class Checkpoints(Checkpoint):
@@ -22,10 +28,17 @@ class Checkpoints(Checkpoint):
         keep: how many of the newest are kept.
         keep_every_steps: those of whole multiples of so many steps are kept for good; None keeps
             none of them.
+        in_background: copy what is saved into the host's memory, and train on while it is written.
     """
 
     def __init__(
-        self, *, folder: str, every_steps: int, keep: int = 2, keep_every_steps: int | None = None
+        self,
+        *,
+        folder: str,
+        every_steps: int,
+        keep: int = 2,
+        keep_every_steps: int | None = None,
+        in_background: bool = False,
     ) -> None:
         if every_steps < 1 or keep < 1:
             raise ValueError(
@@ -39,13 +52,17 @@ class Checkpoints(Checkpoint):
                 f"checkpoint_every_steps={every_steps}; use one, or null"
             )
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
-        self.keep_every_steps = keep_every_steps
+        self.keep_every_steps, self.in_background = keep_every_steps, in_background
         self.seconds = 0.0  # that saving took
         self._saved_step = -1
+        self._writing: Future[None] | None = None
+        self._group: dist.ProcessGroup | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The step that a run begins or goes on with is not saved anew."""
         self._saved_step = trainer.global_step
+        if dist.is_initialized():  # a group of its own, which training does not wait for
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
     def on_train_batch_end(
         self,
@@ -60,30 +77,75 @@ class Checkpoints(Checkpoint):
         if step % self.every_steps == 0 or step == trainer.max_steps:
             self.save(trainer)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for the last one."""
+        self.finish()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Wait all the same; what is told is the error that there was before."""
+        with suppress(Exception):
+            self.finish()
+
     def save(self, trainer: L.Trainer) -> None:
-        """Save now; all processes have to call it.
+        """Save now, or begin to; all processes have to call it.
 
         Raises:
-            OSError: if it cannot be written; those before are left as they are.
+            OSError: if it, or the one before, cannot be written; those before are left as they are.
         """
+        self.finish()
         step = trainer.global_step
         if step == self._saved_step:  # gradient accumulation: the step has not moved
             return
         began = time.perf_counter()
         path = self.folder / f"step{step:07d}.ckpt"
         aside = path.with_suffix(".partial")
-        # The others wait until it is published: one that ended before would have rank 0 killed.
-        failed = (
-            _first_does(trainer, self._make_room)
-            or _all_write(trainer, aside)
-            or _first_does(trainer, partial(self._publish, aside, path))
+        put_off = PutOff(copied=self.in_background)
+        trainer.save_checkpoint(aside, storage_options=put_off)
+        write = partial(self._write, put_off, path, aside, trainer.is_global_zero)
+        if self.in_background:
+            self._writing = _THREAD.submit(write)
+        else:
+            write()
+        self._saved_step = step
+        self.seconds += time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Wait until what was begun is written; all processes have to call it.
+
+        Raises:
+            OSError: if it could not be.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, put_off: PutOff, path: Path, aside: Path, first: bool) -> None:
+        """Write and publish; the others wait until it is: one that ended would end the first."""
+        steps = (
+            self._make_room if first else None,
+            partial(put_off.do, self._group),
+            partial(self._publish, aside, path) if first else None,
         )
-        if failed:
+        if failed := next(filter(None, (self._agreed(step) for step in steps)), None):
             with suppress(OSError):  # the disk may be one that nothing can be removed from
                 durable.remove(aside)
             raise OSError(f"checkpoint {path} could not be written: {failed}")
-        self._saved_step = step
-        self.seconds += time.perf_counter() - began
+
+    def _agreed(self, work: Callable[[], None] | None) -> str | None:
+        """Let processes do something, and all know why it failed, if it did."""
+        failed = None
+        try:
+            if work is not None:
+                work()
+        except OSError as error:
+            failed = error.strerror or str(error)
+        if self._group is None:
+            return failed
+        of_all: list[str | None] = [None] * self._group.size()
+        dist.all_gather_object(of_all, failed, group=self._group)
+        return next(filter(None, of_all), None)
 
     def _make_room(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,25 +166,3 @@ class Checkpoints(Checkpoint):
         for step, old in saved[: -self.keep]:
             if not self.keep_every_steps or step % self.keep_every_steps:
                 durable.remove(old)
-
-
-def _first_does(trainer: L.Trainer, work: Callable[[], None]) -> str | None:
-    """Let the first process do something, and all know why it failed, if it did."""
-    failed = None
-    if trainer.is_global_zero:
-        try:
-            work()
-        except OSError as error:
-            failed = error.strerror or str(error)
-    return trainer.strategy.broadcast(failed)
-
-
-def _all_write(trainer: L.Trainer, aside: Path) -> str | None:
-    """Let each process write what it has to, and all know why it failed, if it did."""
-    failed = None
-    try:
-        trainer.save_checkpoint(aside)
-    except OSError as error:
-        failed = error.strerror or str(error)
-        trainer.strategy.barrier()  # where those wait that had nothing to write
-    return trainer.strategy.broadcast(failed)

@@ -71,6 +71,7 @@ class Signals(L.Callback):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, Checkpoints):
                     callback.save(trainer)
+                    callback.finish()
             raise Stopped(received)
 
     def _received_by_any(self, trainer: L.Trainer, device: torch.device) -> int:
