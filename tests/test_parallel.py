@@ -115,7 +115,7 @@ def farthest(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, str]:
 
 def losses(run: Path) -> dict[tuple[str, str], float]:
     with (run / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.reader(file) if row[1].startswith("train/")]
+        rows = [row for row in csv.reader(file) if row[1].startswith(("train/", "val/"))]
     return {(step, name): float(value) for step, name, value in rows}
 
 

@@ -1,8 +1,11 @@
 """Random numbers that depend on the seed, the step and the row alone."""
 
+import pytest
 import torch
 
+from tests.stages.conftest import STAGES
 from wuerstchen_pl.stages.draws import Draws, derived
+from wuerstchen_pl.stages.stage import Batch
 
 
 def drawn(rows: int, first_row: int = 0, seed: int = 0, step: tuple[int, int] = (5, 0)) -> list:
@@ -42,3 +45,18 @@ def test_seeds_of_neighbours_have_nothing_in_common() -> None:
     ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_a_pictures_validation_losses_are_its_own(name: str, batch: Batch) -> None:
+    """Whatever else is in the batch, and in whatever order; at a time in each quarter."""
+    stage = STAGES[name]().eval()
+    times, losses = stage.validation_losses(batch)  # type: ignore[operator]
+    assert ((times * 4).long() == torch.arange(4)).all()
+    assert times.unique().numel() == times.numel()
+    turned = {
+        k: v[[2, 0]] if isinstance(v, torch.Tensor) else [v[2], v[0]] for k, v in batch.items()
+    }
+    other_times, other_losses = stage.validation_losses(turned)  # type: ignore[operator]
+    assert torch.equal(other_times, times[[2, 0]])
+    torch.testing.assert_close(other_losses, losses[[2, 0]])

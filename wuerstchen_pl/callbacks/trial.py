@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-OF_ALL = ("size", "empty_text")
+OF_ALL = ("size", "empty_text", "counts")
 """Keys of a batch that hold one thing for all of its samples."""
 
 

@@ -54,17 +54,6 @@ def draw_time(uniform: Tensor) -> Tensor:
     return (1.08 * (1 - uniform.float()) + 0.001).clamp(0.001, 1.0)
 
 
-def validation_draw(x0: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Times spread evenly over (0, 1), and noise, for a batch of latents: a function of ``seed``.
-
-    Returns:
-        (B,) times and noise as ``x0``; the same in every validation, whatever the device.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    t = (torch.arange(len(x0)) + torch.rand(1, generator=rng)) / len(x0)
-    return t.to(x0.device), torch.randn(x0.shape, generator=rng).to(x0)
-
-
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, ...), to multiply ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))

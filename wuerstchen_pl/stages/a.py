@@ -11,7 +11,7 @@ from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.discriminator import Discriminator
 from wuerstchen_pl.models.vqgan import VQGAN, codebook_use
 from wuerstchen_pl.sharding import gathered, set_rows
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, counted
 
 
 class StageA(Stage):
@@ -211,9 +211,10 @@ class StageA(Stage):
             error = F.mse_loss(self.reconstruct(images), images, reduction="none")
         psnr = -10 * error.flatten(1).mean(dim=1).log10().mean()
         codes = len(self.val_code_uses)
-        self.val_code_uses += torch.bincount(terms["indices"].flatten(), minlength=codes)
+        if counted(batch):
+            self.val_code_uses += torch.bincount(terms["indices"].flatten(), minlength=codes)
         metrics = {"val/loss": loss, "val/psnr": psnr}
-        self.log_dict(metrics, batch_size=len(images), sync_dist=True)
+        self.log_dict(metrics, batch_size=counted(batch), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Codebook use, on all processes together."""

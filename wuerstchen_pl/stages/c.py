@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
 from wuerstchen_pl.diffusion.sampler import Method, generators, randn
-from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time, validation_draw
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
 from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
@@ -16,8 +16,9 @@ from wuerstchen_pl.sampling.place import Place
 from wuerstchen_pl.sampling.prior import PriorPipeline
 from wuerstchen_pl.sharding import gathered
 from wuerstchen_pl.stages.b import StageB
+from wuerstchen_pl.stages.draws import validation_losses
 from wuerstchen_pl.stages.loss_bands import LossBands
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, text_of
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, counted, text_of
 
 
 class StageC(Stage):
@@ -188,14 +189,20 @@ class StageC(Stage):
     # Validation, on averaged weights
 
     @torch.no_grad()
+    def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, 4) times in (0, 1) and the losses there; which, is by ``batch["key"]`` alone."""
+        x0, text = self.latents(batch), cast(Tensor, text_of(batch, self.text))
+
+        def loss(t: Tensor, noise: Tensor) -> Tensor:
+            return self.loss(x0, t, noise, text)
+
+        return validation_losses(loss, batch["key"], x0)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss, at the same times and noise in every validation."""
+        """The mean of ``validation_losses``."""
         with self.ema.applied(self):
-            x0 = self.latents(batch)
-            t, noise = validation_draw(x0, seed=batch_idx)
-            text = text_of(batch, self.text)
-            loss = self.loss(x0, t, noise, cast(Tensor, text)).mean()
-        self.log("val/loss", loss, batch_size=len(x0), sync_dist=True)
+            losses = self.validation_losses(batch)[1]
+        self.log("val/loss", losses.mean(), batch_size=counted(batch), sync_dist=True)
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:

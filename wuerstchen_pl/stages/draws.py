@@ -1,10 +1,12 @@
 """Random numbers of a training batch: functions of (seed, step, row), and of nothing else.
 
 So a run goes on exactly from any checkpoint, with no generator's state to keep, and two processes
-with half a batch each draw what one draws with the whole.
+with half a batch each draw what one draws with the whole. Those of validation are functions of the
+picture's key: its losses are the same in every run, batch and process.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +46,30 @@ class Draws:
     def choice(self, size: int, number: int) -> Tensor:
         """(number,) indices below ``size``, the same in every process."""
         return torch.randint(size, (number,), generator=self._batch)
+
+
+VALIDATION_TIMES = 4
+"""Times at which each picture is validated, one in each quarter of (0, 1)."""
+
+
+def validation_losses(
+    loss: Callable[[Tensor, Tensor], Tensor], keys: Sequence[str], x0: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Losses of pictures at times and with noise that their keys choose.
+
+    Args:
+        loss: (B,) times and noise as ``x0`` -> (B,) losses.
+        keys: B names.
+        x0: (B, ...) latents.
+
+    Returns:
+        times and losses, (B, VALIDATION_TIMES).
+    """
+    rows = generators([derived("validation", key) for key in keys])
+    places = torch.stack([torch.rand(VALIDATION_TIMES, generator=row) for row in rows])
+    times = ((torch.arange(VALIDATION_TIMES) + places) / VALIDATION_TIMES).to(x0.device)
+    losses = [loss(t, randn(x0.shape, rows, x0.device)) for t in times.unbind(1)]
+    return times, torch.stack(losses, dim=1)
 
 
 def derived(*parts: int | str) -> int:

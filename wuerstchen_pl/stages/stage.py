@@ -45,6 +45,11 @@ def text_of(
     return torch.where(dropped.to(text.device)[:, None, None], batch["empty_text"], text)
 
 
+def counted(batch: Batch) -> int:
+    """The samples of a validation batch, but for those that another process has as well."""
+    return len(batch["caption"]) if batch.get("counts", True) else 0
+
+
 class WarmupCosine:
     """Factor of the learning rate: linear from 0 to 1, then constant or half a cosine down to 0.
 

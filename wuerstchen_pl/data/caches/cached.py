@@ -13,6 +13,7 @@ state of the empty caption, so that captions can still be dropped. Batches:
     size        (H, W) in pixels of the pictures
     caption     list of B str
     key         list of B str
+    counts      False if another process has the same samples
 """
 
 import json
@@ -142,7 +143,7 @@ class Tensors(Dataset[tuple[Batch, Report]]):
         if self.has_text:
             batch["text"] = torch.cat(text).float()
             batch["empty_text"] = _empty(str(self.source.root / EMPTY))
-        batch |= {"size": request.size, "caption": captions}
+        batch |= {"size": request.size, "caption": captions, "counts": request.counts}
         batch["key"] = [drawn.sample.key for drawn in request.rows]
         return batch, Report()
 

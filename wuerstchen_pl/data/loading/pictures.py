@@ -5,6 +5,7 @@ A batch is a dict, and every batch has one size, its bucket:
     image    (B, 3, H, W) float32 in [0, 1], RGB
     caption  list of B str
     key      list of B str, the samples' names
+    counts   False if another process has the same samples, as some have at the end of a split
 
 B is the batch size, less the pictures that turn out unreadable.
 """
@@ -88,6 +89,7 @@ class Pictures(Dataset[tuple[Batch, Report]]):
             "image": images.permute(0, 3, 1, 2).float().div_(255),
             "caption": [caption for _, caption, _ in rows],
             "key": [key for _, _, key in rows],
+            "counts": request.counts,
         }
         return batch, report
 

@@ -25,11 +25,13 @@ class Request(NamedTuple):
         size: (height, width) of its pictures.
         rows: its samples; a turn of -1 takes the first caption and the middle of the picture.
         spare: what takes the place of all rows if none is readable; None leaves the batch empty.
+        counts: False if another process has these rows as well.
     """
 
     size: Size
     rows: tuple[Drawn, ...]
     spare: tuple[Drawn, ...] | None = ()
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,8 @@ def in_order(
     """List requests so that each sample comes exactly once, unshuffled; the fullest bucket first.
 
     The last batch of a bucket may be smaller. With several ranks a batch is dealt out in turns; a
-    rank that would get nothing repeats its first sample, as ranks must take equally many steps.
+    rank that would get nothing repeats its first sample, which does not count, as ranks must take
+    equally many steps.
     """
     waiting: dict[Size, list[Drawn]] = {}
     for number, sample in enumerate(samples):
@@ -242,8 +245,8 @@ def in_order(
     for size, rows in sorted(waiting.items(), key=lambda bucket: (-len(bucket[1]), bucket[0])):
         for start in range(0, len(rows), batch_size * world_size):
             chunk = rows[start : start + batch_size * world_size]
-            own = chunk[rank::world_size] or chunk[:1]
-            found.append(Request(size, tuple(own), spare))
+            own = chunk[rank::world_size]
+            found.append(Request(size, tuple(own or chunk[:1]), spare, counts=bool(own)))
     return found
 
 
