@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"models", "diffusion"},
     "checkpoint": {"models", "durable", "in_parts"},
     "ema": {"sharding"},
+    "metrics": {"models", "durable"},
     "strategy": {"sharding", "in_parts", "put_off"},
     "one_file": {"checkpoint", "durable", "put_off"},
     "train": SHARED
@@ -53,7 +54,6 @@ MAY_IMPORT: dict[str, set[str]] = {
             "models",
             "diffusion",
             "data",
-            "metrics",
             "fingerprint",
             "durable",
             "sharding",
