@@ -5,6 +5,7 @@ again, and what was interrupted goes on.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -60,9 +61,12 @@ def main() -> None:
             "ckpt=auto",
             f"trainer.precision={precision}",
         )
-    metrics, newest = folder / "metrics.json", max((folder / "c/checkpoints").glob("step*.ckpt"))
-    if not metrics.is_file() or metrics.stat().st_mtime < newest.stat().st_mtime:
-        run("evaluate", f"model={folder}/c", f"output_dir={folder}", f"bf16={bf16}")
+    measured = folder / "evaluation"
+    newest = max((folder / "c/checkpoints").glob("step*.ckpt")).stat().st_mtime
+    if measured.is_dir() and measured.stat().st_mtime < newest:  # of weights before these
+        shutil.rmtree(measured)
+    if not (measured / "metrics.json").is_file():
+        run("evaluate", f"model={folder}/c", f"output_dir={measured}", f"bf16={bf16}")
     page = write_page(folder, bf16=bf16)
     minutes = (time.monotonic() - start) / 60
     print(f"\n{minutes:.1f} minutes on {torch.get_num_threads()} threads. Look at {page}")

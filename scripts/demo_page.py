@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wuerstchen_pl import WuerstchenPipeline
-from wuerstchen_pl.evaluate import draw_like, run_data
-from wuerstchen_pl.pipeline.draw import Settings, autoencoded, draw, reconstructed
+from wuerstchen_pl.evaluation.data import DataPictures, run_data
+from wuerstchen_pl.evaluation.folder import Folder
+from wuerstchen_pl.pipeline.draw import autoencoded, draw, reconstructed
 from wuerstchen_pl.sample import tile
-from wuerstchen_pl.sampling.pictures import to_pil
+from wuerstchen_pl.sampling.pictures import to_pil, to_tensor
 
 NUM_TRAINING = 32
 OWN_CAPTIONS = (
@@ -43,12 +44,9 @@ def write_page(folder: Path, *, bf16: bool) -> Path:
         str(folder / "c"), torch_dtype=torch.bfloat16 if bf16 else torch.float32
     )
     data = run_data(folder / "c")
-    pictures, captions = [], []
-    for batch in data.in_order("train"):
-        pictures += list(batch["image"])
-        captions += batch["caption"]
-    chosen = [i * len(pictures) // NUM_TRAINING for i in range(NUM_TRAINING)]
-    drawn = draw_like(pipeline, pictures, captions, chosen, Settings(), seed=0)
+    drawn = Folder(folder / "evaluation/pictures")
+    number = min(NUM_TRAINING, len(drawn))
+    chosen = [i * len(drawn) // number for i in range(number)]
     own = list(
         tqdm(
             draw(pipeline, OWN_CAPTIONS, seeds=range(len(OWN_CAPTIONS)), height=64, width=64),
@@ -64,12 +62,11 @@ def write_page(folder: Path, *, bf16: bool) -> Path:
                     [figure(p, c) for p, c in zip(own, OWN_CAPTIONS, strict=True)]),
             section("Training captions", "Left the drawing, right what the model draws from its "
                     "caption alone (Stages C, B, A).",
-                    [pair((pictures[i], "drawing"), (p, captions[i]))
-                     for i, p in zip(chosen, drawn, strict=True)]),
+                    beside_their_drawings(drawn, data, chosen)),
             section("Reconstructions of validation pictures", "Input, Stage A, and compressor + "
                     "Stage B + Stage A.", reconstructions(pipeline, data)),
             "<h2>Losses</h2>", *[curve(folder / s, s) for s in "abc"],
-            "<h2>Numbers</h2>", numbers(folder / "metrics.json"),
+            "<h2>Numbers</h2>", numbers(folder / "evaluation/metrics.json"),
         ]
     )  # fmt: skip
     page = folder / "index.html"
@@ -97,6 +94,19 @@ def figure(picture: Tensor, label: str) -> str:
 def pair(*labelled: tuple[Tensor, str]) -> str:
     """Pictures that belong together, in one frame."""
     return f'<div class="pair">{"".join(figure(*item) for item in labelled)}</div>'
+
+
+def beside_their_drawings(drawn: Folder, data: object, chosen: list[int]) -> list[str]:
+    """A frame for each chosen picture: the training picture of its caption, and it."""
+    pictures = DataPictures(data)
+    captioned, training = pictures.captioned(len(drawn)), list(pictures)
+    return [
+        pair(
+            (training[captioned[i].place] / 255, "drawing"),
+            (to_tensor(drawn.picture(i))[0], captioned[i].caption),
+        )
+        for i in chosen
+    ]
 
 
 def reconstructions(pipeline: WuerstchenPipeline, data: object) -> list[str]:
@@ -136,12 +146,10 @@ def curve(run: Path, stage: str, width: int = 320, height: int = 160) -> str:
 
 
 def numbers(path: Path) -> str:
-    """The metrics as a table."""
+    """The metrics as a table, with their 95 % intervals."""
     rows = ""
-    for group, values in json.loads(path.read_text()).items():
-        if isinstance(values, dict):
-            cells = ", ".join(
-                f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, int | float)
-            )
-            rows += f"<tr><th>{group}</th><td>{cells}</td></tr>" if cells else ""
+    for name, found in json.loads(path.read_text())["metrics"].items():
+        low, high = found["low"], found["high"]
+        interval = "" if low is None else f"{low:.4g} to {high:.4g}"
+        rows += f"<tr><th>{name}</th><td>{found['value']:.4g}</td><td>{interval}</td></tr>"
     return f"<table>{rows}</table>"

@@ -16,6 +16,7 @@ ENTRY_POINTS = {"train", "sample", "evaluate", "cache", "convert"}
 SHARED = {"cli", "config"}
 BELOW_ENTRY_POINTS = {
     "pipeline",
+    "evaluation",
     "stages",
     "metrics",
     "checkpoint",
@@ -32,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "card": {"checkpoint", "durable"},
     "cli": {"config"},
     "config": set(),
+    "evaluation": {"metrics", "pipeline", "checkpoint", "models", "sampling"},
     "pipeline": {"sampling", "layouts", "checkpoint", "diffusion", "models"},
     "layouts": {"checkpoint", "models"},
     "stages": {"sampling", "models", "diffusion", "ema", "checkpoint", "durable", "sharding"},

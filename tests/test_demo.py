@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.demo_page import NUM_TRAINING, OWN_CAPTIONS, write_page
-from wuerstchen_pl.evaluate import run_data
+from scripts.demo_page import OWN_CAPTIONS, write_page
+from wuerstchen_pl.evaluation.data import run_data
 
 
 def test_the_page_shows_pictures_curves_and_numbers(
@@ -14,12 +14,13 @@ def test_the_page_shows_pictures_curves_and_numbers(
 ) -> None:
     folder = tmp_path / "outputs" / "default"
     shutil.copytree(cascade, folder)
-    fast = ["num_captions=4", "sample.prior_steps=2", "sample.decoder_steps=1"]
-    assert program("evaluate", f"model={folder / 'c'}", f"output_dir={folder}", *fast) == 0
+    fast = ["num_prompts=4", "sample.prior_steps=2", "sample.decoder_steps=1"]
+    measured = folder / "evaluation"
+    assert program("evaluate", f"model={folder / 'c'}", f"output_dir={measured}", *fast) == 0
     page = write_page(folder, bf16=False).read_text(encoding="utf-8")
     validation = sum(len(batch["image"]) for batch in run_data(folder / "c").in_order("val"))
-    assert page.count("<figure") == len(OWN_CAPTIONS) + 2 * NUM_TRAINING + 3 * validation
+    assert page.count("<figure") == len(OWN_CAPTIONS) + 2 * 4 + 3 * validation
     assert page.count("<svg") == 3
-    numbers = json.loads((folder / "metrics.json").read_text())
-    assert f"<th>stage_a</th><td>psnr {numbers['stage_a']['psnr']:.4g}," in page
+    numbers = json.loads((measured / "metrics.json").read_text())["metrics"]
+    assert f"<th>stage_a/psnr</th><td>{numbers['stage_a/psnr']['value']:.4g}</td>" in page
     assert (folder / "own_captions.png").is_file()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wuerstchen_pl import WuerstchenPipeline
-from wuerstchen_pl.evaluate import codes_used
+from wuerstchen_pl.evaluation.own_data import codebook
 from wuerstchen_pl.pipeline.draw import Settings
 from wuerstchen_pl.pipeline.draw import draw as draw_all
 
@@ -56,12 +56,12 @@ def test_sizes_that_cannot_be_drawn_are_refused(
 
 def test_codebook_use_counts_what_stage_a_chooses(pipeline: WuerstchenPipeline) -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    use = codes_used(pipeline, [images[:1], images[1:]])
+    use = codebook(pipeline, [images[:1], images[1:]])
     vqgan = pipeline.decoder.vqgan
     with torch.no_grad():
         chosen = vqgan.quantizer.indices(vqgan.features(images)).flatten()
     counts = torch.bincount(chosen, minlength=16).double()
     share = counts / counts.sum()
     entropy = -(share[share > 0] * share[share > 0].log()).sum()
-    assert use["perplexity"] == pytest.approx(float(entropy.exp()), rel=1e-4)
-    assert use["dead"] == int((counts == 0).sum())
+    assert use["codebook/perplexity"].value == pytest.approx(float(entropy.exp()), rel=1e-4)
+    assert use["codebook/dead"].value == int((counts == 0).sum())

@@ -187,7 +187,7 @@ def test_sampling_commands(
 @pytest.mark.parametrize("arguments", commands("evaluate"), ids=lambda a: " ".join(a)[:60])
 def test_evaluation_commands(arguments: list[str], cascade: Path, tmp_path: Path) -> None:
     arguments = [a for a in arguments if not a.startswith("model=")]
-    fast = ["num_captions=4", "sample.prior_steps=2", "sample.decoder_steps=1"]
+    fast = ["num_prompts=4", "sample.prior_steps=2", "sample.decoder_steps=1"]
     where = [f"model={cascade / 'c'}", f"output_dir={tmp_path}"]
     assert run_program("evaluate", [*arguments, *fast, *where]) == 0
     assert (tmp_path / "metrics.json").is_file()

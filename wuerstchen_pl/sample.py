@@ -1,7 +1,5 @@
 """Draw pictures from text: ``python -m wuerstchen_pl.sample prompt="a red heart"``."""
 
-import json
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -13,14 +11,13 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.pipeline.draw import Settings, draw
 from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
-from wuerstchen_pl.sampling.pictures import to_pil
+from wuerstchen_pl.sampling.pictures import write_png
 
 READ: Mapping[str, Any] = {
     "model": str,
@@ -115,31 +112,6 @@ def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
 def slug(prompt: str) -> str:
     """A prompt as part of a file's name, in ASCII."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "prompt"
-
-
-def write_png(path: Path, picture: torch.Tensor, facts: dict) -> None:
-    """Write (3, H, W) in [0, 1] as PNG with ``facts`` in its metadata; whole, or not at all.
-
-    Raises:
-        OSError: if it cannot be written, naming the path.
-    """
-    info = PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    aside = path.with_suffix(".partial")
-    try:
-        made = not path.parent.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            to_pil(picture).save(aside, format="PNG", pnginfo=info)
-            os.replace(aside, path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            if made:
-                path.parent.rmdir()
-            raise
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def tile(pictures: list[torch.Tensor], columns: int) -> torch.Tensor:

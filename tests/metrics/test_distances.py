@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
-from wuerstchen_pl.metrics.distances import check_enough, frechet, inception_score, kernel
+from wuerstchen_pl.metrics.distances import FrechetTo, check_enough, inception_score, kernel
 from wuerstchen_pl.metrics.networks import Inception, Random, batched, square
 
 
@@ -32,6 +32,10 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(net.state_dict(), path)
     return path
+
+
+def frechet(ours: Tensor, reference: Tensor) -> float:
+    return FrechetTo(reference)(ours)
 
 
 def pictures(number: int, seed: int) -> Tensor:

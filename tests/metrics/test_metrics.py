@@ -5,25 +5,24 @@ import math
 import pytest
 import torch
 
-from wuerstchen_pl.metrics.reconstruction import reconstruction
-from wuerstchen_pl.metrics.retrieval import pooled_pixels, retrieval, shifted
+from wuerstchen_pl.metrics.reconstruction import compared, psnr, ssim
+from wuerstchen_pl.metrics.retrieval import pooled_pixels, ranks, shifted
 
 
 def test_retrieval_of_the_pictures_themselves_is_perfect() -> None:
     features = torch.randn(20, 7, generator=torch.Generator().manual_seed(0))
     own = list(range(0, 20, 3))
-    assert retrieval(features[own], features, own) == {"top1": 1, "top5": 1, "chance_top5": 0.25}
+    assert ranks(features[own], features, own) == [0] * len(own)
 
 
 def test_retrieval_counts_ranks() -> None:
     reference = torch.arange(10.0)[:, None]
     # nearest to 0.2 are 0, 1, 2, 3, 4: its own is second in one case, sixth in the other
-    found = retrieval(torch.tensor([[0.2], [0.2]]), reference, [1, 5])
-    assert (found["top1"], found["top5"]) == (0, 0.5)
+    assert ranks(torch.tensor([[0.2], [0.2]]), reference, [1, 5]) == [1, 5]
 
 
 def test_equal_pictures_do_not_count_as_found() -> None:
-    assert retrieval(torch.zeros(4, 3), torch.zeros(8, 3), [0, 1, 2, 3])["top5"] == 0
+    assert ranks(torch.zeros(4, 3), torch.zeros(8, 3), [0, 1, 2, 3]) == [7] * 4
 
 
 def test_the_control_gives_nobody_its_own() -> None:
@@ -42,13 +41,9 @@ def test_pooled_pixels_do_not_depend_on_the_size() -> None:
 def test_psnr_is_that_of_the_error_of_each_picture() -> None:
     a = torch.full((2, 3, 16, 16), 0.5)
     b = a + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
-    wanted = (-20 * math.log10(0.1) - 20 * math.log10(0.01)) / 2
-    found = reconstruction([(a, b)])
+    wanted = [-20 * math.log10(0.1), -20 * math.log10(0.01)]
+    found = compared([(a, b)], {"psnr": psnr, "ssim": ssim})
     assert found["psnr"] == pytest.approx(wanted, abs=1e-3)
-    assert found["pictures"] == 2
-    assert reconstruction([(a[:1], b[:1]), (a[1:], b[1:])]) == pytest.approx(found)
-
-
-def test_nothing_to_measure_is_refused() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        reconstruction([])
+    assert found["ssim"][0] < found["ssim"][1] < 1
+    parts = compared([(a[:1], b[:1]), (a[1:], b[1:])], {"psnr": psnr, "ssim": ssim})
+    assert parts == found

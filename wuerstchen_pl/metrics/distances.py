@@ -22,17 +22,23 @@ class _Given(nn.Module):
         return features
 
 
-def frechet(ours: Tensor, reference: Tensor) -> float:
-    """Frechet distance of two normal distributions (Heusel et al. 2017, arXiv 1706.08500).
+class FrechetTo:
+    """Frechet distance to a set, both taken as normal (Heusel et al. 2017, arXiv 1706.08500).
 
     Args:
-        ours: (N, D) features.
-        reference: (M, D).
+        reference: (M, D) features.
     """
-    metric = FrechetInceptionDistance(feature=_Given(ours.shape[1]))
-    metric.update(reference.double(), real=True)
-    metric.update(ours.double(), real=False)
-    return float(metric.compute())
+
+    def __init__(self, reference: Tensor) -> None:
+        given = _Given(reference.shape[1])
+        self.metric = FrechetInceptionDistance(feature=given, reset_real_features=False)
+        self.metric.update(reference.double(), real=True)
+
+    def __call__(self, ours: Tensor) -> float:
+        """(N, D) features -> the distance."""
+        self.metric.reset()
+        self.metric.update(ours.double(), real=False)
+        return float(self.metric.compute())
 
 
 def check_enough(name: str, ours: Tensor, reference: Tensor) -> None:

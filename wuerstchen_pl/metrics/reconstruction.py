@@ -1,33 +1,43 @@
 """How well pictures come back: PSNR and SSIM by torchmetrics."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
 
+Compare = Callable[[Tensor, Tensor], Tensor]
+"""Two (1, 3, H, W) in [0, 1] -> one number."""
 
-def reconstruction(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Measure batches of (original, reconstruction); sizes may differ from batch to batch.
+
+def psnr(original: Tensor, back: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of one picture, in dB."""
+    return peak_signal_noise_ratio(back, original, data_range=1.0)
+
+
+def ssim(original: Tensor, back: Tensor) -> Tensor:
+    """Structural similarity of one picture, at most 1."""
+    found = structural_similarity_index_measure(back, original, data_range=1.0)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def compared(
+    pairs: Iterable[tuple[Tensor, Tensor]], by: dict[str, Compare]
+) -> dict[str, list[float]]:
+    """Compare batches of (original, reconstruction), picture by picture.
 
     Args:
-        pairs: two (B, 3, H, W) in [0, 1] each.
+        pairs: two (B, 3, H, W) in [0, 1] each; sizes may differ from batch to batch.
+        by: name -> what compares.
 
     Returns:
-        ``psnr`` in dB and ``ssim``, the means over pictures, and ``pictures``.
-
-    Raises:
-        ValueError: if there is no batch.
+        name -> a number for each picture.
     """
-    psnr, ssim = [], []
+    found: dict[str, list[float]] = {name: [] for name in by}
     for original, back in pairs:
         for x, y in zip(original.split(1), back.split(1), strict=True):
-            psnr.append(peak_signal_noise_ratio(y, x, data_range=1.0))
-            ssim.append(structural_similarity_index_measure(y, x, data_range=1.0))
-    if not psnr:
-        raise ValueError("no picture to measure; the data's split is empty")
-    means = [float(torch.stack([torch.as_tensor(v) for v in m]).mean()) for m in (psnr, ssim)]
-    return {"psnr": means[0], "ssim": means[1], "pictures": len(psnr)}
+            for name, compare in by.items():
+                found[name].append(float(compare(x, y)))
+    return found

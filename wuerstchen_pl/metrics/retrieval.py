@@ -15,8 +15,8 @@ def pooled_pixels(pictures: Iterable[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def retrieval(drawn: Tensor, reference: Tensor, own: Sequence[int]) -> dict[str, float]:
-    """Rank every reference by its Euclidean distance to a drawn picture.
+def ranks(drawn: Tensor, reference: Tensor, own: Sequence[int]) -> list[int]:
+    """How many other references are as near to each drawn picture as the one of its own caption.
 
     Args:
         drawn: (N, D) features of drawn pictures.
@@ -24,18 +24,12 @@ def retrieval(drawn: Tensor, reference: Tensor, own: Sequence[int]) -> dict[str,
         own: N indices into ``reference``: the picture of the caption that was drawn.
 
     Returns:
-        ``top1`` and ``top5``: the share of drawn pictures whose own is nearest, or among the five
-        nearest, and ``chance_top5``. A tie counts against the drawn picture.
+        N ranks from 0 on, by Euclidean distance; a tie counts against the drawn picture.
     """
     distance = torch.cdist(drawn.double(), reference.double())
     right = torch.as_tensor(own, device=drawn.device)
     own_distance = distance.gather(1, right[:, None])
-    closer = (distance <= own_distance).sum(dim=1) - 1  # itself is not
-    return {
-        "top1": float((closer < 1).double().mean()),
-        "top5": float((closer < 5).double().mean()),
-        "chance_top5": min(1.0, 5 / len(reference)),
-    }
+    return ((distance <= own_distance).sum(dim=1) - 1).tolist()  # itself is not another
 
 
 def shifted(own: Sequence[int]) -> list[int]:

@@ -1,10 +1,14 @@
 """Between tensors and the pictures that users give and ask for."""
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
@@ -115,3 +119,28 @@ def cover(images: Tensor, height: int, width: int) -> Tensor:
     down, across = height - images.shape[-2], width - images.shape[-1]
     around = (across // 2, across - across // 2, down // 2, down - down // 2)
     return torch.nn.functional.pad(images, around, mode="replicate")
+
+
+def write_png(path: Path, picture: Tensor, facts: dict) -> None:
+    """Write (3, H, W) in [0, 1] as PNG with ``facts`` in its metadata; whole, or not at all.
+
+    Raises:
+        OSError: if it cannot be written, naming the path.
+    """
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    aside = path.with_suffix(".partial")
+    try:
+        made = not path.parent.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            to_pil(picture).save(aside, format="PNG", pnginfo=info)
+            os.replace(aside, path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            if made:
+                path.parent.rmdir()
+            raise
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error

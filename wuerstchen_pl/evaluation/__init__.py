@@ -1,0 +1,1 @@
+"""How good the pictures are: prompts -> a folder of pictures -> scores -> a report."""

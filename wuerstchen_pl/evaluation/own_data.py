@@ -1,0 +1,180 @@
+"""Scores of a model on the data that it was trained on."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wuerstchen_pl.evaluation.folder import Folder
+from wuerstchen_pl.evaluation.pictures import called, distance, features
+from wuerstchen_pl.metrics.distances import FrechetTo, check_enough
+from wuerstchen_pl.metrics.networks import Network
+from wuerstchen_pl.metrics.reconstruction import Compare, compared, psnr, ssim
+from wuerstchen_pl.metrics.retrieval import pooled_pixels, ranks, shifted
+from wuerstchen_pl.metrics.score import Score, mean
+from wuerstchen_pl.models.vqgan import codebook_use
+from wuerstchen_pl.pipeline.draw import Settings, autoencoded, reconstructed
+from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
+
+BANDS = 10
+SPLITS = {"val": "", "train": "_train"}
+"""And what stands behind a stage's name."""
+
+
+def reconstructions(
+    pipeline: WuerstchenPipeline, data: Any, settings: Settings, lpips: Compare | None = None
+) -> dict[str, Score]:
+    """Of Stage A, and of compressor + B + A, on both splits; and how the codebook is used.
+
+    Args:
+        pipeline: the cascade.
+        data: the data module.
+        settings: Stage B's steps.
+        lpips: adds LPIPS.
+    """
+    by: dict[str, Compare] = {"psnr": psnr, "ssim": ssim}
+    if lpips is not None:
+        by["lpips"] = lpips
+    found = {}
+    for stage in "ab":
+        for split, suffix in SPLITS.items():
+            pairs = came_back(pipeline, data, settings, stage, split)
+            for name, each in compared(pairs, by).items():
+                found[f"stage_{stage}{suffix}/{name}"] = mean(each)
+    images = (batch["image"] for batch in data.in_order("train", alone=True))
+    return found | codebook(pipeline, images)
+
+
+def came_back(
+    pipeline: WuerstchenPipeline, data: Any, settings: Settings, stage: str, split: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a split with what ``a``, or compressor, ``b`` and A, make of them."""
+    batches = data.in_order(split, alone=True)
+    for batch in tqdm(batches, desc=f"stage {stage}, {split}", unit="batch"):
+        images = batch["image"]
+        if stage == "a":
+            yield images, autoencoded(pipeline, images)
+        else:
+            yield images, reconstructed(pipeline, images, settings.decoder_steps)
+
+
+@torch.no_grad()
+def codebook(pipeline: WuerstchenPipeline, batches: Iterable[Tensor]) -> dict[str, Score]:
+    """Pictures (B, 3, H, W) in [0, 1] -> perplexity of their codes, and codes that none has."""
+    vqgan, number = pipeline.decoder.vqgan, 0
+    uses = torch.zeros(vqgan.quantizer.codebook.num_embeddings)
+    for images in batches:
+        number += len(images)
+        indices = vqgan.quantizer.indices(vqgan.features(images.to(pipeline.place.device)))
+        uses += torch.bincount(indices.flatten().cpu(), minlength=len(uses))
+    values = dict(zip(("perplexity", "dead"), map(float, codebook_use(uses)), strict=True))
+    return {
+        f"codebook/{name}": Score(
+            value=value, low=None, high=None, number=number, facts={"codes": len(uses)}
+        )
+        for name, value in values.items()
+    }
+
+
+def rfid(
+    pipeline: WuerstchenPipeline, data: Any, settings: Settings, network: Network
+) -> dict[str, Score]:
+    """Frechet distance of training pictures to what comes back of them.
+
+    Raises:
+        ValueError: if there are too few for a covariance.
+    """
+    found = {}
+    for stage in "ab":
+        originals, back = (
+            features(one_by_one(came_back(pipeline, data, settings, stage, "train"), side), network,
+                     f"stage {stage}")
+            for side in (0, 1)
+        )  # fmt: skip
+        check_enough("rfid", back, originals)
+        score = distance(back, FrechetTo(originals))
+        found[f"stage_{stage}_train/r{called('fid', network)}"] = score
+    return found
+
+
+def one_by_one(pairs: Iterable[tuple[Tensor, Tensor]], side: int) -> Iterator[Tensor]:
+    """The first or the second of each pair as pictures (3, H, W) uint8."""
+    for pair in pairs:
+        yield from (pair[side].float() * 255).round().byte()
+
+
+def retrievals(
+    drawn: Folder, own: Sequence[int], reference: Iterable[Tensor], pipeline: WuerstchenPipeline
+) -> dict[str, Score]:
+    """How often a drawn picture's own training picture is the nearest, or among the nearest five.
+
+    By average-pooled pixels and by semantic latents, each beside the same with captions shuffled.
+
+    Args:
+        drawn: pictures drawn for training captions.
+        own: the place of each one's picture among the reference.
+        reference: the training pictures, (3, H, W) uint8.
+        pipeline: whose compressor compares.
+    """
+    spaces: dict[str, Callable[[Iterable[Tensor]], Tensor]] = {"": pooled_pixels}
+    if pipeline.compressor is not None:
+        spaces["_semantic"] = lambda p: pooled_semantic(pipeline, p)
+    found: dict[str, Score] = {}
+    for suffix, space in spaces.items():
+        near = space(as_floats(reference))
+        ours = space(as_floats(drawn))
+        for control, places in (("", list(own)), ("_shuffled", shifted(own))):
+            found |= shares(f"retrieval{suffix}{control}", ranks(ours, near, places), len(near))
+    return found
+
+
+def shares(name: str, found: Sequence[int], references: int) -> dict[str, Score]:
+    """Ranks -> the shares of the first, and of the first five."""
+    return {
+        f"{name}/top{most}": mean(
+            [float(rank < most) for rank in found],
+            reference=references,
+            chance=min(1.0, most / references),
+        )
+        for most in (1, 5)
+    }
+
+
+def as_floats(pictures: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Bytes -> (3, H, W) in [0, 1]."""
+    return (picture.float() / 255 for picture in pictures)
+
+
+def pooled_semantic(pipeline: WuerstchenPipeline, pictures: Iterable[Tensor]) -> Tensor:
+    """Pictures (3, H, W) of any size -> (N, S * 4 * 4) average-pooled semantic latents."""
+    rows = [pipeline.encode(picture[None])[0].float().cpu() for picture in pictures]
+    pooled = [torch.nn.functional.adaptive_avg_pool2d(row, 4).flatten() for row in rows]
+    return torch.stack(pooled)
+
+
+def validation_losses(stages: dict[str, Any], data: Any) -> dict[str, Score]:
+    """The losses of Stages B and C at times and with noise of each picture's own, and over t.
+
+    Args:
+        stages: ``b`` and ``c``, in eval mode, with the weights to judge.
+        data: the data module, whose validation split is used.
+    """
+    found: dict[str, Score] = {}
+    for name, stage in stages.items():
+        times: list[Tensor] = []
+        losses: list[Tensor] = []
+        for batch in tqdm(data.in_order("val", alone=True), desc=f"loss of stage {name}"):
+            batch["image"] = batch["image"].to(stage.device)
+            t, loss = stage.validation_losses(batch)
+            times.append(t.cpu())
+            losses.append(loss.float().cpu())
+        t, loss = torch.cat(times), torch.cat(losses)
+        found[f"stage_{name}/loss"] = mean(loss.mean(dim=1).tolist())
+        band = (t * BANDS).long().clamp(max=BANDS - 1)
+        for number in range(BANDS):
+            if (own := loss[band == number]).numel():
+                middle = (number + 0.5) / BANDS
+                found[f"stage_{name}/loss_t{middle:.2f}"] = mean(own.tolist())
+    return found

@@ -1,0 +1,71 @@
+"""Prompts to evaluate with: text, and the files of COCO, Localized Narratives, PartiPrompts."""
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+
+def read(path: str) -> list[str]:
+    """The prompts of a file, by its ending.
+
+    ``.json``: COCO's captions, the first of each image in the order of their numbers. ``.jsonl``:
+    Localized Narratives. ``.tsv``: PartiPrompts. Anything else: text with a prompt a line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is none of these, or has no prompt.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts={path} is no file; give one with a prompt a line")
+    try:
+        found = READERS.get(file.suffix, _lines)(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts={path} is no text in UTF-8: {error}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"prompts={path} cannot be read as {KINDS[file.suffix]}: {error!r}"
+        ) from error
+    prompts = [" ".join(prompt.split()) for prompt in found]
+    if not (prompts := [prompt for prompt in prompts if prompt]):
+        raise ValueError(f"prompts={path} holds no prompt; give one a line")
+    return prompts
+
+
+def some(prompts: list[str], number: int | None, seed: int) -> list[str]:
+    """So many of the prompts, drawn once for a seed and left in their order; None takes all."""
+    if number is None or number >= len(prompts):
+        return prompts
+    chosen = sorted(random.Random(seed).sample(range(len(prompts)), number))
+    return [prompts[i] for i in chosen]
+
+
+def _coco(text: str) -> list[str]:
+    first: dict[int, tuple[int, str]] = {}
+    for annotation in json.loads(text)["annotations"]:
+        image, own = annotation["image_id"], (annotation["id"], annotation["caption"])
+        first[image] = min(first.get(image, own), own)
+    return [first[image][1] for image in sorted(first)]
+
+
+def _narratives(text: str) -> list[str]:
+    return [json.loads(line)["caption"] for line in text.splitlines() if line.strip()]
+
+
+def _parti(text: str) -> list[str]:
+    rows = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return [row["Prompt"] for row in rows]
+
+
+def _lines(text: str) -> list[str]:
+    return text.split("\n")
+
+
+READERS: dict[str, Callable[[str], list[str]]] = {
+    ".json": _coco, ".jsonl": _narratives, ".tsv": _parti
+}  # fmt: skip
+KINDS = {
+    ".json": "COCO's captions", ".jsonl": "Localized Narratives", ".tsv": "PartiPrompts"
+}  # fmt: skip
