@@ -168,7 +168,7 @@ def test_a_size_between_steps_is_drawn_and_cropped(draw: Draw, out: Path) -> Non
 
 BAD = {
     "empty prompt": (["prompt="], "holds no word"),
-    "no prompt": ([], "no prompt; set prompt="),
+    "no prompt": ([], "holds no prompt; give one a line"),
     "emoji": (["prompt=🐸🐸"], "holds no word"),
     "not UTF-8": (["prompt=fr\udcffog"], "is no text in UTF-8"),
     "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use 16 to 4096"),
@@ -214,8 +214,8 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no prompt; set prompt="),
-        (b"\n \r\n", "no prompt; set prompt="),
+        (b"", "holds no prompt; give one a line"),
+        (b"\n \r\n", "holds no prompt; give one a line"),
         (b"frog\nre\x00d heart\n", "holds a control character"),
         (b"gr\xfcner Frosch\n", "is no text in UTF-8"),
         ("🐸\n".encode(), "holds no word"),

@@ -85,6 +85,7 @@ def build_plan(cfg: DictConfig, device: str) -> Plan:
     return Plan(
         metric=list(cfg.metric),
         prompts=cfg.prompts,
+        images=cfg.images,
         num_prompts=cfg.num_prompts,
         reference=cfg.reference,
         against=list(cfg.against),
@@ -105,7 +106,7 @@ def build_subject(cfg: DictConfig, plan: Plan, device: str) -> Subject:
     """
     pipeline = None
     facts: dict[str, Any] = {"images": cfg.images} if cfg.images else {}
-    if (plan.draws and cfg.images is None) or plan.of_networks or "retrieval" in plan.metric:
+    if plan.draws or plan.of_networks:
         if cfg.model is None:
             raise ValueError("model=null draws nothing; name a model, or pictures with images=")
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
@@ -121,7 +122,7 @@ def build_subject(cfg: DictConfig, plan: Plan, device: str) -> Subject:
         stage = checkpoint.load_stage(run=cfg.model, stage="c").to(device)
         stages = {"b": stage.decoder, "c": stage}
     data = run_data(Path(cfg.model)) if plan.of_data else None
-    return Subject(facts=facts, pipeline=pipeline, stages=stages, data=data, images=cfg.images)
+    return Subject(facts=facts, pipeline=pipeline, stages=stages, data=data)
 
 
 main = command("evaluate", run)

@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
+from wuerstchen_pl.evaluation import prompt_sets
 from wuerstchen_pl.pipeline.draw import Settings, draw
 from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
 from wuerstchen_pl.sampling.pictures import write_png
@@ -84,7 +84,7 @@ def _sha256(pipeline: WuerstchenPipeline) -> dict[str, str]:
 
 
 def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
-    """The prompts of the command line, and those of a file, one a line.
+    """The prompts of the command line, and those of a file, as of ``prompt_sets.read``.
 
     Raises:
         ValueError: if there are none, or they are no text.
@@ -93,14 +93,7 @@ def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
     given = list(prompt) if isinstance(prompt, ListConfig) else [prompt]
     found = [str(p) for p in given if p is not None]
     if prompts is not None:
-        path = Path(prompts)
-        if not path.is_file():
-            raise FileNotFoundError(f"prompts={prompts} is no file; give one with a prompt a line")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompts={prompts} is no text in UTF-8: {error}") from error
-        found += [line.strip(" \r") for line in lines if line.strip()]
+        found += prompt_sets.read(prompts)
     if not found:
         raise ValueError('no prompt; set prompt="a red heart", or prompts= to a file of them')
     for text in found:  # bytes of the command line that are no UTF-8 come as lone surrogates

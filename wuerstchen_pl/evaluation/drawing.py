@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from wuerstchen_pl.evaluation.folder import FACTS, Folder
+from wuerstchen_pl.evaluation.folder import FACTS
 from wuerstchen_pl.pipeline.cascade import Cascade
 from wuerstchen_pl.pipeline.draw import Settings, draw
 from wuerstchen_pl.sampling.pictures import write_png
@@ -64,7 +64,9 @@ def draw_into(
         ValueError: if the folder holds pictures that were drawn otherwise.
         OSError: if a picture cannot be written.
     """
-    claim(folder, wanted, {**facts, **vars(settings)}, process)
+    # the number drawn at once changes no picture
+    how = {key: value for key, value in vars(settings).items() if key != "batch_size"}
+    claim(folder, wanted, {**facts, **how}, process)
     paths = [folder / name_of(number, each) for number, each in enumerate(wanted)]
     missing = [n for n, path in enumerate(paths) if not path.is_file()]
     own = missing[process.rank :: process.number]
@@ -143,8 +145,3 @@ def _wait_for(paths: Sequence[Path]) -> None:
                 "the command again, which draws only these"
             )
         time.sleep(0.2)
-
-
-def drawn(folder: Path) -> Folder:
-    """What was drawn, with its prompts."""
-    return Folder(folder, key="output_dir")

@@ -31,6 +31,8 @@ class Plan:
     """A file, or ``data``: training captions, each drawn at its picture's size."""
     num_prompts: int | None = 128
     """Of the prompts, at most; None takes all."""
+    images: str | None = None
+    """A folder of pictures to judge, instead of drawing."""
     reference: str = DATA
     """A folder of pictures, or ``data``: the training pictures."""
     against: Sequence[str] = ()
@@ -66,16 +68,21 @@ class Plan:
             raise ValueError("metric=is is of Inception's classes; set features=inception")
         if self.against and "pickscore" not in self.metric:
             raise ValueError("against= compares by PickScore; add pickscore to metric=")
-        if self.prompts != DATA and "retrieval" in self.metric:
+        if "retrieval" in self.metric and (self.prompts != DATA or self.images is not None):
             raise ValueError(
-                f"metric=retrieval looks for the pictures of captions, which prompts={self.prompts}"
-                " has none of; use prompts=data"
+                "metric=retrieval looks for the training pictures of the captions that it draws; "
+                "use prompts=data and images=null"
             )
 
     @property
-    def draws(self) -> bool:
+    def judges(self) -> bool:
         """Whether there have to be pictures."""
         return any(name in OF_DRAWN for name in self.metric)
+
+    @property
+    def draws(self) -> bool:
+        """Whether they have to be drawn."""
+        return self.judges and self.images is None
 
     @property
     def of_networks(self) -> bool:

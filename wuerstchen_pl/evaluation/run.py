@@ -25,10 +25,9 @@ class Subject:
 
     Args:
         facts: that name it; they go into the report.
-        pipeline: draws; None if pictures are given.
+        pipeline: draws; None if there is nothing to draw.
         stages: ``b`` and ``c``, for their losses.
         data: the data module that they were trained on.
-        images: a folder of pictures to judge; None draws them.
     """
 
     def __init__(
@@ -38,9 +37,8 @@ class Subject:
         pipeline: WuerstchenPipeline | None = None,
         stages: Mapping[str, Any] | None = None,
         data: Any = None,
-        images: str | None = None,
     ) -> None:
-        self.facts, self.pipeline, self.data, self.images = facts, pipeline, data, images
+        self.facts, self.pipeline, self.data = facts, pipeline, data
         self.stages = dict(stages or {})
 
     @property
@@ -67,18 +65,16 @@ def evaluate(
     judged: Folder | None = None
     own: list[int] = []
     if plan.draws:
-        if subject.images is None:
-            wanted, own = wanted_by(plan, subject.data)
-            assert subject.pipeline is not None
-            path = folder / PICTURES
-            draw_into(path, wanted, subject.pipeline, plan.settings, subject.drawn_by, process)
-            judged = Folder(path)
-        else:
-            prompts = None if plan.prompts == DATA else read(plan.prompts)
-            judged = Folder(Path(subject.images), prompts=prompts)
-            warn_of_sizes(judged)
+        wanted, own = wanted_by(plan, subject.data)
+        assert subject.pipeline is not None
+        path = folder / PICTURES
+        draw_into(path, wanted, subject.pipeline, plan.settings, subject.drawn_by, process)
     if process.rank != 0:
         return None
+    if plan.draws:
+        judged = Folder(folder / PICTURES, key="output_dir")
+    elif plan.judges:
+        judged = given(plan)
     of_drawn = {} if judged is None else scores_of(judged, plan, subject, own)
     of_networks = scores_of_networks(plan, subject)
     facts = {**subject.facts, "settings": vars(plan.settings), "seed": plan.seed}
@@ -120,8 +116,11 @@ def scores_of(judged: Folder, plan: Plan, subject: Subject, own: list[int]) -> d
     return found
 
 
-def warn_of_sizes(judged: Folder) -> None:
-    """Say so if pictures have several sizes."""
+def given(plan: Plan) -> Folder:
+    """The pictures that the plan names; a warning if they have several sizes."""
+    assert plan.images is not None
+    prompts = None if plan.prompts == DATA else read(plan.prompts)
+    judged = Folder(Path(plan.images), prompts=prompts)
     if len(sizes := judged.sizes()) > 1:
         told = " and ".join(f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
         warnings.warn(
@@ -129,6 +128,7 @@ def warn_of_sizes(judged: Folder) -> None:
             "them; each is resized by its shorter side, and its middle is taken",
             stacklevel=2,
         )
+    return judged
 
 
 def reference_of(plan: Plan, subject: Subject) -> Folder | DataPictures | None:

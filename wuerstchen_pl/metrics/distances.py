@@ -3,6 +3,8 @@
 It takes features where it is told that pictures are features already.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -67,9 +69,11 @@ def kernel(ours: Tensor, reference: Tensor, *, subset_size: int = SUBSET_SIZE) -
     """
     size = min(subset_size, len(ours), len(reference))
     subsets = 1 if size == len(ours) == len(reference) else SUBSETS
-    metric = KernelInceptionDistance(
-        feature=_Given(ours.shape[1]), subsets=subsets, subset_size=size
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*save all extracted features.*")  # as they are
+        metric = KernelInceptionDistance(
+            feature=_Given(ours.shape[1]), subsets=subsets, subset_size=size
+        )
     metric.update(reference.double(), real=True)
     metric.update(ours.double(), real=False)
     with torch.random.fork_rng([]):
@@ -84,7 +88,9 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> float:
         logits: (N, C) of a classifier.
         splits: into which the pictures are dealt, always in the same way; at most N.
     """
-    metric = InceptionScore(feature=_Given(logits.shape[1]), splits=min(splits, len(logits)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*save all extracted features.*")
+        metric = InceptionScore(feature=_Given(logits.shape[1]), splits=min(splits, len(logits)))
     metric.update(logits.double())
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

@@ -1,0 +1,82 @@
+"""Prompt sets, from small files of the true formats."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from wuerstchen_pl.evaluation.prompt_sets import read, some
+
+COCO = {
+    "info": {"year": 2014},
+    "images": [{"id": 203564, "file_name": "COCO_val2014_000000203564.jpg", "height": 400}],
+    "licenses": [],
+    "annotations": [
+        {"image_id": 203564, "id": 37, "caption": "A bicycle replica.\n"},
+        {"image_id": 179765, "id": 48, "caption": "A black Honda  motorcycle"},
+        {"image_id": 179765, "id": 38, "caption": "A Honda motorcycle in a garage"},
+    ],
+}
+NARRATIVES = (
+    {"dataset_id": "mscoco_val2017", "image_id": "137576", "annotator_id": 93,
+     "caption": "In this image there are group of cows.", "timed_caption": [], "traces": []},
+    {"dataset_id": "mscoco_val2017", "image_id": "137576", "annotator_id": 94,
+     "caption": "Cows, on \"grass\"."},
+)  # fmt: skip
+PARTI = (
+    "Prompt\tCategory\tChallenge\tNote\n"
+    "bond\tAbstract\tBasic\tBasic\n"
+    'the word "START" in 24" letters\tOutdoor Scenes\tWriting & Symbols\t\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        (
+            "captions.json",
+            json.dumps(COCO),
+            ["A Honda motorcycle in a garage", "A bicycle replica."],
+        ),
+        (
+            "narratives.jsonl",
+            "\n".join(map(json.dumps, NARRATIVES)) + "\n",
+            ["In this image there are group of cows.", 'Cows, on "grass".'],
+        ),
+        ("PartiPrompts.tsv", PARTI, ["bond", 'the word "START" in 24" letters']),
+        ("prompts.txt", "\ufeffa red heart\r\n\n  a  blue bird \n", ["a red heart", "a blue bird"]),
+    ],
+)
+def test_prompts_are_read(tmp_path: Path, name: str, text: str, wanted: list[str]) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert read(str(tmp_path / name)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", '{"images": []}', "cannot be read as COCO's captions: KeyError"),
+        ("a.json", "[1, 2", "cannot be read as COCO's captions: JSONDecodeError"),
+        ("a.jsonl", '{"image_id": "1"}', "cannot be read as Localized Narratives: KeyError"),
+        ("a.tsv", "Text\tCategory\na\tb\n", "cannot be read as PartiPrompts: KeyError"),
+        ("a.txt", " \n\n", "holds no prompt; give one a line"),
+    ],
+)
+def test_other_files_are_refused_by_name(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read(str(tmp_path / name))
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"prompts=none\.txt is no file"):
+        read("none.txt")
+
+
+def test_some_prompts_are_the_same_ones_for_a_seed_in_their_order() -> None:
+    prompts = [f"{i:03d}" for i in range(100)]
+    chosen = some(prompts, 10, seed=1)
+    assert chosen == some(prompts, 10, seed=1) == sorted(set(chosen))
+    assert len(chosen) == 10
+    assert chosen != some(prompts, 10, seed=2)
+    assert some(prompts, None, seed=1) == some(prompts, 200, seed=1) == prompts
