@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "card": {"checkpoint", "durable"},
     "cli": {"config"},
     "config": set(),
-    "evaluation": {"metrics", "pipeline", "checkpoint", "models", "sampling"},
+    "evaluation": {"stages", "metrics", "pipeline", "checkpoint", "models", "sampling"},
     "pipeline": {"sampling", "layouts", "checkpoint", "diffusion", "models"},
     "layouts": {"checkpoint", "models"},
     "stages": {"sampling", "models", "diffusion", "ema", "checkpoint", "durable", "sharding"},

@@ -4,7 +4,7 @@ import logging
 import signal
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import lightning as L
@@ -99,8 +99,8 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The trainer of a config, with callbacks and loggers, which takes its batches by our keys."""
     trainer: L.Trainer = hydra.utils.instantiate(
         cfg.trainer,
-        callbacks=[hydra.utils.instantiate(c) for c in cfg.callbacks.values() if c is not None],
-        logger=[hydra.utils.instantiate(c) for c in cfg.logger.values() if c is not None],
+        callbacks=_built(cfg.callbacks),
+        logger=_built(cfg.logger),
         _convert_="all",
     )
     if cfg.global_batch is not None:
@@ -112,6 +112,12 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     if not isinstance(trainer.strategy, FullySharded):
         trainer.strategy.checkpoint_io = OneFile()
     return trainer
+
+
+def _built(group: DictConfig) -> list[Any]:
+    """The objects of a group, but for those that are null."""
+    configs = [config for config in group.values() if config is not None]
+    return [hydra.utils.instantiate(config, _convert_="all") for config in configs]
 
 
 def build_stage(cfg: DictConfig) -> "Stage":

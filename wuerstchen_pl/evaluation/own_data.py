@@ -166,7 +166,7 @@ def validation_losses(stages: dict[str, Any], data: Any) -> dict[str, Score]:
         times: list[Tensor] = []
         losses: list[Tensor] = []
         for batch in tqdm(data.in_order("val", alone=True), desc=f"loss of stage {name}"):
-            batch["image"] = batch["image"].to(stage.device)
+            batch["image"] = batch["image"].to(next(stage.parameters()).device)
             t, loss = stage.validation_losses(batch)
             times.append(t.cpu())
             losses.append(loss.float().cpu())

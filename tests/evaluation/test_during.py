@@ -1,0 +1,101 @@
+"""Evaluation within training finds what the command finds, and changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from tests.conftest import run_program, small
+from tests.test_resume import differing
+from wuerstchen_pl import checkpoint
+from wuerstchen_pl.evaluation.during import as_before
+
+STEPS = 4
+MEASURED = ["metric=[fid,retrieval,reconstruction,validation_loss]", "num_prompts=5"]
+EVALUATED = [
+    "callbacks=evaluated",
+    "callbacks.evaluation.every_steps=2",
+    "callbacks.evaluation.plan.metric=[fid,retrieval,reconstruction,validation_loss]",
+    "callbacks.evaluation.plan.num_prompts=5",
+    "callbacks.evaluation.plan.settings.prior_steps=2",
+    "callbacks.evaluation.plan.settings.decoder_steps=1",
+    "features@callbacks.evaluation.plan.features=random",
+    "callbacks.evaluation.plan.features.widths=[2,2]",
+]
+
+
+def train(root: Path, cascade: Path, *more: str) -> Path:
+    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    above.append(f"paths.data={cascade.parent / 'data'}")
+    kept = "callbacks.checkpoints.keep=9"
+    told = [*small("c", root, STEPS), *above, "trainer=cpu", "checkpoint_every_steps=2", kept]
+    assert run_program("train", [*told, *more]) == 0
+    return root / "default/c"
+
+
+@pytest.fixture(scope="module")
+def trained(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("during"), cascade, *EVALUATED)
+
+
+@pytest.mark.parametrize("step", [2, STEPS])
+def test_the_command_finds_the_same_for_the_same_checkpoint(
+    trained: Path, step: int, tmp_path: Path
+) -> None:
+    fast = ["sample.prior_steps=2", "sample.decoder_steps=1", "features=random"]
+    model = f"model={trained / f'checkpoints/step{step:07d}.ckpt'}"
+    told = [model, f"output_dir={tmp_path}", "features.widths=[2,2]", *fast, *MEASURED]
+    assert run_program("evaluate", told) == 0
+    afterwards, during = (
+        json.loads((folder / "metrics.json").read_text())["metrics"]
+        for folder in (tmp_path, trained / f"evaluation/step{step:07d}")
+    )
+    assert afterwards.keys() == during.keys()
+    assert {"fd_random", "retrieval/top1", "stage_a/psnr", "stage_c/loss"} <= during.keys()
+    for name, found in during.items():
+        assert afterwards[name]["value"] == pytest.approx(found["value"], rel=1e-5, abs=1e-9), name
+    for ours in sorted((tmp_path / "pictures").glob("*.png")):
+        theirs = trained / f"evaluation/step{step:07d}/pictures" / ours.name
+        assert ImageChops.difference(Image.open(ours), Image.open(theirs)).getbbox() is None
+
+
+def test_the_log_has_them(trained: Path) -> None:
+    rows = [line.split(",") for line in (trained / "metrics.csv").read_text().splitlines()]
+    logged = {name: float(value) for _, name, value, *_ in rows[1:] if name.startswith("eval/")}
+    told = json.loads((trained / f"evaluation/step{STEPS:07d}/metrics.json").read_text())["metrics"]
+    assert logged["eval/fd_random"] == pytest.approx(told["fd_random"]["value"], rel=1e-4)
+    assert len(logged) == len(told)
+
+
+def test_training_goes_on_as_if_nothing_had_happened(
+    trained: Path, cascade: Path, tmp_path: Path
+) -> None:
+    plain = train(tmp_path, cascade)
+    one, other = (checkpoint.read(checkpoint.find(run)) for run in (trained, plain))
+    assert not differing(one, other)
+
+
+def test_another_stage_is_refused(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    told = [*small("a", tmp_path, STEPS), "callbacks=evaluated"]
+    assert run_program("train", told) == 1
+    assert "draws pictures, which takes Stage C; use callbacks=default" in capsys.readouterr().err
+
+
+def test_what_was_frozen_and_trained_is_so_again() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
+    net[0].bias.requires_grad_(False)
+    net[1].eval()
+
+    def interrupted() -> None:
+        with as_before(net):
+            net.eval().requires_grad_(False)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert [p.requires_grad for p in net.parameters()] == [True, False]
+    assert [part.training for part in net.modules()] == [True, True, False]
