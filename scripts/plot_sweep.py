@@ -1,6 +1,6 @@
 """Draw a metric against guidance and steps: ``python scripts/plot_sweep.py outputs/evaluate``.
 
-Reads the reports of a sweep by ``python -m wuerstchen_pl.evaluate -m``, a folder for each run; needs
+Reads the reports of a sweep by ``python -m wuerstchen_pl.evaluate -m``, a folder each; needs
 ``pip install -e '.[plot]'``.
 """
 
