@@ -12,19 +12,20 @@ import pytest
 from tests.conftest import run_program, small
 from tests.data.made import picture, shards
 from tests.test_config import composed
-from wuerstchen_pl import WuerstchenPipeline
+from wuerstchen_pl import WuerstchenPipeline, evaluate
 from wuerstchen_pl.config import check_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+EVALUATION = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 
 
 def commands(name: str) -> list[list[str]]:
-    """The arguments of every ``python -m wuerstchen_pl.<name>`` in the code blocks of the README
-    and of docs/data.md, each once."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README + DATA, re.DOTALL))
+    """The arguments of every ``python -m wuerstchen_pl.<name>`` in the code blocks of the README,
+    docs/data.md and docs/evaluation.md, each once."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README + DATA + EVALUATION, re.DOTALL))
     lines = [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m")]
     found = [line[3:] for line in lines if line[2] == f"wuerstchen_pl.{name}"]
     return [one for i, one in enumerate(found) if one not in found[:i]]
@@ -184,13 +185,32 @@ def test_sampling_commands(
     assert list((tmp_path / "outputs/samples").glob("0000-*.png"))
 
 
-@pytest.mark.parametrize("arguments", commands("evaluate"), ids=lambda a: " ".join(a)[:60])
-def test_evaluation_commands(arguments: list[str], cascade: Path, tmp_path: Path) -> None:
-    arguments = [a for a in arguments if not a.startswith("model=")]
-    fast = ["num_prompts=4", "sample.prior_steps=2", "sample.decoder_steps=1"]
-    where = [f"model={cascade / 'c'}", f"output_dir={tmp_path}"]
-    assert run_program("evaluate", [*arguments, *fast, *where]) == 0
-    assert (tmp_path / "metrics.json").is_file()
+TO_DOWNLOAD = [c for c in commands("evaluate") if "metric=[fid,is,clip,pickscore]" in c]
+"""The paper's protocol, which takes COCO and three networks of others."""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [c for c in commands("evaluate") if c not in TO_DOWNLOAD],
+    ids=lambda a: " ".join(a)[:60],
+)
+def test_evaluation_commands(
+    arguments: list[str], cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red heart\na blue bird\n")
+    left = ("model=", "num_prompts=", "output_dir=")
+    arguments = [a for a in arguments if not a.startswith(left)]
+    arguments = [a.replace("=1,2,4,8", "=1,4").replace("=12,29,60", "=2,3") for a in arguments]
+    fast = ["num_prompts=4", "sample.decoder_steps=1", f"model={cascade / 'c'}"]
+    fast += [] if "sample.prior_steps" in keys(arguments) else ["sample.prior_steps=2"]
+    assert run_program("evaluate", [*arguments, *fast, "output_dir=out"]) == 0
+    assert len(list(Path("out").rglob("metrics.json"))) == (4 if "-m" in arguments else 1)
+
+
+def test_the_papers_protocol_holds_only_what_is_read() -> None:
+    (told,) = TO_DOWNLOAD
+    check_config(composed(*told, program="evaluate"), evaluate.READ)
 
 
 @pytest.fixture
