@@ -27,6 +27,17 @@ SMALL_NETWORK = {
         "stage.diffnext.cond_dim=8",
         "stage.compressor.backbone.width=4",
     ),
+    "ldm": (
+        "stage.prior.widths=[16,16]",
+        "stage.prior.num_blocks=[1,1]",
+        "stage.prior.num_up_blocks=[1,1]",
+        "stage.prior.num_heads=[2,2]",
+        "stage.prior.cond_dim=8",
+        "stage.prior.text_dim=16",
+        "stage.text_encoder.width=16",
+        "stage.text_encoder.depth=1",
+        "stage.text_encoder.num_heads=2",
+    ),
     "c": (
         "stage.prior.width=16",
         "stage.prior.depth=1",

@@ -90,7 +90,7 @@ def test_every_key_that_train_offers_is_read() -> None:
 
 
 def test_every_recipe_belongs_to_an_experiment_and_a_stage() -> None:
-    known = {f"{e}_{s}" for e, s in product(choices("experiment"), "abc")}
+    known = {f"{e}_{s}" for e, s in product(choices("experiment"), ["a", "b", "c", "ldm"])}
     assert set(choices("recipe")) <= known
 
 
@@ -157,7 +157,7 @@ COMMAND_LINES = {
     "stage d": (["stage=d"], "stage=d is unknown; choose from a, b, c"),
     "stage 1": (["stage=1"], "stage=1 is unknown; choose from a, b, c"),
     "preset": (["stage=b", "preset=v1"], "no networks for stage=b; choose from paper, tiny, v2"),
-    "experiment": (["stage=a", "experiment=x"], "experiment=x is unknown; choose from demo"),
+    "experiment": (["stage=a", "experiment=x"], "experiment=x is unknown; choose from baseline_"),
     "logger": (["stage=a", "logger=null"], "logger=null is unknown; choose from csv, default"),
     "root key": (["stage=a", "sede=1"], "sede is no key; did you mean seed?"),
     "group": (["stage=a", "experimnt=demo"], "experimnt is no key; did you mean experiment?"),

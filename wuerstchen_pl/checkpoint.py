@@ -43,10 +43,12 @@ BUILDABLE = frozenset(
         "models.discriminator.Discriminator",
         "models.prior.Prior",
         "models.text.TextEncoder",
+        "models.unet.UNet",
         "models.vqgan.VQGAN",
         "stages.a.StageA",
         "stages.b.StageB",
         "stages.c.StageC",
+        "stages.ldm.StageLDM",
     )
 )
 

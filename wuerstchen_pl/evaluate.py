@@ -20,9 +20,9 @@ from wuerstchen_pl.evaluation import report
 from wuerstchen_pl.evaluation.data import run_data
 from wuerstchen_pl.evaluation.drawing import Process
 from wuerstchen_pl.evaluation.plan import OF_SETS, Plan
-from wuerstchen_pl.evaluation.run import Subject, evaluate
+from wuerstchen_pl.evaluation.run import Subject, denoisers, evaluate
 from wuerstchen_pl.models.perceptual import LPIPS
-from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
+from wuerstchen_pl.pipeline.found import last_stage, pipeline_at
 
 READ: Mapping[str, Any] = {
     "model": str | None,
@@ -110,17 +110,15 @@ def build_subject(cfg: DictConfig, plan: Plan, device: str) -> Subject:
         if cfg.model is None:
             raise ValueError("model=null draws nothing; name a model, or pictures with images=")
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        pipeline = WuerstchenPipeline.from_pretrained(
-            cfg.model, prior=cfg.prior, device=device, torch_dtype=dtype
-        )
+        pipeline = pipeline_at(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
         facts |= {"model": str(cfg.model), "bf16": cfg.bf16}
         facts |= {} if cfg.prior is None else {"prior": cfg.prior}
         if pipeline.source is not None:
             facts["weights_sha256"] = pipeline.source["sha256"]
-    stages = {}
+    stages: dict[str, Any] = {}
     if "validation_loss" in plan.metric:
-        stage = checkpoint.load_stage(run=cfg.model, stage="c").to(device)
-        stages = {"b": stage.decoder, "c": stage}
+        name = last_stage(cfg.model) or "c"
+        stages = denoisers(name, checkpoint.load_stage(run=cfg.model, stage=name).to(device))
     data = run_data(Path(cfg.model)) if plan.of_data else None
     return Subject(facts=facts, pipeline=pipeline, stages=stages, data=data)
 

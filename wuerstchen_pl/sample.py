@@ -15,8 +15,9 @@ from tqdm import tqdm
 from wuerstchen_pl.cli import command, output_folder
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.evaluation import prompt_sets
+from wuerstchen_pl.pipeline.cascade import Cascade
 from wuerstchen_pl.pipeline.draw import Settings, draw
-from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
+from wuerstchen_pl.pipeline.found import pipeline_at
 from wuerstchen_pl.sampling.pictures import write_png
 
 READ: Mapping[str, Any] = {
@@ -49,12 +50,8 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(f"seed={cfg.seed} is out of range; use 0 to {2**63 - MOST - 1}")
     folder = output_folder(cfg.output_dir)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = WuerstchenPipeline.from_pretrained(
-        cfg.model,
-        prior=cfg.prior,
-        device=device,
-        torch_dtype=torch.bfloat16 if cfg.bf16 else torch.float32,
-    )
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    pipeline = pipeline_at(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
     wanted = [(prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.count)]
     texts, seeds = [p for p, _ in wanted], [s for _, s in wanted]
     for prompt in prompts:
@@ -79,7 +76,7 @@ def run(cfg: DictConfig) -> None:
     print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {folder}")
 
 
-def _sha256(pipeline: WuerstchenPipeline) -> dict[str, str]:
+def _sha256(pipeline: Cascade) -> dict[str, str]:
     return {} if pipeline.source is None else {"model_sha256": pipeline.source["sha256"]}
 
 

@@ -14,10 +14,12 @@ from wuerstchen_pl.models.discriminator import Discriminator
 from wuerstchen_pl.models.perceptual import RandomFeatures
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.models.unet import UNet
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.b import StageB
 from wuerstchen_pl.stages.c import StageC
+from wuerstchen_pl.stages.ldm import StageLDM
 from wuerstchen_pl.stages.stage import Batch, Stage
 
 CAPTIONS = ["red apple", "green frog", "black bear", "polar bear"]
@@ -67,7 +69,22 @@ def stage_c(**options: object) -> StageC:
     )
 
 
-STAGES = {"a": stage_a, "b": stage_b, "c": stage_c}
+def stage_ldm(**options: object) -> StageLDM:
+    decoder = stage_a()
+    torch.manual_seed(0)
+    text = TextEncoder(width=16, depth=1, num_heads=2, context_length=8)
+    unet = UNet(
+        widths=[16, 24], num_blocks=[1, 1], num_up_blocks=[1, 2], num_heads=[2, 2],
+        cond_dim=8, text_dim=16, dropout=0.0,
+    )  # fmt: skip
+    return StageLDM(
+        decoder=decoder,  # type: ignore[arg-type]
+        prior=unet,  # type: ignore[arg-type]
+        **{"text_encoder": text, "train_text_encoder": True, **training(3e-3), **options},  # type: ignore[arg-type]
+    )
+
+
+STAGES = {"a": stage_a, "b": stage_b, "c": stage_c, "ldm": stage_ldm}
 
 
 @pytest.fixture

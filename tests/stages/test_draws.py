@@ -47,7 +47,7 @@ def test_seeds_of_neighbours_have_nothing_in_common() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-@pytest.mark.parametrize("name", ["b", "c"])
+@pytest.mark.parametrize("name", ["b", "c", "ldm"])
 def test_a_pictures_validation_losses_are_its_own(name: str, batch: Batch) -> None:
     """Whatever else is in the batch, and in whatever order; at a time in each quarter."""
     stage = STAGES[name]().eval()

@@ -10,13 +10,13 @@ from torch import nn
 
 from wuerstchen_pl.evaluation.drawing import Process
 from wuerstchen_pl.evaluation.plan import Plan
-from wuerstchen_pl.evaluation.run import Subject, evaluate
-from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
+from wuerstchen_pl.evaluation.run import Subject, denoisers, evaluate
+from wuerstchen_pl.pipeline.found import pipeline_of
 from wuerstchen_pl.stages.c import StageC
 
 
 class During(L.Callback):
-    """Evaluate Stage C now and then, and log ``eval/...``.
+    """Evaluate Stage C, or the baseline, now and then, and log ``eval/...``.
 
     What ``python -m wuerstchen_pl.evaluate`` finds for the checkpoint of the same step is found
     here: the same code draws and judges. Training goes on as if nothing had happened.
@@ -68,12 +68,13 @@ class During(L.Callback):
             return
         self._seen_step = step
         assert isinstance(pl_module, StageC)
+        name = type(pl_module).__name__.removeprefix("Stage").lower()
         process = Process(trainer.global_rank, trainer.world_size)
         with pl_module.ema.applied(pl_module), as_before(pl_module):
             subject = Subject(
                 facts={"run": trainer.default_root_dir, "step": step},
                 pipeline=pipeline_of(pl_module),
-                stages={"b": pl_module.decoder, "c": pl_module.eval()},
+                stages=denoisers(name, pl_module.eval()),
                 data=trainer.datamodule,  # type: ignore[attr-defined]
             )
             scores = evaluate(self.plan, subject, self.folder / f"step{step:07d}", process)
@@ -82,15 +83,6 @@ class During(L.Callback):
             found = {f"eval/{name}": score.value for name, score in scores.items()}
             for logger in trainer.loggers:  # at once: Lightning's log waits for a logging step
                 logger.log_metrics(found, step - 1)
-
-
-def pipeline_of(stage: StageC) -> WuerstchenPipeline:
-    """A cascade of a stage's own networks, as they are now; it freezes them."""
-    return WuerstchenPipeline(
-        prior=stage.prior_pipeline(),
-        decoder=stage.decoder.decoder_pipeline(),
-        compressor=stage.decoder.compressor,
-    )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from wuerstchen_pl.metrics.reconstruction import Compare, compared, psnr, ssim
 from wuerstchen_pl.metrics.retrieval import pooled_pixels, ranks, shifted
 from wuerstchen_pl.metrics.score import Score, mean
 from wuerstchen_pl.models.vqgan import codebook_use
+from wuerstchen_pl.pipeline.cascade import Cascade
 from wuerstchen_pl.pipeline.draw import Settings, autoencoded, reconstructed
 from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
 
@@ -24,7 +25,7 @@ SPLITS = {"val": "", "train": "_train"}
 
 
 def reconstructions(
-    pipeline: WuerstchenPipeline, data: Any, settings: Settings, lpips: Compare | None = None
+    pipeline: Cascade, data: Any, settings: Settings, lpips: Compare | None = None
 ) -> dict[str, Score]:
     """Of Stage A, and of compressor + B + A, on both splits; and how the codebook is used.
 
@@ -38,7 +39,7 @@ def reconstructions(
     if lpips is not None:
         by["lpips"] = lpips
     found = {}
-    for stage in "ab":
+    for stage in autoencoders(pipeline):
         for split, suffix in SPLITS.items():
             pairs = came_back(pipeline, data, settings, stage, split)
             for name, each in compared(pairs, by).items():
@@ -47,8 +48,13 @@ def reconstructions(
     return found | codebook(pipeline, images)
 
 
+def autoencoders(pipeline: Cascade) -> str:
+    """``a``, and ``b`` where there is a compressor."""
+    return "a" if pipeline.compressor is None else "ab"
+
+
 def came_back(
-    pipeline: WuerstchenPipeline, data: Any, settings: Settings, stage: str, split: str
+    pipeline: Cascade, data: Any, settings: Settings, stage: str, split: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of a split with what ``a``, or compressor, ``b`` and A, make of them."""
     batches = data.in_order(split, alone=True)
@@ -57,11 +63,12 @@ def came_back(
         if stage == "a":
             yield images, autoencoded(pipeline, images)
         else:
+            assert isinstance(pipeline, WuerstchenPipeline)
             yield images, reconstructed(pipeline, images, settings.decoder_steps)
 
 
 @torch.no_grad()
-def codebook(pipeline: WuerstchenPipeline, batches: Iterable[Tensor]) -> dict[str, Score]:
+def codebook(pipeline: Cascade, batches: Iterable[Tensor]) -> dict[str, Score]:
     """Pictures (B, 3, H, W) in [0, 1] -> perplexity of their codes, and codes that none has."""
     vqgan, number = pipeline.decoder.vqgan, 0
     uses = torch.zeros(vqgan.quantizer.codebook.num_embeddings)
@@ -78,16 +85,14 @@ def codebook(pipeline: WuerstchenPipeline, batches: Iterable[Tensor]) -> dict[st
     }
 
 
-def rfid(
-    pipeline: WuerstchenPipeline, data: Any, settings: Settings, network: Network
-) -> dict[str, Score]:
+def rfid(pipeline: Cascade, data: Any, settings: Settings, network: Network) -> dict[str, Score]:
     """Frechet distance of training pictures to what comes back of them.
 
     Raises:
         ValueError: if there are too few for a covariance.
     """
     found = {}
-    for stage in "ab":
+    for stage in autoencoders(pipeline):
         originals, back = (
             features(one_by_one(came_back(pipeline, data, settings, stage, "train"), side), network,
                      f"stage {stage}")
@@ -106,7 +111,7 @@ def one_by_one(pairs: Iterable[tuple[Tensor, Tensor]], side: int) -> Iterator[Te
 
 
 def retrievals(
-    drawn: Folder, own: Sequence[int], reference: Iterable[Tensor], pipeline: WuerstchenPipeline
+    drawn: Folder, own: Sequence[int], reference: Iterable[Tensor], pipeline: Cascade
 ) -> dict[str, Score]:
     """How often a drawn picture's own training picture is the nearest, or among the nearest five.
 
@@ -119,7 +124,7 @@ def retrievals(
         pipeline: whose compressor compares.
     """
     spaces: dict[str, Callable[[Iterable[Tensor]], Tensor]] = {"": pooled_pixels}
-    if pipeline.compressor is not None:
+    if isinstance(pipeline, WuerstchenPipeline) and pipeline.compressor is not None:
         spaces["_semantic"] = lambda p: pooled_semantic(pipeline, p)
     found: dict[str, Score] = {}
     for suffix, space in spaces.items():
@@ -158,7 +163,7 @@ def validation_losses(stages: dict[str, Any], data: Any) -> dict[str, Score]:
     """The losses of Stages B and C at times and with noise of each picture's own, and over t.
 
     Args:
-        stages: ``b`` and ``c``, in eval mode, with the weights to judge.
+        stages: those with such losses by name, in eval mode, with the weights to judge.
         data: the data module, whose validation split is used.
     """
     found: dict[str, Score] = {}

@@ -12,7 +12,7 @@ from wuerstchen_pl.evaluation.folder import Folder
 from wuerstchen_pl.evaluation.plan import DATA, OF_SETS, Plan
 from wuerstchen_pl.evaluation.prompt_sets import read, some
 from wuerstchen_pl.metrics.score import Score
-from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
+from wuerstchen_pl.pipeline.cascade import Cascade
 
 PICTURES = "pictures"
 """The folder, in that of the report, that pictures are drawn into."""
@@ -26,7 +26,7 @@ class Subject:
     Args:
         facts: that name it; they go into the report.
         pipeline: draws; None if there is nothing to draw.
-        stages: ``b`` and ``c``, for their losses.
+        stages: as of ``denoisers``, for their losses.
         data: the data module that they were trained on.
     """
 
@@ -34,7 +34,7 @@ class Subject:
         self,
         *,
         facts: dict[str, Any],
-        pipeline: WuerstchenPipeline | None = None,
+        pipeline: Cascade | None = None,
         stages: Mapping[str, Any] | None = None,
         data: Any = None,
     ) -> None:
@@ -46,6 +46,11 @@ class Subject:
         """The facts that pictures depend on: weights, wherever they lie."""
         by_hash = "weights_sha256" in self.facts
         return {k: v for k, v in self.facts.items() if not (by_hash and k == "model")}
+
+
+def denoisers(name: str, stage: Any) -> dict[str, Any]:
+    """Those with a validation loss: ``b`` and ``c`` of a Stage C, ``ldm`` of the baseline."""
+    return {"b": stage.decoder, "c": stage} if name == "c" else {name: stage}
 
 
 def evaluate(

@@ -69,11 +69,11 @@ class Level(nn.Module):
         )
 
     def inputs(
-        self, time: Tensor, semantic: Tensor, text: Tensor | None, size: tuple[int, int]
+        self, time: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
     ) -> list[Inputs]:
         """What each block reads; the semantic latents are brought to ``size``, the level's."""
         mapped = None
-        if self.semantic_mapper is not None:
+        if self.semantic_mapper is not None and semantic is not None:
             resized = match_size(semantic, size).to(self.semantic_mapper.weight.dtype)
             mapped = self.semantic_mapper(resized.contiguous(memory_format=torch.channels_last))
         return [Inputs(time, text, mapped)] * len(self.blocks)
@@ -95,7 +95,8 @@ class DiffNeXt(nn.Module):
         semantic_channels: channels of the semantic latents.
         patch_size: latents are folded by it first.
         widths: channels per level, finest first.
-        num_blocks: blocks per level, on each side of the U.
+        num_blocks: blocks per level, on the way down.
+        num_up_blocks: the same on the way up, finest first too; None takes as many.
         num_heads: attention heads per level; None for a level without attention.
         inject_semantic: per level, whether its blocks see the semantic latents.
         cond_dim: channels of the mapped semantic latents and text.
@@ -116,6 +117,7 @@ class DiffNeXt(nn.Module):
         patch_size: int = 2,
         widths: Sequence[int],
         num_blocks: Sequence[int],
+        num_up_blocks: Sequence[int] | None = None,
         num_heads: Sequence[int | None],
         inject_semantic: Sequence[bool],
         cond_dim: int,
@@ -124,12 +126,14 @@ class DiffNeXt(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        lengths = {len(widths), len(num_blocks), len(num_heads), len(inject_semantic)}
+        up_blocks = num_blocks if num_up_blocks is None else num_up_blocks
+        per_level = (widths, num_blocks, up_blocks, num_heads, inject_semantic)
+        lengths = {len(each) for each in per_level}
         if len(lengths) != 1:
             raise ValueError(
-                "widths, num_blocks, num_heads and inject_semantic have "
-                f"{len(widths)}, {len(num_blocks)}, {len(num_heads)} and {len(inject_semantic)} "
-                "entries; give one of each per level"
+                "widths, num_blocks, num_up_blocks, num_heads and inject_semantic have "
+                f"{', '.join(str(len(each)) for each in per_level)} entries; give one of each per "
+                "level"
             )
         self.latent_channels, self.semantic_channels = latent_channels, semantic_channels
         self.text_dim, self.time_dim, self.patch_size = text_dim, time_dim, patch_size
@@ -139,10 +143,10 @@ class DiffNeXt(nn.Module):
         self.stem = nn.Conv2d(latent_channels * patch_size**2, widths[0], 1)
         self.stem_norm = LayerNorm2d(widths[0])
 
-        def level(i: int, skip_dim: int) -> Level:
+        def level(i: int, blocks: int, skip_dim: int) -> Level:
             return Level(
                 widths[i],
-                num_blocks=num_blocks[i],
+                num_blocks=blocks,
                 num_heads=num_heads[i],
                 semantic_channels=semantic_channels,
                 semantic_dim=cond_dim if inject_semantic[i] else None,
@@ -153,9 +157,9 @@ class DiffNeXt(nn.Module):
             )
 
         last = len(widths) - 1
-        self.down = nn.ModuleList(level(i, 0) for i in range(last + 1))
+        self.down = nn.ModuleList(level(i, num_blocks[i], 0) for i in range(last + 1))
         self.up = nn.ModuleList(
-            level(i, widths[i] if i < last else 0) for i in reversed(range(last + 1))
+            level(i, up_blocks[i], widths[i] if i < last else 0) for i in reversed(range(last + 1))
         )
         self.downsample = downsamplers(widths)
         self.upsample = upsamplers(widths)
@@ -183,13 +187,13 @@ class DiffNeXt(nn.Module):
         return self.patch_size * 2 ** len(self.downsample)
 
     def inputs(
-        self, t: Tensor, semantic: Tensor, text: Tensor | None, size: tuple[int, int]
+        self, t: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
     ) -> list[Inputs]:
         """What each block reads, from the first level down to the last one up.
 
         Args:
             t: (B,) or (T,) times in [0, 1].
-            semantic: (B, S, h, w) semantic latents of any resolution.
+            semantic: (B, S, h, w) semantic latents of any resolution; None if no level sees them.
             text: (B, L, D) text states, or none.
             size: (H, W) of the noised latents.
         """
@@ -204,7 +208,7 @@ class DiffNeXt(nn.Module):
         return found
 
     def digest(
-        self, times: Tensor, semantic: Tensor, text: Tensor | None, size: tuple[int, int]
+        self, times: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
     ) -> list[Digest]:
         """What each block needs of (T,) times to come and the rest, as of ``inputs``."""
         blocks = [block for level in (*self.down, *self.up) for block in level.blocks]

@@ -61,7 +61,7 @@ class StageC(Stage):
         super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema, seed=seed)
         if prior.latent_channels != decoder.latent_channels:
             raise ValueError(
-                f"stage.prior.latent_channels={prior.latent_channels}, but Stage B's compressor "
+                f"stage.prior.latent_channels={prior.latent_channels}, but the frozen decoder "
                 f"gives {decoder.latent_channels}; set them equal"
             )
         if prior.text_dim != text_encoder.width:
@@ -163,9 +163,25 @@ class StageC(Stage):
             text_encoder=self.text_encoder,
             semantic_scale=self.semantic_scale,
             semantic_shift=self.semantic_shift,
-            resolution_multiple=self.decoder.compressor.resolution_multiple,
+            resolution_multiple=self.resolution_multiple,
             place=Place(self.device),
         )
+
+    @property
+    def resolution_multiple(self) -> float:
+        """Pixels to a position of the latents."""
+        return self.decoder.compressor.resolution_multiple
+
+    def pictures(
+        self,
+        semantic: Tensor,
+        *,
+        size: tuple[int, int],
+        seeds: Sequence[int],
+        captions: Sequence[str],
+    ) -> Tensor:
+        """Latents as ``sample`` gives them -> (B, 3, *size) in [0, 1]."""
+        return self.decoder.decode(semantic, size=size, seeds=seeds, captions=captions)
 
     # Objective
 
@@ -218,11 +234,11 @@ class StageC(Stage):
 
         def drawn(latents: Tensor) -> Tensor:
             semantic = self.to_semantic(latents)
-            return self.decoder.decode(semantic, size=size, seeds=seeds, captions=captions)
+            return self.pictures(semantic, size=size, seeds=seeds, captions=captions)
 
         def sampled() -> Tensor:
             semantic = self.sample(captions, size=size, seeds=seeds, num_steps=20)
-            return self.decoder.decode(semantic, size=size, seeds=seeds, captions=captions)
+            return self.pictures(semantic, size=size, seeds=seeds, captions=captions)
 
         with gathered(self):
             raw = sampled()

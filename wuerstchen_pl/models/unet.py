@@ -1,0 +1,83 @@
+"""The denoiser of the paper's baseline: a U-Net from noised latents and text to the noise.
+
+Wuerstchen (arXiv 2306.00637), section 4 and appendix: a latent diffusion model of matched compute,
+here of Stage B's blocks, without semantic latents.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from wuerstchen_pl.models.conditions import Digest, Inputs
+from wuerstchen_pl.models.diffnext import DiffNeXt
+
+
+class UNet(nn.Module):
+    """Stage B's network as a text-conditional one, with the interface of ``Prior``.
+
+    Args:
+        latent_channels: channels of Stage A's latents.
+        patch_size: latents are folded by it first: 2 makes f8 of Stage A's f4.
+        widths: channels per level, finest first (paper 320, 640, 1280, 1280).
+        num_blocks: blocks per level on the way down (paper 2, 4, 14, 4).
+        num_up_blocks: the same on the way up, finest first too (paper 3, 5, 15, 5).
+        num_heads: attention heads per level (paper 5, 10, 20, 20).
+        cond_dim: channels of the mapped text.
+        text_dim: D of the text states.
+        time_dim: channels of the time embedding.
+        dropout: probability in blocks and attention.
+
+    Raises:
+        ValueError: if the per-level lists differ in length.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int = 4,
+        patch_size: int = 2,
+        widths: Sequence[int],
+        num_blocks: Sequence[int],
+        num_up_blocks: Sequence[int],
+        num_heads: Sequence[int | None],
+        cond_dim: int,
+        text_dim: int,
+        time_dim: int = 64,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.latent_channels, self.text_dim = latent_channels, text_dim
+        self.net = DiffNeXt(
+            latent_channels=latent_channels,
+            patch_size=patch_size,
+            widths=widths,
+            num_blocks=num_blocks,
+            num_up_blocks=num_up_blocks,
+            num_heads=num_heads,
+            inject_semantic=[False] * len(widths),
+            cond_dim=cond_dim,
+            text_dim=text_dim,
+            time_dim=time_dim,
+            dropout=dropout,
+        )
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of the latents must be multiples of it."""
+        return self.net.size_multiple
+
+    def inputs(self, t: Tensor, text: Tensor) -> list[Inputs]:
+        """(B,) or (T,) times and (B, L, D) text states -> what every block reads."""
+        return self.net.inputs(t, None, text, (0, 0))  # a size is for semantic latents alone
+
+    def digest(self, times: Tensor, text: Tensor) -> list[Digest]:
+        """(T,) times to come and (B, L, D) text states -> what every block needs of them."""
+        return self.net.digest(times, None, text, (0, 0))
+
+    def step(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> Tensor:
+        """(B, C, h, w) noised latents, and each block's inputs or digest -> the noise, float32."""
+        return self.net.step(xt, given)
+
+    def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """(B, C, h, w) noised latents, (B,) times, (B, L, D) text -> the noise, float32."""
+        return self.step(xt, self.inputs(t, text))

@@ -1,0 +1,54 @@
+"""The pipeline that a model on disk, a run or a stage in training is drawn with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wuerstchen_pl import checkpoint
+from wuerstchen_pl.layouts import run
+from wuerstchen_pl.pipeline.cascade import Cascade
+from wuerstchen_pl.pipeline.ldm import LatentDiffusion
+from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
+
+
+def pipeline_at(
+    model: str, *, prior: str | None = None, device: str, dtype: torch.dtype = torch.float32
+) -> Cascade:
+    """The pipeline of a model, a run of Stage C, or one of the baseline.
+
+    Raises:
+        FileNotFoundError: if there is nothing, or a part is missing.
+        ValueError: if it is damaged, or no model.
+    """
+    if last_stage(model) == "ldm":
+        return LatentDiffusion.from_run(model).to(device, dtype)
+    return WuerstchenPipeline.from_pretrained(model, prior=prior, device=device, torch_dtype=dtype)
+
+
+def last_stage(model: str) -> str | None:
+    """``c``, ``ldm`` or another stage that a run trained; None of a model that is no run.
+
+    Raises:
+        FileNotFoundError: if a run has no checkpoint.
+        ValueError: if it is damaged.
+    """
+    if not run.found(Path(model)):
+        return None
+    target = checkpoint.read(checkpoint.find(model))["stage"]["_target_"]
+    return str(target).rpartition(".Stage")[2].lower()
+
+
+def pipeline_of(stage: Any) -> Cascade:
+    """The pipeline of a stage's own networks, as they are now: Stage C's, or the baseline's.
+
+    It freezes them.
+    """
+    prior = stage.prior_pipeline()
+    if not hasattr(stage.decoder, "compressor"):
+        return LatentDiffusion(prior=prior, vqgan=stage.decoder.vqgan)
+    return WuerstchenPipeline(
+        prior=prior,
+        decoder=stage.decoder.decoder_pipeline(),
+        compressor=stage.decoder.compressor,
+    )
