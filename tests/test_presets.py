@@ -19,6 +19,7 @@ COUNTS = [
     ("c", "paper", "prior", 347_037_472),
     ("c", "v1", "prior", 993_243_680),
     ("c", "v2", "prior", 993_636_896),
+    ("ldm", "paper", "prior", 894_654_752),  # ours: the paper tells widths and depths
 ]
 
 

@@ -327,3 +327,25 @@ def test_validation_losses_are_those_of_training(cascade: Path, tmp_path: Path) 
         number = sum(v["number"] for v in bands.values())
         assert number == 4 * found[f"stage_{stage}/loss"]["number"]
         assert whole / number == pytest.approx(logged[-1], rel=1e-4)
+
+
+def test_other_data_are_named_by_a_yaml(cascade: Path, tmp_path: Path) -> None:
+    """Prompts at their pictures' sizes, and a reference: here the model's own, by another name."""
+    told = ["metric=[kid]", "num_prompts=4"]
+    yaml = cascade / "a/config.yaml"
+    other = [f"prompts={yaml}", f"reference={yaml}"]
+    for name, more in (("own", []), ("other", other)):
+        assert run_program("evaluate", [*arguments(cascade, tmp_path / name, *told), *more]) == 0
+    own, named = (numbers(tmp_path / name)["kd_random"] for name in ("own", "other"))
+    assert own == named
+    sizes = {Image.open(path).size for path in (tmp_path / "other/pictures").glob("*.png")}
+    assert len(sizes) > 1
+
+
+def test_a_yaml_of_something_else_is_refused(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "other.yaml").write_text("_target_: os.getcwd\n")
+    told = arguments(cascade, tmp_path / "report", "metric=[kid]", "num_prompts=2")
+    assert run_program("evaluate", [*told, f"prompts={tmp_path / 'other.yaml'}"]) == 1
+    assert "os.getcwd" in capsys.readouterr().err

@@ -45,24 +45,38 @@ class DataPictures:
         return [found[i * len(found) // count] for i in range(count)]
 
 
+def configured(path: Path) -> Any:
+    """The data module of a YAML file: a run's ``config.yaml``, or its ``data`` alone.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it names what is no data module, or a cache, which holds no pictures.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; name a run's config.yaml, or its data alone")
+    config: Any = OmegaConf.to_container(OmegaConf.load(path))
+    data = checkpoint.build(config.get("data", config) if isinstance(config, dict) else config)
+    if not hasattr(data, "in_order"):
+        raise ValueError(f"{path} names no data; give a run's config.yaml, or its data alone")
+    if hasattr(data, "made_with"):
+        raise ValueError(
+            f"{path} names a cache, which holds no pictures to measure on; name the data that it "
+            "was made of"
+        )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
 def run_data(model: Path) -> Any:
     """The data module that the run at ``model`` was trained on, from its config.yaml.
 
     Raises:
         FileNotFoundError: if the run's folder lacks it.
-        ValueError: if it was trained from a cache.
+        ValueError: as of ``configured``.
     """
     folder = checkpoint.find(model).parent.parent
     path = folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; evaluate reads there what data to measure on")
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    data = checkpoint.build(config["data"])  # type: ignore[index, call-overload]
-    if hasattr(data, "made_with"):
-        raise ValueError(
-            f"{folder} was trained from a cache, which holds no pictures to measure on; evaluate a "
-            "run that was trained on pictures"
-        )
-    data.prepare_data()
-    data.setup()
-    return data
+    return configured(path)

@@ -28,13 +28,13 @@ class Plan:
 
     metric: Sequence[str]
     prompts: str = DATA
-    """A file, or ``data``: training captions, each drawn at its picture's size."""
+    """``data``: training captions, each at its picture's size; or a file, or a YAML of data."""
     num_prompts: int | None = 128
     """Of the prompts, at most; None takes all."""
     images: str | None = None
     """A folder of pictures to judge, instead of drawing."""
     reference: str = DATA
-    """A folder of pictures, or ``data``: the training pictures."""
+    """A folder of pictures, or ``data``: the training pictures; or a YAML of data."""
     against: Sequence[str] = ()
     """Folders of pictures for the same prompts, to win against by PickScore."""
     height: int | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen_pl.evaluation import own_data, pictures, report
-from wuerstchen_pl.evaluation.data import DataPictures
+from wuerstchen_pl.evaluation.data import DataPictures, configured
 from wuerstchen_pl.evaluation.drawing import Process, Wanted, draw_into
 from wuerstchen_pl.evaluation.folder import Folder
 from wuerstchen_pl.evaluation.plan import DATA, OF_SETS, Plan
@@ -16,6 +16,7 @@ from wuerstchen_pl.pipeline.cascade import Cascade
 
 PICTURES = "pictures"
 """The folder, in that of the report, that pictures are drawn into."""
+YAML = (".yaml", ".yml")
 SIDE = 64
 """Of a picture in pixels, where nothing else is said."""
 
@@ -90,8 +91,9 @@ def evaluate(
 
 def wanted_by(plan: Plan, data: Any) -> tuple[list[Wanted], list[int]]:
     """The pictures to draw; and of captions of the data, the places of their own pictures."""
-    if plan.prompts == DATA:
-        chosen = DataPictures(data).captioned(plan.num_prompts)
+    if plan.prompts == DATA or plan.prompts.endswith(YAML):
+        named = data if plan.prompts == DATA else configured(Path(plan.prompts))
+        chosen = DataPictures(named).captioned(plan.num_prompts)
         wanted = [Wanted(c.caption, plan.seed + c.place, c.height, c.width) for c in chosen]
         return wanted, [c.place for c in chosen]
     prompts = some(read(plan.prompts), plan.num_prompts, plan.seed)
@@ -142,6 +144,8 @@ def reference_of(plan: Plan, subject: Subject) -> Folder | DataPictures | None:
         return None
     if plan.reference == DATA:
         return DataPictures(subject.data)
+    if plan.reference.endswith(YAML):
+        return DataPictures(configured(Path(plan.reference)))
     return Folder(Path(plan.reference), key="reference")
 
 
