@@ -115,7 +115,7 @@ def reconstructions(pipeline: WuerstchenPipeline, data: object) -> list[str]:
     for batch in data.in_order("val"):  # type: ignore[attr-defined]
         images = batch["image"]
         through_a = autoencoded(pipeline, images)
-        through_b = reconstructed(pipeline, images)
+        through_b = reconstructed(pipeline, images, seeds=range(len(images)))
         for original, a, b in zip(images, through_a, through_b, strict=True):
             frames.append(pair((original, "input"), (a, "Stage A"), (b, "Stage B")))
     return frames

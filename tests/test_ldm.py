@@ -92,4 +92,4 @@ def test_a_baseline_is_no_cascade_to_export(
     baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run_program("export", [f"ckpt={baseline}", f"to={tmp_path / 'mine'}"]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert "is a run of StageLDM, which is no stage of the cascade" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from wuerstchen_pl.evaluation.data import run_data
 from wuerstchen_pl.evaluation.drawing import Process
 from wuerstchen_pl.evaluation.plan import OF_SETS, Plan
 from wuerstchen_pl.evaluation.run import Subject, denoisers, evaluate
+from wuerstchen_pl.metrics.score import Score
 from wuerstchen_pl.models.perceptual import LPIPS
 from wuerstchen_pl.pipeline.found import last_stage, pipeline_at
 
@@ -60,7 +61,19 @@ def run(cfg: DictConfig) -> float | None:
         return None
     print(report.table(scores))
     print(folder / "metrics.json")
-    return scores.get(cfg.metric[0], next(iter(scores.values()))).value
+    return of_first(cfg.metric[0], scores).value
+
+
+def of_first(metric: str, scores: Mapping[str, Score]) -> Score:
+    """The score that the first metric is known by, under whatever name it goes."""
+    names = {
+        "fid": "fd_",
+        "kid": "kd_",
+        "reconstruction": "stage_a/psnr",
+        "rfid": "stage_a_train/r",
+    }
+    wanted = (metric, names.get(metric, metric), "stage_")
+    return next(s for start in wanted for name, s in scores.items() if name.startswith(start))
 
 
 def _device() -> str:
@@ -114,12 +127,19 @@ def build_subject(cfg: DictConfig, plan: Plan, device: str) -> Subject:
         facts |= {"model": str(cfg.model), "bf16": cfg.bf16}
         facts |= {} if cfg.prior is None else {"prior": cfg.prior}
         if pipeline.source is not None:
-            facts["weights_sha256"] = pipeline.source["sha256"]
+            facts["checkpoint_sha256"] = pipeline.source["sha256"]
     stages: dict[str, Any] = {}
     if "validation_loss" in plan.metric:
         name = last_stage(cfg.model) or "c"
-        stages = denoisers(name, checkpoint.load_stage(run=cfg.model, stage=name).to(device))
-    data = run_data(Path(cfg.model)) if plan.of_data else None
+        stages = denoisers(checkpoint.load_stage(run=cfg.model, stage=name).to(device))
+    data = None
+    if plan.of_data:
+        if cfg.model is None or last_stage(cfg.model) is None:
+            raise ValueError(
+                f"model={cfg.model} is no run, and so has no data of its own; set prompts= and "
+                "reference= to files and folders, and metric= to those that need no data"
+            )
+        data = run_data(Path(cfg.model))
     return Subject(facts=facts, pipeline=pipeline, stages=stages, data=data)
 
 

@@ -1,6 +1,7 @@
 """What frozen networks compute, as short names: a cache is good for networks that have the same."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,6 +42,20 @@ def of_network(network: nn.Module, *, said: str = "") -> str:
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def of_weights(networks: Iterable[nn.Module]) -> str:
+    """Hash networks' weights and buffers alone, wherever they lie.
+
+    Not by ``state_dict``: FSDP would take gathered weights apart for it.
+    """
+    digest = hashlib.sha256()
+    for number, network in enumerate(networks):
+        for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+            digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

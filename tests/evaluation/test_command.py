@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import run_program, small
 from wuerstchen_pl.evaluation import drawing
 from wuerstchen_pl.evaluation.data import DataPictures, run_data
+from wuerstchen_pl.evaluation.folder import Folder
 from wuerstchen_pl.metrics.clip import pickscore
+from wuerstchen_pl.pipeline.draw import Settings
+from wuerstchen_pl.pipeline.found import pipeline_at
 
 ROOT = Path(__file__).parents[2]
 FAST = (
@@ -202,7 +206,7 @@ def test_pictures_of_something_else_are_not_mixed_with(
 ) -> None:  # fmt: skip
     folder = tmp_path / "copy"
     shutil.copytree(evaluated, folder)
-    more = ["metric=[fid]", f"prompts={prompts}"]
+    more = ["metric=[kid]", f"prompts={prompts}"]
     more.append("sample.prior_guidance_scale=2" if name == "settings" else "num_prompts=4")
     assert run_program("evaluate", arguments(cascade, folder, *more)) == 1
     other = "prior_guidance_scale" if name == "settings" else "prompts, seeds, sizes"
@@ -222,7 +226,7 @@ def test_a_damaged_picture_is_named_and_the_others_kept(
     assert run_program("evaluate", arguments(cascade, folder, *more)) == 1
     said = capsys.readouterr().err
     assert "000003-3.png is damaged" in said
-    assert "remove it, and run the command again" in said
+    assert "may be removed, and the command run again" in said
     broken.unlink()
     assert run_program("evaluate", arguments(cascade, folder, *more)) == 0
     assert numbers(folder)["fd_random"] == numbers(evaluated)["fd_random"]
@@ -231,7 +235,7 @@ def test_a_damaged_picture_is_named_and_the_others_kept(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["metric=[fid]", "features.widths=[16,24,32]"], "metric=fid needs more than 72 pictures"),
+        (["metric=[fid]", "features.widths=[16,24,32]"], "metric=fid needs at least 73 pictures"),
         (["metric=[is]"], "metric=is is of Inception's classes; set features=inception"),
         (["metric=[fid,bleu]"], "is unknown; choose from fid, kid, is, clip, pickscore"),
         (["metric=[fid]", "num_prompts=0"], "num_prompts=0 draws nothing"),
@@ -274,7 +278,7 @@ def test_folders_that_do_not_fit_are_refused(
     told = ["metric=[pickscore]", f"pickscore.weights={judge}", f"output_dir={tmp_path}"]
     told += ["model=null"]
     assert run_program("evaluate", [*told, f"images={drawn}", f"against=[{fewer}]"]) == 1
-    assert "holds 5 pictures, and" in capsys.readouterr().err
+    assert "holds 5 pictures, and there are 6 to compare with" in capsys.readouterr().err
     assert run_program("evaluate", [*told, f"images={fewer}"]) == 1
     assert "set prompts= to a file of them" in capsys.readouterr().err
     assert run_program("evaluate", [*told, f"images={fewer}", f"prompts={prompts}"]) == 1
@@ -349,3 +353,68 @@ def test_a_yaml_of_something_else_is_refused(
     told = arguments(cascade, tmp_path / "report", "metric=[kid]", "num_prompts=2")
     assert run_program("evaluate", [*told, f"prompts={tmp_path / 'other.yaml'}"]) == 1
     assert "os.getcwd" in capsys.readouterr().err
+
+
+def test_shares_are_by_number_whoever_began_first(
+    evaluated: Path, cascade: Path, tmp_path: Path
+) -> None:
+    """The second process starts when the first has drawn some: none is left to nobody."""
+    facts = json.loads((evaluated / "pictures/pictures.json").read_text())
+    told = zip(facts["prompts"], facts["seeds"], facts["sizes"], strict=True)
+    wanted = [drawing.Wanted(prompt, seed, *size) for prompt, seed, size in told]
+    pipeline = pipeline_at(str(cascade / "c"), device="cpu")
+    settings = Settings(prior_steps=1, decoder_steps=1)
+    (tmp_path / "000000-0.png").touch()  # the first one's
+    second = drawing.Process(rank=1, number=2)
+    drawing.draw_into(tmp_path, wanted, pipeline, settings, {}, second)
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {"000000-0.png", "000001-1.png", "000003-3.png", "000005-5.png"}
+
+
+def test_a_command_that_drew_nothing_claims_nothing(
+    cascade: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    told = arguments(cascade, tmp_path, "metric=[kid]", f"prompts={prompts}")
+    assert run_program("evaluate", [*told, "height=10", "width=10"]) == 1
+    assert "height=10 cannot be drawn" in capsys.readouterr().err
+    assert run_program("evaluate", [*told, "reference=/nowhere"]) == 1
+    assert not list(tmp_path.rglob("*.png"))  # refused before anything was drawn
+    assert run_program("evaluate", told) == 0
+
+
+def test_other_weights_under_the_same_path_are_not_taken_for_the_same(
+    cascade: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = tmp_path / "mine"
+    assert run_program("export", [f"ckpt={cascade / 'c'}", f"to={model}"]) == 0
+    for number in range(2):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+    told = ["metric=[kid]", f"prompts={prompts}", f"reference={tmp_path}", *FAST]
+    told += [f"model={model}", f"output_dir={tmp_path / 'report'}", "cache_dir=null"]
+    assert run_program("evaluate", told) == 0
+    assert len(json.loads((tmp_path / "report/metrics.json").read_text())["weights_sha256"]) == 64
+    weights = next((model / "prior").glob("*.safetensors"))
+    tensors = load_file(weights)
+    save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, weights)
+    assert run_program("evaluate", told) == 1
+    assert "holds pictures of other weights_sha256" in capsys.readouterr().err
+
+
+def test_prompts_go_with_numbers_and_not_with_letters(tmp_path: Path) -> None:
+    for number in range(12):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"picture {number}.png")
+    names = [path.name for path in Folder(tmp_path).paths]
+    assert names == [f"picture {number}.png" for number in range(12)]
+
+
+def test_a_reconstruction_does_not_depend_on_its_batch(cascade: Path, tmp_path: Path) -> None:
+    shutil.copytree(cascade, tmp_path, dirs_exist_ok=True)
+    config, found = tmp_path / "c/config.yaml", []
+    text = config.read_text()
+    assert "val_batch_size: null" in text
+    for size in (1, 4):
+        config.write_text(text.replace("val_batch_size: null", f"val_batch_size: {size}"))
+        told = [f"model={tmp_path / 'c'}", "metric=[reconstruction]", *FAST]
+        assert run_program("evaluate", [*told, f"output_dir={tmp_path}"]) == 0
+        found.append(numbers(tmp_path)["stage_b/psnr"]["value"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

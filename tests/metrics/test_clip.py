@@ -11,6 +11,7 @@ from PIL import Image
 
 from wuerstchen_pl.metrics.clip import Clip, clip, pickscore
 from wuerstchen_pl.metrics.clip_names import from_transformers
+from wuerstchen_pl.models.tokenizer import Tokenizer
 
 TEXTS = ["a red heart", "Two blue birds, on a branch!", "a red heart", "é à ñ 123"]
 
@@ -47,15 +48,9 @@ def wanted(folder: Path) -> torch.Tensor:
     """(4, 4) exp(logit scale) x cosines of transformers' model, pictures by texts."""
     transformers = pytest.importorskip("transformers")
     model = transformers.CLIPModel.from_pretrained(folder).eval()
-    pixels = (
-        transformers.CLIPImageProcessorPil
-        if hasattr(transformers, "CLIPImageProcessorPil")
-        else transformers.CLIPImageProcessor
-    )
+    pixels = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     seen = pixels(size={"shortest_edge": 32}, crop_size=32)(PICTURES, return_tensors="pt")
-    ids = Clip(
-        open_clip.CLIP(8, {"image_size": 32, "patch_size": 8}, {}), side=32, weights_sha256=""
-    ).tokenizer(TEXTS)
+    ids = Tokenizer()(TEXTS)
     with torch.no_grad():
         return model(input_ids=ids, pixel_values=seen["pixel_values"]).logits_per_image
 
@@ -70,9 +65,57 @@ def test_pickscore_is_that_of_transformers(published: Path) -> None:
 def test_clip_score_is_that_of_transformers(published: Path) -> None:
     model = pickscore(weights=str(published))
     cosines = wanted(published).diagonal() / np.exp(3.0)
-    found = Clip(model.net, side=32, weights_sha256="").scores(PICTURES, TEXTS)
+    plain = Clip(model.net, transform=model.transform, weights_sha256="")
+    plain.net.visual.proj.data *= cosines.sign()[0]  # which makes the first one positive
+    cosines = cosines * cosines.sign()[0]
+    found = plain.scores(PICTURES, TEXTS)
     torch.testing.assert_close(found, 100 * cosines.clamp(min=0), rtol=1e-5, atol=1e-4)
-    assert (found == 0).any() or (found > 0).all()
+    assert float(found.std()) > 0.1
+
+
+SMALL = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_tags_activation_and_preprocessing_are_its_own(
+    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor shows them, so that other ones would go unnoticed, and give other scores."""
+    (tmp_path / "small-test.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(tmp_path / "small-test.json")
+    torch.manual_seed(0)
+    state = open_clip.CLIP(**{**SMALL, "quick_gelu": quick}).state_dict()  # type: ignore[arg-type]
+    torch.save(state, tmp_path / "weights.pt")
+    tag = {"url": "none", "quick_gelu": quick, "mean": (0.5,) * 3, "std": (0.5,) * 3,
+           "interpolation": "bicubic", "resize_mode": "squash"}  # fmt: skip
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-test", {"mine": tag})
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda *_, **__: tmp_path / "weights.pt")
+    model = clip(name="small-test", weights="mine")
+    activations = {type(m).__name__ for m in model.modules() if "GELU" in type(m).__name__}
+    assert activations == {"QuickGELU" if quick else "GELU"}
+    white = model.transform(Image.new("RGB", (64, 32), "white"))
+    assert torch.equal(white, torch.ones(3, 32, 32))  # (1 - 0.5) / 0.5
+
+
+def test_weights_that_are_damaged_or_run_code_are_refused_in_a_sentence(
+    published: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "weights.pt").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="or hold more than tensors; they are not loaded"):
+        clip(name="ViT-B-32", weights=str(tmp_path / "weights.pt"))
+    (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="is no CLIPModel of transformers"):
+        pickscore(weights=str(tmp_path))
+
+
+def test_models_that_read_other_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="reads other tokens than CLIP's"):
+        clip(name="ViT-B-16-SigLIP", weights="webli")
 
 
 def test_a_folder_that_is_no_clip_is_refused(published: Path, tmp_path: Path) -> None:

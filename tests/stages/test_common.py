@@ -5,6 +5,7 @@ import torch
 
 from tests.stages.conftest import STAGES, fit
 from wuerstchen_pl.models.blocks import blocks_of, checkpoint_activations
+from wuerstchen_pl.pipeline.found import pipeline_of
 from wuerstchen_pl.stages.stage import Batch, Stage, WarmupCosine
 
 
@@ -53,6 +54,16 @@ def test_every_trained_parameter_moves_and_no_frozen_one(name: str, batch: Batch
         for key, tensor in module.state_dict().items():
             assert torch.equal(tensor, frozen[f"{part}.{key}"]), f"{part}.{key} moved"
         assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_frozen_parts_draw_where_their_weights_lie(name: str) -> None:
+    stage = STAGES[name]().to("meta")
+    assert stage.device.type == "meta"
+    frozen = [part for part in stage.frozen.values() if isinstance(part, Stage)]
+    assert all(part.device.type == "meta" for part in frozen)
+    if name in ("c", "ldm"):
+        assert pipeline_of(stage).place.device.type == "meta"
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -64,7 +64,9 @@ class Memory(L.Callback):
 
 def _fitting(trainer: L.Trainer, batch: dict, room: int) -> str:
     """The largest batch that has room and makes the same step; nothing if none has."""
-    rows = len(batch["caption"])
+    # a batch lacks what could not be read
+    data = getattr(trainer, "datamodule", None)
+    rows = getattr(data, "batch_size", len(batch["caption"]))
     of_process = rows * trainer.accumulate_grad_batches
     fitting = [n for n in range(1, min(room, rows) + 1) if of_process % n == 0]
     if not fitting:

@@ -7,7 +7,6 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from wuerstchen_pl.callbacks.checkpoints import Checkpoints
 from wuerstchen_pl.callbacks.trial import measured_once
 
 PEAK_TFLOPS = {
@@ -68,7 +67,9 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict, batch_idx: int
     ) -> None:
         """Note for how long the data were waited for; count the operations of the first batch."""
-        saving = sum(c.seconds for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints))
+        # by checkpoints and evaluation
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        saving = sum((float(getattr(each, "seconds", 0)) for each in callbacks), 0.0)
         self._since += saving - self._saved  # which is neither training nor waiting
         self._waited += time.perf_counter() - self._batch_ended - (saving - self._saved)
         self._saved = saving

@@ -61,15 +61,21 @@ def draw_into(
         process: which one this is.
 
     Raises:
-        ValueError: if the folder holds pictures that were drawn otherwise.
+        ValueError: if a size or prompt cannot be drawn, or the folder holds pictures that were
+            drawn otherwise.
         OSError: if a picture cannot be written.
     """
+    for height, width in {(each.height, each.width) for each in wanted}:
+        pipeline.drawn_size(height, width)
+    for each in wanted:
+        pipeline.prior.text_encoder.check(each.prompt)
     # the number drawn at once changes no picture
     how = {key: value for key, value in vars(settings).items() if key != "batch_size"}
     claim(folder, wanted, {**facts, **how}, process)
     paths = [folder / name_of(number, each) for number, each in enumerate(wanted)]
-    missing = [n for n, path in enumerate(paths) if not path.is_file()]
-    own = missing[process.rank :: process.number]
+    # by number, and not by what is missing: another process may have begun
+    share = range(process.rank, len(paths), process.number)
+    own = [number for number in share if not paths[number].is_file()]
     by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number in own:
         by_size[wanted[number].height, wanted[number].width].append(number)
@@ -110,7 +116,7 @@ def claim(folder: Path, wanted: Sequence[Wanted], facts: dict[str, Any], process
         **facts,
     }
     content = json.loads(json.dumps(content))
-    if not path.is_file():
+    if not path.is_file() or not any(folder.glob("*.png")):  # or of a command that drew nothing
         if process.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".partial")
@@ -121,7 +127,7 @@ def claim(folder: Path, wanted: Sequence[Wanted], facts: dict[str, Any], process
         there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged; choose another output_dir") from error
-    differing = [key for key in content if there.get(key) != content[key]]
+    differing = [k for k in {**content, **there} if there.get(k) != content.get(k)]
     if differing:
         raise ValueError(
             f"{folder} holds pictures of other {', '.join(differing)}; choose another output_dir, "

@@ -1,16 +1,30 @@
 """The evaluation command's numbers within training, of the averaged weights."""
 
+import shutil
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import nn
+from torch import Tensor, nn
 
 from wuerstchen_pl.evaluation.drawing import Process
+from wuerstchen_pl.evaluation.folder import Folder
 from wuerstchen_pl.evaluation.plan import Plan
-from wuerstchen_pl.evaluation.run import Subject, denoisers, evaluate
+from wuerstchen_pl.evaluation.run import (
+    Subject,
+    check,
+    denoisers,
+    evaluate,
+    number_of,
+    reference_of,
+)
+from wuerstchen_pl.metrics.score import Score
 from wuerstchen_pl.pipeline.found import pipeline_of
 from wuerstchen_pl.stages.c import StageC
 
@@ -33,13 +47,16 @@ class During(L.Callback):
                 f"callbacks.evaluation.every_steps={every_steps} is out of range; use 1 or more"
             )
         self.folder, self.every_steps, self.plan = Path(folder), every_steps, plan
+        self.seconds = 0.0  # that it took
         self._seen_step = 0
+        self._kept: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that there is something to draw with.
 
         Raises:
-            ValueError: if another stage is trained, or from a cache.
+            ValueError: if another stage is trained, or from a cache, or what is to be drawn could
+                not be measured.
         """
         self._seen_step = trainer.global_step
         if not isinstance(pl_module, StageC):
@@ -53,6 +70,9 @@ class During(L.Callback):
                 "of; name a folder with callbacks.evaluation.plan.reference and a file with "
                 "callbacks.evaluation.plan.prompts"
             )
+        subject = Subject(facts={}, data=trainer.datamodule)  # type: ignore[attr-defined]
+        others = [Folder(Path(each), key="against") for each in self.plan.against]
+        check(self.plan, number_of(self.plan), reference_of(self.plan, subject), others)
 
     def on_train_batch_end(
         self,
@@ -67,22 +87,49 @@ class During(L.Callback):
         if step % self.every_steps or step == self._seen_step:
             return
         self._seen_step = step
-        assert isinstance(pl_module, StageC)
-        name = type(pl_module).__name__.removeprefix("Stage").lower()
-        process = Process(trainer.global_rank, trainer.world_size)
-        with pl_module.ema.applied(pl_module), as_before(pl_module):
-            subject = Subject(
-                facts={"run": trainer.default_root_dir, "step": step},
-                pipeline=pipeline_of(pl_module),
-                stages=denoisers(name, pl_module.eval()),
-                data=trainer.datamodule,  # type: ignore[attr-defined]
-            )
-            scores = evaluate(self.plan, subject, self.folder / f"step{step:07d}", process)
+        began = time.perf_counter()
+        scores = self._evaluated(trainer, pl_module)
         trainer.strategy.barrier()
+        self.seconds += time.perf_counter() - began
         if scores is not None:
             found = {f"eval/{name}": score.value for name, score in scores.items()}
             for logger in trainer.loggers:  # at once: Lightning's log waits for a logging step
                 logger.log_metrics(found, step - 1)
+
+    def _evaluated(self, trainer: L.Trainer, stage: Any) -> dict[str, Score] | None:
+        """The scores; a warning if they cannot be had, which is no reason to end a training."""
+        folder = self.folder / f"step{trainer.global_step:07d}"
+        if trainer.is_global_zero:  # of a run before, of other weights
+            shutil.rmtree(folder, ignore_errors=True)
+        trainer.strategy.barrier()
+        process = Process(trainer.global_rank, trainer.world_size)
+        with stage.ema.applied(stage), as_before(stage), self._at(stage.device):
+            subject = Subject(
+                facts={"run": trainer.default_root_dir, "step": trainer.global_step},
+                pipeline=pipeline_of(stage),
+                stages=denoisers(stage.eval()),
+                data=trainer.datamodule,  # type: ignore[attr-defined]
+                kept=self._kept,
+            )
+            try:
+                return evaluate(self.plan, subject, folder, process)
+            except (ValueError, OSError) as error:
+                warnings.warn(f"no evaluation at step {trainer.global_step}: {error}", stacklevel=2)
+                return None
+
+    @contextmanager
+    def _at(self, device: torch.device) -> Iterator[None]:
+        """Have the networks that judge on a device within the block, and off it between two."""
+        plan = self.plan
+        judges = (plan.features, plan.clip, plan.pickscore)
+        networks = [each for each in judges if isinstance(each, nn.Module)]
+        try:
+            for network in networks:
+                network.eval().to(device)
+            yield
+        finally:
+            for network in networks:
+                network.to("cpu")
 
 
 @contextmanager

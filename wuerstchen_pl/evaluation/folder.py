@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ FACTS = "pictures.json"
 
 
 class Folder:
-    """Pictures in the order of their names.
+    """Pictures in the order of their names, numbers in these by their value.
 
     Args:
         path: of the folder.
@@ -32,7 +33,7 @@ class Folder:
         self, path: Path, *, key: str = "images", prompts: Sequence[str] | None = None
     ) -> None:
         self.path, self.key = path, key
-        there = sorted(path.iterdir()) if path.is_dir() else []
+        there = sorted(path.iterdir(), key=_by_numbers) if path.is_dir() else []
         self.paths = [file for file in there if file.suffix.lower() in ENDINGS]
         if not self.paths:
             raise FileNotFoundError(f"{key}={path} holds no picture; name a folder of them")
@@ -77,6 +78,12 @@ class Folder:
         return hashlib.sha256(f"{self.path.resolve()}\n{text}".encode()).hexdigest()
 
 
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """2.png before 10.png."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
@@ -84,8 +91,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield file
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}); remove it, and run the command again, which draws only "
-            "what is missing"
+            f"{path} is damaged ({error}); one that was drawn here may be removed, and the command "
+            "run again, which draws only what is missing; another has to be mended"
         ) from error
 
 
@@ -99,17 +106,26 @@ def _prompts_of(path: Path) -> list[str]:
     return prompts
 
 
+def check_same_number(number: int, theirs: Folder) -> None:
+    """Refuse a folder of another number of pictures than there are prompts.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if number != len(theirs):
+        raise ValueError(
+            f"{theirs.key}={theirs.path} holds {len(theirs)} pictures, and there are {number} to "
+            "compare with; draw both for the same prompts"
+        )
+
+
 def check_same_prompts(ours: Folder, theirs: Folder) -> None:
     """Refuse folders that were not drawn for the same prompts.
 
     Raises:
         ValueError: naming what differs.
     """
-    if len(ours) != len(theirs):
-        raise ValueError(
-            f"{theirs.key}={theirs.path} holds {len(theirs)} pictures, and {ours.path} "
-            f"{len(ours)}; draw both for the same prompts"
-        )
+    check_same_number(len(ours), theirs)
     pairs = zip(ours.prompts or (), theirs.prompts or (), strict=False)
     if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
         raise ValueError(

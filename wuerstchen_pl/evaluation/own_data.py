@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def came_back(
             yield images, autoencoded(pipeline, images)
         else:
             assert isinstance(pipeline, WuerstchenPipeline)
-            yield images, reconstructed(pipeline, images, settings.decoder_steps)
+            seeds = [crc32(key.encode()) for key in batch["key"]]  # whatever else is in the batch
+            yield images, reconstructed(pipeline, images, settings.decoder_steps, seeds=seeds)
 
 
 @torch.no_grad()
@@ -98,7 +100,7 @@ def rfid(pipeline: Cascade, data: Any, settings: Settings, network: Network) -> 
                      f"stage {stage}")
             for side in (0, 1)
         )  # fmt: skip
-        check_enough("rfid", back, originals)
+        check_enough("rfid", network.width, len(back))
         score = distance(back, FrechetTo(originals))
         found[f"stage_{stage}_train/r{called('fid', network)}"] = score
     return found
@@ -181,5 +183,6 @@ def validation_losses(stages: dict[str, Any], data: Any) -> dict[str, Score]:
         for number in range(BANDS):
             if (own := loss[band == number]).numel():
                 middle = (number + 0.5) / BANDS
-                found[f"stage_{name}/loss_t{middle:.2f}"] = mean(own.tolist())
+                # of each picture at times of this band
+                found[f"stage_{name}/loss_t{middle:.2f}"] = mean(own.tolist(), of="times")
     return found

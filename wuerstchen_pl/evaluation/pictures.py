@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +31,7 @@ def of_sets(
     network: Network,
     reference: Iterable[Tensor] | None,
     cache_dir: str | None = None,
+    kept: dict[str, Tensor] | None = None,
 ) -> dict[str, Score]:
     """``fid`` and ``kid`` to a reference, and ``is``; of another network, ``fd_`` and ``kd_``.
 
@@ -38,6 +41,7 @@ def of_sets(
         network: of features.
         reference: pictures (3, H, W) uint8 to compare with.
         cache_dir: where a reference folder's features are kept.
+        kept: the same in memory, of whatever reference; found features are added.
 
     Raises:
         ValueError: if there are too few for a covariance.
@@ -46,16 +50,23 @@ def of_sets(
     if wanted := [name for name in ("fid", "kid") if name in metrics]:
         assert reference is not None
         ours = features(pictures, network, "drawn")
-        theirs = kept_features(reference, network, cache_dir)
+        kept = {} if kept is None else kept
+        if network.weights_sha256 not in kept:
+            found_anew = kept_features(reference, network, cache_dir)
+            kept[network.weights_sha256] = found_anew
+        theirs = kept[network.weights_sha256]
         for name in wanted:
-            if name == "fid":
-                check_enough(name, ours, theirs)
+            check_enough(name, network.width, len(ours), len(theirs))
             measure = FrechetTo(theirs) if name == "fid" else partial(kernel, reference=theirs)
-            found[called(name, network)] = distance(ours, measure, reference=len(theirs))
+            facts = {"reference": len(theirs), "weights_sha256": network.weights_sha256}
+            found[called(name, network)] = distance(ours, measure, **facts)
     if "is" in metrics:
         assert isinstance(network, Inception)
-        logits = torch.cat([network.logits(b) for b in batched(pictures, SIDE["is"], BATCH)])
-        found["is"] = distance(logits, inception_score)
+        device = next(network.parameters()).device
+        batches = batched(pictures, SIDE["is"], BATCH)
+        logits = torch.cat([network.logits(batch.to(device)).cpu() for batch in batches])
+        sha256 = network.weights_sha256
+        found["is"] = distance(logits, inception_score, weights_sha256=sha256)
     return found
 
 
@@ -85,7 +96,7 @@ def kept_features(reference: Iterable[Tensor], network: Network, cache_dir: str 
         return features(reference, network, "reference")
     name = f"{network.name}-{network.weights_sha256[:16]}-{reference.fingerprint()[:16]}"
     path = Path(cache_dir, f"{name.replace(' ', '')}.safetensors")
-    if path.is_file():
+    with suppress(OSError, SafetensorError, KeyError):  # none yet, or damaged: found anew
         return load_file(path)["features"]
     found = features(reference, network, "reference")
     path.parent.mkdir(parents=True, exist_ok=True)

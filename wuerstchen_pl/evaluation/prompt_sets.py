@@ -22,13 +22,13 @@ def read(path: str) -> list[str]:
         raise FileNotFoundError(f"prompts={path} is no file; give one with a prompt a line")
     try:
         found = READERS.get(file.suffix, _lines)(file.read_text(encoding="utf-8-sig"))
+        prompts = [" ".join(prompt.split()) for prompt in found]
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts={path} is no text in UTF-8: {error}") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"prompts={path} cannot be read as {KINDS[file.suffix]}: {error!r}"
         ) from error
-    prompts = [" ".join(prompt.split()) for prompt in found]
     if not (prompts := [prompt for prompt in prompts if prompt]):
         raise ValueError(f"prompts={path} holds no prompt; give one a line")
     return prompts

@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -16,6 +17,8 @@ from wuerstchen_pl.metrics.score import Score
 
 PACKAGES = ("wuerstchen_pl", "torch", "torchvision", "torchmetrics", "torch-fidelity",
             "open_clip_torch", "pillow")  # fmt: skip
+NAMING = ("model", "run", "step", "images")
+"""Facts that a page is titled with."""
 SHOWN = 8
 """Best and worst pictures of each score."""
 STYLE = """
@@ -54,15 +57,23 @@ def write(
     if pictures is not None:
         method["format"] = ", ".join(sorted({p.suffix[1:].upper() for p in pictures.paths}))
         _write(folder / "scores.csv", table_of_pictures(pictures, of_pictures))
+    else:
+        (folder / "scores.csv").unlink(missing_ok=True)  # of another command
     _write(folder / "index.html", page(scores, facts, pictures, of_pictures, folder))
     content = {**facts, **method, "metrics": numbers}
-    return _write(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
+    return _write(folder / "metrics.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def of_json(score: Score) -> dict[str, Any]:
     """A score without its pictures."""
-    told = {"value": score.value, "low": score.low, "high": score.high, "number": score.number}
-    return told | score.facts
+    told: dict[str, Any] = {
+        "value": score.value,
+        "low": score.low,
+        "high": score.high,
+        "number": score.number,
+    }
+    finite = {k: v if v is None or math.isfinite(v) else None for k, v in told.items()}
+    return finite | score.facts
 
 
 def table(scores: Mapping[str, Score]) -> str:
@@ -97,7 +108,7 @@ def page(
     folder: Path,
 ) -> str:
     """The numbers, and the best and worst pictures by each score that pictures have."""
-    title = html.escape(str(facts.get("model") or facts.get("images")))
+    title = html.escape(" ".join(f"{k} {facts[k]}" for k in NAMING if facts.get(k) is not None))
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td class=number>{score.value:.4g}</td>"
         f"<td>{_interval(score)}</td><td class=number>{score.number}</td></tr>"

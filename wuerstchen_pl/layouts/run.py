@@ -34,6 +34,11 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
     """
     path = find(run)
     name = read(path)["stage"]["_target_"].rpartition(".")[2]
+    if name not in OF_STAGE:
+        raise ValueError(
+            f"{run} is a run of {name}, which is no stage of the cascade; sample and evaluate take "
+            "it, and no layout holds it"
+        )
     stage: Any = load_stage(run=path, stage=name[-1].lower(), ema=ema)
     model = Model(source=stage.source)
     if name == "StageC":

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transform import image_transform
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,17 +27,16 @@ class Clip(nn.Module):
 
     Args:
         net: open_clip's.
-        side: of the square in pixels that it sees.
+        transform: a picture -> what the network sees.
         weights_sha256: of its weights.
     """
 
-    def __init__(self, net: nn.Module, *, side: int, weights_sha256: str) -> None:
+    def __init__(
+        self, net: nn.Module, *, transform: Callable[[Image.Image], Tensor], weights_sha256: str
+    ) -> None:
         super().__init__()
         self.net = net.eval().requires_grad_(False)
-        self.weights_sha256 = weights_sha256
-        self.transform = image_transform(
-            side, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD
-        )
+        self.transform, self.weights_sha256 = transform, weights_sha256
         self.tokenizer = Tokenizer(context_length=self.net.context_length)  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -69,7 +69,8 @@ def clip(*, name: str, weights: str) -> Clip:
 
     Args:
         name: of the architecture, such as ``ViT-L-14``.
-        weights: a tag of open_clip's, such as ``openai``, which is downloaded, or a local file.
+        weights: a tag of open_clip's, such as ``openai``, which is downloaded, or a local file; of
+            OpenAI's own training, that goes with a name on ``-quickgelu``.
 
     Raises:
         ValueError: if there is no such model, or no such weights.
@@ -77,20 +78,35 @@ def clip(*, name: str, weights: str) -> Clip:
     """
     if name not in open_clip.list_models():
         raise ValueError(f"clip.name={name} is no model of open_clip; see open_clip.list_models()")
+    config = dict(open_clip.get_model_config(name) or {})
+    text = config.get("text_cfg", {})
+    if config.get("custom_text") or {"hf_tokenizer_name", "hf_model_name"} & text.keys():
+        raise ValueError(
+            f"clip.name={name} reads other tokens than CLIP's; use one such as ViT-L-14"
+        )
     local = Path(weights).is_file()
     if not local and weights not in open_clip.list_pretrained_tags_by_model(name):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise ValueError(f"clip.weights={weights} is no file, and no tag of {name}; use {known}")
-    config = dict(open_clip.get_model_config(name) or {})
-    net = open_clip.create_model(name)
     path = Path(weights) if local else _tagged(name, weights)
-    state = open_clip.factory.load_state_dict(str(path), weights_only=True)
+    told = {} if local else open_clip.get_pretrained_cfg(name, weights)
     try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"clip.weights={weights} are not those of {name}") from error
-    side = config["vision_cfg"]["image_size"]
-    return Clip(net, side=side, weights_sha256=durable.sha256(path))
+        net, transform = open_clip.create_model_from_pretrained(
+            name,
+            pretrained=str(path),
+            force_quick_gelu=bool(told.get("quick_gelu")),  # no tensor shows it
+            image_mean=told.get("mean"),
+            image_std=told.get("std"),
+            image_interpolation=told.get("interpolation"),
+            image_resize_mode=told.get("resize_mode"),
+            weights_only=True,
+        )
+    except Exception as error:  # torch's own text advises to load it all the same
+        raise ValueError(
+            f"clip.weights={weights} are damaged, not those of {name}, or hold more than tensors; "
+            "they are not loaded"
+        ) from error
+    return Clip(net, transform=transform, weights_sha256=durable.sha256(path))
 
 
 def _tagged(name: str, tag: str) -> Path:
@@ -132,12 +148,17 @@ def pickscore(*, weights: str) -> PickScore:
         told = json.loads(config.read_text(encoding="utf-8"))
         net, side = _network(told)
         net.load_state_dict(from_transformers(load_file(path)))
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError
+    ) as error:  # fmt: skip
         raise ValueError(
             f"pickscore.weights={weights} is no CLIPModel of transformers: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    return PickScore(net, side=side, weights_sha256=durable.sha256(path))
+    transform = image_transform(
+        side, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD
+    )
+    return PickScore(net, transform=transform, weights_sha256=durable.sha256(path))
 
 
 def _network(config: dict[str, Any]) -> tuple[nn.Module, int]:

@@ -4,6 +4,7 @@ It takes features where it is told that pictures are features already.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 SUBSET_SIZE = 1000
 SUBSETS = 100
+ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""One process measures; torchmetrics would wait for the others."""
 
 
 class _Given(nn.Module):
@@ -33,7 +36,7 @@ class FrechetTo:
 
     def __init__(self, reference: Tensor) -> None:
         given = _Given(reference.shape[1])
-        self.metric = FrechetInceptionDistance(feature=given, reset_real_features=False)
+        self.metric = FrechetInceptionDistance(feature=given, reset_real_features=False, **ALONE)
         self.metric.update(reference.double(), real=True)
 
     def __call__(self, ours: Tensor) -> float:
@@ -43,17 +46,27 @@ class FrechetTo:
         return float(self.metric.compute())
 
 
-def check_enough(name: str, ours: Tensor, reference: Tensor) -> None:
-    """Refuse sets whose covariance has no full rank: their Frechet distance says little.
+def check_enough(name: str, width: int, *numbers: int) -> None:
+    """Refuse sets that a distance cannot be told of.
+
+    A covariance of fewer pictures than features has no full rank, and the Frechet distance then
+    says little; a kernel's takes two pictures.
+
+    Args:
+        name: ``fid``, ``rfid`` or ``kid``.
+        width: number of features.
+        numbers: of pictures, of each side that is known.
 
     Raises:
-        ValueError: naming both numbers.
+        ValueError: naming the numbers.
     """
-    fewest, size = min(len(ours), len(reference)), ours.shape[1]
-    if fewest <= size:
+    needed = 2 if name == "kid" else width + 1
+    if min(numbers) < needed:
+        instead = "" if name == "kid" else ", or use metric=[kid]"
+        told = " and ".join(map(str, numbers))
         raise ValueError(
-            f"metric={name} needs more than {size} pictures on both sides, and there are "
-            f"{len(ours)} and {len(reference)}; give more, or use metric=[kid]"
+            f"metric={name} needs at least {needed} pictures on both sides, and there are {told}; "
+            f"give more{instead}"
         )
 
 
@@ -72,7 +85,7 @@ def kernel(ours: Tensor, reference: Tensor, *, subset_size: int = SUBSET_SIZE) -
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*save all extracted features.*")  # as they are
         metric = KernelInceptionDistance(
-            feature=_Given(ours.shape[1]), subsets=subsets, subset_size=size
+            feature=_Given(ours.shape[1]), subsets=subsets, subset_size=size, **ALONE
         )
     metric.update(reference.double(), real=True)
     metric.update(ours.double(), real=False)
@@ -90,7 +103,9 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> float:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*save all extracted features.*")
-        metric = InceptionScore(feature=_Given(logits.shape[1]), splits=min(splits, len(logits)))
+        metric = InceptionScore(
+            feature=_Given(logits.shape[1]), splits=min(splits, len(logits)), **ALONE
+        )
     metric.update(logits.double())
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

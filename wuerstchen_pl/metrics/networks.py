@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from wuerstchen_pl import durable
+from wuerstchen_pl.fingerprint import of_weights
 
 RESIZED = "torch, antialiased bicubic, shorter side, then the middle"
 
@@ -28,6 +29,8 @@ class Network(Protocol):
     name: str
     """``inception``, or what stands behind ``fd_``."""
     weights_sha256: str
+    width: int
+    """D."""
 
     def features(self, pictures: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, D) float32."""
@@ -46,6 +49,7 @@ class Inception(nn.Module):
     """
 
     name = "inception"
+    width = 2048
 
     def __init__(self, *, weights: str | None = None) -> None:
         from torch_fidelity import feature_extractor_inceptionv3 as port
@@ -118,7 +122,8 @@ class Random(nn.Module):
         for layer in self.layers:
             nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=rng)  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        self.weights_sha256 = f"seed {seed}, widths {list(widths)}"
+        self.width = sum(widths)
+        self.weights_sha256 = of_weights([self])
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:

@@ -42,8 +42,9 @@ def mean(each: Sequence[float], **facts: Any) -> Score:
     if not len(each):
         raise ValueError("no picture to measure; the data's split is empty")
     values = np.asarray(each, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+    rng, number = np.random.default_rng(0), len(values)
+    means = [values[rng.integers(number, size=number)].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
     several = len(values) > 1
     return Score(
         value=float(values.mean()),

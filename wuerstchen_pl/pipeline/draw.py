@@ -114,11 +114,13 @@ def autoencoded(pipeline: Cascade, images: Tensor) -> Tensor:
     return vqgan.decode(vqgan.encode(images.to(pipeline.place.device))).clamp(0, 1).cpu()
 
 
-def reconstructed(pipeline: WuerstchenPipeline, images: Tensor, num_steps: int = 12) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> the same through compressor, Stage B in so many steps, and A."""
+def reconstructed(
+    pipeline: WuerstchenPipeline, images: Tensor, num_steps: int = 12, *, seeds: Sequence[int]
+) -> Tensor:
+    """(B, 3, H, W) in [0, 1] and B seeds -> the same through compressor, Stage B and A."""
     return pipeline.reconstruct(
         images,
-        seed=0,
+        seed=seeds,
         num_inference_steps=num_steps,
         output_type="pt",
         return_dict=False,

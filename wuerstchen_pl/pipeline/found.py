@@ -22,6 +22,8 @@ def pipeline_at(
         ValueError: if it is damaged, or no model.
     """
     if last_stage(model) == "ldm":
+        if prior is not None:
+            raise ValueError(f"prior={prior} is of a cascade, and {model} is a baseline; drop it")
         return LatentDiffusion.from_run(model).to(device, dtype)
     return WuerstchenPipeline.from_pretrained(model, prior=prior, device=device, torch_dtype=dtype)
 

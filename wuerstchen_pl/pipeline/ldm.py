@@ -65,10 +65,15 @@ class LatentDiffusion(Cascade):
         prior_guidance_interval: tuple[float, float] = (0.0, 1.0),
         prior_sampler: Method = "ddpm",
         generator: Generator = None,
+        seed: int | Sequence[int] | None = None,
         progress: bool = True,
-        **of_stage_b: Any,
+        num_inference_steps: int = 12,
+        decoder_guidance_scale: float = 0.0,
+        decoder_sampler: Method = "ddpm",
+        output_type: str = "pt",
+        return_dict: bool = False,
     ) -> Tensor:
-        """Draw; the arguments are those of ``Cascade`` that mean something here.
+        """Draw; the arguments are those of ``Cascade``; the last five change nothing here.
 
         Returns:
             (N, 3, height, width) in [0, 1].
@@ -85,6 +90,7 @@ class LatentDiffusion(Cascade):
             guidance_interval=prior_guidance_interval,
             sampler=prior_sampler,
             generator=generator,
+            seed=seed,
             progress=progress,
         )[0]
         with self.place.at_work(self.decoder.vqgan):

@@ -130,7 +130,7 @@ def write_png(path: Path, picture: Tensor, facts: dict) -> None:
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    aside = path.with_suffix(".partial")
+    aside = path.with_suffix(f".{os.getpid()}.partial")
     try:
         made = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)

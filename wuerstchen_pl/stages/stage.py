@@ -113,6 +113,11 @@ class Stage(L.LightningModule):
             module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie; Lightning's own does not know of a frozen stage's moves."""
+        return next(self.parameters()).device
+
     def configure_model(self) -> None:
         """Shard the weights if the run's strategy spreads them over processes."""
         mesh = getattr(self, "_device_mesh", None)
