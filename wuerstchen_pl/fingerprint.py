@@ -54,7 +54,8 @@ def of_weights(networks: Iterable[nn.Module]) -> str:
     for number, network in enumerate(networks):
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
             digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
+            # a copy, as numpy would keep FSDP from freeing the gathered one
+            flat = tensor.detach().to("cpu", copy=True).contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -8,8 +8,10 @@ import torch
 from PIL import Image, ImageChops
 
 from tests.conftest import run_program, small
+from tests.many_runs import launch
 from tests.test_resume import differing
 from wuerstchen_pl import checkpoint
+from wuerstchen_pl.evaluation import during
 from wuerstchen_pl.evaluation.during import as_before
 
 STEPS = 4
@@ -99,3 +101,46 @@ def test_what_was_frozen_and_trained_is_so_again() -> None:
         interrupted()
     assert [p.requires_grad for p in net.parameters()] == [True, False]
     assert [part.training for part in net.modules()] == [True, True, False]
+
+
+def test_two_processes_of_fsdp_find_what_one_does(cascade: Path, tmp_path: Path) -> None:
+    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    above.append(f"paths.data={cascade.parent / 'data'}")
+    measured = [a.replace("every_steps=2", "every_steps=4") for a in EVALUATED]
+
+    def told(root: Path, batch_size: int) -> list[str]:
+        kept = [a for a in small("c", root, STEPS) if not a.startswith("data.batch_size")]
+        return [*kept, *above, *measured, f"data.batch_size={batch_size}"]
+
+    assert run_program("train", [*told(tmp_path / "one", 4), "trainer=cpu"]) == 0
+    launch([[*told(tmp_path / "two", 2), "trainer=fsdp", "trainer.devices=2"]], tmp_path)
+    one, two = (
+        json.loads((tmp_path / f"{n}/default/c/evaluation/step0000004/metrics.json").read_text())
+        for n in ("one", "two")
+    )
+    assert one["metrics"].keys() == two["metrics"].keys()
+    for name, found in one["metrics"].items():
+        # weights differ by 1e-6, and so pixels by a level here and there
+        assert two["metrics"][name]["value"] == pytest.approx(found["value"], rel=1e-2), name
+
+
+def test_an_evaluation_that_fails_ends_no_training(
+    cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(during, "evaluate", fails)
+    with pytest.warns(UserWarning, match="no evaluation at step 2: No space left on device"):
+        run = train(tmp_path, cascade, *EVALUATED)
+    assert checkpoint.read(checkpoint.find(run))["global_step"] == STEPS
+
+
+def test_what_could_not_be_measured_is_refused_before_training(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    wide = "callbacks.evaluation.plan.features.widths=[9,9]"
+    told = [*small("c", tmp_path, STEPS), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
+    assert run_program("train", [*told, *EVALUATED, wide]) == 1
+    assert "metric=fid needs at least 19 pictures on both sides" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
