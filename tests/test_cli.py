@@ -77,7 +77,7 @@ def test_help_names_every_key_and_choice(
     assert f"python -m wuerstchen_pl.{name}" in said
     assert "hydra" not in said
     expected = {
-        "train": ["stage=a|b|c", "experiment=demo|", "init_from: null # "],
+        "train": ["stage=a|b|c|ldm", "|demo|laion|", "init_from: null # "],
         "sample": ["prompt: null # one, or a list", "count: 1 # pictures per prompt"],
         "evaluate": ["metric: [", "model: outputs/demo/c # "],
         "convert": ["from: ??? # a model of any layout", "layout: ours"],

@@ -168,7 +168,7 @@ def test_a_size_between_steps_is_drawn_and_cropped(draw: Draw, out: Path) -> Non
 
 BAD = {
     "empty prompt": (["prompt="], "holds no word"),
-    "no prompt": ([], "holds no prompt; give one a line"),
+    "no prompt": ([], "no prompt; set prompt="),
     "emoji": (["prompt=🐸🐸"], "holds no word"),
     "not UTF-8": (["prompt=fr\udcffog"], "is no text in UTF-8"),
     "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use 16 to 4096"),

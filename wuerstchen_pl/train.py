@@ -1,4 +1,4 @@
-"""Train one stage: ``python -m wuerstchen_pl.train stage=a|b|c experiment=...``."""
+"""Train one stage: ``python -m wuerstchen_pl.train stage=a|b|c|ldm experiment=...``."""
 
 import logging
 import signal

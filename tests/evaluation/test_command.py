@@ -150,18 +150,28 @@ def test_what_is_missing_alone_is_drawn_again_and_is_the_same(
 
 
 def test_two_processes_and_small_batches_find_the_same(
-    evaluated: Path, cascade: Path, judge: Path, prompts: Path, tmp_path: Path
-) -> None:
+    evaluated: Path, cascade: Path, judge: Path, prompts: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Processes share a folder and no more, so that they may as well run one after the other."""
     more = ["metric=[fid,kid,pickscore]", f"pickscore.weights={judge}", f"prompts={prompts}"]
-    more += ["device=cpu", "sample.batch_size=2"]
+    more.append("sample.batch_size=2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        assert run_program("evaluate", arguments(cascade, tmp_path, *more)) == 0
+        assert (tmp_path / "metrics.json").is_file() == (rank == "0")
+    alike(numbers(tmp_path), numbers(evaluated))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_such_processes(cascade: Path, prompts: Path, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *torchrun, "-m", "wuerstchen_pl.evaluate"]
-    done = subprocess.run(
-        [*command, *arguments(cascade, tmp_path, *more)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    told = arguments(cascade, tmp_path, "metric=[kid]", f"prompts={prompts}", "device=cpu")
+    done = subprocess.run([*command, *told], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    alike(numbers(tmp_path), numbers(evaluated))
+    assert numbers(tmp_path)["kd_random"]["number"] == 6
 
 
 def test_pictures_win_half_the_time_against_themselves(

@@ -103,6 +103,7 @@ def test_what_was_frozen_and_trained_is_so_again() -> None:
     assert [part.training for part in net.modules()] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_two_processes_of_fsdp_find_what_one_does(cascade: Path, tmp_path: Path) -> None:
     above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
     above.append(f"paths.data={cascade.parent / 'data'}")

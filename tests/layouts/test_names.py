@@ -126,7 +126,9 @@ ORIGINAL = [
 def test_published_arguments_are_found_in_the_shapes(part: str, config: dict[str, Any]) -> None:
     found = configs.from_shapes(part, published(config, "original"))
     assert found == {key: config[key] for key in found}
-    assert config.keys() - found.keys() <= {"dropout"}
+    # as many blocks up as down, which is None
+    assert config.keys() - found.keys() <= {"dropout", "num_up_blocks"}
+    assert config.get("num_up_blocks") is None
 
 
 def test_shapes_of_something_else_are_refused() -> None:

@@ -22,7 +22,7 @@ def validation_loss(stage: Stage, batch: Batch) -> float:
 
 @pytest.mark.parametrize(
     ("name", "steps", "left"),
-    [("a", 300, 0.4), ("b", 120, 0.8), ("c", 150, 0.5), ("ldm", 200, 0.7)],
+    [("a", 300, 0.4), ("b", 120, 0.8), ("c", 150, 0.5), ("ldm", 100, 0.8)],
 )
 def test_one_batch_overfits(name: str, steps: int, left: float, batch: Batch) -> None:
     stage = STAGES[name]()
