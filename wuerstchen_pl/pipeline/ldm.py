@@ -51,6 +51,11 @@ class LatentDiffusion(Cascade):
         pipeline.source = stage.source
         return pipeline
 
+    def compile(self, **options: Any) -> Self:
+        """Compile the denoiser; ``options`` are ``torch.compile``'s."""
+        self.prior.step = torch.compile(self.prior.step, **options)
+        return self
+
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
