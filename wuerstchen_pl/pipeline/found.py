@@ -1,9 +1,12 @@
 """The pipeline that a model on disk, a run or a stage in training is drawn with."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from wuerstchen_pl import checkpoint
 from wuerstchen_pl.layouts import run
@@ -35,10 +38,16 @@ def last_stage(model: str) -> str | None:
         FileNotFoundError: if a run has no checkpoint.
         ValueError: if it is damaged.
     """
-    if not run.found(Path(model)):
+    path = Path(model)
+    if not run.found(path):
         return None
-    target = checkpoint.read(checkpoint.find(model))["stage"]["_target_"]
-    return str(target).rpartition(".Stage")[2].lower()
+    folder = path.parent.parent if path.suffix == ".ckpt" else path
+    told: Any = {}
+    with suppress(OSError, YAMLError):  # which spares reading all weights for a word
+        told = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    if not isinstance(told, dict) or "stage" not in told:
+        told = checkpoint.read(checkpoint.find(model))
+    return str(told["stage"]["_target_"]).rpartition(".Stage")[2].lower()
 
 
 def pipeline_of(stage: Any) -> Cascade:
