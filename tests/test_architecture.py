@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"config"},
     "config": set(),
     "evaluation": {
+        "callbacks.checkpoints",
         "fingerprint",
         "stages",
         "metrics",

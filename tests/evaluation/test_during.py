@@ -32,7 +32,7 @@ def train(root: Path, cascade: Path, *more: str) -> Path:
     above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
     above.append(f"paths.data={cascade.parent / 'data'}")
     kept = "callbacks.checkpoints.keep=9"
-    told = [*small("c", root, STEPS), *above, "trainer=cpu", "checkpoint_every_steps=2", kept]
+    told = [*small("c", root, STEPS), *above, "trainer=cpu", "checkpoint_every_steps=50", kept]
     assert run_program("train", [*told, *more]) == 0
     return root / "default/c"
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
+from wuerstchen_pl.callbacks.checkpoints import Checkpoints
 from wuerstchen_pl.evaluation.drawing import Process
 from wuerstchen_pl.evaluation.folder import Folder
 from wuerstchen_pl.evaluation.plan import Plan
@@ -30,7 +31,7 @@ from wuerstchen_pl.stages.c import StageC
 
 
 class During(L.Callback):
-    """Evaluate Stage C, or the baseline, now and then, and log ``eval/...``.
+    """Save, evaluate Stage C, or the baseline, now and then, and log ``eval/...``.
 
     What ``python -m wuerstchen_pl.evaluate`` finds for the checkpoint of the same step is found
     here: the same code draws and judges. Training goes on as if nothing had happened.
@@ -87,6 +88,9 @@ class During(L.Callback):
         if step % self.every_steps or step == self._seen_step:
             return
         self._seen_step = step
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.save(trainer)  # it may take long, and a signal waits for its end
         began = time.perf_counter()
         scores = self._evaluated(trainer, pl_module)
         trainer.strategy.barrier()
