@@ -20,7 +20,9 @@ from wuerstchen_pl.evaluation import drawing
 from wuerstchen_pl.evaluation.data import DataPictures, run_data
 from wuerstchen_pl.evaluation.folder import Folder
 from wuerstchen_pl.metrics.clip import pickscore
-from wuerstchen_pl.pipeline.draw import Settings
+from wuerstchen_pl.metrics.distances import FrechetTo
+from wuerstchen_pl.metrics.networks import Random, batched
+from wuerstchen_pl.pipeline.draw import Settings, autoencoded
 from wuerstchen_pl.pipeline.found import pipeline_at
 
 ROOT = Path(__file__).parents[2]
@@ -428,3 +430,44 @@ def test_a_reconstruction_does_not_depend_on_its_batch(cascade: Path, tmp_path: 
         assert run_program("evaluate", [*told, f"output_dir={tmp_path}"]) == 0
         found.append(numbers(tmp_path)["stage_b/psnr"]["value"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_rfid_is_of_training_pictures_and_what_comes_back_of_them(
+    cascade: Path, tmp_path: Path
+) -> None:
+    assert run_program("evaluate", arguments(cascade, tmp_path, "metric=[rfid]")) == 0
+    found = numbers(tmp_path)
+    assert found.keys() == {"stage_a_train/rfd_random", "stage_b_train/rfd_random"}
+    pipeline, network = pipeline_at(str(cascade / "c"), device="cpu"), Random(widths=[2, 2])
+    originals, back = [], []
+    for batch in run_data(cascade / "c").in_order("train"):
+        originals += list((batch["image"] * 255).round().byte())
+        back += list((autoencoded(pipeline, batch["image"]) * 255).round().byte())
+    features = [
+        torch.cat([network.features(b) for b in batched(each, 256)]) for each in (originals, back)
+    ]
+    wanted = FrechetTo(features[0])(features[1])
+    assert found["stage_a_train/rfd_random"]["value"] == pytest.approx(wanted, rel=1e-4)
+    assert wanted > 1e-4
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["weights_sha256"]) == 64
+
+
+def test_prompts_of_given_pictures_may_be_other_datas(
+    cascade: Path, judge: Path, tmp_path: Path
+) -> None:
+    drawn = arguments(cascade, tmp_path / "drawn", "metric=[kid]", "num_prompts=4")
+    assert run_program("evaluate", drawn) == 0
+    pictures = tmp_path / "drawn/pictures"
+    told = [
+        f"images={pictures}",
+        "metric=[pickscore]",
+        f"pickscore.weights={judge}",
+        "num_prompts=4",
+    ]
+    found = []
+    for prompts in ("data", str(cascade / "c/config.yaml")):
+        report = tmp_path / f"report {len(found)}"
+        assert run_program("evaluate", [*told, f"prompts={prompts}", f"output_dir={report}"]) == 0
+        found.append(numbers(report)["pickscore"])
+        (pictures / "pictures.json").unlink(missing_ok=True)
+    assert found[0] == found[1]

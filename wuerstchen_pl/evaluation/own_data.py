@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wuerstchen_pl.evaluation.data import DataPictures
 from wuerstchen_pl.evaluation.folder import Folder
 from wuerstchen_pl.evaluation.pictures import called, distance, features
 from wuerstchen_pl.metrics.distances import FrechetTo, check_enough
@@ -93,23 +94,20 @@ def rfid(pipeline: Cascade, data: Any, settings: Settings, network: Network) -> 
     Raises:
         ValueError: if there are too few for a covariance.
     """
-    found = {}
+    originals = features(DataPictures(data), network, "training pictures")
+    check_enough("rfid", network.width, len(originals))
+    measure, found = FrechetTo(originals), {}
     for stage in autoencoders(pipeline):
-        originals, back = (
-            features(one_by_one(came_back(pipeline, data, settings, stage, "train"), side), network,
-                     f"stage {stage}")
-            for side in (0, 1)
-        )  # fmt: skip
-        check_enough("rfid", network.width, len(back))
-        score = distance(back, FrechetTo(originals))
-        found[f"stage_{stage}_train/r{called('fid', network)}"] = score
+        pairs = came_back(pipeline, data, settings, stage, "train")
+        back = features(as_bytes(back for _, back in pairs), network, f"stage {stage}")
+        found[f"stage_{stage}_train/r{called('fid', network)}"] = distance(back, measure)
     return found
 
 
-def one_by_one(pairs: Iterable[tuple[Tensor, Tensor]], side: int) -> Iterator[Tensor]:
-    """The first or the second of each pair as pictures (3, H, W) uint8."""
-    for pair in pairs:
-        yield from (pair[side].float() * 255).round().byte()
+def as_bytes(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Batches (B, 3, H, W) in [0, 1] -> pictures (3, H, W) uint8."""
+    for batch in batches:
+        yield from (batch.float() * 255).round().byte()
 
 
 def retrievals(

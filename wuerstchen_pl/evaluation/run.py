@@ -69,12 +69,13 @@ def evaluate(
     others = [Folder(Path(each), key="against") for each in plan.against]
     reference = reference_of(plan, subject)
     check(plan, len(wanted if judged is None else judged), reference, others)
-    facts = dict(subject.facts)
+    weights = {}
+    if subject.pipeline is not None:
+        weights = {"weights_sha256": of_weights(subject.pipeline.modules)}
+    facts = {**subject.facts, **weights}
     if plan.draws:
         assert subject.pipeline is not None
         facts |= {"settings": vars(plan.settings), "seed": plan.seed, "prompts": plan.prompts}
-        weights = {"weights_sha256": of_weights(subject.pipeline.modules)}
-        facts |= weights
         path = folder / PICTURES
         draw_into(path, wanted, subject.pipeline, plan.settings, weights, process)
     if process.rank != 0:
@@ -135,7 +136,10 @@ def prompts_of(plan: Plan) -> list[str]:
 def given(plan: Plan) -> Folder:
     """The pictures that the plan names; a warning if they have several sizes."""
     assert plan.images is not None
-    judged = Folder(Path(plan.images), prompts=None if plan.prompts == DATA else prompts_of(plan))
+    prompts = None
+    if plan.prompts != DATA:
+        prompts = [each.prompt for each in wanted_by(plan, None)[0]]
+    judged = Folder(Path(plan.images), prompts=prompts)
     if len(sizes := judged.sizes()) > 1:
         told = " and ".join(f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
         warnings.warn(
