@@ -76,25 +76,32 @@ def draw_into(
     # by number, and not by what is missing: another process may have begun
     share = range(process.rank, len(paths), process.number)
     own = [number for number in share if not paths[number].is_file()]
-    by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for number in own:
-        by_size[wanted[number].height, wanted[number].width].append(number)
+    _draw({paths[n]: wanted[n] for n in own}, pipeline, settings, facts)
+    if process.rank == 0:
+        _wait_for(paths)
+
+
+def _draw(
+    own: dict[Path, Wanted], pipeline: Cascade, settings: Settings, facts: dict[str, Any]
+) -> None:
+    """Draw pictures, those of one size together, and write each to its path."""
+    by_size: dict[tuple[int, int], list[Path]] = defaultdict(list)
+    for path, each in own.items():
+        by_size[each.height, each.width].append(path)
     with tqdm(total=len(own), desc="drawing", unit="picture", disable=not own) as bar:
-        for (height, width), numbers in by_size.items():
+        for (height, width), paths in by_size.items():
             pictures = draw(
                 pipeline,
-                [wanted[n].prompt for n in numbers],
-                seeds=[wanted[n].seed for n in numbers],
+                [own[path].prompt for path in paths],
+                seeds=[own[path].seed for path in paths],
                 height=height,
                 width=width,
                 settings=settings,
             )
-            for number, picture in zip(numbers, pictures, strict=True):
-                told = {"prompt": wanted[number].prompt, "seed": wanted[number].seed}
-                write_png(paths[number], picture, {**told, **facts})
+            for path, picture in zip(paths, pictures, strict=True):
+                told = {"prompt": own[path].prompt, "seed": own[path].seed}
+                write_png(path, picture, {**told, **facts})
                 bar.update()
-    if process.rank == 0:
-        _wait_for(paths)
 
 
 def name_of(number: int, wanted: Wanted) -> str:
