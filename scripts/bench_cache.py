@@ -1,7 +1,7 @@
 """Time a training step of Stage C from a cache, beside diffusers' recipe that encodes as it goes.
 
-A prior of 8 blocks, 512 wide, at 24 x 24 positions (pictures of 1024 px), batch 1. diffusers' step
-puts a picture through EfficientNetV2 and a caption through 12 layers of a text tower, adds noise
+A prior of 8 blocks, 512 wide, at 24 x 24 positions (images of 1024 px), batch 1. diffusers' step
+puts an image through EfficientNetV2 and a caption through 12 layers of a text tower, adds noise
 and trains its own prior; ours reads latents and states from files of a cache and trains ours.
 """
 
@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from scripts.reference_models import VERSION
 from scripts.timing import Work, side_by_side, write_table
-from wuerstchen_pl.data.caches.cached import (
+from wuerstchen_pl.data.caches.cached_dataset import (
     EMPTY,
     PREPROCESSING,
     CachedDataModule,
@@ -31,7 +31,7 @@ from wuerstchen_pl.data.caches.cached import (
 )
 from wuerstchen_pl.data.sources.source import Sample
 from wuerstchen_pl.diffusion.objective import noise_error, p2_weight
-from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
 from wuerstchen_pl.models.prior import Prior
 
 WIDTH, DEPTH, HEADS, LENGTH = 512, 8, 8, 77
@@ -52,12 +52,12 @@ def online(size: str) -> Work:
     prior = WuerstchenPrior(c_in=16, c=WIDTH, c_cond=WIDTH, c_r=64, depth=DEPTH, nhead=HEADS)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-6)
     scheduler: Any = DDPMWuerstchenScheduler()
-    picture = torch.randn(1, 3, 768, 768)
+    image = torch.randn(1, 3, 768, 768)
     ids = torch.randint(0, 49000, (1, LENGTH))
 
     def step() -> None:
         with torch.no_grad():
-            x0 = (encoder(picture) + 1) / 42
+            x0 = (encoder(image) + 1) / 42
             states = text(ids).last_hidden_state
         t, noise = torch.rand(1), torch.randn_like(x0)
         pred = prior(scheduler.add_noise(x0, noise, t), t, states)
@@ -106,7 +106,7 @@ def cached(root: Path) -> Work:
     def step() -> None:
         batch = next(batches)
         x0 = (batch["semantic"] + 1) / 42
-        t, noise = draw_time(torch.rand(1)), torch.randn_like(x0)
+        t, noise = sample_timesteps(torch.rand(1)), torch.randn_like(x0)
         pred = prior(schedule.add_noise(x0, t, noise), t, batch["text"])
         loss = (p2_weight(schedule, t, "code") * noise_error(pred, noise)).mean()
         optimizer.zero_grad()

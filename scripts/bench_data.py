@@ -1,6 +1,6 @@
 """Time the way from JPEG shards to batches, beside plain WebDataset with torchvision.
 
-Pictures of a million pixels, in six shapes, with the spectrum of photographs; batches of about
+Images of a million pixels, in six shapes, with the spectrum of photographs; batches of about
 512 x 512. One process, one core: what a worker does.
 """
 
@@ -26,15 +26,16 @@ from torchvision.transforms.functional import resize as torchvision_resize
 
 from scripts.timing import side_by_side, write_table
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.loading.transforms import CENTRE, crop_box, decode, resize
+from wuerstchen_pl.data.loading.transforms import CENTER, crop_box, resize
 from wuerstchen_pl.data.sources.shards import ShardSource
+from wuerstchen_pl.io.images import decode_image
 
 SHAPES = ((1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768))
 SIDE, BATCH = 512, 16
 
 
 def photograph(height: int, width: int, seed: int) -> Image.Image:
-    """A picture whose amplitudes fall with the frequency, as photographs' do."""
+    """An image whose amplitudes fall with the frequency, as photographs' do."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     amplitude = 1 / np.maximum(frequency, 1 / max(height, width)) ** 1.2
@@ -43,28 +44,28 @@ def photograph(height: int, width: int, seed: int) -> Image.Image:
         phase = np.exp(2j * np.pi * rng.random(amplitude.shape))
         plane = np.fft.irfft2(amplitude * phase, s=(height, width))
         planes.append((plane - plane.mean()) / plane.std())
-    grey = planes[0]
-    colour = np.stack([grey + 0.3 * plane for plane in planes], axis=-1)
-    return Image.fromarray((127 + 55 * colour).clip(0, 255).astype(np.uint8))
+    gray = planes[0]
+    color = np.stack([gray + 0.3 * plane for plane in planes], axis=-1)
+    return Image.fromarray((127 + 55 * color).clip(0, 255).astype(np.uint8))
 
 
 def write_shards(folder: Path, count: int) -> list[bytes]:
-    """Write two shards of captioned pictures; returns the pictures."""
-    pictures = []
+    """Write two shards of captioned images; returns the images."""
+    images = []
     for shard in range(2):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(count // 2):
                 width, height = SHAPES[i % len(SHAPES)]
                 buffer = io.BytesIO()
                 photograph(height, width, shard * count + i).save(buffer, "JPEG", quality=90)
-                pictures.append(buffer.getvalue())
-                facts = json.dumps({"width": width, "height": height}).encode()
-                members = {"jpg": pictures[-1], "txt": b"a photograph", "json": facts}
+                images.append(buffer.getvalue())
+                metadata = json.dumps({"width": width, "height": height}).encode()
+                members = {"jpg": images[-1], "txt": b"a photograph", "json": metadata}
                 for suffix, data in members.items():
                     entry = tarfile.TarInfo(f"{shard:05d}{i:04d}.{suffix}")
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
-    return pictures
+    return images
 
 
 def ours(folder: Path, **buckets: object) -> Iterator[dict]:
@@ -106,22 +107,22 @@ def take(batches: Iterator[dict], count: int) -> None:
         pass
 
 
-def centred(img: np.ndarray) -> np.ndarray:
-    """The middle of a picture, at the size of a batch."""
+def centerd(img: np.ndarray) -> np.ndarray:
+    """The middle of an image, at the size of a batch."""
     height, width = img.shape[:2]
-    return resize(img, crop_box(height, width, (SIDE, SIDE), CENTRE), (SIDE, SIDE))
+    return resize(img, crop_box(height, width, (SIDE, SIDE), CENTER), (SIDE, SIDE))
 
 
 def decoders() -> dict[str, Callable[[bytes], object]]:
     """Ways from a JPEG to 512 x 512 pixels."""
 
     def own(data: bytes) -> np.ndarray:
-        img = decode(data, cover=(SIDE, SIDE))
-        return centred(img)
+        img = decode_image(data, cover=(SIDE, SIDE))
+        return centerd(img)
 
     def pil(data: bytes) -> np.ndarray:
         img = Image.open(io.BytesIO(data)).convert("RGB")
-        box = crop_box(img.height, img.width, (SIDE, SIDE), CENTRE)
+        box = crop_box(img.height, img.width, (SIDE, SIDE), CENTER)
         return np.asarray(img.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box))
 
     def torchvision(data: bytes) -> torch.Tensor:
@@ -132,7 +133,7 @@ def decoders() -> dict[str, Callable[[bytes], object]]:
 
     def reduced(data: bytes) -> np.ndarray:
         pixels = simplejpeg.decode_jpeg(data, min_height=SIDE, min_width=SIDE, min_factor=1)
-        return centred(pixels)
+        return centerd(pixels)
 
     return {
         "simplejpeg, torch on bytes (ours)": own,
@@ -147,7 +148,7 @@ def run(rounds: int, count: int = 192) -> Path:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        pictures = write_shards(Path(name), count)
+        images = write_shards(Path(name), count)
         peer = theirs(Path(name))
         batches = 6
         square = {"buckets": "sizes", "sizes": [[SIDE, SIDE]]}
@@ -162,16 +163,16 @@ def run(rounds: int, count: int = 192) -> Path:
             print(rows[-1], flush=True)
         for label, work in decoders().items():
             start = time.perf_counter()
-            for data in pictures[:96]:
+            for data in images[:96]:
                 work(data)
             alone = 96 / (time.perf_counter() - start)
             rows.append(f"| decode and resize alone: {label} | | {alone:.1f} | |")
             print(rows[-1], flush=True)
-    kilobytes = sum(map(len, pictures)) // count // 1000
+    kilobytes = sum(map(len, images)) // count // 1000
     return write_table(
         "data",
         "python scripts/bench.py data",
-        "Pictures per second and core, from JPEG shards to float batches of 16; pictures have a "
+        "Images per second and core, from JPEG shards to float batches of 16; images have a "
         f"million pixels and about {kilobytes} KB. Medians of {rounds} rounds in turns. WebDataset "
         "crops squares, with torchvision's decoder and antialiased bicubic resizing.",
         "| batches | WebDataset + torchvision | ours | ratio |",

@@ -26,7 +26,7 @@ class Size(NamedTuple):
     prior: dict[str, Any]
     decoder: dict[str, Any]
     vqgan: dict[str, Any]
-    side: int  # of the picture, in pixels
+    side: int  # of the image, in pixels
     prior_steps: int
     batches: tuple[int, ...]
 
@@ -101,7 +101,7 @@ def _row(case: Case, batch: int, compiled: bool, rounds: int, dtype: torch.dtype
     difference = float((theirs - ours).abs().max())
     if dtype != torch.float32:
         difference /= float(theirs.std())
-    # in bfloat16, diffusers also draws the noise of a whole run in that type: another picture
+    # in bfloat16, diffusers also draws the noise of a whole run in that type: another image
     comparable = dtype == torch.float32 or case.name != WHOLE
     if comparable and not difference < TOLERANCE[dtype]:
         raise RuntimeError(f"{case.name}: outputs differ by {difference}; nothing was timed")
@@ -136,15 +136,15 @@ def cases(
     grid, latents = -(-size.side * 3 // 128), size.side // 4
     times = torch.tensor([0.5], device=device)
     t = times.to(dtype).expand(2 * batch)
-    # Stage C, two rows a picture: guidance
+    # Stage C, two rows an image: guidance
     x, text = (
         randn(2 * batch, 16, grid, grid),
         randn(2 * batch, 77, theirs.prior_prior.config.c_cond),
     )
-    prior = [digest.at(0) for digest in ours.prior.prior.digest(times, text)]
+    prior = [c.at_step(0) for c in ours.prior.prior.cache_conditioning(times, text)]
     plain = Case(
         "Stage C step", quiet(lambda: theirs.prior_prior(x, t, text)),
-        quiet(lambda: ours.prior.step(x, prior)),
+        quiet(lambda: ours.prior.predict_noise(x, prior)),
     )  # fmt: skip
     yield plain
     processors = theirs.prior_prior.attn_processors
@@ -155,12 +155,12 @@ def cases(
     z, semantic = randn(batch, 4, latents, latents), randn(batch, 16, grid, grid)
     clip = randn(batch, 77, theirs.decoder.config.clip_embd)
     decoder = [
-        digest.at(0)
-        for digest in ours.decoder.decoder.digest(times, semantic, clip, (latents, latents))
+        c.at_step(0)
+        for c in ours.decoder.decoder.cache_conditioning(times, semantic, clip, (latents, latents))
     ]
     yield Case(
         "Stage B step", quiet(lambda: theirs.decoder(z, t[:batch], semantic, clip)),
-        quiet(lambda: ours.decoder.step(z, decoder)),
+        quiet(lambda: ours.decoder.predict_noise(z, decoder)),
     )  # fmt: skip
     scale = theirs.vqgan.config.scale_factor
     yield Case(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scripts import reference_models
 from scripts.timing import Work, side_by_side, write_table
 from wuerstchen_pl import WuerstchenPipeline
-from wuerstchen_pl.models.blocks import checkpoint_activations
+from wuerstchen_pl.models.wrapping import checkpoint_activations
 
 SMALL = {"c": 512, "c_cond": 512, "depth": 8, "nhead": 8}
 PUBLISHED = {"c": 1536, "c_cond": 1280, "depth": 32, "nhead": 24}

@@ -61,7 +61,7 @@ def run(preset: str, batch: int) -> Path:
     return write_table(
         f"training_step_{preset}",
         f"python scripts/bench.py training --preset {preset} --batch {batch}",
-        "No data and no frozen parts; pictures of 64 px for the tiny preset, 512 px else.",
+        "No data and no frozen parts; images of 64 px for the tiny preset, 512 px else.",
         "| stage | parameters | precision | ms | samples/s |",
         rows,
     )

@@ -1,4 +1,4 @@
-"""The demo's page: pictures, loss curves and numbers in one file of HTML."""
+"""The demo's page: images, loss curves and numbers in one file of HTML."""
 
 import base64
 import csv
@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wuerstchen_pl import WuerstchenPipeline
-from wuerstchen_pl.evaluation.data import DataPictures, run_data
-from wuerstchen_pl.evaluation.folder import Folder
-from wuerstchen_pl.pipeline.draw import autoencoded, draw, reconstructed
+from wuerstchen_pl.evaluation.datasets import DatasetImages, run_data
+from wuerstchen_pl.evaluation.image_folder import ImageFolder
+from wuerstchen_pl.io.images import to_pil
+from wuerstchen_pl.pipelines.generate import autoencode, generate_images, reconstruct
 from wuerstchen_pl.sample import tile
-from wuerstchen_pl.sampling.pictures import to_pil, to_tensor
+from wuerstchen_pl.sampling.images import to_tensor
 
 NUM_TRAINING = 32
 OWN_CAPTIONS = (
@@ -44,15 +45,17 @@ def write_page(folder: Path, *, bf16: bool) -> Path:
         str(folder / "c"), torch_dtype=torch.bfloat16 if bf16 else torch.float32
     )
     data = run_data(folder / "c")
-    drawn = Folder(folder / "evaluation/pictures")
+    drawn = ImageFolder(folder / "evaluation/images")
     number = min(NUM_TRAINING, len(drawn))
     chosen = [i * len(drawn) // number for i in range(number)]
     own = list(
         tqdm(
-            draw(pipeline, OWN_CAPTIONS, seeds=range(len(OWN_CAPTIONS)), height=64, width=64),
+            generate_images(
+                pipeline, OWN_CAPTIONS, seeds=range(len(OWN_CAPTIONS)), height=64, width=64
+            ),
             total=len(OWN_CAPTIONS),
             desc="drawing own captions",
-            unit="picture",
+            unit="image",
         )
     )
     body = "\n".join(
@@ -63,7 +66,7 @@ def write_page(folder: Path, *, bf16: bool) -> Path:
             section("Training captions", "Left the drawing, right what the model draws from its "
                     "caption alone (Stages C, B, A).",
                     beside_their_drawings(drawn, data, chosen)),
-            section("Reconstructions of validation pictures", "Input, Stage A, and compressor + "
+            section("Reconstructions of validation images", "Input, Stage A, and compressor + "
                     "Stage B + Stage A.", reconstructions(pipeline, data)),
             "<h2>Losses</h2>", *[curve(folder / s, s) for s in "abc"],
             "<h2>Numbers</h2>", numbers(folder / "evaluation/metrics.json"),
@@ -77,52 +80,52 @@ def write_page(folder: Path, *, bf16: bool) -> Path:
 
 
 def section(title: str, text: str, items: list[str]) -> str:
-    """A heading, a sentence and pictures."""
+    """A heading, a sentence and images."""
     return f"<h2>{title}</h2><p>{text}</p><div>{''.join(items)}</div>"
 
 
-def figure(picture: Tensor, label: str) -> str:
+def figure(image: Tensor, label: str) -> str:
     """(3, H, W) in [0, 1] over its label."""
     buffer = io.BytesIO()
-    to_pil(picture).save(buffer, "PNG")
+    to_pil(image).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     label = html.escape(label)
     source = f"data:image/png;base64,{data}"
     return f'<figure><img alt="{label}" src="{source}"><figcaption>{label}</figcaption></figure>'
 
 
-def pair(*labelled: tuple[Tensor, str]) -> str:
-    """Pictures that belong together, in one frame."""
-    return f'<div class="pair">{"".join(figure(*item) for item in labelled)}</div>'
+def pair(*labeled: tuple[Tensor, str]) -> str:
+    """Images that belong together, in one frame."""
+    return f'<div class="pair">{"".join(figure(*item) for item in labeled)}</div>'
 
 
-def beside_their_drawings(drawn: Folder, data: object, chosen: list[int]) -> list[str]:
-    """A frame for each chosen picture: the training picture of its caption, and it."""
-    pictures = DataPictures(data)
-    captioned, training = pictures.captioned(len(drawn)), list(pictures)
+def beside_their_drawings(drawn: ImageFolder, data: object, chosen: list[int]) -> list[str]:
+    """A frame for each chosen image: the training image of its caption, and it."""
+    images = DatasetImages(data)
+    captioned, training = images.captioned(len(drawn)), list(images)
     return [
         pair(
             (training[captioned[i].place] / 255, "drawing"),
-            (to_tensor(drawn.picture(i))[0], captioned[i].caption),
+            (to_tensor(drawn.image(i))[0], captioned[i].caption),
         )
         for i in chosen
     ]
 
 
 def reconstructions(pipeline: WuerstchenPipeline, data: object) -> list[str]:
-    """A frame per validation picture: input, through A, through compressor + B + A."""
+    """A frame per validation image: input, through A, through compressor + B + A."""
     frames = []
     for batch in data.in_order("val"):  # type: ignore[attr-defined]
         images = batch["image"]
-        through_a = autoencoded(pipeline, images)
-        through_b = reconstructed(pipeline, images, seeds=range(len(images)))
+        through_a = autoencode(pipeline, images)
+        through_b = reconstruct(pipeline, images, seeds=range(len(images)))
         for original, a, b in zip(images, through_a, through_b, strict=True):
             frames.append(pair((original, "input"), (a, "Stage A"), (b, "Stage B")))
     return frames
 
 
 def curve(run: Path, stage: str, width: int = 320, height: int = 160) -> str:
-    """Training (grey) and validation (blue) loss of a run, on a logarithmic axis, as SVG."""
+    """Training (gray) and validation (blue) loss of a run, on a logarithmic axis, as SVG."""
     series = defaultdict(list)
     with (run / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -133,13 +136,13 @@ def curve(run: Path, stage: str, width: int = 320, height: int = 160) -> str:
     low, high = (torch.tensor(f(values)).log().item() for f in (min, max))
     span = high - low or 1.0  # a run of one logged step has a point, and no range
     lines = ""
-    for name, colour in (("train/loss", "#aaa"), ("val/loss", "#06c")):
+    for name, color in (("train/loss", "#aaa"), ("val/loss", "#06c")):
         points = " ".join(
             f"{width * s / max(steps, 1):.1f},"
             f"{20 + (height - 30) * (high - torch.tensor(v).log().item()) / span:.1f}"
             for s, v in series[name]
         )
-        lines += f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{points}"/>'
+        lines += f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{points}"/>'
     text = f"Stage {stage.upper()}: {min(values):.3g} to {max(values):.3g}, {steps + 1} steps"
     label = f'<text x="6" y="14" font-size="12">{text}</text>'
     return f'<svg width="{width}" height="{height}">{label}{lines}</svg>'

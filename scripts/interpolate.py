@@ -1,7 +1,7 @@
 """Blend two models: ``python -m scripts.interpolate A B --to C --weight 0.5``.
 
 out = (1 - w) a + w b, tensor by tensor: as the published Stage C was made, half and half of what it
-was after its third and its fourth phase of training. A and B are runs or models of any layout; the
+was after its third and its fourth phase of training. A and B are runs or models of any format; the
 config, and what is no float, is A's.
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from wuerstchen_pl.convert import write
-from wuerstchen_pl.layouts import read
-from wuerstchen_pl.layouts.model import Model, Part, compare
-from wuerstchen_pl.layouts.tensors import Lazy
+from wuerstchen_pl.formats import registry
+from wuerstchen_pl.formats.lazy_tensors import LazyTensor
+from wuerstchen_pl.formats.model import Model, Part, compare_shapes
 
 
 def blend(a: Model, b: Model, weight: float) -> Model:
@@ -40,24 +40,24 @@ def blend(a: Model, b: Model, weight: float) -> Model:
         if part.config != b.parts[name].config:
             raise ValueError(f"the configs of the two models' {name} differ; give equal networks")
         other = b.parts[name].tensors
-        compare(_shapes(part.tensors), _shapes(other), f"the second model's {name}")
+        compare_shapes(_shapes(part.tensors), _shapes(other), f"the second model's {name}")
         tensors = {k: _between(lazy, other[k], weight) for k, lazy in part.tensors.items()}
         parts[name] = Part(part.config, tensors, part.tokenizer)
     return Model(parts, a.settings)
 
 
-def _shapes(tensors: dict[str, Lazy]) -> dict[str, tuple[int, ...]]:
+def _shapes(tensors: dict[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
     return {name: lazy.shape for name, lazy in tensors.items()}
 
 
-def _between(a: Lazy, b: Lazy, weight: float) -> Lazy:
+def _between(a: LazyTensor, b: LazyTensor, weight: float) -> LazyTensor:
     if not a.dtype.is_floating_point:
         return a
 
     def load() -> torch.Tensor:
         return torch.lerp(a.load().float(), b.load().float(), weight).to(a.dtype)
 
-    return Lazy(a.shape, a.dtype, load)
+    return LazyTensor(a.shape, a.dtype, load)
 
 
 def main() -> None:
@@ -69,11 +69,13 @@ def main() -> None:
     parser.add_argument("b", help="another")
     parser.add_argument("--to", required=True, type=Path, help="a new folder")
     parser.add_argument("--weight", type=float, default=0.5, help="of the second, 0 to 1")
-    parser.add_argument("--layout", default="ours", choices=list(read.LAYOUTS))
+    parser.add_argument("--format", default="native", choices=list(registry.FORMATS))
     options = parser.parse_args()
     try:
-        blended = blend(read.read(options.a), read.read(options.b), options.weight)
-        write(blended, options.to, options.layout)
+        blended = blend(
+            registry.read_model(options.a), registry.read_model(options.b), options.weight
+        )
+        write(blended, options.to, options.format)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(options.to)

@@ -61,7 +61,7 @@ def _point(report: tuple[Path, dict[str, Any]], metric: str, x: str, by: str) ->
 
 
 def draw(found: list[Point], metric: str, x: str, to: Path) -> None:
-    """A line for each kind of run, with its intervals, as a picture."""
+    """A line for each kind of run, with its intervals, as an image."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -69,7 +69,7 @@ def combined(
     stage_c = randomised(WuerstchenPrior(**prior), 1)
     stage_b = randomised(WuerstchenDiffNeXt(**decoder), 3)
     stage_a = randomised(PaellaVQModel(**vqgan), 4)
-    with torch.no_grad():  # noise of about unit variance, and pictures that few clamps touch
+    with torch.no_grad():  # noise of about unit variance, and images that few clamps touch
         for layer in (stage_c.out[1], stage_b.clf[1], stage_a.out_block[0]):
             layer.weight.mul_(0.2)
             layer.bias.mul_(0.2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from wuerstchen_pl.cli import conf_dir
-from wuerstchen_pl.data.order.buckets import Buckets
+from wuerstchen_pl.data.ordering.buckets import Buckets
 
 RECIPES = (
     "paper_a", "paper_b_512", "paper_b_1024", "paper_c_1", "paper_c_2", "paper_c_3", "paper_c_4",
@@ -95,7 +95,7 @@ def operations(
         vqgan, critic = built(cfg, stage, below)
         features = torchvision.models.vgg16().features
         own = counted(lambda: vqgan.decode_features(vqgan.features(images)))  # type: ignore[operator]
-        # the critic sees real and drawn pictures to learn, and drawn ones to teach
+        # the critic sees real and drawn images to learn, and drawn ones to teach
         return 3 * own + 8 * counted(lambda: critic(images)) + 3 * counted(lambda: features(images))
     compressor = _network((cfg if stage == "b" else _b(below)).stage.compressor)
     h, w = compressor.latent_size(height, width)  # type: ignore[operator]
@@ -128,12 +128,12 @@ def counted(forward: Callable[[], Tensor]) -> float:
     return counter.get_total_flops() / 2
 
 
-def page(share: float, picture_kb: float) -> str:
+def page(share: float, image_kb: float) -> str:
     """The document."""
     needs = [need(name) for name in RECIPES]
     lines = [
         "# What the paper's recipes take", "",
-        f"Written by `python -m scripts.scaling --share {share:g} --picture-kb {picture_kb:g}`: "
+        f"Written by `python -m scripts.scaling --share {share:g} --image-kb {image_kb:g}`: "
         "operations and weights are",
         "counted on the networks of `preset=paper`, and nothing was timed. Hours are of A100s (312",
         f"TFLOP/s in bfloat16) at {share:.0%} of that rate, which is an assumption.", "",
@@ -168,37 +168,36 @@ def page(share: float, picture_kb: float) -> str:
             + "|"
         )
     lines += [
-        "", f"Pictures of {picture_kb:g} KB, an assumption too: 103 M of them are "
-        f"{103e6 * picture_kb / 1e9:,.0f} TB. They come at", "",
-        "| recipe | pictures/s on 8 | 64 | 256 | MB/s on 256 | decoding cores a GPU |",
+        "", f"Images of {image_kb:g} KB, an assumption too: 103 M of them are "
+        f"{103e6 * image_kb / 1e9:,.0f} TB. They come at", "",
+        "| recipe | images/s on 8 | 64 | 256 | MB/s on 256 | decoding cores a GPU |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for n in needs:
         rate = PEAK * share / n.flops
         rates = " | ".join(f"{rate * gpus:,.0f}" for gpus in (8, 64, 256))
         lines.append(
-            f"| {n.name} | {rates} | {rate * 256 * picture_kb / 1e3:,.0f} "
-            f"| {rate / CORE_RATE:.1f} |"
+            f"| {n.name} | {rates} | {rate * 256 * image_kb / 1e3:,.0f} | {rate / CORE_RATE:.1f} |"
         )
     return "\n".join([*lines, "", CLOSING])
 
 
 CORE_RATE = 126.2
-"""Pictures of 1024 px a second and core to 512 px; benchmarks/, AMD EPYC, 2026-11-21."""
-CLOSING = f"""Decoding at {CORE_RATE} pictures a second and core, measured for JPEGs of 1024 px that
-become batches of 512 px (`benchmarks/`, AMD EPYC, 2026-11-21); larger pictures decode slower.
+"""Images of 1024 px a second and core to 512 px; benchmarks/, AMD EPYC, 2026-11-21."""
+CLOSING = f"""Decoding at {CORE_RATE} images a second and core, measured for JPEGs of 1024 px that
+become batches of 512 px (`benchmarks/`, AMD EPYC, 2026-11-21); larger images decode slower.
 
-## What would break first on the way to a billion pictures
+## What would break first on the way to a billion images
 
 1. **The first phases' data.** Stage A's steps are so cheap that decoding sets the pace: more cores,
-   or smaller pictures in the shards. `speed/data_wait` says when it is so.
+   or smaller images in the shards. `speed/data_wait` says when it is so.
 2. **Each machine downloads every shard that it reads from.** All processes walk one order and take
-   their part of each batch; a machine reads the shards of a window whole. At a billion pictures,
+   their part of each batch; a machine reads the shards of a window whole. At a billion images,
    put the shards on a file system that all machines share, or make the cache once (`python -m
-   wuerstchen_pl.cache`: 18 KB a picture at 24 x 24 in place of the picture).
+   wuerstchen_pl.cache`: 18 KB an image at 24 x 24 in place of the image).
 3. **What grows with the set.** The names of all shards are in memory, 100,000 of them if each holds
-   10,000 pictures; samples are known for a window at a time. `deduplicate` takes 120 bytes a
-   picture, and belongs into `data build`.
+   10,000 images; samples are known for a window at a time. `deduplicate` takes 120 bytes a
+   image, and belongs into `data build`.
 4. **Checkpoints by one process.** With `ddp` one process writes and hashes all; `fsdp` writes in
    parts, and one process still hashes them.
 5. **One node lost is the run lost**, up to the last checkpoint: the job exits, is put into the
@@ -213,10 +212,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--share", type=float, default=0.4, help="of the peak rate")
-    parser.add_argument("--picture-kb", type=float, default=200, help="of a picture in the shards")
+    parser.add_argument("--image-kb", type=float, default=200, help="of an image in the shards")
     parser.add_argument("--to", type=Path, default=Path("docs/scaling.md"))
     options = parser.parse_args()
-    options.to.write_text(page(options.share, options.picture_kb))
+    options.to.write_text(page(options.share, options.image_kb))
     print(options.to)
 
 

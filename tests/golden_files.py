@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from wuerstchen_pl.layouts.names import inward, links
-from wuerstchen_pl.layouts.tensors import held
+from wuerstchen_pl.formats.key_map import from_upstream, key_mappings
+from wuerstchen_pl.formats.lazy_tensors import in_memory
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -26,9 +26,9 @@ def golden(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
 def load(net: nn.Module, config: dict, weights: dict[str, Tensor]) -> nn.Module:
     """Put the authors' weights into a network of ours."""
     shapes = {k: tuple(v.shape) for k, v in net.state_dict().items() if k != "scale_factor"}
-    table = links({"_target_": type(net).__name__, **config}, shapes, "original")
-    theirs = {name: held(tensor) for name, tensor in weights.items()}
-    ours = inward(theirs, table, shapes, "the golden file")
+    table = key_mappings({"_target_": type(net).__name__, **config}, shapes, "upstream")
+    theirs = {name: in_memory(tensor) for name, tensor in weights.items()}
+    ours = from_upstream(theirs, table, shapes, "the golden file")
     state = {name: lazy.load() for name, lazy in ours.items()}
     faults = net.load_state_dict(state, strict=False)
     assert set(faults.missing_keys) <= {"scale_factor"}, faults

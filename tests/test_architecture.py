@@ -11,77 +11,64 @@ import wuerstchen_pl
 PACKAGE = Path(wuerstchen_pl.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-ENTRY_POINTS = {"train", "sample", "evaluate", "cache", "convert"}
+VERBS = {"train", "sample", "evaluate", "cache", "convert", "export"}
 # A layer is a folder or a file of the package; what it may import besides itself.
-SHARED = {"cli", "config"}
-BELOW_ENTRY_POINTS = {
-    "pipeline",
-    "evaluation",
-    "stages",
-    "metrics",
-    "checkpoint",
-    "layouts",
-    "sampling",
-    "models",
-    "fingerprint",
-}
+PROGRAM = {"cli", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
-    **{name: SHARED | BELOW_ENTRY_POINTS for name in ENTRY_POINTS},
-    "cache": SHARED | {"fingerprint", "data"},
-    "data.__main__": SHARED | {"data"},
-    "export": SHARED | BELOW_ENTRY_POINTS | {"card", "convert"},
-    "card": {"checkpoint", "durable"},
+    "train": PROGRAM
+    | {"batch", "callbacks", "checkpointing", "distributed", "models", "stages", "formats", "io"},
+    "sample": PROGRAM | {"pipelines", "sampling", "evaluation", "io", "distributed"},
+    "evaluate": PROGRAM
+    | {"pipelines", "sampling", "evaluation", "checkpointing", "models", "distributed"},
+    "cache": PROGRAM | {"data", "models", "io", "distributed", "checkpointing"},
+    "convert": PROGRAM | {"formats", "io"},
+    "export": PROGRAM | {"formats", "checkpointing", "convert"},
+    "data.__main__": PROGRAM | {"data", "io"},
     "cli": {"config"},
     "config": set(),
+    "callbacks": {"batch", "sampling", "evaluation", "pipelines", "stages", "checkpointing", "io"},
     "evaluation": {
-        "callbacks.checkpoints",
-        "fingerprint",
-        "stages",
-        "metrics",
-        "pipeline",
-        "checkpoint",
-        "models",
+        "pipelines",
         "sampling",
+        "stages",
+        "checkpointing",
+        "models",
+        "io",
+        "distributed",
     },
-    "pipeline": {"sampling", "layouts", "checkpoint", "diffusion", "models"},
-    "layouts": {"checkpoint", "models"},
-    "stages": {"sampling", "models", "diffusion", "ema", "checkpoint", "durable", "sharding"},
-    "sampling": {"models", "diffusion"},
-    "checkpoint": {"models", "durable", "in_parts"},
-    "ema": {"sharding"},
-    "metrics": {"models", "durable", "fingerprint"},
-    "strategy": {"sharding", "in_parts", "put_off"},
-    "one_file": {"checkpoint", "durable", "put_off"},
-    "train": SHARED
-    | {"callbacks.signals", "checkpoint", "models.blocks", "fingerprint", "one_file", "strategy"},
-    "callbacks": {"sampling.pictures", "durable", "put_off"},
-    "data.sources": set(),
-    "data.order": {"data.sources"},
-    "data.loading": {"data.sources", "data.order"},
-    "data.caches": {"data.sources", "data.order", "data.loading", "data.datamodule"},
-    **{
-        name: set()
-        for name in (
-            "models",
-            "diffusion",
-            "data",
-            "fingerprint",
-            "durable",
-            "sharding",
-            "in_parts",
-            "put_off",
-        )
+    "evaluation.metrics": {"models", "io"},
+    "pipelines": {"sampling", "formats", "diffusion", "models", "io", "checkpointing"},
+    "formats": {"checkpointing", "models", "io"},
+    "stages": {"batch", "sampling", "models", "diffusion", "checkpointing", "distributed", "io"},
+    "sampling": {"models", "diffusion", "io"},
+    "distributed.strategy": {"distributed", "checkpointing"},
+    "checkpointing": {"io"},
+    "models": {"distributed.sync_batchnorm"},
+    "data": {"batch", "io", "distributed.launch"},
+    "data.sources": {"io"},
+    "data.ordering": {"data.sources", "io"},
+    "data.loading": {"batch", "data.sources", "data.ordering", "io"},
+    "data.caches": {
+        "batch",
+        "data.sources",
+        "data.ordering",
+        "data.loading",
+        "data.datamodule",
+        "io",
     },
-    "__init__": {"pipeline", "sampling"},
+    **{name: set() for name in ("batch", "diffusion", "distributed", "io", "loggers")},
+    "__init__": {"pipelines", "sampling"},
 }
 
 
 def layer_of(path: Path) -> str:
-    """wuerstchen_pl/data/order/stream.py -> data.order; wuerstchen_pl/cli.py -> cli."""
+    """wuerstchen_pl/data/ordering/stream.py -> data.order; wuerstchen_pl/cli.py -> cli."""
     if path.name == "__main__.py":  # a program, and no part of its folder
         return f"{path.parent.name}.__main__"
-    folder = path.relative_to(PACKAGE).parts[:-1]
-    return ".".join(folder) or path.stem
+    relative = path.relative_to(PACKAGE).with_suffix("")
+    if (own := ".".join(relative.parts)) in MAY_IMPORT:
+        return own
+    return ".".join(relative.parts[:-1]) or path.stem
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -126,9 +113,9 @@ def test_a_file_imports_only_from_the_layers_below_it(path: Path) -> None:
     "source",
     [
         "from wuerstchen_pl.stages.a import StageA",
-        "import wuerstchen_pl.pipeline",
+        "import wuerstchen_pl.pipelines",
         "from wuerstchen_pl import stages",
-        "def late():\n    from wuerstchen_pl.checkpoint import find",
+        "def late():\n    from wuerstchen_pl.checkpointing.load import find_checkpoint",
         "if TYPE_CHECKING:\n    pass\nelse:\n    from wuerstchen_pl import ema",
     ],
 )

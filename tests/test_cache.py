@@ -1,4 +1,4 @@
-"""Caches: training from one equals training on pictures, and a stale one is refused."""
+"""Caches: training from one equals training on images, and a stale one is refused."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.conftest import frozen_text, run_program, small
-from wuerstchen_pl import checkpoint
-from wuerstchen_pl.data.caches.cached import Cached, CachedDataModule
+from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.data.caches.cached_dataset import CachedDataModule, CachedSource
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 
 STEPS = 8  # two passes over the small data
@@ -36,7 +36,7 @@ def train(stage: str, root: Path, above: Path, *more: str) -> dict[str, torch.Te
     if "data=cached" in told:
         told = [a for a in told if a not in ("data.limit=24", "data.val_fraction=0.2")]
     assert run_program("train", told) == 0
-    return checkpoint.read(checkpoint.find(root / "default" / stage))["state_dict"]
+    return load.read_checkpoint(load.find_checkpoint(root / "default" / stage))["state_dict"]
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -45,11 +45,11 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 @pytest.mark.parametrize("stage", "bc")
-def test_training_from_a_cache_equals_training_on_pictures(
+def test_training_from_a_cache_equals_training_on_images(
     stage: str, cascade: Path, tmp_path: Path
 ) -> None:
-    online = train(stage, tmp_path / "online", cascade, "data.crop=centre")
-    assert make(stage, tmp_path / "cache", cascade, "data.crop=centre") == 0
+    online = train(stage, tmp_path / "online", cascade, "data.crop=center")
+    assert make(stage, tmp_path / "cache", cascade, "data.crop=center") == 0
     cached = ["data=cached", f"data.root={tmp_path / 'cache'}", "data.num_workers=0"]
     assert furthest(online, train(stage, tmp_path / "cached", cascade, *cached)) < 1e-5
     shifted = train(stage, tmp_path / "seed", cascade, *cached, "data.seed=5")
@@ -58,8 +58,8 @@ def test_training_from_a_cache_equals_training_on_pictures(
 
 def test_cached_text_is_dropped_as_captions_are(cascade: Path, tmp_path: Path, clip: Path) -> None:
     text = frozen_text(clip)
-    online = train("c", tmp_path / "online", cascade, "data.crop=centre", *text)
-    assert make("c", tmp_path / "cache", cascade, "data.crop=centre", "text=true", *text) == 0
+    online = train("c", tmp_path / "online", cascade, "data.crop=center", *text)
+    assert make("c", tmp_path / "cache", cascade, "data.crop=center", "text=true", *text) == 0
     cached = ["data=cached", f"data.root={tmp_path / 'cache'}", "data.num_workers=0"]
     assert furthest(online, train("c", tmp_path / "cached", cascade, *cached, *text)) < 1e-5
     kept = [*cached, *text, "stage.caption_drop_prob=0"]
@@ -71,7 +71,7 @@ def module_of(root: Path, above: Path, **changes: Any) -> ImageTextDataModule:
     import yaml
 
     config = yaml.safe_load((above / "c/config.yaml").read_text())["data"] | changes
-    module: ImageTextDataModule = checkpoint.build(config)
+    module: ImageTextDataModule = load.instantiate_allowed(config)
     module.prepare_data()
     module.setup()
     return module
@@ -85,7 +85,7 @@ def test_the_crops_are_those_of_trainings_first_passes(cascade: Path, tmp_path: 
         for batch in online:
             for key, image in zip(batch["key"], batch["image"], strict=True):
                 seen.setdefault(key, []).append(image)
-    source, different = Cached(root=str(tmp_path / "cache")), 0
+    source, different = CachedSource(root=str(tmp_path / "cache")), 0
     for group in source.groups("train"):
         for name in group.shards:
             with safe_open(tmp_path / "cache" / name, framework="pt") as file:
@@ -135,9 +135,9 @@ def contents(folder: Path) -> dict[str, Any]:
 def test_a_cache_goes_on_where_it_was_stopped(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wuerstchen_pl.data.caches import caching
+    from wuerstchen_pl.data.caches import build_cache
 
-    out, write, written = tmp_path / "parts", caching._write, []
+    out, write, written = tmp_path / "parts", build_cache._write, []
 
     def stops(path: Path, *rest: Any) -> None:
         if len(written) == 2:
@@ -145,15 +145,15 @@ def test_a_cache_goes_on_where_it_was_stopped(
         written.append(path.name)
         write(path, *rest)
 
-    monkeypatch.setattr(caching, "_samples_per_file", lambda *_: 6)
-    monkeypatch.setattr(caching, "_write", stops)
+    monkeypatch.setattr(build_cache, "_samples_per_file", lambda *_: 6)
+    monkeypatch.setattr(build_cache, "_write", stops)
     assert make("c", out, cascade) != 0
     assert not (out / "cache.json").exists()
     with pytest.raises(FileNotFoundError, match="is no finished cache"):
-        Cached(root=str(out))
+        CachedSource(root=str(out))
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert len(before) == 2
-    monkeypatch.setattr(caching, "_write", write)
+    monkeypatch.setattr(build_cache, "_write", write)
     assert make("c", out, cascade) == 0
     assert {n: t for n, t in _times(out).items() if n in before} == before
     assert make("c", tmp_path / "whole", cascade) == 0
@@ -224,7 +224,7 @@ def test_a_cache_of_another_text_encoder_is_refused(
 @pytest.mark.parametrize(
     ("stage", "more", "message"),
     [
-        ("a", [], "stage=a learns from pictures themselves"),
+        ("a", [], "stage=a learns from images themselves"),
         ("c", ["crops=0"], "crops=0 is out of range"),
         ("c", ["dtype=int8"], "dtype is 'int8'"),
         ("c", ["text=true"], "stage.train_text_encoder is true"),

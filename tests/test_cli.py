@@ -78,10 +78,10 @@ def test_help_names_every_key_and_choice(
     assert "hydra" not in said
     expected = {
         "train": ["stage=a|b|c|ldm", "|demo|laion|", "init_from: null # "],
-        "sample": ["prompt: null # one, or a list", "count: 1 # pictures per prompt"],
+        "sample": ["prompt: null # one, or a list", "count: 1 # images per prompt"],
         "evaluate": ["metric: [", "model: outputs/demo/c # "],
-        "convert": ["from: ??? # a model of any layout", "layout: ours"],
-        "export": ["ckpt: ??? # a run's folder", "licence: null # "],
+        "convert": ["from: ??? # a model of any layout", "format: native"],
+        "export": ["ckpt: ??? # a run's folder", "license: null # "],
     }
     assert all(each in said for each in expected[name])
 

@@ -14,16 +14,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tests.conftest import small
 from wuerstchen_pl import convert, evaluate, export, sample
-from wuerstchen_pl.cli import choices, conf_dir
-from wuerstchen_pl.config import READ_BY_TRAIN, _fits, check_config
+from wuerstchen_pl.cli import conf_dir, group_choices
+from wuerstchen_pl.config import TRAIN_KEYS, _matches, check_config
 
 CONF = Path(conf_dir())
-NETWORKS = [name.split("_", 1) for name in choices("network")]
+NETWORKS = [name.split("_", 1) for name in group_choices("network")]
 USUAL = {"data": "openmoji", "experiment": "null", "logger": "default", "trainer": "auto"}
 CHOICES = [
     {"data": data, "experiment": experiment, "logger": logger, "trainer": trainer}
     for data, experiment, logger, trainer in product(
-        choices("data"), ["null", *choices("experiment")], choices("logger"), choices("trainer")
+        group_choices("data"),
+        ["null", *group_choices("experiment")],
+        group_choices("logger"),
+        group_choices("trainer"),
     )
     if experiment == "null" or data == "openmoji"  # an experiment chooses its data
 ]
@@ -68,10 +71,10 @@ def test_every_shipped_combination_holds_only_what_is_read(
 @pytest.mark.parametrize(
     ("program", "read"),
     [
-        ("sample", sample.READ),
-        ("evaluate", evaluate.READ),
-        ("convert", convert.READ),
-        ("export", export.READ),
+        ("sample", sample.KNOWN_KEYS),
+        ("evaluate", evaluate.KNOWN_KEYS),
+        ("convert", convert.KNOWN_KEYS),
+        ("export", export.KNOWN_KEYS),
     ],
 )
 def test_the_programs_that_use_a_cascade_hold_only_what_is_read(
@@ -88,12 +91,12 @@ def test_every_key_that_train_offers_is_read() -> None:
     in_yaml = {
         m for path in CONF.rglob("*.yaml") for m in re.findall(r"\$\{([\w.]+)\}", path.read_text())
     }
-    assert READ_BY_TRAIN.keys() - in_program - in_yaml == set()
+    assert TRAIN_KEYS.keys() - in_program - in_yaml == set()
 
 
 def test_every_recipe_belongs_to_an_experiment_and_a_stage() -> None:
-    known = {f"{e}_{s}" for e, s in product(choices("experiment"), ["a", "b", "c", "ldm"])}
-    assert set(choices("recipe")) <= known
+    known = {f"{e}_{s}" for e, s in product(group_choices("experiment"), ["a", "b", "c", "ldm"])}
+    assert set(group_choices("stage_overrides")) <= known
 
 
 REFUSED = {
@@ -151,7 +154,7 @@ def test_what_a_logger_hands_on_is_no_unknown_key(cfg: DictConfig) -> None:
     ],
 )  # fmt: skip
 def test_a_value_fits_its_annotation(value: object, hint: object, fits: bool) -> None:
-    assert _fits(value, hint) is fits
+    assert _matches(value, hint) is fits
 
 
 COMMAND_LINES = {

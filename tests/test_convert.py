@@ -1,4 +1,4 @@
-"""The commands around layouts: export, convert, interpolate."""
+"""The commands around format: export, convert, interpolate."""
 
 import sys
 from collections.abc import Callable
@@ -10,16 +10,18 @@ from safetensors.torch import load_file
 
 from scripts import interpolate
 from tests.conftest import small
-from tests.layouts.conftest import (
+from tests.formats.conftest import (
     CONFIGS,
     assert_bit_equal,
     random_model,
     random_part,
     tensors,
 )
-from wuerstchen_pl import WuerstchenPipeline, checkpoint, durable
-from wuerstchen_pl.layouts import read
-from wuerstchen_pl.layouts.model import Model
+from wuerstchen_pl import WuerstchenPipeline
+from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.formats import registry
+from wuerstchen_pl.formats.model import Model
+from wuerstchen_pl.io import atomic
 from wuerstchen_pl.models.tokenizer import write_vocabulary
 
 Program = Callable[..., int]
@@ -28,7 +30,7 @@ Program = Callable[..., int]
 @pytest.fixture
 def exported(program: Program, cascade: Path, tmp_path: Path) -> Path:
     path = tmp_path / "model"
-    assert program("export", f"ckpt={cascade / 'c'}", f"to={path}", "licence=mit") == 0
+    assert program("export", f"ckpt={cascade / 'c'}", f"to={path}", "license=mit") == 0
     return path
 
 
@@ -45,8 +47,8 @@ def test_an_exported_cascade_draws_what_its_run_draws(cascade: Path, exported: P
 def test_averaged_weights_are_exported_or_raw_ones(
     program: Program, cascade: Path, exported: Path, tmp_path: Path
 ) -> None:
-    path = checkpoint.find(cascade / "c")
-    content = checkpoint.read(path)
+    path = load.find_checkpoint(cascade / "c")
+    content = load.read_checkpoint(path)
     name = "prior.blocks.0.res.expand.weight"
     averaged = load_file(exported / "prior" / "model.safetensors")[name.removeprefix("prior.")]
     assert torch.equal(averaged, content["ema"]["shadow"][name])
@@ -79,7 +81,7 @@ def test_the_card_says_what_was_trained_how_and_on_what(cascade: Path, exported:
     rows = [line for line in card.splitlines() if line.startswith("| Stage")]
     assert [row.split(" | ")[0] for row in rows] == ["| StageC", "| StageB", "| StageA"]
     assert all("| 4 | 4 | 0.001 | 64 | openmoji (limit=24)" in row for row in rows)
-    assert durable.sha256(checkpoint.find(cascade / "b"))[:12] in rows[1]
+    assert atomic.sha256(load.find_checkpoint(cascade / "b"))[:12] in rows[1]
     code = card.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")
 
@@ -87,14 +89,14 @@ def test_the_card_says_what_was_trained_how_and_on_what(cascade: Path, exported:
 def test_convert_tells_what_it_wrote_and_what_has_no_place(
     program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    read.write(random_model(torch.float16), tmp_path / "ours", "ours")
-    for layout in ("diffusers", "original"):
-        to = f"to={tmp_path / layout}"
-        if layout == "original":
+    registry.write_model(random_model(torch.float16), tmp_path / "native", "native")
+    for format in ("diffusers", "upstream"):
+        to = f"to={tmp_path / format}"
+        if format == "upstream":
             with pytest.warns(UserWarning, match="no place for prior_text_encoder and text_enc"):
-                assert program("convert", f"from={tmp_path / 'ours'}", to, "layout=original") == 0
+                assert program("convert", f"from={tmp_path / 'ours'}", to, "format=upstream") == 0
         else:
-            assert program("convert", f"from={tmp_path / 'ours'}", to, "layout=diffusers") == 0
+            assert program("convert", f"from={tmp_path / 'ours'}", to, "format=diffusers") == 0
     told = capsys.readouterr().out
     count = sum(lazy.load().numel() for lazy in random_model().parts["prior"].tensors.values())
     assert f"prior                {count:15,d} numbers, float16" in told
@@ -107,8 +109,8 @@ def test_convert_brings_text_encoders_to_the_authors_files(
     wide = {**CONFIGS["prior_text_encoder"], "width": 64, "num_heads": 1}  # 64 a head, as CLIP's
     model.parts["prior_text_encoder"] = random_part(wide)
     kept = {k: v for k, v in model.parts.items() if not k.endswith("text_encoder")}
-    read.write(Model(kept, model.settings), tmp_path / "original", "original")
-    read.write(model, tmp_path / "diffusers", "diffusers")
+    registry.write_model(Model(kept, model.settings), tmp_path / "upstream", "upstream")
+    registry.write_model(model, tmp_path / "diffusers", "diffusers")
     clip = {
         name.removeprefix("tower."): lazy.load()
         for name, lazy in model.parts["prior_text_encoder"].tensors.items()
@@ -120,7 +122,7 @@ def test_convert_brings_text_encoders_to_the_authors_files(
     ]
     arguments = (f"from={tmp_path / 'original'}", f"to={tmp_path / 'whole'}", *given)
     assert program("convert", *arguments) == 0
-    found = read.read(str(tmp_path / "whole"))
+    found = registry.read_model(str(tmp_path / "whole"))
     assert_bit_equal(tensors(found), tensors(model))
     assert found.parts["text_encoder"].config["activation"] == "quick_gelu"
 
@@ -130,7 +132,7 @@ def test_convert_brings_text_encoders_to_the_authors_files(
     [
         (["from=/no/such"], "to is missing; set to="),
         (["from=/no/such", "to=/tmp/x"], "/no/such does not exist"),
-        (["from=/no/such", "to=/tmp/x", "layout=onnx"], "layout is 'onnx', and must be"),
+        (["from=/no/such", "to=/tmp/x", "format=onnx"], "format is 'onnx', and must be"),
     ],
 )
 def test_bad_conversions_end_with_one_line(
@@ -181,11 +183,11 @@ def test_models_of_different_shape_are_not_blended(
 def test_the_program_blends_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = random_model()
     for name, model in (("a", first), ("b", shifted(first, 1.0))):
-        read.write(model, tmp_path / name, "ours")
+        registry.write_model(model, tmp_path / name, "native")
     arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--to", str(tmp_path / "c")]
     monkeypatch.setattr(sys, "argv", ["interpolate", *arguments])
     interpolate.main()
-    found = tensors(read.read(str(tmp_path / "c")))
+    found = tensors(registry.read_model(str(tmp_path / "c")))
     torch.testing.assert_close(
         found["prior.head.weight"], tensors(first)["prior.head.weight"] + 0.5
     )

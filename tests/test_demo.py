@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scripts.demo_page import OWN_CAPTIONS, write_page
-from wuerstchen_pl.evaluation.data import run_data
+from wuerstchen_pl.evaluation.datasets import run_data
 
 
-def test_the_page_shows_pictures_curves_and_numbers(
+def test_the_page_shows_images_curves_and_numbers(
     program: Callable[..., int], cascade: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "outputs" / "default"

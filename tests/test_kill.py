@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import small
-from tests.data.made import picture, shards
+from tests.data.factories import image, shards
 from tests.data.serving import serve
 from tests.test_resume import differing
-from wuerstchen_pl import checkpoint
+from wuerstchen_pl.checkpointing import load
 
 pytestmark = pytest.mark.slow
 STEPS = 40  # several passes over what is trained on
@@ -35,14 +35,14 @@ def told_of(kind: str, tmp_path: Path, web: str, cascade: Path) -> list[str]:
         shards(tmp_path / "tars", 5, 5)
         return ["data=shards", f"data.urls={tmp_path / 'tars'}"]
     if kind == "folder":
-        (tmp_path / "pictures").mkdir()
+        (tmp_path / "images").mkdir()
         for i in range(24):
-            (tmp_path / f"pictures/{i}.jpg").write_bytes(picture(str(i), 40 + i, 48))
-            (tmp_path / f"pictures/{i}.txt").write_text(f"number {i}")
-        return ["data=folder", f"data.root={tmp_path / 'pictures'}"]
-    pictures = told_of("shards", tmp_path, web, cascade)
+            (tmp_path / f"images/{i}.jpg").write_bytes(image(str(i), 40 + i, 48))
+            (tmp_path / f"images/{i}.txt").write_text(f"number {i}")
+        return ["data=folder", f"data.root={tmp_path / 'images'}"]
+    images = told_of("shards", tmp_path, web, cascade)
     above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
-    command = [*arguments(tmp_path / "none", pictures, 0), *above, f"out={tmp_path / 'cache'}"]
+    command = [*arguments(tmp_path / "none", images, 0), *above, f"out={tmp_path / 'cache'}"]
     subprocess.run([sys.executable, "-m", "wuerstchen_pl.cache", *command], check=True)
     return ["data=cached", f"data.root={tmp_path / 'cache'}"]
 
@@ -73,7 +73,7 @@ def kill_at(process: subprocess.Popen, run: Path, step: int) -> None:
     """Kill a run and all its processes as soon as it has written a step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if any(checkpoint.step_of(p) >= step for p in run.glob("checkpoints/step*.ckpt")):
+        if any(load.parse_step(p) >= step for p in run.glob("checkpoints/step*.ckpt")):
             break
         time.sleep(0.02)
     assert process.poll() is None, "it ended before it was killed"
@@ -99,7 +99,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     for step in (5, 17):
         kill_at(start([*told("parts"), "ckpt=auto"], processes), run, step)
     assert start([*told("parts"), "ckpt=auto"], processes).wait(timeout=300) == 0
-    whole = checkpoint.read(checkpoint.find(tmp_path / "whole/default/c"))
-    parts = checkpoint.read(checkpoint.find(run))
+    whole = load.read_checkpoint(load.find_checkpoint(tmp_path / "whole/default/c"))
+    parts = load.read_checkpoint(load.find_checkpoint(run))
     assert whole["global_step"] == parts["global_step"] == STEPS
     assert not differing(whole, parts)

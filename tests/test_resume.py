@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import run_program, small
-from wuerstchen_pl import checkpoint
+from wuerstchen_pl.checkpointing import load
 
 STEPS = 7  # an epoch of the small data has 4 or 5
 
@@ -18,11 +18,11 @@ def train(stage: str, root: Path, above: Path, *overrides: str) -> dict:
     data = f"paths.data={above.parent / 'data'}"
     arguments += ["validate_every_steps=2", "checkpoint_every_steps=1", data, *above_keys]
     assert run_program("train", [*arguments, *overrides]) == 0
-    return checkpoint.read(checkpoint.find(root / "default" / stage))
+    return load.read_checkpoint(load.find_checkpoint(root / "default" / stage))
 
 
 def differing(one: dict, other: dict) -> list[str]:
-    """Names of the tensors that differ in weights, averages or optimisers."""
+    """Names of the tensors that differ in weights, averages or optimizers."""
     found = [k for k, v in one["state_dict"].items() if not torch.equal(v, other["state_dict"][k])]
     shadow = other["ema"]["shadow"]
     found += [f"ema.{k}" for k, v in one["ema"]["shadow"].items() if not torch.equal(v, shadow[k])]
@@ -74,7 +74,7 @@ def test_a_finished_run_is_not_done_again(
     cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     train("c", tmp_path, cascade)
-    path = checkpoint.find(tmp_path / "default/c")
+    path = load.find_checkpoint(tmp_path / "default/c")
     before = path.stat().st_mtime_ns
     train("c", tmp_path, cascade, "ckpt=auto")
     assert path.stat().st_mtime_ns == before

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
-from wuerstchen_pl.checkpoint import find
+from wuerstchen_pl.checkpointing.load import find_checkpoint
 from wuerstchen_pl.sample import quote_prompt
 
 FAST = ("sample.prior_steps=2", "sample.decoder_steps=1", "device=cpu")
@@ -22,7 +22,7 @@ Draw = Callable[..., int]
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 @pytest.fixture
@@ -37,21 +37,30 @@ def draw(program: Any, cascade: Path, out: Path) -> Draw:
     return run
 
 
-def pictures(folder: Path) -> list[Path]:
+def images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.png") if p.name != "grid.png")
 
 
 def facts(path: Path) -> dict[str, str]:
-    with Image.open(path) as picture:
-        return dict(picture.text)  # type: ignore[attr-defined]
+    with Image.open(path) as image:
+        return dict(image.text)  # type: ignore[attr-defined]
 
 
 # Good input
 
 
-def test_a_picture_says_how_to_draw_it_again(draw: Draw, out: Path, tmp_path: Path) -> None:
-    assert draw('prompt="a red heart"', "count=2", "seed=7", "width=48", "sample.sampler=ddim") == 0
-    first, second = pictures(out)
+def test_an_image_says_how_to_draw_it_again(draw: Draw, out: Path, tmp_path: Path) -> None:
+    assert (
+        draw(
+            'prompt="a red heart"',
+            "num_images_per_prompt=2",
+            "seed=7",
+            "width=48",
+            "sample.sampler=ddim",
+        )
+        == 0
+    )
+    first, second = images(out)
     told = facts(second)
     assert told["seed"] == "8"
     again = [f"{key}={told[key]}" for key in ("prompt", "seed", "model", "height", "width", "bf16")]
@@ -61,7 +70,7 @@ def test_a_picture_says_how_to_draw_it_again(draw: Draw, out: Path, tmp_path: Pa
         if key not in ("prompt", "seed", "model", "model_sha256", "height", "width", "bf16")
     ]
     assert draw(*again, f"output_dir={tmp_path / 'again'}") == 0
-    (redrawn,) = pictures(tmp_path / "again")
+    (redrawn,) = images(tmp_path / "again")
     old, new = (np.asarray(Image.open(path), dtype=int) for path in (second, redrawn))
     assert old.shape == (64, 48, 3)
     # a batch of one may round the last bit of a float otherwise than a batch of two
@@ -70,19 +79,21 @@ def test_a_picture_says_how_to_draw_it_again(draw: Draw, out: Path, tmp_path: Pa
     assert np.abs(old - np.asarray(Image.open(first), dtype=int)).max() > 1
 
 
-def test_a_single_picture_is_redrawn_to_the_pixel(draw: Draw, out: Path, tmp_path: Path) -> None:
+def test_a_single_image_is_redrawn_to_the_pixel(draw: Draw, out: Path, tmp_path: Path) -> None:
     assert draw("prompt=frog") == 0
     assert draw("prompt=frog", f"output_dir={tmp_path / 'again'}") == 0
-    (old,), (new,) = pictures(out), pictures(tmp_path / "again")
+    (old,), (new,) = images(out), images(tmp_path / "again")
     assert old.read_bytes() == new.read_bytes()
-    assert not (out / "grid.png").exists(), "one picture needs no grid"
+    assert not (out / "grid.png").exists(), "one image needs no grid"
 
 
 def test_prompts_of_the_command_line_and_of_a_file(draw: Draw, out: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffgreen frog\r\n\n  \n  Bär, 熊 = {x}\n", encoding="utf-8")
-    assert draw("prompt=[red heart,'blue, fish']", f"prompts={file}", "count=2") == 0
-    told = [facts(path)["prompt"] for path in pictures(out)]
+    assert (
+        draw("prompt=[red heart,'blue, fish']", f"prompts={file}", "num_images_per_prompt=2") == 0
+    )
+    told = [facts(path)["prompt"] for path in images(out)]
     expected = ["red heart", "blue, fish", "green frog", "Bär, 熊 = {x}"]
     assert told == [prompt for prompt in expected for _ in range(2)]
     with Image.open(out / "grid.png") as grid:
@@ -141,10 +152,10 @@ def test_lists_and_quotes_are_hydras_and_interpolate_nothing() -> None:
 def test_an_awkward_prompt_reaches_the_metadata(draw: Draw, out: Path) -> None:
     prompt = "${HOME}, it's \\"
     assert draw(f"prompt={prompt}") == 0
-    assert [facts(path)["prompt"] for path in pictures(out)] == [prompt]
+    assert [facts(path)["prompt"] for path in images(out)] == [prompt]
 
 
-def test_a_sweeps_pictures_do_not_overwrite_each_other(draw: Draw, out: Path) -> None:
+def test_a_sweeps_images_do_not_overwrite_each_other(draw: Draw, out: Path) -> None:
     assert draw("-m", "prompt=frog", "sample.sampler=ddpm,ddim") == 0
     told = [facts(path)["sampler"] for path in sorted(out.glob("*/*.png"))]
     assert told == ["ddpm", "ddim"]
@@ -153,14 +164,14 @@ def test_a_sweeps_pictures_do_not_overwrite_each_other(draw: Draw, out: Path) ->
 def test_the_end_of_a_long_prompt_is_cut_off_and_told(draw: Draw, out: Path) -> None:
     with pytest.warns(UserWarning, match="reads 16 tokens; cut off: 'frog frog"):
         assert draw("prompt=" + "frog " * 20) == 0
-    assert len(pictures(out)) == 1
+    assert len(images(out)) == 1
 
 
 def test_a_size_between_steps_is_drawn_and_cropped(draw: Draw, out: Path) -> None:
     with pytest.warns(UserWarning, match="64 x 80 px are drawn, and cropped"):
         assert draw("prompt=frog", "height=60", "width=70") == 0
-    with Image.open(pictures(out)[0]) as picture:
-        assert picture.size == (70, 60)
+    with Image.open(images(out)[0]) as image:
+        assert image.size == (70, 60)
 
 
 # Bad input
@@ -175,8 +186,8 @@ BAD = {
     "height": (["prompt=a", "height=1000003"], "height=1000003 cannot be drawn"),
     "fraction": (["prompt=a", "height=64.5"], "height is 64.5, and must be int"),
     "word": (["prompt=a", "width=wide"], "width is 'wide', and must be int"),
-    "count": (["prompt=a", "count=0"], "count=0 is out of range; use 1 to"),
-    "many": (["prompt=a", "count=1000003"], "count=1000003 is out of range"),
+    "count": (["prompt=a", "num_images_per_prompt=0"], "num_images_per_prompt=0 is out of range; use 1 to"),
+    "many": (["prompt=a", "num_images_per_prompt=1000003"], "num_images_per_prompt=1000003 is out of range"),
     "seed": (["prompt=a", "seed=-1"], "seed=-1 is out of range"),
     "large seed": (["prompt=a", "seed=99999999999999999999"], "is out of range"),
     "steps": (["prompt=a", "sample.prior_steps=0"], "prior_steps=0 is out of range"),
@@ -242,7 +253,7 @@ def test_a_truncated_model_is_refused_by_name(
     draw: Draw, out: Path, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     half = tmp_path / "half.ckpt"
-    half.write_bytes(find(cascade / "c").read_bytes()[:5000])
+    half.write_bytes(find_checkpoint(cascade / "c").read_bytes()[:5000])
     assert draw("prompt=a", f"model={half}") == 1
     assert "half.ckpt is damaged" in one_line(capsys)
     assert not out.exists()
@@ -253,7 +264,7 @@ def full_disk(*args: object, **kwargs: object) -> None:
 
 
 def half_written(self: Image.Image, path: Path, **kwargs: object) -> None:
-    Path(path).write_bytes(b"half a picture")
+    Path(path).write_bytes(b"half an image")
     full_disk()
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from tests.conftest import frozen_text, run_program, small
-from tests.data.made import picture, shards, write
+from tests.data.factories import image, shards, write
 from tests.test_resume import differing
-from wuerstchen_pl import checkpoint, durable
-from wuerstchen_pl.callbacks.signals import ASKING, Signals
+from wuerstchen_pl.callbacks.preemption import STOP_SIGNALS, PreemptionHandler
+from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.io import atomic
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.stage import Batch
 from wuerstchen_pl.train import REQUEUE, accumulation
@@ -49,7 +50,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert sorted(path.name for path in folder.iterdir()) == [
         *("step0000002.ckpt", "step0000002.ckpt.sha256")
     ]
-    assert checkpoint.read(checkpoint.find(folder.parent))["global_step"] == 2
+    assert load.read_checkpoint(load.find_checkpoint(folder.parent))["global_step"] == 2
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, signals: list[int], *, step: int) -> None:
@@ -76,11 +77,11 @@ def test_a_signal_saves_the_step_it_came_in_and_the_run_goes_on(
         signalled(patch, [signal.Signals[name]], step=2)
         assert run_program("train", arguments(cascade, tmp_path, kept)) == code
     assert f"was stopped by {name} after step 3, which is saved" in capsys.readouterr().err
-    assert checkpoint.step_of(checkpoint.find(run)) == 3
+    assert load.parse_step(load.find_checkpoint(run)) == 3
     assert run_program("train", arguments(cascade, tmp_path, kept, "ckpt=auto")) == 0
     assert run_program("train", arguments(cascade, tmp_path / "whole", kept)) == 0
-    whole = checkpoint.read(checkpoint.find(tmp_path / "whole/default/c"))
-    assert not differing(whole, checkpoint.read(checkpoint.find(run)))
+    whole = load.read_checkpoint(load.find_checkpoint(tmp_path / "whole/default/c"))
+    assert not differing(whole, load.read_checkpoint(load.find_checkpoint(run)))
 
 
 @pytest.mark.slow
@@ -100,7 +101,7 @@ def test_a_signal_to_the_whole_process_group_spares_the_workers(
     _, said = process.communicate(timeout=120)
     assert process.returncode == REQUEUE, said[-2000:]
     saved = int(re.findall(r"was stopped by SIGTERM after step (\d+)", said)[0])
-    assert checkpoint.step_of(checkpoint.find(run)) == saved
+    assert load.parse_step(load.find_checkpoint(run)) == saved
 
 
 def test_a_second_ctrl_c_is_not_kept_waiting(
@@ -111,13 +112,13 @@ def test_a_second_ctrl_c_is_not_kept_waiting(
     assert run_program("train", arguments(cascade, tmp_path)) == 130
     signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones for good
     assert "interrupted at step 3; ckpt=auto goes on" in capsys.readouterr().err
-    assert checkpoint.step_of(checkpoint.find(tmp_path / "default/c")) == 2
+    assert load.parse_step(load.find_checkpoint(tmp_path / "default/c")) == 2
 
 
 def test_a_run_that_has_ended_listens_no_more(cascade: Path, tmp_path: Path) -> None:
     assert run_program("train", arguments(cascade, tmp_path)) == 0
-    handlers = [getattr(signal.getsignal(each), "__self__", None) for each in ASKING]
-    assert not any(isinstance(owner, Signals) for owner in handlers)
+    handlers = [getattr(signal.getsignal(each), "__self__", None) for each in STOP_SIGNALS]
+    assert not any(isinstance(owner, PreemptionHandler) for owner in handlers)
 
 
 def test_a_step_has_its_whole_global_batch_and_validation_comes_by_steps(
@@ -128,7 +129,7 @@ def test_a_step_has_its_whole_global_batch_and_validation_comes_by_steps(
     told = [*kept, "global_batch=8", "validate_every_steps=2", "trainer.log_every_n_steps=1"]
     assert run_program("train", told) == 0
     run = tmp_path / "default/c"
-    content = checkpoint.read(checkpoint.find(run))
+    content = load.read_checkpoint(load.find_checkpoint(run))
     assert content["global_step"] == 4
     assert content["ImageTextDataModule"]["samples"] == 4 * 8
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
@@ -145,13 +146,13 @@ def test_accumulated_steps_resume_bit_for_bit_and_save_nothing_between(
     assert run_program("train", told(tmp_path / "whole")) == 0
     assert run_program("train", told(tmp_path / "parts", "trainer.max_steps=2")) == 0
     run = tmp_path / "parts/default/c"
-    first = checkpoint.find(run)
+    first = load.find_checkpoint(run)
     before = first.read_bytes()
     assert run_program("train", told(tmp_path / "parts", "ckpt=auto")) == 0
     assert first.read_bytes() == before  # and is not saved again with half a step's gradients
-    whole = checkpoint.read(checkpoint.find(tmp_path / "whole/default/c"))
-    assert not differing(whole, checkpoint.read(checkpoint.find(run)))
-    steps = sorted(checkpoint.step_of(p) for p in run.glob("checkpoints/*.ckpt"))
+    whole = load.read_checkpoint(load.find_checkpoint(tmp_path / "whole/default/c"))
+    assert not differing(whole, load.read_checkpoint(load.find_checkpoint(run)))
+    steps = sorted(load.parse_step(p) for p in run.glob("checkpoints/*.ckpt"))
     assert steps == [2, 4]
 
 
@@ -178,13 +179,13 @@ def test_a_run_stands_by_the_clip_that_it_was_trained_with(
     told = [*arguments(cascade, tmp_path), *frozen_text(Path(own))]
     assert run_program("train", [*told, "trainer.max_steps=2"]) == 0
     run = tmp_path / "default/c"
-    content = checkpoint.read(checkpoint.find(run))
-    assert content["files"]["text_encoder"]["sha256"] == durable.sha256(clip)
+    content = load.read_checkpoint(load.find_checkpoint(run))
+    assert content["files"]["text_encoder"]["sha256"] == atomic.sha256(clip)
     assert content["versions"].keys() == {"torch", "lightning"}
-    assert checkpoint.load_stage(run=run, stage="c").text_encoder.weights == str(own)
+    assert load.load_stage(run=run, stage="c").text_encoder.weights == str(own)
     torch.save({k: v * 2 for k, v in torch.load(own, weights_only=True).items()}, own)
     with pytest.raises(ValueError, match=r"text_encoder\.weights=.*clip\.pt has sha256"):
-        checkpoint.load_stage(run=run, stage="c")
+        load.load_stage(run=run, stage="c")
     assert run_program("train", [*told, "ckpt=auto"]) == 1
     assert "put that file back" in capsys.readouterr().err
 
@@ -195,7 +196,7 @@ def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:
     told = [*kept, *more, "callbacks.checkpoints.keep=1", "trainer.max_steps=5"]
     assert run_program("train", told) == 0
     found = (tmp_path / "default/c/checkpoints").glob("*.ckpt")
-    assert sorted(checkpoint.step_of(path) for path in found) == [2, 4, 5]
+    assert sorted(load.parse_step(path) for path in found) == [2, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -233,32 +234,32 @@ def test_what_cannot_train_is_refused_before_anything_is_written(
 
 
 def test_starting_weights_are_those_of_the_run_named(cascade: Path, tmp_path: Path) -> None:
-    source = checkpoint.read(checkpoint.find(cascade / "c"))["ema"]["shadow"]
+    source = load.read_checkpoint(load.find_checkpoint(cascade / "c"))["ema"]["shadow"]
     slow = arguments(cascade, tmp_path, f"init_from={cascade / 'c'}")
     slow = [a for a in slow if not a.startswith(("stage.optimizer.lr", "trainer.max_steps"))]
     assert run_program("train", [*slow, "stage.optimizer.lr=1e-12", "trainer.max_steps=2"]) == 0
-    state = checkpoint.read(checkpoint.find(tmp_path / "default/c"))["state_dict"]
+    state = load.read_checkpoint(load.find_checkpoint(tmp_path / "default/c"))["state_dict"]
     assert max(float((state[k] - v).abs().max()) for k, v in source.items()) < 1e-6
 
 
 def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Path) -> None:
     shards(tmp_path / "tars", 2, 6)
-    write(tmp_path / "tars/00009.tar", {"a.jpg": b"no picture", "a.txt": b"a"})
-    (tmp_path / "pictures").mkdir()
+    write(tmp_path / "tars/00009.tar", {"a.jpg": b"no image", "a.txt": b"a"})
+    (tmp_path / "images").mkdir()
     for i in range(8):
-        (tmp_path / f"pictures/{i}.jpg").write_bytes(picture(str(i), 64, 64))
-        (tmp_path / f"pictures/{i}.txt").write_text(f"number {i}")
+        (tmp_path / f"images/{i}.jpg").write_bytes(image(str(i), 64, 64))
+        (tmp_path / f"images/{i}.txt").write_text(f"number {i}")
     told = [a for a in arguments(cascade, tmp_path) if not a.startswith("data.limit")]
     package = "wuerstchen_pl.data.sources"
     sources = (
         f"{{web:{{_target_:{package}.shards.ShardSource,urls:{tmp_path / 'tars'}}},"
-        f"own:{{_target_:{package}.folder.Folder,root:{tmp_path / 'pictures'}}}}}"
+        f"own:{{_target_:{package}.folder.Folder,root:{tmp_path / 'images'}}}}}"
     )
     more = [f"data.sources={sources}", "data.weights={web:1,own:2}", "data.num_workers=0"]
     filters = ["data.max_upscale=2", "data.filters.max_ratio=1.9", "trainer.max_steps=24"]
     assert run_program("train", [*told, "data=mix", *more, *filters]) == 0
     log = (tmp_path / "default/c/metrics.csv").read_text()
-    for name in ("seen", "bad/unreadable picture", "dropped/max_ratio", "cropped_share"):
+    for name in ("seen", "bad/unreadable image", "dropped/max_ratio", "cropped_share"):
         assert f"data/{name}," in log, log
     share = float(re.findall(r"data/cropped_share,([\d.]+)", log)[-1])
     assert 0 < share < 0.4

@@ -32,7 +32,9 @@ def test_an_installed_wheel_finds_its_configs(tmp_path: Path) -> None:
             cwd=tmp_path, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert shown.returncode == 0, shown.stderr
-        wanted = "layout: ours" if program in ("convert", "export") else "_target_: wuerstchen_pl."
+        wanted = (
+            "format: native" if program in ("convert", "export") else "_target_: wuerstchen_pl."
+        )
         assert wanted in shown.stdout
     where = "import wuerstchen_pl.cli as c; print(c.conf_dir())"
     found = subprocess.run(

@@ -8,7 +8,7 @@ __all__ = ["DEFAULT_STAGE_C_TIMESTEPS", "WuerstchenPipeline"]
 def __getattr__(name: str) -> Any:
     """Import the pipeline when it is asked for: the commands' help does without."""
     if name == "WuerstchenPipeline":
-        from wuerstchen_pl.pipeline.wuerstchen import WuerstchenPipeline
+        from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 
         return WuerstchenPipeline
     if name == "DEFAULT_STAGE_C_TIMESTEPS":

@@ -1,7 +1,7 @@
 """Compute what Stage B or C is conditioned on, once: ``python -m wuerstchen_pl.cache stage=c``.
 
 Takes the keys of a training, ``data``, ``experiment`` and all, and writes what its frozen networks
-make of every picture. Then train with ``data=cached data.root=OUT``. Run it again to go on where it
+make of every image. Then train with ``data=cached data.root=OUT``. Run it again to go on where it
 was stopped. With several processes, ``torchrun --nproc-per-node=8 -m wuerstchen_pl.cache ...``,
 each does a part.
 """
@@ -15,16 +15,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from wuerstchen_pl.cli import command, output_folder
-from wuerstchen_pl.config import READ_BY_TRAIN, check_config
-from wuerstchen_pl.data.caches.cached import MANIFEST, PREPROCESSING
-from wuerstchen_pl.data.caches.caching import make
-from wuerstchen_pl.data.claims import claim
-from wuerstchen_pl.data.datamodule import OF_THE_RUN, ImageTextDataModule
-from wuerstchen_pl.fingerprint import of_encoders
+from wuerstchen_pl.cli import check_output_dir, command
+from wuerstchen_pl.config import TRAIN_KEYS, check_config
+from wuerstchen_pl.data.caches.build_cache import build_cache
+from wuerstchen_pl.data.caches.cached_dataset import MANIFEST, PREPROCESSING
+from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
+from wuerstchen_pl.data.output_guard import claim_output
+from wuerstchen_pl.models.fingerprint import encoder_fingerprints
 
-READ: Mapping[str, Any] = {
-    **READ_BY_TRAIN,
+KNOWN_KEYS: Mapping[str, Any] = {
+    **TRAIN_KEYS,
     "out": str,
     "text": bool,
     "crops": int,
@@ -33,7 +33,7 @@ READ: Mapping[str, Any] = {
     "device": str | None,
 }
 TENSORS = {"b": ["latents", "image"], "c": ["semantic"]}
-"""What a stage reads in place of pictures."""
+"""What a stage reads in place of images."""
 
 
 class Encoders:
@@ -58,7 +58,9 @@ class Encoders:
     @property
     def fingerprint(self) -> dict[str, str]:
         """What a cache depends on; ``train`` compares it with what a stage has."""
-        return of_encoders(self.stage, decoder=self.decoder, text_encoder=self.text_encoder)
+        return encoder_fingerprints(
+            self.stage, decoder=self.decoder, text_encoder=self.text_encoder
+        )
 
     @torch.no_grad()
     def images(self, images: Tensor) -> dict[str, Tensor]:
@@ -78,10 +80,10 @@ class Encoders:
 
 def run(cfg: DictConfig) -> None:
     """Check, encode what is missing, and write the manifest when nothing is."""
-    check_config(cfg, READ)
+    check_config(cfg, KNOWN_KEYS)
     stage = str(cfg.stage._target_).rpartition(".Stage")[2].lower()
     check_ranges(cfg, stage)
-    folder = output_folder(cfg.out)
+    folder = check_output_dir(cfg.out)
     data: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     encoders = Encoders(
@@ -103,10 +105,10 @@ def run(cfg: DictConfig) -> None:
         "text": cfg.text,
         "dtype": cfg.dtype,
         "shard_mb": cfg.shard_mb,
-        "data": {key: value for key, value in source.items() if key not in OF_THE_RUN},
+        "data": {key: value for key, value in source.items() if key not in RUNTIME_KEYS},
     }
-    claim(folder, settings, key="out")
-    missing = make(
+    claim_output(folder, settings, key="out")
+    missing = build_cache(
         data,
         encoders,
         folder,
@@ -116,7 +118,7 @@ def run(cfg: DictConfig) -> None:
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )
-    print(data.splits.ledger.summary())
+    print(data.splits.stats.summary())
     if missing:
         print(
             f"{len(missing)} shards are missing, such as {missing[0]}: they cannot be read, or "
@@ -134,9 +136,9 @@ def check_ranges(cfg: DictConfig, stage: str) -> None:
         ValueError: naming the key.
     """
     if stage not in TENSORS:
-        raise ValueError(f"stage={stage} learns from pictures themselves; cache stage=b or stage=c")
+        raise ValueError(f"stage={stage} learns from images themselves; cache stage=b or stage=c")
     if "crop" not in cfg.data:
-        raise ValueError("data=cached is a cache already; name the pictures, such as data=folder")
+        raise ValueError("data=cached is a cache already; name the images, such as data=folder")
     for key in ("crops", "shard_mb"):
         if cfg[key] < 1:
             raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")

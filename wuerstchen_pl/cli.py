@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from wuerstchen_pl.config import takes
+from wuerstchen_pl.config import accepts_argument
 
 _PACKAGE = Path(__file__).resolve().parent
 _TRACEBACKS = "HYDRA_FULL_ERROR"
@@ -44,7 +45,7 @@ def conf_dir() -> str:
 def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Callable[[], None]:
     """Make a command-line program of ``run``, composed from ``conf/<config_name>.yaml``.
 
-    What ``run`` returns is what a sweeper minimises.
+    What ``run`` returns is what a sweeper minimizes.
     """
 
     @functools.wraps(run)
@@ -72,18 +73,20 @@ def help_text(config_name: str, description: str) -> str:
     folder = Path(conf_dir())
     text = (folder / f"{config_name}.yaml").read_text()
     groups = [line.split(":")[0].strip("- ") for line in text.splitlines() if line[:4] == "  - "]
-    listed = (f"  {group}={'|'.join(choices(group))}" for group in groups if choices(group))
+    listed = (
+        f"  {group}={'|'.join(group_choices(group))}" for group in groups if group_choices(group)
+    )
     keys = text.partition("\nhydra:")[0].partition("\n\n")[2]
     further = "--cfg job prints all keys as composed; -m runs every combination of key=value,value"
     return "\n".join([description, "", *listed, "", keys, further])
 
 
-def choices(group: str) -> list[str]:
+def group_choices(group: str) -> list[str]:
     """Names of the YAML files of a group."""
     return sorted(path.stem for path in Path(conf_dir(), group).glob("*.yaml"))
 
 
-def output_folder(configured: str) -> Path:
+def check_output_dir(configured: str) -> Path:
     """The folder that a run writes to: ``configured``, or its numbered one of a sweep.
 
     It is not made yet, but refused if it cannot be: before there is work to lose.
@@ -102,7 +105,7 @@ def output_folder(configured: str) -> Path:
     return folder
 
 
-class KnownToInterpolations(Callback):
+class SetHydraConfigEarly(Callback):
     """Lets ``hydra.sweep.dir`` be made of ``${hydra:...}``, which Hydra sets only later."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -161,13 +164,26 @@ def explain(error: BaseException) -> str:
     if (sentence := _composition(error)) is not None:
         return sentence
     if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
-        return explain(error.__cause__)
+        return _with_full_key(explain(error.__cause__), str(error))
     text = " ".join(str(error).split()) or type(error).__name__
     expected = (ValueError, OSError, ModuleNotFoundError)
     foreign = type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
     if isinstance(error, expected) or foreign:
         return text
     return f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _with_full_key(sentence: str, report: str) -> str:
+    """Name the argument that a constructor refused by its full key in the config.
+
+    A constructor is also called from Python, so its message starts with ``argument=value``; Hydra's
+    report of a failed instantiation says which node was being built.
+    """
+    node = re.search(r"^full_key: ([\w.]+)$", report, re.MULTILINE)
+    argument = re.match(r"([a-z_][\w.]*)=", sentence)
+    if node is None or argument is None or argument[1].startswith(node[1].split(".")[0] + "."):
+        return sentence
+    return f"{node[1]}.{sentence}"
 
 
 def _composition(error: BaseException) -> str | None:
@@ -187,17 +203,19 @@ def _composition(error: BaseException) -> str | None:
         return f"{group}={name} is unknown; choose from {known}"
     if isinstance(error, ConfigCompositionException) and str(error).startswith("You must specify"):
         group = str(error).split("'")[1]
-        return f"{group} is missing; choose {' or '.join(f'{group}={c}' for c in choices(group))}"
+        return f"{group} is missing; choose {' or '.join(f'{group}={c}' for c in group_choices(group))}"
     if str(error).startswith("Error resolving interpolation"):
         name = str(error).split("'")[1]
         return f"{name} names a config: what it is made of cannot be swept; run once for each value"
     if str(error).startswith("Config group override must be"):
         for group, _, name in (argument.partition("=") for argument in sys.argv[1:]):
-            if choices(group) and name not in choices(group):
-                return f"{group}={name} is unknown; choose from {', '.join(choices(group))}"
+            if group_choices(group) and name not in group_choices(group):
+                return f"{group}={name} is unknown; choose from {', '.join(group_choices(group))}"
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
         key, parent = str(error.full_key), error.parent_node
-        if isinstance(parent, DictConfig) and takes(parent.get("_target_", ""), str(error.key)):
+        if isinstance(parent, DictConfig) and accepts_argument(
+            parent.get("_target_", ""), str(error.key)
+        ):
             return f"{key} stands in no YAML; add it with +{key}=..."
         close = _closest(key, OmegaConf.to_container(parent._get_root()))
         return f"{key} is no key; " + (f"did you mean {close}?" if close else "remove it")

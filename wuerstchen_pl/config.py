@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-READ_BY_TRAIN: Mapping[str, Any] = {
+TRAIN_KEYS: Mapping[str, Any] = {
     # read by the program
     "stage": dict,
     "data": dict,
@@ -34,8 +34,8 @@ READ_BY_TRAIN: Mapping[str, Any] = {
     # what other keys are made of; a stage, or an override, may do without some of them
     "name": str,
     "image_size": int,
-    "size_12": int,
-    "size_24": int,
+    "image_size_at_12": int,
+    "image_size_at_24": int,
     "global_batch": int | None,
     "bucket_multiple": int,
     "checkpoint_every_steps": int,
@@ -47,18 +47,18 @@ READ_BY_TRAIN: Mapping[str, Any] = {
 }
 """The keys at the root, and in ``paths``, that ``train`` has, and their types."""
 
-KEYWORDS_GO_TO = {
+KWARGS_TARGETS = {
     "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
     "lightning.pytorch.loggers.WandbLogger": "wandb.init",
     **{
-        f"wuerstchen_pl.data.modules.{name}": "wuerstchen_pl.data.datamodule.ImageTextDataModule"
+        f"wuerstchen_pl.data.factories.{name}": "wuerstchen_pl.data.datamodule.ImageTextDataModule"
         for name in ("shards", "folder", "hf", "openmoji", "mix")
     },
 }
 """What takes the ``**kwargs`` of a constructor, so that they can be checked as well."""
 
 
-def check_config(cfg: DictConfig, read: Mapping[str, Any] = READ_BY_TRAIN) -> None:
+def check_config(cfg: DictConfig, read: Mapping[str, Any] = TRAIN_KEYS) -> None:
     """Refuse a config with a key that nothing reads, or an object that cannot be built.
 
     Args:
@@ -118,7 +118,7 @@ def _check_object(path: str, node: dict) -> None:
     if not node.get("_partial_"):
         for key in sorted(needed - given.keys()):
             raise ValueError(f"{path}.{key} is missing, and {target} needs it; set {path}.{key}")
-    hints = _hints(_locate(KEYWORDS_GO_TO.get(target, ""))) | _hints(function)
+    hints = _hints(_locate(KWARGS_TARGETS.get(target, ""))) | _hints(function)
     for key in sorted(given.keys() & hints.keys()):
         _check_value(f"{path}.{key}", given[key], hints[key])
 
@@ -136,13 +136,13 @@ def _taken(target: str, function: Callable) -> set[str] | None:
     found = inspect.signature(function).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in found):
         return named
-    further = _locate(KEYWORDS_GO_TO.get(target, ""))
+    further = _locate(KWARGS_TARGETS.get(target, ""))
     if further is None:  # or it is of an extra that is not installed, as the constructor will say
         return None
     return named | _parameters(further)[0]
 
 
-def takes(target: str, key: str) -> bool:
+def accepts_argument(target: str, key: str) -> bool:
     """Whether what ``target`` names has a parameter ``key``."""
     function = _locate(target)
     return function is not None and key in (_taken(target, function) or ())
@@ -170,18 +170,18 @@ def _hints(function: Callable | None) -> dict[str, Any]:
 def _check_value(key: str, value: Any, hint: Any) -> None:
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
-    if not _fits(value, hint):
+    if not _matches(value, hint):
         name = hint.__name__ if inspect.isclass(hint) else str(hint)
         name = re.sub(r"(\w+\.)+", "", name).replace("NoneType", "null").replace("None", "null")
         shown = "an object" if isinstance(value, dict) else "null" if value is None else repr(value)
         raise ValueError(f"{key} is {shown}, and must be {name}; set {key}=...")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _matches(value: Any, hint: Any) -> bool:
     """Whether a value as YAML knows it can stand for a parameter that is annotated ``hint``."""
     origin, of = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, each) for each in of)
+        return any(_matches(value, each) for each in of)
     if origin is Literal:
         return value in of
     if hint is None or hint is type(None):
@@ -192,7 +192,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, as_written) and isinstance(value, bool) == (hint is bool)
     if origin in _LISTS:
         of = tuple(each for each in of if each is not Ellipsis) or (Any,)
-        return isinstance(value, list) and all(any(_fits(v, each) for each in of) for v in value)
+        return isinstance(value, list) and all(any(_matches(v, each) for each in of) for v in value)
     # of any other class: an object, which YAML writes as a mapping
     return isinstance(value, dict) if inspect.isclass(origin) and origin is not Any else True
 

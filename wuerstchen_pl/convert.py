@@ -1,4 +1,4 @@
-"""Convert a model: ``python -m wuerstchen_pl.convert from=PATH to=PATH layout=diffusers``."""
+"""Convert a model: ``python -m wuerstchen_pl.convert from=PATH to=PATH format=diffusers``."""
 
 import math
 import warnings
@@ -11,42 +11,42 @@ from omegaconf import DictConfig
 
 from wuerstchen_pl.cli import command
 from wuerstchen_pl.config import check_config
-from wuerstchen_pl.layouts import clip, read
-from wuerstchen_pl.layouts.model import Model
-from wuerstchen_pl.layouts.read import LayoutName
+from wuerstchen_pl.formats import clip, registry
+from wuerstchen_pl.formats.model import Model
+from wuerstchen_pl.formats.registry import FormatName
 
-READ: Mapping[str, Any] = {
+KNOWN_KEYS: Mapping[str, Any] = {
     "from": str,
     "prior": str | None,
     "variant": str | None,
     "text_encoder": str | None,
     "prior_text_encoder": str | None,
     "to": str,
-    "layout": LayoutName,
+    "format": FormatName,
 }
 
 
 def run(cfg: DictConfig) -> None:
     """Check, read, write."""
-    check_config(cfg, READ)
-    read.check_free(Path(cfg.to))
-    model = read.read(cfg["from"], prior=cfg.prior, variant=cfg.variant)
+    check_config(cfg, KNOWN_KEYS)
+    registry.check_output_empty(Path(cfg.to))
+    model = registry.read_model(cfg["from"], prior=cfg.prior, variant=cfg.variant)
     for name in ("text_encoder", "prior_text_encoder"):
         if cfg[name] is not None:
-            model.parts[name] = clip.read(read.locate(cfg[name]))
-    write(model, Path(cfg.to), cfg.layout)
+            model.parts[name] = clip.read_text_encoder(registry.resolve_source(cfg[name]))
+    write(model, Path(cfg.to), cfg.format)
 
 
-def write(model: Model, path: Path, layout: LayoutName) -> None:
-    """Write a model, and tell what was written; say what the layout has no place for."""
-    if layout == "original":
+def write(model: Model, path: Path, format: FormatName) -> None:
+    """Write a model, and tell what was written; say what the format has no place for."""
+    if format == "upstream":
         left = [name for name in model.parts if name.endswith("text_encoder")]
         if left:
             warnings.warn(
-                f"the authors' layout has no place for {' and '.join(left)}: left out", stacklevel=2
+                f"the authors' format has no place for {' and '.join(left)}: left out", stacklevel=2
             )
         model = replace(model, parts={k: v for k, v in model.parts.items() if k not in left})
-    read.write(model, path, layout)
+    registry.write_model(model, path, format)
     for name, part in model.parts.items():
         types = {str(t.dtype).removeprefix("torch.") for t in part.tensors.values()}
         count = sum(math.prod(t.shape) for t in part.tensors.values())

@@ -1,4 +1,4 @@
-"""Measure a model, or pictures: ``python -m wuerstchen_pl.evaluate model=outputs/demo/c``.
+"""Measure a model, or images: ``python -m wuerstchen_pl.evaluate model=outputs/demo/c``.
 
 Several processes, by torchrun or the like, draw together.
 """
@@ -13,19 +13,19 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from wuerstchen_pl import checkpoint
-from wuerstchen_pl.cli import command, output_folder
+from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.evaluation import report
-from wuerstchen_pl.evaluation.data import run_data
-from wuerstchen_pl.evaluation.drawing import Process
-from wuerstchen_pl.evaluation.plan import OF_SETS, Plan
-from wuerstchen_pl.evaluation.run import Subject, denoisers, evaluate
-from wuerstchen_pl.metrics.score import Score
+from wuerstchen_pl.evaluation.datasets import run_data
+from wuerstchen_pl.evaluation.generation import DistInfo
+from wuerstchen_pl.evaluation.metrics.score import Score
+from wuerstchen_pl.evaluation.plan import SET_METRICS, EvaluationPlan
+from wuerstchen_pl.evaluation.run import EvalTarget, evaluate, stages_with_loss
 from wuerstchen_pl.models.perceptual import LPIPS
-from wuerstchen_pl.pipeline.found import last_stage, pipeline_at
+from wuerstchen_pl.pipelines.loading import load_pipeline, trained_stage
 
-READ: Mapping[str, Any] = {
+KNOWN_KEYS: Mapping[str, Any] = {
     "model": str | None,
     "prior": str | None,
     "images": str | None,
@@ -35,8 +35,8 @@ READ: Mapping[str, Any] = {
     "height": int | None,
     "width": int | None,
     "reference": str,
-    "against": list[str],
-    "features": dict,
+    "baselines": list[str],
+    "fid_features": dict,
     "clip": dict,
     "pickscore": dict,
     "lpips": str | None,
@@ -50,21 +50,21 @@ READ: Mapping[str, Any] = {
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Check, draw, measure, write; returns the first metric, which a sweep optimises."""
-    check_config(cfg, READ)
-    folder, process = output_folder(cfg.output_dir), Process.of_launch()
+    """Check, draw, measure, write; returns the first metric, which a sweep optimizes."""
+    check_config(cfg, KNOWN_KEYS)
+    folder, process = check_output_dir(cfg.output_dir), DistInfo.of_launch()
     device = cfg.device or _device()
     plan = build_plan(cfg, device)
-    subject = build_subject(cfg, plan, device)
+    subject = build_target(cfg, plan, device)
     scores = evaluate(plan, subject, folder, process)
     if scores is None:  # another process measures
         return None
     print(report.table(scores))
     print(folder / "metrics.json")
-    return of_first(cfg.metric[0], scores).value
+    return first_score(cfg.metric[0], scores).value
 
 
-def of_first(metric: str, scores: Mapping[str, Score]) -> Score:
+def first_score(metric: str, scores: Mapping[str, Score]) -> Score:
     """The score that the first metric is known by, under whatever name it goes."""
     names = {
         "fid": "fd_",
@@ -81,10 +81,10 @@ def _device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def build_plan(cfg: DictConfig, device: str) -> Plan:
+def build_plan(cfg: DictConfig, device: str) -> EvaluationPlan:
     """The plan of a config, with only those networks that its metrics need."""
     wanted = {
-        "features": {*OF_SETS, "rfid"} & set(cfg.metric),
+        "fid_features": {*SET_METRICS, "rfid"} & set(cfg.metric),
         "clip": "clip" in cfg.metric,
         "pickscore": "pickscore" in cfg.metric,
     }
@@ -95,13 +95,13 @@ def build_plan(cfg: DictConfig, device: str) -> Plan:
     }
     if cfg.lpips is not None and "reconstruction" in cfg.metric:
         judges["lpips"] = LPIPS(backbone=cfg.lpips).eval()
-    return Plan(
+    return EvaluationPlan(
         metric=list(cfg.metric),
         prompts=cfg.prompts,
         images=cfg.images,
         num_prompts=cfg.num_prompts,
         reference=cfg.reference,
-        against=list(cfg.against),
+        baselines=list(cfg.baselines),
         height=cfg.height,
         width=cfg.width,
         seed=cfg.seed,
@@ -111,36 +111,36 @@ def build_plan(cfg: DictConfig, device: str) -> Plan:
     )
 
 
-def build_subject(cfg: DictConfig, plan: Plan, device: str) -> Subject:
+def build_target(cfg: DictConfig, plan: EvaluationPlan, device: str) -> EvalTarget:
     """What a config names, loaded as far as the plan needs it.
 
     Raises:
-        ValueError: if neither a model nor pictures are named.
+        ValueError: if neither a model nor images are named.
     """
     pipeline = None
     facts: dict[str, Any] = {"images": cfg.images} if cfg.images else {}
     if plan.draws or plan.of_networks:
         if cfg.model is None:
-            raise ValueError("model=null draws nothing; name a model, or pictures with images=")
+            raise ValueError("model=null draws nothing; name a model, or images with images=")
         dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        pipeline = pipeline_at(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
+        pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
         facts |= {"model": str(cfg.model), "bf16": cfg.bf16}
         facts |= {} if cfg.prior is None else {"prior": cfg.prior}
         if pipeline.source is not None:
             facts["checkpoint_sha256"] = pipeline.source["sha256"]
     stages: dict[str, Any] = {}
     if "validation_loss" in plan.metric:
-        name = last_stage(cfg.model) or "c"
-        stages = denoisers(checkpoint.load_stage(run=cfg.model, stage=name).to(device))
+        name = trained_stage(cfg.model) or "c"
+        stages = stages_with_loss(load.load_stage(run=cfg.model, stage=name).to(device))
     data = None
     if plan.of_data:
-        if cfg.model is None or last_stage(cfg.model) is None:
+        if cfg.model is None or trained_stage(cfg.model) is None:
             raise ValueError(
                 f"model={cfg.model} is no run, and so has no data of its own; set prompts= and "
                 "reference= to files and folders, and metric= to those that need no data"
             )
         data = run_data(Path(cfg.model))
-    return Subject(facts=facts, pipeline=pipeline, stages=stages, data=data)
+    return EvalTarget(facts=facts, pipeline=pipeline, stages=stages, data=data)
 
 
 main = command("evaluate", run)

@@ -6,30 +6,33 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from wuerstchen_pl import card, checkpoint
+from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.cli import command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.convert import write
-from wuerstchen_pl.layouts.read import LayoutName, check_free
-from wuerstchen_pl.layouts.run import read_run
+from wuerstchen_pl.formats import model_card
+from wuerstchen_pl.formats.registry import FormatName, check_output_empty
+from wuerstchen_pl.formats.run import read_run
 
-READ: Mapping[str, Any] = {
+KNOWN_KEYS: Mapping[str, Any] = {
     "ckpt": str,
     "to": str,
-    "layout": LayoutName,
+    "format": FormatName,
     "ema": bool,
-    "licence": str | None,
+    "license": str | None,
 }
 
 
 def run(cfg: DictConfig) -> None:
     """Check, read, write the model and its card."""
-    check_config(cfg, READ)
-    check_free(Path(cfg.to))
-    path = checkpoint.find(cfg.ckpt)
+    check_config(cfg, KNOWN_KEYS)
+    check_output_empty(Path(cfg.to))
+    path = load.find_checkpoint(cfg.ckpt)
     model = read_run(path, ema=cfg.ema)
-    model.card = card.card(card.chain(path), licence=cfg.licence, ema=cfg.ema)
-    write(model, Path(cfg.to), cfg.layout)
+    model.card = model_card.render_card(
+        model_card.checkpoint_chain(path), license=cfg.license, ema=cfg.ema
+    )
+    write(model, Path(cfg.to), cfg.format)
 
 
 main = command("export", run)

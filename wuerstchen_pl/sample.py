@@ -1,4 +1,4 @@
-"""Draw pictures from text: ``python -m wuerstchen_pl.sample prompt="a red heart"``."""
+"""Draw images from text: ``python -m wuerstchen_pl.sample prompt="a red heart"``."""
 
 import re
 import sys
@@ -12,20 +12,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 
-from wuerstchen_pl.cli import command, output_folder
+from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.evaluation import prompt_sets
-from wuerstchen_pl.pipeline.cascade import Cascade
-from wuerstchen_pl.pipeline.draw import Settings, draw
-from wuerstchen_pl.pipeline.found import pipeline_at
-from wuerstchen_pl.sampling.pictures import write_png
+from wuerstchen_pl.io.images import write_png
+from wuerstchen_pl.pipelines.cascade import CascadePipeline
+from wuerstchen_pl.pipelines.generate import SamplingConfig, generate_images
+from wuerstchen_pl.pipelines.loading import load_pipeline
 
-READ: Mapping[str, Any] = {
+KNOWN_KEYS: Mapping[str, Any] = {
     "model": str,
     "prior": str | None,
     "prompt": Any,  # a number is a prompt as well
     "prompts": str | None,
-    "count": int,
+    "num_images_per_prompt": int,
     "seed": int,
     "height": int,
     "width": int,
@@ -35,48 +35,52 @@ READ: Mapping[str, Any] = {
     "device": str | None,
     "bf16": bool,
 }
-MOST = 10_000
-"""Pictures per prompt."""
+MAX_IMAGES = 10_000
+"""Images per prompt."""
 
 
 def run(cfg: DictConfig) -> None:
     """Check, draw, write."""
-    check_config(cfg, READ)
+    check_config(cfg, KNOWN_KEYS)
     prompts = read_prompts(cfg.prompt, cfg.prompts)
-    settings: Settings = hydra.utils.instantiate(cfg.sample, _convert_="all")
-    if not 1 <= cfg.count <= MOST:
-        raise ValueError(f"count={cfg.count} is out of range; use 1 to {MOST}")
-    if not 0 <= cfg.seed < 2**63 - MOST:
-        raise ValueError(f"seed={cfg.seed} is out of range; use 0 to {2**63 - MOST - 1}")
-    folder = output_folder(cfg.output_dir)
+    settings: SamplingConfig = hydra.utils.instantiate(cfg.sample, _convert_="all")
+    if not 1 <= cfg.num_images_per_prompt <= MAX_IMAGES:
+        raise ValueError(
+            f"num_images_per_prompt={cfg.num_images_per_prompt} is out of range; use 1 to {MAX_IMAGES}"
+        )
+    if not 0 <= cfg.seed < 2**63 - MAX_IMAGES:
+        raise ValueError(f"seed={cfg.seed} is out of range; use 0 to {2**63 - MAX_IMAGES - 1}")
+    folder = check_output_dir(cfg.output_dir)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    pipeline = pipeline_at(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
-    wanted = [(prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.count)]
+    pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
+    wanted = [
+        (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)
+    ]
     texts, seeds = [p for p, _ in wanted], [s for _, s in wanted]
     for prompt in prompts:
         pipeline.prior.text_encoder.check(prompt)
-    pipeline.drawn_size(cfg.height, cfg.width)
+    pipeline.padded_size(cfg.height, cfg.width)
 
-    drawn = draw(
+    drawn = generate_images(
         pipeline, texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings
     )
     shared = {"model": str(cfg.model), **_sha256(pipeline)}
     shared |= {} if cfg.prior is None else {"prior": cfg.prior}
     shared |= {"height": cfg.height, "width": cfg.width, "bf16": cfg.bf16, **vars(settings)}
-    pictures: list[torch.Tensor] = []
-    with tqdm(total=len(wanted), unit="picture") as bar:
-        for (prompt, seed), picture in zip(wanted, drawn, strict=True):
-            name = f"{len(pictures):04d}-{slug(prompt)}-{seed}.png"
-            write_png(folder / name, picture, {"prompt": prompt, "seed": seed, **shared})
-            pictures.append(picture)
+    images: list[torch.Tensor] = []
+    with tqdm(total=len(wanted), unit="image") as bar:
+        for (prompt, seed), image in zip(wanted, drawn, strict=True):
+            name = f"{len(images):04d}-{slug(prompt)}-{seed}.png"
+            write_png(folder / name, image, {"prompt": prompt, "seed": seed, **shared})
+            images.append(image)
             bar.update()
-    if cfg.grid and len(pictures) > 1:
-        write_png(folder / "grid.png", tile(pictures, columns=cfg.count), {})
-    print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} in {folder}")
+    if cfg.grid and len(images) > 1:
+        write_png(folder / "grid.png", tile(images, columns=cfg.num_images_per_prompt), {})
+    print(f"{len(images)} image{'s' * (len(images) > 1)} in {folder}")
 
 
-def _sha256(pipeline: Cascade) -> dict[str, str]:
+def _sha256(pipeline: CascadePipeline) -> dict[str, str]:
     return {} if pipeline.source is None else {"model_sha256": pipeline.source["sha256"]}
 
 
@@ -90,7 +94,7 @@ def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
     given = list(prompt) if isinstance(prompt, ListConfig) else [prompt]
     found = [str(p) for p in given if p is not None]
     if prompts is not None:
-        found += prompt_sets.read(prompts)
+        found += prompt_sets.read_prompts(prompts)
     if not found:
         raise ValueError('no prompt; set prompt="a red heart", or prompts= to a file of them')
     for text in found:  # bytes of the command line that are no UTF-8 come as lone surrogates
@@ -104,11 +108,11 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "prompt"
 
 
-def tile(pictures: list[torch.Tensor], columns: int) -> torch.Tensor:
-    """N pictures (3, H, W) -> one (3, rows (H+2), columns (W+2)), white between them."""
+def tile(images: list[torch.Tensor], columns: int) -> torch.Tensor:
+    """N images (3, H, W) -> one (3, rows (H+2), columns (W+2)), white between them."""
     if columns == 1:
-        columns = min(8, len(pictures))
-    padded = [torch.nn.functional.pad(p, (0, 2, 0, 2), value=1.0) for p in pictures]
+        columns = min(8, len(images))
+    padded = [torch.nn.functional.pad(p, (0, 2, 0, 2), value=1.0) for p in images]
     padded += [torch.ones_like(padded[0])] * (-len(padded) % columns)
     rows = [torch.cat(padded[i : i + columns], dim=2) for i in range(0, len(padded), columns)]
     return torch.cat(rows, dim=1)

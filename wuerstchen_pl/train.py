@@ -14,14 +14,14 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from wuerstchen_pl import checkpoint
-from wuerstchen_pl.callbacks.signals import Stopped
-from wuerstchen_pl.cli import Exit, command, output_folder
+from wuerstchen_pl.callbacks.preemption import Preempted
+from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.checkpointing.single_file import SingleFileCheckpointIO
+from wuerstchen_pl.cli import Exit, check_output_dir, command
 from wuerstchen_pl.config import check_config
-from wuerstchen_pl.fingerprint import of_encoders
-from wuerstchen_pl.models.blocks import checkpoint_activations, compile_blocks
-from wuerstchen_pl.one_file import OneFile
-from wuerstchen_pl.strategy import FullySharded
+from wuerstchen_pl.distributed.strategy import FSDP2Strategy
+from wuerstchen_pl.models.fingerprint import encoder_fingerprints
+from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
@@ -33,15 +33,15 @@ INTERRUPTED = 130
 
 
 def run(cfg: DictConfig) -> float:
-    """Check, build, fit; returns the last validation loss, which a sweep minimises."""
+    """Check, build, fit; returns the last validation loss, which a sweep minimizes."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
     check_config(cfg)
     check_ranges(cfg)
-    output_dir = output_folder(cfg.paths.output_dir)
+    output_dir = check_output_dir(cfg.paths.output_dir)
     resume = find_resume(cfg.ckpt, output_dir)
-    if resume is not None and checkpoint.step_of(resume) >= cfg.trainer.max_steps >= 0:
-        print(f"{output_dir} is finished, at step {checkpoint.step_of(resume)}")
+    if resume is not None and load.parse_step(resume) >= cfg.trainer.max_steps >= 0:
+        print(f"{output_dir} is finished, at step {load.parse_step(resume)}")
         return float("nan")
     _quieten()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -78,7 +78,7 @@ def fit(
     """
     try:
         trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
-    except Stopped as stop:
+    except Preempted as stop:
         code = INTERRUPTED if stop.signum == signal.SIGINT else REQUEUE
         raise Exit(
             f"{output_dir} was stopped by {stop} after step {trainer.global_step}, which is saved; "
@@ -109,8 +109,8 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         )
     # Lightning counts batches, where our key says steps.
     trainer.val_check_interval *= trainer.accumulate_grad_batches
-    if not isinstance(trainer.strategy, FullySharded):
-        trainer.strategy.checkpoint_io = OneFile()
+    if not isinstance(trainer.strategy, FSDP2Strategy):
+        trainer.strategy.checkpoint_io = SingleFileCheckpointIO()
     return trainer
 
 
@@ -125,7 +125,7 @@ def build_stage(cfg: DictConfig) -> "Stage":
     stage: Stage = hydra.utils.instantiate(cfg.stage, _convert_="all")
     stage.config = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
     if cfg.init_from is not None:
-        state = checkpoint.read(checkpoint.find(cfg.init_from))
+        state = load.read_checkpoint(load.find_checkpoint(cfg.init_from))
         stage.load_state_dict({**state["state_dict"], **state["ema"]["shadow"]})
     return stage
 
@@ -171,9 +171,9 @@ def find_resume(ckpt: str | None, output_dir: Path) -> Path | None:
     """
     has_run = any(output_dir.glob("checkpoints/step*.ckpt"))
     if ckpt == "auto":
-        return checkpoint.find(output_dir) if has_run else None
+        return load.find_checkpoint(output_dir) if has_run else None
     if ckpt is not None:
-        return checkpoint.find(ckpt)
+        return load.find_checkpoint(ckpt)
     if has_run:
         raise ValueError(
             f"paths.output_dir={output_dir} holds a run already; go on with it (ckpt=auto), or "
@@ -199,7 +199,7 @@ def accumulation(global_batch: int, batch_size: int, processes: int) -> int:
 
 
 def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
-    """Refuse picture sizes that the stages cannot divide.
+    """Refuse image sizes that the stages cannot divide.
 
     Raises:
         ValueError: naming the first such size.
@@ -225,7 +225,7 @@ def check_cache(stage: "Stage", data: L.LightningDataModule) -> None:
     own = {"stage": type(stage).__name__.removeprefix("Stage").lower()}
     if "decoder" in stage.frozen:
         text = stage.frozen.get("text_encoder") if "text_encoder" in made_with else None
-        own = of_encoders(own["stage"], decoder=stage.frozen["decoder"], text_encoder=text)
+        own = encoder_fingerprints(own["stage"], decoder=stage.frozen["decoder"], text_encoder=text)
     for name, value in made_with.items():
         if own.get(name) != value:
             raise ValueError(

@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
-from tests.data.made import listed
-from wuerstchen_pl.data.order.buckets import Buckets, area_sizes, enlargement, nearest
+from tests.data.factories import listed
+from wuerstchen_pl.data.ordering.buckets import Buckets, area_sizes, enlargement, nearest
 
 
 @pytest.mark.parametrize(("image_size", "multiple"), [(64, 16), (512, 32), (1024, 64)])
@@ -31,7 +31,7 @@ def test_the_papers_sizes_have_its_semantic_positions() -> None:
     assert positions == [(24, 24), (24, 40), (40, 24)]
 
 
-def test_the_papers_size_is_drawn_for_a_batch_whatever_the_picture() -> None:
+def test_the_papers_size_is_drawn_for_a_batch_whatever_the_image() -> None:
     buckets = Buckets(policy="paper", image_size=64, multiple=16, seed=3)
     wide, tall = listed("s", 0, 200, 100), listed("s", 1, 100, 200)
     drawn = [buckets.place(wide, batch) for batch in range(600)]
@@ -82,5 +82,5 @@ def test_enlargement_is_that_of_the_side_that_needs_more() -> None:
 def test_papers_sizes_ask_for_no_more_than_their_square() -> None:
     buckets = Buckets(policy="paper", image_size=768, multiple=128)
     assert buckets.enlargement(listed("s", 0, 768, 768)) == 1
-    # that its long sizes would enlarge a square picture by 5/3 drops none
+    # that its long sizes would enlarge a square image by 5/3 drops none
     assert {buckets.enlargement(listed("s", 0, 512, n)) for n in (512, 768, 900)} == {1.5}

@@ -11,13 +11,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.data.made import picture, sample, shards, write
+from tests.data.factories import image, sample, shards, write
 from tests.data.serving import serve
-from wuerstchen_pl.data import modules
+from wuerstchen_pl.data import factories
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.order.buckets import nearest
-from wuerstchen_pl.data.order.filters import Filters
-from wuerstchen_pl.data.sources.folder import Folder
+from wuerstchen_pl.data.ordering.buckets import nearest
+from wuerstchen_pl.data.ordering.filters import Filters
+from wuerstchen_pl.data.sources.folder import FolderSource
 from wuerstchen_pl.data.sources.mix import Mix
 from wuerstchen_pl.data.sources.openmoji import OpenMoji
 from wuerstchen_pl.data.sources.shards import ShardSource
@@ -109,12 +109,12 @@ def sources(tmp_path: Path, openmoji: OpenMoji) -> Iterator[Callable[[str], Sour
 
     def make(kind: str) -> Source:
         if kind == "folder":
-            (tmp_path / "pictures").mkdir()
+            (tmp_path / "images").mkdir()
             for i in range(24):
-                path = tmp_path / f"pictures/{i:02d}.jpg"
-                path.write_bytes(picture(path.stem, 30 + i, 40))
+                path = tmp_path / f"images/{i:02d}.jpg"
+                path.write_bytes(image(path.stem, 30 + i, 40))
                 path.with_suffix(".txt").write_text(f"number {i}")
-            return Folder(root=str(tmp_path / "pictures"))
+            return FolderSource(root=str(tmp_path / "images"))
         if kind == "web":
             urls = next(server).url + "/{00000..00005}.tar"
             return ShardSource(urls=urls, download_dir=str(tmp_path / "down"))
@@ -209,7 +209,7 @@ def test_a_mixture_resumes_and_keeps_its_weights(
     sources: Callable[[str], Source], tmp_path: Path
 ) -> None:
     mixed = Mix(
-        sources={"tars": sources("shards"), "pictures": sources("folder")}, weights={"tars": 3}
+        sources={"tars": sources("shards"), "images": sources("folder")}, weights={"tars": 3}
     )
     check_every_resume(mixed, tmp_path / "ckpt", save={"every_n_train_steps": 1})
     loader = ready(mixed, batch_size=4).train_dataloader()
@@ -236,7 +236,7 @@ def test_batches_keep_the_contract(openmoji: OpenMoji) -> None:
         assert not held & set(batch["key"])
 
 
-def test_keeping_the_decoded_pictures_changes_nothing(openmoji: OpenMoji) -> None:
+def test_keeping_the_decoded_images_changes_nothing(openmoji: OpenMoji) -> None:
     plain, kept = (ready(openmoji, keep_decoded=keep).train_dataloader() for keep in (False, True))
     for _ in range(3):
         for ours, theirs in zip(kept, plain, strict=True):
@@ -250,8 +250,8 @@ def test_crops_move_where_the_ratio_leaves_room(openmoji: OpenMoji) -> None:
     crops: dict[str, set[bytes]] = {}
     for _ in range(12):
         for batch in loader:
-            for key, image in zip(batch["key"], batch["image"], strict=True):
-                crops.setdefault(key, set()).add(image.contiguous().numpy().tobytes())
+            for key, pixels in zip(batch["key"], batch["image"], strict=True):
+                crops.setdefault(key, set()).add(pixels.contiguous().numpy().tobytes())
     moved = 0
     for found in samples_of(openmoji):
         height, width = nearest(found.width, found.height, module.sizes)
@@ -266,18 +266,18 @@ def test_crops_move_where_the_ratio_leaves_room(openmoji: OpenMoji) -> None:
 
 
 def test_centred_crops_never_move(openmoji: OpenMoji) -> None:
-    loader = ready(openmoji, crop="centre").train_dataloader()
+    loader = ready(openmoji, crop="center").train_dataloader()
     crops: dict[str, set[bytes]] = {}
     for batch in [batch for _ in range(6) for batch in loader]:
-        for key, image in zip(batch["key"], batch["image"], strict=True):
-            crops.setdefault(key, set()).add(image.contiguous().numpy().tobytes())
+        for key, pixels in zip(batch["key"], batch["image"], strict=True):
+            crops.setdefault(key, set()).add(pixels.contiguous().numpy().tobytes())
     assert {len(found) for found in crops.values()} == {1}
 
 
 def test_of_several_captions_one_is_drawn_anew_in_each_pass(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture("a", 64, 64))
+    (tmp_path / "a.png").write_bytes(image("a", 64, 64))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["one", "two"]}')
-    module = ready(Folder(root=str(tmp_path)), batch_size=1, val_fraction=0)
+    module = ready(FolderSource(root=str(tmp_path)), batch_size=1, val_fraction=0)
     loader = module.train_dataloader()
     drawn = Counter(next(iter(loader))["caption"][0] for _ in range(200))
     # 200 draws of a half: the standard deviation is 7.
@@ -307,14 +307,14 @@ def test_shards_for_validation_are_taken_as_they_are(tmp_path: Path) -> None:
 
 def test_validation_comes_from_shards_of_its_own_or_from_a_share(tmp_path: Path) -> None:
     loading = {"image_size": 64, "batch_size": 2}
-    own = modules.shards(urls=str(tmp_path / "a"), val_urls=str(tmp_path / "b"), **loading)
+    own = factories.shards(urls=str(tmp_path / "a"), val_urls=str(tmp_path / "b"), **loading)
     assert own.val_fraction == 0
-    assert modules.shards(urls=str(tmp_path / "a"), **loading).val_fraction == 0.001
-    assert modules.shards(urls=str(tmp_path / "a"), val_fraction=0, **loading).val_fraction == 0
+    assert factories.shards(urls=str(tmp_path / "a"), **loading).val_fraction == 0.001
+    assert factories.shards(urls=str(tmp_path / "a"), val_fraction=0, **loading).val_fraction == 0
     with pytest.raises(ValueError, match=r"val_urls='b' and data\.val_fraction=0\.1 both say"):
-        modules.shards(urls="a", val_urls="b", val_fraction=0.1, **loading)
+        factories.shards(urls="a", val_urls="b", val_fraction=0.1, **loading)
     with pytest.raises(ValueError, match=r"val_split='test' and data\.val_fraction=0\.1 both say"):
-        modules.hf(name="a", val_split="test", val_fraction=0.1, **loading)
+        factories.hf(name="a", val_split="test", val_fraction=0.1, **loading)
 
 
 # What is bad
@@ -328,16 +328,16 @@ def test_what_was_left_out_is_counted_by_name(
     for _ in range(4):
         list(loader)
     counts = module.counts
-    assert counts["bad/unreadable picture"] >= 2  # one cut short, one of garbage, in each pass
+    assert counts["bad/unreadable image"] >= 2  # one cut short, one of garbage, in each pass
     assert counts["bad/damaged shard"] >= 1
     assert counts["shards/broken"] >= 1
     assert 0 < counts["pixels/kept"] <= counts["pixels"]
     shown = [str(w.message) for w in recwarn if "left out" in str(w.message)]
-    assert any("unreadable picture" in text and "cut" in text for text in shown)
+    assert any("unreadable image" in text and "cut" in text for text in shown)
     assert all(sum(reason in text for text in shown) <= 3 for reason in ("damaged shard",))
 
 
-def test_a_batch_loses_its_unreadable_pictures_but_never_all(tmp_path: Path) -> None:
+def test_a_batch_loses_its_unreadable_images_but_never_all(tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for i in range(8):
         members |= sample(f"{i}", 40, 40)
@@ -373,13 +373,13 @@ def test_bad_data_stop_the_run_with_a_summary(tmp_path: Path) -> None:
         match=r"\d\d+ of 1\d\d\d samples are bad, more than data\.max_bad_fraction=0\.09",
     ) as error:
         run(limit=0.09)
-    assert "unreadable picture" in str(error.value)
+    assert "unreadable image" in str(error.value)
 
 
 def test_a_list_that_yields_nothing_ends_with_the_reason(tmp_path: Path) -> None:
-    write(tmp_path / "s.tar", {"a.txt": b"alone", "b.jpg": picture("b")})
+    write(tmp_path / "s.tar", {"a.txt": b"alone", "b.jpg": image("b")})
     module = ready(ShardSource(urls=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"nothing to train on .*1 no caption, 1 no picture"):
+    with pytest.raises(ValueError, match=r"nothing to train on .*1 no caption, 1 no image"):
         next(iter(module.train_dataloader()))
     for i in range(300):
         (tmp_path / f"bad{i:03d}.tar").write_bytes(b"garbage")
@@ -396,7 +396,7 @@ def test_filters_and_enlargement_hold_for_training_and_are_counted(tmp_path: Pat
         "filters": Filters(max_ratio=1.9),
     }
     module = ready(ShardSource(urls=str(tmp_path / "tars")), shuffle_samples=100, **choices)
-    with pytest.raises(ValueError, match=r"max_upscale=1\.5 drops every picture.*max_ratio"):
+    with pytest.raises(ValueError, match=r"max_upscale=1\.5 drops every image.*max_ratio"):
         next(iter(module.train_dataloader()))
     with pytest.raises(ValueError, match=r"first 10 samples none passes .*most for max_upscale"):
         ready(ShardSource(urls=str(tmp_path / "tars")), shuffle_samples=6, **choices)

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.made import listed
-from wuerstchen_pl.data.order.filters import Filters
+from tests.data.factories import listed
+from wuerstchen_pl.data.ordering.filters import Filters
 
 SCORES = {"pwatermark": 0.2, "punsafe": 0.1, "aesthetic": 6.0}
 
@@ -25,7 +25,7 @@ def test_shape(settings: Any, width: int, height: int, expected: str | None) -> 
 
 
 @pytest.mark.parametrize(
-    ("settings", "facts", "expected"),
+    ("settings", "metadata", "expected"),
     [
         ({"max_pwatermark": 0.5}, {"pwatermark": 0.5}, None),
         ({"max_pwatermark": 0.5}, {"pwatermark": 0.51}, "max_pwatermark"),
@@ -39,8 +39,8 @@ def test_shape(settings: Any, width: int, height: int, expected: str | None) -> 
         ({"min_aesthetic": 5, "max_punsafe": 0.99, "max_pwatermark": 0.5}, SCORES, None),
     ],
 )
-def test_scores(settings: Any, facts: dict[str, float], expected: str | None) -> None:
-    sample = listed("s", 0, facts=facts)
+def test_scores(settings: Any, metadata: dict[str, float], expected: str | None) -> None:
+    sample = listed("s", 0, metadata=metadata)
     assert Filters(**settings).apply(sample) == (expected or sample)
 
 

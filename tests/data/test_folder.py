@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.data.made import Listed, encode, picture, shards
-from wuerstchen_pl.data.sources.folder import Folder
+from tests.data.factories import Listed, encode, image, shards
+from wuerstchen_pl.data.sources.folder import FolderSource
 from wuerstchen_pl.data.sources.hub import HubDataset
 from wuerstchen_pl.data.sources.mix import Mix
 from wuerstchen_pl.data.sources.shards import ShardSource
-from wuerstchen_pl.data.sources.source import Bad, Sample, Source
+from wuerstchen_pl.data.sources.source import Sample, SampleError, Source
 
 
-def listing(source: Source) -> tuple[list[Sample], list[Bad]]:
+def listing(source: Source) -> tuple[list[Sample], list[SampleError]]:
     source.prepare()
     found = [source.open(name) for group in source.groups("train") for name in group.shards]
     return [s for o in found for s in o.samples], [b for o in found for b in o.bad]
@@ -26,35 +26,35 @@ def listing(source: Source) -> tuple[list[Sample], list[Bad]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     (root / "more").mkdir(parents=True)
     for name in ("b.jpg", "a.png", "more/c.JPG"):
-        (root / name).write_bytes(picture(name, 30, 20))
+        (root / name).write_bytes(image(name, 30, 20))
         (root / name).with_suffix(".txt").write_text(f" caption of {name}\n")
     return root
 
 
-def test_pictures_with_captions_beside_them(folder: Path) -> None:
-    source = Folder(root=str(folder))
+def test_images_with_captions_beside_them(folder: Path) -> None:
+    source = FolderSource(root=str(folder))
     samples, bad = listing(source)
     assert [s.key for s in samples] == ["a.png", "b.jpg", "more/c.JPG"]
     assert [s.captions for s in samples] == [(f"caption of {s.key}",) for s in samples]
     assert {(s.width, s.height) for s in samples} == {(30, 20)}
     assert not bad
     copy = pickle.loads(pickle.dumps(source))
-    assert [copy.read(s) for s in samples] == [picture(s.key, 30, 20) for s in samples]
+    assert [copy.read(s) for s in samples] == [image(s.key, 30, 20) for s in samples]
 
 
 def test_what_a_folder_lacks_is_named(folder: Path) -> None:
     (folder / "b.txt").unlink()
     (folder / "a.txt").write_bytes(b"caf\xe9")
     (folder / "more/c.JPG").write_bytes(b"")
-    samples, bad = listing(Folder(root=str(folder)))
+    samples, bad = listing(FolderSource(root=str(folder)))
     assert not samples
     assert [(b.reason, Path(b.where).name) for b in bad] == [
         ("caption is not UTF-8", "a.png"),
         ("no caption", "b.jpg"),
-        ("unreadable picture", "c.JPG"),
+        ("unreadable image", "c.JPG"),
     ]
 
 
@@ -74,12 +74,12 @@ def test_captions_in_a_table(folder: Path, kind: str) -> None:
             for r in rows
         )
     (folder / f"metadata.{kind}").write_text(text)
-    samples, bad = listing(Folder(root=str(folder)))
-    assert [(s.key, s.captions, s.facts) for s in samples] == [
+    samples, bad = listing(FolderSource(root=str(folder)))
+    assert [(s.key, s.captions, s.metadata) for s in samples] == [
         ("more/c.JPG", ("see",), {"pwatermark": 0.5}),
         ("b.jpg", ("be",), {}),
     ]
-    assert [b.reason for b in bad] == ["no picture", "no caption"]
+    assert [b.reason for b in bad] == ["no image", "no caption"]
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_captions_in_a_table(folder: Path, kind: str) -> None:
 def test_a_table_that_cannot_be_used_is_refused(folder: Path, line: str, message: str) -> None:
     (folder / "metadata.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
-        Folder(root=str(folder)).prepare()
+        FolderSource(root=str(folder)).prepare()
 
 
 def test_rows_that_cannot_be_used_are_counted_by_name(folder: Path) -> None:
-    (folder.parent / "secret.png").write_bytes(picture("secret"))
+    (folder.parent / "secret.png").write_bytes(image("secret"))
     lines: list[Any] = [
         {"file_name": "a.png", "text": "one", "punsafe": math.nan, "pwatermark": "0.25"},
         "no JSON",
@@ -114,39 +114,39 @@ def test_rows_that_cannot_be_used_are_counted_by_name(folder: Path) -> None:
     text = "\n".join(json.dumps(x) if not isinstance(x, str) else x for x in lines)
     raw = text.replace("\\udce9", "\udce9").encode("utf-8", "surrogateescape")
     (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + raw)  # as editors on Windows begin
-    samples, bad = listing(Folder(root=str(folder)))
-    assert [(s.key, s.facts) for s in samples] == [
+    samples, bad = listing(FolderSource(root=str(folder)))
+    assert [(s.key, s.metadata) for s in samples] == [
         ("a.png", {"pwatermark": 0.25}),
         ("more/c.JPG", {}),
     ]
     assert [b.reason for b in bad] == [
         *("unreadable row", "unreadable row"),
-        *("picture outside of the folder", "picture outside of the folder"),
-        *("no picture", "no picture", "caption is not UTF-8", "caption is not UTF-8", "no caption"),
+        *("image outside of the folder", "image outside of the folder"),
+        *("no image", "no image", "caption is not UTF-8", "caption is not UTF-8", "no caption"),
     ]
     with pytest.raises(PermissionError, match="is outside of"):
-        Folder(root=str(folder)).read(dataclasses.replace(samples[0], key="../secret.png"))
+        FolderSource(root=str(folder)).read(dataclasses.replace(samples[0], key="../secret.png"))
 
 
 def test_a_field_of_a_table_that_csv_refuses_costs_one_row(folder: Path) -> None:
     rows = ["file_name,text", "a.png,one", f"b.jpg,{'long ' * 40_000}", "more/c.JPG,three"]
     (folder / "metadata.csv").write_text("\n".join(rows))
-    samples, bad = listing(Folder(root=str(folder)))
+    samples, bad = listing(FolderSource(root=str(folder)))
     assert [s.key for s in samples] == ["a.png", "more/c.JPG"]
     assert [b.reason for b in bad] == ["unreadable row"]
 
 
 def test_a_folder_that_has_grown_has_another_last_stretch(folder: Path) -> None:
-    names = Folder(root=str(folder)).groups("train")[0].shards
-    (folder / "d.png").write_bytes(picture("d"))
-    assert Folder(root=str(folder)).groups("train")[0].shards != names
+    names = FolderSource(root=str(folder)).groups("train")[0].shards
+    (folder / "d.png").write_bytes(image("d"))
+    assert FolderSource(root=str(folder)).groups("train")[0].shards != names
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.root='.*nowhere' is no folder"):
-        Folder(root=str(tmp_path / "nowhere")).prepare()
-    with pytest.raises(FileNotFoundError, match="holds no picture"):
-        Folder(root=str(tmp_path)).prepare()
+        FolderSource(root=str(tmp_path / "nowhere")).prepare()
+    with pytest.raises(FileNotFoundError, match="holds no image"):
+        FolderSource(root=str(tmp_path)).prepare()
 
 
 # Tables of the hub's library
@@ -201,7 +201,7 @@ def test_a_table_reads_no_file_but_its_own(tmp_path: Path) -> None:
     source._tables["train"] = rows  # as a parquet file of a stranger's may have them
     samples, bad = listing(source)
     assert [s.captions for s in samples] == [("0",)]
-    assert [b.reason for b in bad] == ["no picture"] * 6
+    assert [b.reason for b in bad] == ["no image"] * 6
 
 
 def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
@@ -214,12 +214,12 @@ def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
             "punsafe": datasets.Value("float32"),
         }
     )
-    row = {"image": {"bytes": picture("a"), "path": None}, "text": "a", "punsafe": 0.5}
-    row["mask"] = {"bytes": b"no picture", "path": None}
+    row = {"image": {"bytes": image("a"), "path": None}, "text": "a", "punsafe": 0.5}
+    row["mask"] = {"bytes": b"no image", "path": None}
     table = datasets.Dataset.from_list([row], features=features)
     table.save_to_disk(str(tmp_path / "saved"))
     samples, bad = listing(HubDataset(name=str(tmp_path / "saved")))
-    assert [(s.captions, s.facts) for s in samples] == [(("a",), {"punsafe": 0.5})]
+    assert [(s.captions, s.metadata) for s in samples] == [(("a",), {"punsafe": 0.5})]
     assert not bad
 
 
@@ -245,7 +245,7 @@ def test_a_folder_is_loaded_as_the_hub_would(
     ("settings", "error", "message"),
     [
         ({"caption_column": "txt"}, ValueError, "'txt' is no column of .* from image, text, sev"),
-        ({"image_column": "text"}, ValueError, r"data\.image_column='text' .* holds no pictures"),
+        ({"image_column": "text"}, ValueError, r"data\.image_column='text' .* holds no images"),
         ({"split": "validation"}, FileNotFoundError, r"data\.split='validation' cannot be loaded"),
         (
             {"name": "no/such"},
@@ -271,13 +271,16 @@ def test_wrong_names_are_refused(
 def test_a_mixture_reads_from_each_of_its_sources(folder: Path, tmp_path: Path) -> None:
     shards(tmp_path / "tars", 2, 3)
     mix = Mix(
-        sources={"own": Folder(root=str(folder)), "web": ShardSource(urls=str(tmp_path / "tars"))},
+        sources={
+            "own": FolderSource(root=str(folder)),
+            "web": ShardSource(urls=str(tmp_path / "tars")),
+        },
         weights={"own": 3},
     )
     samples, _ = listing(mix)
-    assert len({s.name for s in samples}) == len({s.family for s in samples}) == 3 + 6
+    assert len({s.name for s in samples}) == len({s.group_key for s in samples}) == 3 + 6
     assert [group.weight for group in mix.groups("train")] == [3, 1]
-    expected = [picture(s.key, s.width, s.height) for s in samples]
+    expected = [image(s.key, s.width, s.height) for s in samples]
     assert [mix.read(s) for s in samples] == expected
 
 

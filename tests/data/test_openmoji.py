@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from tests.data.made import listed
-from wuerstchen_pl.data.loading.transforms import decode
-from wuerstchen_pl.data.order.buckets import area_sizes, nearest
+from tests.data.factories import listed
+from wuerstchen_pl.data.ordering.buckets import area_sizes, nearest
 from wuerstchen_pl.data.sources import openmoji as module
-from wuerstchen_pl.data.sources.openmoji import OpenMoji, drawings, family, select
+from wuerstchen_pl.data.sources.openmoji import OpenMoji, drawings, group_key, select
 from wuerstchen_pl.data.sources.source import Holdout, Sample
+from wuerstchen_pl.io.images import decode_image
 
 
 def samples_of(source: OpenMoji) -> list[Sample]:
@@ -55,10 +55,10 @@ def test_shards_are_what_webdataset_reads(openmoji: OpenMoji) -> None:
         sample = samples[found["__key__"]]
         assert openmoji.read(sample) == found["png"]
         assert sample.captions[0].encode() == found["txt"]
-        facts = json.loads(found["json"])
-        assert decode(found["png"]).shape[:2] == (facts["height"], facts["width"])
-        assert facts["license"] == "CC BY-SA 4.0"
-        assert facts["codepoints"] == sample.key
+        metadata = json.loads(found["json"])
+        assert decode_image(found["png"]).shape[:2] == (metadata["height"], metadata["width"])
+        assert metadata["license"] == "CC BY-SA 4.0"
+        assert metadata["codepoints"] == sample.key
 
 
 def test_manifest_describes_the_shards(openmoji: OpenMoji) -> None:
@@ -89,7 +89,7 @@ def test_each_crop_fits_its_bucket_within_the_multiple(openmoji: OpenMoji) -> No
 
 def test_each_drawing_has_white_margins_and_touches_no_border(openmoji: OpenMoji) -> None:
     for sample in samples_of(openmoji):
-        img = decode(openmoji.read(sample))
+        img = decode_image(openmoji.read(sample))
         border = np.concatenate([img[0], img[-1], img[:, 0], img[:, -1]])
         assert (border == 255).all(), sample.captions
         ink_rows, ink_columns = np.nonzero((img < 250).any(2))
@@ -98,21 +98,25 @@ def test_each_drawing_has_white_margins_and_touches_no_border(openmoji: OpenMoji
 
 
 def test_split_never_parts_a_family_and_is_stable() -> None:
-    assert family("man cook") == family("woman cook") == family("cook") == "cook"
-    assert family("man running facing right") == family("person running") == "running"
-    assert family("woman") == "woman"
-    families = {family(d.caption) for d in drawings()}
+    assert group_key("man cook") == group_key("woman cook") == group_key("cook") == "cook"
+    assert group_key("man running facing right") == group_key("person running") == "running"
+    assert group_key("woman") == "woman"
+    group_keys = {group_key(d.caption) for d in drawings()}
     few, more = (
-        {f for f in families if listed("s", 0, family=f) in Holdout(fraction, sorted(families))}
+        {
+            f
+            for f in group_keys
+            if listed("s", 0, group_key=f) in Holdout(fraction, sorted(group_keys))
+        }
         for fraction in (0.1, 0.2)
     )
-    assert 0.07 < len(few) / len(families) < 0.13
+    assert 0.07 < len(few) / len(group_keys) < 0.13
     assert few < more
 
 
 def test_families_are_those_of_the_captions(openmoji: OpenMoji) -> None:
-    assert [s.family for s in samples_of(openmoji)] == [
-        family(s.captions[0]) for s in samples_of(openmoji)
+    assert [s.group_key for s in samples_of(openmoji)] == [
+        group_key(s.captions[0]) for s in samples_of(openmoji)
     ]
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import webdataset
 
-from tests.data.made import encode, picture, sample, shards, write
+from tests.data.factories import encode, image, sample, shards, write
 from tests.data.serving import Server, serve
-from wuerstchen_pl.data.sources import addresses, downloads, manifest
-from wuerstchen_pl.data.sources.addresses import expand
-from wuerstchen_pl.data.sources.downloads import Downloads
+from wuerstchen_pl.data.sources import download_cache, manifest, urls
+from wuerstchen_pl.data.sources.download_cache import DownloadCache
 from wuerstchen_pl.data.sources.shards import ShardSource
-from wuerstchen_pl.data.sources.source import Opened, Sample, unit_hash
+from wuerstchen_pl.data.sources.source import Sample, ShardIndex, unit_hash
 from wuerstchen_pl.data.sources.tar import index_tar
+from wuerstchen_pl.data.sources.urls import expand_urls
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(source: ShardSource) -> list[Opened]:
+def opened(source: ShardSource) -> list[ShardIndex]:
     return [source.open(name) for group in source.groups("train") for name in group.shards]
 
 
-def reasons(found: Opened) -> dict[str, int]:
+def reasons(found: ShardIndex) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for bad in found.bad:
         counts[bad.reason] += bad.count
@@ -61,10 +61,10 @@ def test_folder_pattern_list_and_list_file_mean_the_same(folder: Path) -> None:
     listed = [str(folder / "00000.tar"), str(folder / "00001.tar")]
     (folder / "all.txt").write_text("\n".join(listed) + "\n\n")
     given = [str(folder), str(folder / "{00000..00001}.tar"), listed, str(folder / "all.txt")]
-    assert [expand(urls, key="data.urls") for urls in given] == [listed] * 4
+    assert [expand_urls(urls, key="data.urls") for urls in given] == [listed] * 4
 
 
-def test_size_without_json_is_that_of_the_upright_picture(tmp_path: Path) -> None:
+def test_size_without_json_is_that_of_the_upright_image(tmp_path: Path) -> None:
     from PIL import Image
 
     exif = Image.Exif()
@@ -78,7 +78,7 @@ def test_size_without_json_is_that_of_the_upright_picture(tmp_path: Path) -> Non
 def test_scores_are_read_and_other_facts_are_not(tmp_path: Path) -> None:
     members = sample("a", pwatermark=0.25, AESTHETIC_SCORE=5, punsafe=None, similarity=0.3)
     found = index_tar(str(write(tmp_path / "s.tar", members)), "s").samples[0]
-    assert found.facts == {"pwatermark": 0.25, "AESTHETIC_SCORE": 5.0}
+    assert found.metadata == {"pwatermark": 0.25, "AESTHETIC_SCORE": 5.0}
 
 
 def test_source_reads_the_same_after_pickling(folder: Path) -> None:
@@ -97,15 +97,15 @@ def test_incomplete_samples_are_left_out_and_counted(tmp_path: Path) -> None:
     for key in "abcdef":
         members |= sample(key)
     del members["b.txt"], members["c.jpg"], members["d.json"]
-    members["d.jpg"] = b"no picture"
+    members["d.jpg"] = b"no image"
     members["e.txt"] = b"caf\xe9"
-    members["f.json"] = b"{broken"  # its size is read from the picture instead
+    members["f.json"] = b"{broken"  # its size is read from the image instead
     found = index_tar(str(write(tmp_path / "s.tar", members)), "s")
     assert [s.key for s in found.samples] == ["a", "f"]
     assert reasons(found) == {
         "no caption": 1,
-        "no picture": 1,
-        "unreadable picture": 1,
+        "no image": 1,
+        "unreadable image": 1,
         "caption is not UTF-8": 1,
     }
     assert not found.broken
@@ -202,9 +202,9 @@ def test_names_and_texts_that_are_no_unicode_are_no_obstacle(tmp_path: Path) -> 
             tar.addfile(entry, io.BytesIO(data))
     found = index_tar(str(path), "s")
     assert [s.captions for s in found.samples] == [
-        *(("whole",), ("a picture of none",), ("a picture of x",)),
+        *(("whole",), ("an image of none",), ("an image of x",)),
     ]
-    assert [s.facts for s in found.samples] == [{}, {}, {}]
+    assert [s.metadata for s in found.samples] == [{}, {}, {}]
     assert len({unit_hash(s.identity) for s in found.samples}) == 3
 
 
@@ -228,7 +228,7 @@ def test_what_is_missing_by_the_manifest_is_counted_though_the_shard_is_whole(
     assert reasons(ShardSource(urls=str(folder)).open(str(path))) == {"lost samples": 3}
 
 
-def test_a_picture_that_has_gone_since_is_an_os_error(folder: Path) -> None:
+def test_an_image_that_has_gone_since_is_an_os_error(folder: Path) -> None:
     source = ShardSource(urls=str(folder / "00000.tar"))
     first, second = source.open(str(folder / "00000.tar")).samples
     data = (folder / "00000.tar").read_bytes()
@@ -301,8 +301,8 @@ def test_braces_without_end_are_refused(tmp_path: Path, braces: str) -> None:
     ],
 )
 def test_names_are_counted_before_they_are_listed(tmp_path: Path, pattern: str, count: int) -> None:
-    assert len(expand(f"{tmp_path}/{pattern}", key="data.urls")) == count
-    assert addresses._count(pattern) >= count
+    assert len(expand_urls(f"{tmp_path}/{pattern}", key="data.urls")) == count
+    assert urls._count(pattern) >= count
 
 
 def test_lists_with_what_no_path_can_be_end_with_a_sentence(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def remote(server: Server, tmp_path: Path, **changes: Any) -> ShardSource:
     source = ShardSource(
         urls=server.url + "/{00000..00001}.tar", download_dir=str(tmp_path / "down")
     )
-    source.downloads = Downloads(
+    source.downloads = DownloadCache(
         **{"folder": str(tmp_path / "down"), "keep_bytes": 10**9, "wait": 0.01} | changes
     )
     return source
@@ -408,8 +408,8 @@ def test_the_oldest_downloads_make_room_and_come_back_when_they_are_wanted(
     source = remote(server, tmp_path, keep_bytes=(folder / "00000.tar").stat().st_size)
     first, second = opened(source)
     assert len(list((tmp_path / "down").glob("*.tar"))) == 1
-    assert source.read(second.samples[0]) == picture("000010000", 16, 16)
-    assert source.read(first.samples[0]) == picture("000000000", 30, 20)
+    assert source.read(second.samples[0]) == image("000010000", 16, 16)
+    assert source.read(first.samples[0]) == image("000000000", 30, 20)
     assert len(server.asked) == 3
 
 
@@ -443,7 +443,7 @@ def test_an_answer_without_end_is_cut_short_and_not_asked_for_again(
 def test_a_server_that_trickles_is_given_up(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(download_cache, "_TIMEOUT", 0.3)
     server.trickle = 0.05
     found = remote(server, tmp_path, attempts=2).open(server.url + "/00000.tar")
     assert "are too slow" in found.bad[0].where
@@ -481,7 +481,7 @@ def test_an_allowed_command_writes_a_shard(folder: Path, tmp_path: Path) -> None
         download_dir=str(tmp_path / "down"),
     )
     good, bad = opened(source)
-    assert source.read(good.samples[0]) == picture("000000000", 30, 20)
+    assert source.read(good.samples[0]) == image("000000000", 30, 20)
     assert "failed with status 3: broken" in bad.bad[0].where
 
 

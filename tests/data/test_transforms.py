@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.loading.transforms import CENTRE, crop_box, decode, resize, salient_place
-from wuerstchen_pl.data.sources.fields import upright_size
-from wuerstchen_pl.data.sources.folder import Folder
+from wuerstchen_pl.data.loading.transforms import CENTER, crop_box, resize, salient_position
+from wuerstchen_pl.data.sources.folder import FolderSource
+from wuerstchen_pl.io.images import decode_image, upright_size
 
 
 def encode(img: Image.Image, kind: str, **options: object) -> bytes:
@@ -16,21 +16,21 @@ def encode(img: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def colour(data: bytes, place: tuple[int, int] = (4, 4)) -> tuple[int, int, int]:
-    img = decode(data)
+def color(data: bytes, place: tuple[int, int] = (4, 4)) -> tuple[int, int, int]:
+    img = decode_image(data)
     assert img.shape[2:] == (3,)
     return tuple(img[place].tolist())
 
 
 def test_cmyk_becomes_rgb() -> None:
     data = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)
-    assert np.allclose(colour(data), (255, 0, 0), atol=3)
+    assert np.allclose(color(data), (255, 0, 0), atol=3)
 
 
 @pytest.mark.parametrize("value", [0, 257 * 51, 257 * 128, 65535])
 def test_sixteen_bits_are_scaled_not_clipped(value: int) -> None:
-    grey = np.full((8, 8), value, dtype=np.uint16)
-    assert colour(encode(Image.fromarray(grey), "PNG")) == (value // 257,) * 3
+    gray = np.full((8, 8), value, dtype=np.uint16)
+    assert color(encode(Image.fromarray(gray), "PNG")) == (value // 257,) * 3
 
 
 def test_palette_with_a_transparent_entry_is_shown_on_white() -> None:
@@ -38,20 +38,20 @@ def test_palette_with_a_transparent_entry_is_shown_on_white() -> None:
     img.putpalette([10, 20, 30, 200, 100, 50])
     img.putpixel((0, 0), 1)
     data = encode(img, "PNG", transparency=0)
-    assert colour(data) == (255, 255, 255)
-    assert colour(data, (0, 0)) == (200, 100, 50)
+    assert color(data) == (255, 255, 255)
+    assert color(data, (0, 0)) == (200, 100, 50)
 
 
 def test_alpha_is_blended_with_white() -> None:
-    assert colour(encode(Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "PNG")) == (255, 255, 255)
-    half = colour(encode(Image.new("RGBA", (8, 8), (255, 0, 0, 51)), "PNG"))
+    assert color(encode(Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "PNG")) == (255, 255, 255)
+    half = color(encode(Image.new("RGBA", (8, 8), (255, 0, 0, 51)), "PNG"))
     assert half == (255, 204, 204)
-    grey = colour(encode(Image.new("LA", (8, 8), (0, 51)), "PNG"))
-    assert grey == (204, 204, 204)
+    gray = color(encode(Image.new("LA", (8, 8), (0, 51)), "PNG"))
+    assert gray == (204, 204, 204)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_gives_the_upright_picture(orientation: int) -> None:
+def test_exif_rotation_gives_the_upright_image(orientation: int) -> None:
     upright = np.zeros((32, 48, 3), dtype=np.uint8)
     upright[:16, :16] = (255, 0, 0)
     stored = {
@@ -67,26 +67,26 @@ def test_exif_rotation_gives_the_upright_picture(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     img = Image.fromarray(np.ascontiguousarray(stored))
-    assert np.array_equal((decode(encode(img, "PNG", exif=exif))), upright)
+    assert np.array_equal((decode_image(encode(img, "PNG", exif=exif))), upright)
 
 
 def test_unreadable_bytes_raise() -> None:
     with pytest.raises(OSError, match="cannot identify"):
-        decode(b"no picture")
+        decode_image(b"no image")
 
 
-def test_formats_that_run_programs_are_no_pictures() -> None:
+def test_formats_that_run_programs_are_no_images() -> None:
     script = encode(Image.new("RGB", (8, 8)), "EPS")
     assert Image.open(io.BytesIO(script)).format == "EPS"  # PIL would hand it to Ghostscript
     with pytest.raises(OSError, match="cannot identify"):
-        decode(script)
+        decode_image(script)
     assert upright_size(script) is None
 
 
 def test_an_animation_shows_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert colour(data) == (255, 0, 0)
+    assert color(data) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
@@ -100,30 +100,30 @@ def test_damaged_files_are_os_errors_of_whatever_kind(kind: str, damage: str) ->
         "noise": whole[:8] + bytes(noise.tobytes()[:500]),
         "empty": b"",
     }[damage]
-    decode(whole)
+    decode_image(whole)
     with pytest.raises(OSError, match=r".+"):
-        decode(damaged)
+        decode_image(damaged)
 
 
 def test_a_decompression_bomb_is_refused_unopened() -> None:
     header = b"P6 40000 40000 255\n"  # 1.6 billion pixels
     with pytest.raises(OSError, match="exceeds limit"):
-        decode(header)
+        decode_image(header)
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """A smooth picture with some edges: what photographs are like."""
+    """A smooth image with some edges: what photographs are like."""
     y, x = np.mgrid[:height, :width] / 64
     waves = [np.sin(a * x + b * y + c) for a, b, c in ((1, 2, 0), (3, 1, 1), (2, 5, 2))]
     image = np.stack(waves, axis=-1) * 100 + 127 + 40 * (waves[0] > 0.5)[..., None]
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_picture() -> None:
+def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_image() -> None:
     data = encode(photo(1024, 768), "JPEG", quality=95)
-    drafted = decode(data, cover=(384, 512))
+    drafted = decode_image(data, cover=(384, 512))
     assert drafted.shape == (384, 512, 3)
-    whole = resize(decode(data), (0, 0, 1024, 768), (384, 512))
+    whole = resize(decode_image(data), (0, 0, 1024, 768), (384, 512))
     error = np.mean((drafted.astype(float) - whole) ** 2)
     assert 10 * np.log10(255**2 / error) > 38
 
@@ -131,7 +131,7 @@ def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_picture() -> None:
 def test_what_is_decoded_always_covers() -> None:
     data = encode(photo(1000, 601), "JPEG", exif=exif_of(6))
     for cover in ((512, 256), (100, 300), (64, 64), (999, 600)):
-        img = decode(data, cover=cover)
+        img = decode_image(data, cover=cover)
         height, width = img.shape[:2]
         assert max(cover[0] / height, cover[1] / width) <= 1
         assert abs(height / width - 1000 / 601) < 0.02
@@ -147,11 +147,11 @@ def exif_of(orientation: int) -> Image.Exif:
 def test_the_faster_decoder_gives_what_pil_gives(mode: str) -> None:
     data = encode(photo(301, 203).convert(mode), "JPEG", quality=85)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    assert np.abs(decode(data) - expected).max() <= 2
+    assert np.abs(decode_image(data) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("size", [(100, 37), (37, 100), (64, 64), (13, 7), (1, 500)])
-@pytest.mark.parametrize("place", [(0.0, 0.0), CENTRE, (1.0, 1.0)])
+@pytest.mark.parametrize("place", [(0.0, 0.0), CENTER, (1.0, 1.0)])
 def test_a_crop_has_the_ratio_touches_two_sides_and_stays_inside(
     size: tuple[int, int], place: tuple[float, float]
 ) -> None:
@@ -181,8 +181,8 @@ def test_resize_is_antialiased() -> None:
     assert np.abs(small.astype(float) - 127.5).max() < 2
 
 
-def test_a_strip_does_not_become_a_large_picture() -> None:
-    img = decode(encode(Image.new("RGB", (1, 20_000), (9, 8, 7)), "PNG"), cover=(512, 512))
+def test_a_strip_does_not_become_a_large_image() -> None:
+    img = decode_image(encode(Image.new("RGB", (1, 20_000), (9, 8, 7)), "PNG"), cover=(512, 512))
     out = resize(img, crop_box(20_000, 1, (512, 512), (0.3, 0.3)), (512, 512))
     assert out.shape == (512, 512, 3)
     assert np.all(out == (9, 8, 7))
@@ -191,41 +191,45 @@ def test_a_strip_does_not_become_a_large_picture() -> None:
 @pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.85])
 def test_the_salient_crop_holds_what_has_edges(where: float, across: bool) -> None:
-    picture = np.full((100, 400, 3), 200, dtype=np.uint8)
+    image = np.full((100, 400, 3), 200, dtype=np.uint8)
     middle = round(where * 400)
     patch = np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8)
-    picture[20:80, max(0, middle - 20) : middle + 20] = patch[:, : min(40, middle + 20)]
+    image[20:80, max(0, middle - 20) : middle + 20] = patch[:, : min(40, middle + 20)]
     if not across:
-        picture = picture.transpose(1, 0, 2)
-    picture = np.ascontiguousarray(picture)
-    place = salient_place(picture, (64, 64))
-    left, top, right, bottom = crop_box(*picture.shape[:2], (64, 64), place)
+        image = image.transpose(1, 0, 2)
+    image = np.ascontiguousarray(image)
+    place = salient_position(image, (64, 64))
+    left, top, right, bottom = crop_box(*image.shape[:2], (64, 64), place)
     first, last = (left, right) if across else (top, bottom)
-    assert first <= max(0, middle - 20) + 7  # one pixel of the probe is about two of the picture
+    assert first <= max(0, middle - 20) + 7  # one pixel of the probe is about two of the image
     assert last >= middle + 20 - 7
 
 
-def test_a_picture_without_edges_is_cropped_in_the_centre() -> None:
-    place = salient_place(np.zeros((100, 300, 3), dtype=np.uint8), (64, 64))
-    assert place == pytest.approx(CENTRE, abs=0.02)
+def test_an_image_without_edges_is_cropped_in_the_centre() -> None:
+    place = salient_position(np.zeros((100, 300, 3), dtype=np.uint8), (64, 64))
+    assert place == pytest.approx(CENTER, abs=0.02)
 
 
-@pytest.mark.parametrize("place", [(0.0, 0.0), CENTRE, (1.0, 0.25)])
-def test_a_share_of_the_crop_is_cut_out_of_a_larger_picture(place: tuple[float, float]) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (256, 384, 3), dtype=np.uint8)
+@pytest.mark.parametrize("place", [(0.0, 0.0), CENTER, (1.0, 0.25)])
+def test_a_share_of_the_crop_is_cut_out_of_a_larger_image(place: tuple[float, float]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (256, 384, 3), dtype=np.uint8)
     left, top, right, bottom = crop_box(256, 384, (128, 128), place, 0.5)
     assert (bottom - top, right - left) == (128, 128)
     assert (top, left) == (round(place[0] * 128), round(place[1] * 256))
-    cut = resize(picture, (left, top, right, bottom), (128, 128))
-    assert np.array_equal(cut, picture[top:bottom, left:right])  # no pixel is resized
+    cut = resize(image, (left, top, right, bottom), (128, 128))
+    assert np.array_equal(cut, image[top:bottom, left:right])  # no pixel is resized
 
 
-def test_a_share_needs_pictures_that_are_so_much_larger() -> None:
+def test_a_share_needs_images_that_are_so_much_larger() -> None:
     module = ImageTextDataModule(
-        source=Folder(root="nowhere"), image_size=128, batch_size=1, max_upscale=1.5, crop_share=0.5
+        source=FolderSource(root="nowhere"),
+        image_size=128,
+        batch_size=1,
+        max_upscale=1.5,
+        crop_share=0.5,
     )
     assert module.max_upscale == 0.75  # of the whole crop: 1.5 of its half
     with pytest.raises(ValueError, match=r"data\.crop_share is 1\.5: give more than 0, up to 1"):
         ImageTextDataModule(
-            source=Folder(root="nowhere"), image_size=128, batch_size=1, crop_share=1.5
+            source=FolderSource(root="nowhere"), image_size=128, batch_size=1, crop_share=1.5
         )

@@ -9,14 +9,14 @@ from torch import Tensor
 from wuerstchen_pl.diffusion.guidance import Guidance
 from wuerstchen_pl.diffusion.objective import noise_error, p2_weight
 from wuerstchen_pl.diffusion.sampler import (
-    check_times,
-    generators,
+    check_timesteps,
+    generators_from_seeds,
     randn,
+    resolve_generator,
     sample,
-    seeded,
     timesteps,
 )
-from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
 
 SCHEDULE = CosineSchedule()
 CPU = torch.device("cpu")
@@ -45,8 +45,8 @@ def test_predict_x0_inverts_add_noise() -> None:
 
 def test_training_times_are_the_published_draw() -> None:
     u = torch.tensor([0.0, 0.5, 0.9999999])
-    torch.testing.assert_close(draw_time(u), torch.tensor([1.0, 0.541, 0.001]))
-    many = draw_time(torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(sample_timesteps(u), torch.tensor([1.0, 0.541, 0.001]))
+    many = sample_timesteps(torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
     assert float((many == 1).float().mean()) == pytest.approx(1 - 0.999 / 1.08, abs=2e-3)
 
 
@@ -77,7 +77,7 @@ def test_noise_error_is_the_mean_of_each_sample() -> None:
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
 def test_a_perfect_denoiser_leads_to_the_data(method: str) -> None:
     x0 = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
-    rngs = generators([1, 2, 3])
+    rngs = generators_from_seeds([1, 2, 3])
 
     times = timesteps(10)
 
@@ -93,7 +93,7 @@ def test_a_perfect_denoiser_leads_to_the_data(method: str) -> None:
 
 def test_ddpm_keeps_the_variance_of_standard_normal_data() -> None:
     # For x0 ~ N(0, 1) the best prediction of the noise is sqrt(1 - alpha_bar) x_t.
-    rngs = generators(range(4))
+    rngs = generators_from_seeds(range(4))
 
     times = timesteps(200)
 
@@ -149,9 +149,9 @@ def test_guidance_out_of_range_is_refused(argument: dict, message: str) -> None:
         Guidance(**argument)
 
 
-def test_noise_of_a_picture_is_its_seeds_alone() -> None:
-    together = randn((2, 2, 3), generators([4, 5]), CPU)
-    assert torch.equal(together[1:], randn((1, 2, 3), generators([5]), CPU))
+def test_noise_of_an_image_is_its_seeds_alone() -> None:
+    together = randn((2, 2, 3), generators_from_seeds([4, 5]), CPU)
+    assert torch.equal(together[1:], randn((1, 2, 3), generators_from_seeds([5]), CPU))
 
 
 def test_one_generator_draws_for_the_whole_batch() -> None:
@@ -161,25 +161,27 @@ def test_one_generator_draws_for_the_whole_batch() -> None:
 
 
 def test_a_wrong_number_of_generators_or_seeds_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 generators for 3 pictures"):
-        randn((3, 2), generators([1, 2]), CPU)
-    shared, alone = (randn((3, 2), g, CPU) for g in (generators([1]), generators([1])[0]))
+    with pytest.raises(ValueError, match="2 generators for 3 images"):
+        randn((3, 2), generators_from_seeds([1, 2]), CPU)
+    shared, alone = (
+        randn((3, 2), g, CPU) for g in (generators_from_seeds([1]), generators_from_seeds([1])[0])
+    )
     assert torch.equal(shared, alone)
-    with pytest.raises(ValueError, match="2 seeds for 3 pictures"):
-        seeded([1, 2], None, 3)
+    with pytest.raises(ValueError, match="2 seeds for 3 images"):
+        resolve_generator([1, 2], None, 3)
     with pytest.raises(ValueError, match="seed and generator are both given"):
-        seeded(1, generators([1]), 1)
+        resolve_generator(1, generators_from_seeds([1]), 1)
 
 
-def test_a_seed_is_that_of_the_first_picture() -> None:
-    first, second = (rng.initial_seed() for rng in seeded(7, None, 2) or [])
+def test_a_seed_is_that_of_the_first_image() -> None:
+    first, second = (rng.initial_seed() for rng in resolve_generator(7, None, 2) or [])
     assert (first, second) == (7, 8)
 
 
 @pytest.mark.parametrize("times", [[], [1.0], [0.5, 0.5], [0.2, 0.4], [1.5, 0.0], [1.0, -0.1]])
 def test_times_that_do_not_fall_from_1_to_0_are_refused(times: list[float]) -> None:
     with pytest.raises(ValueError, match="cannot be followed"):
-        check_times(times)
+        check_timesteps(times)
 
 
 def test_no_step_at_all_is_refused() -> None:

@@ -16,20 +16,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import run_program, small
-from wuerstchen_pl.evaluation import drawing
-from wuerstchen_pl.evaluation.data import DataPictures, run_data
-from wuerstchen_pl.evaluation.folder import Folder
-from wuerstchen_pl.metrics.clip import pickscore
-from wuerstchen_pl.metrics.distances import FrechetTo
-from wuerstchen_pl.metrics.networks import Random, batched
-from wuerstchen_pl.pipeline.draw import Settings, autoencoded
-from wuerstchen_pl.pipeline.found import pipeline_at
+from wuerstchen_pl.evaluation import generation
+from wuerstchen_pl.evaluation.datasets import DatasetImages, run_data
+from wuerstchen_pl.evaluation.image_folder import ImageFolder
+from wuerstchen_pl.evaluation.metrics.clip import pickscore
+from wuerstchen_pl.evaluation.metrics.distances import FrechetDistance
+from wuerstchen_pl.evaluation.metrics.feature_networks import RandomConvFeatures, batched
+from wuerstchen_pl.pipelines.generate import SamplingConfig, autoencode
+from wuerstchen_pl.pipelines.loading import load_pipeline
 
 ROOT = Path(__file__).parents[2]
 FAST = (
     "sample.prior_steps=2",
     "sample.decoder_steps=1",
-    "features=random",
+    "fid_features=random",
     "features.widths=[2,2]",
 )
 
@@ -53,7 +53,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def alike(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> None:
-    """As far as pictures are whose pixels were rounded otherwise here and there."""
+    """As far as images are whose pixels were rounded otherwise here and there."""
     assert ours.keys() == theirs.keys()
     for name, found in theirs.items():
         for key in ("value", "low", "high"):
@@ -88,15 +88,15 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(
     cascade: Path, judge: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A report of six pictures, by every metric that needs no download."""
+    """A report of six images, by every metric that needs no download."""
     folder = tmp_path_factory.mktemp("evaluated")
     more = ["metric=[fid,kid,pickscore]", f"pickscore.weights={judge}", f"prompts={prompts}"]
     assert run_program("evaluate", arguments(cascade, folder, *more)) == 0
     return folder
 
 
-def test_pictures_are_named_by_prompt_and_seed(evaluated: Path) -> None:
-    names = [path.name for path in sorted((evaluated / "pictures").glob("*.png"))]
+def test_images_are_named_by_prompt_and_seed(evaluated: Path) -> None:
+    names = [path.name for path in sorted((evaluated / "images").glob("*.png"))]
     assert names == [f"{i:06d}-{i}.png" for i in range(6)]
 
 
@@ -109,7 +109,7 @@ def test_the_report_has_intervals_numbers_versions_and_hashes(
         assert found["low"] <= found["value"] <= found["high"]
         assert found["number"] == 6
     assert told["metrics"]["fd_random"]["reference"] == len(
-        list(DataPictures(run_data(cascade / "c")))
+        list(DatasetImages(run_data(cascade / "c")))
     )
     assert told["format"] == "PNG"
     assert "bicubic" in told["resized_by"]
@@ -120,7 +120,7 @@ def test_the_report_has_intervals_numbers_versions_and_hashes(
     assert told["settings"]["prior_steps"] == 2
 
 
-def test_each_pictures_score_is_told_and_the_extremes_are_shown(evaluated: Path) -> None:
+def test_each_images_score_is_told_and_the_extremes_are_shown(evaluated: Path) -> None:
     with (evaluated / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     scores = [float(row["pickscore"]) for row in rows]
@@ -141,7 +141,7 @@ def test_what_is_missing_alone_is_drawn_again_and_is_the_same(
     folder = tmp_path / "again"
     shutil.copytree(evaluated, folder)
     (folder / "metrics.json").unlink()
-    removed, *kept = sorted((folder / "pictures").glob("*.png"))
+    removed, *kept = sorted((folder / "images").glob("*.png"))
     before, times = pixels(removed), [path.stat().st_mtime_ns for path in kept]
     removed.unlink()
     more = ["metric=[pickscore,fid,kid]", f"pickscore.weights={judge}", f"prompts={prompts}"]
@@ -176,18 +176,18 @@ def test_torchrun_starts_such_processes(cascade: Path, prompts: Path, tmp_path: 
     assert numbers(tmp_path)["kd_random"]["number"] == 6
 
 
-def test_pictures_win_half_the_time_against_themselves(
+def test_images_win_half_the_time_against_themselves(
     evaluated: Path, judge: Path, tmp_path: Path
 ) -> None:
-    drawn = evaluated / "pictures"
+    drawn = evaluated / "images"
     other = tmp_path / "other"
     shutil.copytree(drawn, other)
     Image.new("RGB", (64, 64), "red").save(other / "000000-0.png")
     told = [f"images={drawn}", "metric=[pickscore]", f"pickscore.weights={judge}", "model=null"]
-    told += [f"output_dir={tmp_path / 'report'}", f"against=[{drawn},{other}]"]
+    told += [f"output_dir={tmp_path / 'report'}", f"baselines=[{drawn},{other}]"]
     assert run_program("evaluate", told) == 0
     found = numbers(tmp_path / "report")
-    itself = found["win_rate/pictures"]
+    itself = found["win_rate/images"]
     assert (itself["value"], itself["won"], itself["tied"], itself["lost"]) == (0.5, 0, 6, 0)
     assert found["win_rate/other"]["tied"] == 5
     assert found["win_rate/other"]["value"] in (5 / 12, 7 / 12)
@@ -198,8 +198,8 @@ def test_features_of_a_reference_folder_are_kept_until_it_changes(
     evaluated: Path, cascade: Path, tmp_path: Path
 ) -> None:
     reference = tmp_path / "reference"
-    shutil.copytree(evaluated / "pictures", reference)
-    told = [f"images={evaluated / 'pictures'}", "metric=[fid]", f"reference={reference}", *FAST]
+    shutil.copytree(evaluated / "images", reference)
+    told = [f"images={evaluated / 'images'}", "metric=[fid]", f"reference={reference}", *FAST]
     told += [f"output_dir={tmp_path}", f"cache_dir={tmp_path / 'kept'}", "prompts=data"]
     assert run_program("evaluate", told) == 0
     assert numbers(tmp_path)["fd_random"]["value"] == pytest.approx(0, abs=1e-6)
@@ -212,7 +212,7 @@ def test_features_of_a_reference_folder_are_kept_until_it_changes(
 
 
 @pytest.mark.parametrize("name", ["settings", "prompts"])
-def test_pictures_of_something_else_are_not_mixed_with(
+def test_images_of_something_else_are_not_mixed_with(
     name: str, evaluated: Path, cascade: Path, prompts: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
@@ -222,17 +222,17 @@ def test_pictures_of_something_else_are_not_mixed_with(
     more.append("sample.prior_guidance_scale=2" if name == "settings" else "num_prompts=4")
     assert run_program("evaluate", arguments(cascade, folder, *more)) == 1
     other = "prior_guidance_scale" if name == "settings" else "prompts, seeds, sizes"
-    assert f"holds pictures of other {other}; choose another" in capsys.readouterr().err
-    assert len(list((folder / "pictures").glob("*.png"))) == 6
+    assert f"holds images of other {other}; choose another" in capsys.readouterr().err
+    assert len(list((folder / "images").glob("*.png"))) == 6
 
 
-def test_a_damaged_picture_is_named_and_the_others_kept(
+def test_a_damaged_image_is_named_and_the_others_kept(
     evaluated: Path, cascade: Path, judge: Path, prompts: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     folder = tmp_path / "copy"
     shutil.copytree(evaluated, folder)
-    broken = folder / "pictures/000003-3.png"
+    broken = folder / "images/000003-3.png"
     broken.write_bytes(broken.read_bytes()[:60])
     more = ["metric=[fid]", f"prompts={prompts}"]
     assert run_program("evaluate", arguments(cascade, folder, *more)) == 1
@@ -247,14 +247,14 @@ def test_a_damaged_picture_is_named_and_the_others_kept(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["metric=[fid]", "features.widths=[16,24,32]"], "metric=fid needs at least 73 pictures"),
-        (["metric=[is]"], "metric=is is of Inception's classes; set features=inception"),
+        (["metric=[fid]", "features.widths=[16,24,32]"], "metric=fid needs at least 73 images"),
+        (["metric=[is]"], "metric=is is of Inception's classes; set fid_features=inception"),
         (["metric=[fid,bleu]"], "is unknown; choose from fid, kid, is, clip, pickscore"),
         (["metric=[fid]", "num_prompts=0"], "num_prompts=0 draws nothing"),
         (["metric=[retrieval]"], "use prompts=data"),
-        (["metric=[fid]", "against=[x]"], "against= compares by PickScore"),
-        (["metric=[fid]", "images=nowhere"], "images=nowhere holds no picture"),
-        (["metric=[fid]", "reference=nowhere"], "reference=nowhere holds no picture"),
+        (["metric=[fid]", "baselines=[x]"], "baselines= compares by PickScore"),
+        (["metric=[fid]", "images=nowhere"], "images=nowhere holds no image"),
+        (["metric=[fid]", "reference=nowhere"], "reference=nowhere holds no image"),
         (
             ["metric=[pickscore]", "pickscore.weights=nowhere"],
             "pickscore.weights=nowhere is no folder",
@@ -277,49 +277,49 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert said in error
-    assert len(list((folder / "pictures").glob("*.png"))) == 6
+    assert len(list((folder / "images").glob("*.png"))) == 6
 
 
 def test_folders_that_do_not_fit_are_refused(
     evaluated: Path, judge: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    drawn, fewer = evaluated / "pictures", tmp_path / "fewer"
+    drawn, fewer = evaluated / "images", tmp_path / "fewer"
     shutil.copytree(drawn, fewer)
     (fewer / "000005-5.png").unlink()
-    (fewer / "pictures.json").unlink()
+    (fewer / "images.json").unlink()
     told = ["metric=[pickscore]", f"pickscore.weights={judge}", f"output_dir={tmp_path}"]
     told += ["model=null"]
-    assert run_program("evaluate", [*told, f"images={drawn}", f"against=[{fewer}]"]) == 1
-    assert "holds 5 pictures, and there are 6 to compare with" in capsys.readouterr().err
+    assert run_program("evaluate", [*told, f"images={drawn}", f"baselines=[{fewer}]"]) == 1
+    assert "holds 5 images, and there are 6 to compare with" in capsys.readouterr().err
     assert run_program("evaluate", [*told, f"images={fewer}"]) == 1
     assert "set prompts= to a file of them" in capsys.readouterr().err
     assert run_program("evaluate", [*told, f"images={fewer}", f"prompts={prompts}"]) == 1
-    assert "holds 5 pictures, and there are 6 prompts" in capsys.readouterr().err
+    assert "holds 5 images, and there are 6 prompts" in capsys.readouterr().err
     shutil.copytree(drawn, tmp_path / "others")
-    facts = json.loads((drawn / "pictures.json").read_text())
+    facts = json.loads((drawn / "images.json").read_text())
     facts["prompts"][2] = "green toad"
-    (tmp_path / "others/pictures.json").write_text(json.dumps(facts))
-    told.append(f"against=[{tmp_path / 'others'}]")
+    (tmp_path / "others/images.json").write_text(json.dumps(facts))
+    told.append(f"baselines=[{tmp_path / 'others'}]")
     assert run_program("evaluate", [*told, f"images={drawn}"]) == 1
     assert "was drawn for 'green toad', where" in capsys.readouterr().err
 
 
-def test_pictures_of_several_sizes_are_spoken_of(evaluated: Path, tmp_path: Path) -> None:
+def test_images_of_several_sizes_are_spoken_of(evaluated: Path, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
-    shutil.copytree(evaluated / "pictures", mixed)
+    shutil.copytree(evaluated / "images", mixed)
     Image.new("RGB", (96, 48), "red").save(mixed / "000000-0.png")
     told = [f"images={mixed}", "metric=[fid]", f"reference={mixed}", *FAST, "model=null"]
-    with pytest.warns(UserWarning, match="holds pictures of 2 sizes, 48 x 96 and 64 x 64 px"):
+    with pytest.warns(UserWarning, match="holds images of 2 sizes, 48 x 96 and 64 x 64 px"):
         assert run_program("evaluate", [*told, f"output_dir={tmp_path}", "cache_dir=null"]) == 0
 
 
 def test_the_first_process_does_not_wait_for_the_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "PATIENCE", 0.3)
+    monkeypatch.setattr(generation, "PATIENCE", 0.3)
     (tmp_path / "a.png").touch()
-    with pytest.raises(TimeoutError, match="lacks 1 pictures that other processes were to draw"):
-        drawing._wait_for([tmp_path / "a.png", tmp_path / "b.png"])
+    with pytest.raises(TimeoutError, match="lacks 1 images that other processes were to draw"):
+        generation._wait_for([tmp_path / "a.png", tmp_path / "b.png"])
 
 
 def test_validation_losses_are_those_of_training(cascade: Path, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_validation_losses_are_those_of_training(cascade: Path, tmp_path: Path) 
 
 
 def test_other_data_are_named_by_a_yaml(cascade: Path, tmp_path: Path) -> None:
-    """Prompts at their pictures' sizes, and a reference: here the model's own, by another name."""
+    """Prompts at their images' sizes, and a reference: here the model's own, by another name."""
     told = ["metric=[kid]", "num_prompts=4"]
     yaml = cascade / "a/config.yaml"
     other = [f"prompts={yaml}", f"reference={yaml}"]
@@ -354,7 +354,7 @@ def test_other_data_are_named_by_a_yaml(cascade: Path, tmp_path: Path) -> None:
         assert run_program("evaluate", [*arguments(cascade, tmp_path / name, *told), *more]) == 0
     own, named = (numbers(tmp_path / name)["kd_random"] for name in ("own", "other"))
     assert own == named
-    sizes = {Image.open(path).size for path in (tmp_path / "other/pictures").glob("*.png")}
+    sizes = {Image.open(path).size for path in (tmp_path / "other/images").glob("*.png")}
     assert len(sizes) > 1
 
 
@@ -371,14 +371,14 @@ def test_shares_are_by_number_whoever_began_first(
     evaluated: Path, cascade: Path, tmp_path: Path
 ) -> None:
     """The second process starts when the first has drawn some: none is left to nobody."""
-    facts = json.loads((evaluated / "pictures/pictures.json").read_text())
+    facts = json.loads((evaluated / "images/images.json").read_text())
     told = zip(facts["prompts"], facts["seeds"], facts["sizes"], strict=True)
-    wanted = [drawing.Wanted(prompt, seed, *size) for prompt, seed, size in told]
-    pipeline = pipeline_at(str(cascade / "c"), device="cpu")
-    settings = Settings(prior_steps=1, decoder_steps=1)
+    wanted = [generation.GenerationRequest(prompt, seed, *size) for prompt, seed, size in told]
+    pipeline = load_pipeline(str(cascade / "c"), device="cpu")
+    settings = SamplingConfig(prior_steps=1, decoder_steps=1)
     (tmp_path / "000000-0.png").touch()  # the first one's
-    second = drawing.Process(rank=1, number=2)
-    drawing.draw_into(tmp_path, wanted, pipeline, settings, {}, second)
+    second = generation.DistInfo(rank=1, number=2)
+    generation.generate_into(tmp_path, wanted, pipeline, settings, {}, second)
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {"000000-0.png", "000001-1.png", "000003-3.png", "000005-5.png"}
 
@@ -409,14 +409,14 @@ def test_other_weights_under_the_same_path_are_not_taken_for_the_same(
     tensors = load_file(weights)
     save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, weights)
     assert run_program("evaluate", told) == 1
-    assert "holds pictures of other weights_sha256" in capsys.readouterr().err
+    assert "holds images of other weights_sha256" in capsys.readouterr().err
 
 
 def test_prompts_go_with_numbers_and_not_with_letters(tmp_path: Path) -> None:
     for number in range(12):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"picture {number}.png")
-    names = [path.name for path in Folder(tmp_path).paths]
-    assert names == [f"picture {number}.png" for number in range(12)]
+        Image.new("RGB", (8, 8)).save(tmp_path / f"image {number}.png")
+    names = [path.name for path in ImageFolder(tmp_path).paths]
+    assert names == [f"image {number}.png" for number in range(12)]
 
 
 def test_a_reconstruction_does_not_depend_on_its_batch(cascade: Path, tmp_path: Path) -> None:
@@ -432,34 +432,37 @@ def test_a_reconstruction_does_not_depend_on_its_batch(cascade: Path, tmp_path: 
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_rfid_is_of_training_pictures_and_what_comes_back_of_them(
+def test_rfid_is_of_training_images_and_what_comes_back_of_them(
     cascade: Path, tmp_path: Path
 ) -> None:
     assert run_program("evaluate", arguments(cascade, tmp_path, "metric=[rfid]")) == 0
     found = numbers(tmp_path)
     assert found.keys() == {"stage_a_train/rfd_random", "stage_b_train/rfd_random"}
-    pipeline, network = pipeline_at(str(cascade / "c"), device="cpu"), Random(widths=[2, 2])
+    pipeline, network = (
+        load_pipeline(str(cascade / "c"), device="cpu"),
+        RandomConvFeatures(widths=[2, 2]),
+    )
     originals, back = [], []
     for batch in run_data(cascade / "c").in_order("train"):
         originals += list((batch["image"] * 255).round().byte())
-        back += list((autoencoded(pipeline, batch["image"]) * 255).round().byte())
+        back += list((autoencode(pipeline, batch["image"]) * 255).round().byte())
     features = [
         torch.cat([network.features(b) for b in batched(each, 256)]) for each in (originals, back)
     ]
-    wanted = FrechetTo(features[0])(features[1])
+    wanted = FrechetDistance(features[0])(features[1])
     assert found["stage_a_train/rfd_random"]["value"] == pytest.approx(wanted, rel=1e-4)
     assert wanted > 1e-4
     assert len(json.loads((tmp_path / "metrics.json").read_text())["weights_sha256"]) == 64
 
 
-def test_prompts_of_given_pictures_may_be_other_datas(
+def test_prompts_of_given_images_may_be_other_datas(
     cascade: Path, judge: Path, tmp_path: Path
 ) -> None:
     drawn = arguments(cascade, tmp_path / "drawn", "metric=[kid]", "num_prompts=4")
     assert run_program("evaluate", drawn) == 0
-    pictures = tmp_path / "drawn/pictures"
+    images = tmp_path / "drawn/images"
     told = [
-        f"images={pictures}",
+        f"images={images}",
         "metric=[pickscore]",
         f"pickscore.weights={judge}",
         "num_prompts=4",
@@ -469,5 +472,5 @@ def test_prompts_of_given_pictures_may_be_other_datas(
         report = tmp_path / f"report {len(found)}"
         assert run_program("evaluate", [*told, f"prompts={prompts}", f"output_dir={report}"]) == 0
         found.append(numbers(report)["pickscore"])
-        (pictures / "pictures.json").unlink(missing_ok=True)
+        (images / "images.json").unlink(missing_ok=True)
     assert found[0] == found[1]

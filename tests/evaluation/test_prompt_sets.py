@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wuerstchen_pl.evaluation.prompt_sets import read, some
+from wuerstchen_pl.evaluation.prompt_sets import read_prompts, subsample
 
 COCO = {
     "info": {"year": 2014},
@@ -49,7 +49,7 @@ PARTI = (
 )
 def test_prompts_are_read(tmp_path: Path, name: str, text: str, wanted: list[str]) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    assert read(str(tmp_path / name)) == wanted
+    assert read_prompts(str(tmp_path / name)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -65,18 +65,18 @@ def test_prompts_are_read(tmp_path: Path, name: str, text: str, wanted: list[str
 def test_other_files_are_refused_by_name(tmp_path: Path, name: str, text: str, said: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=said):
-        read(str(tmp_path / name))
+        read_prompts(str(tmp_path / name))
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"prompts=none\.txt is no file"):
-        read("none.txt")
+        read_prompts("none.txt")
 
 
 def test_some_prompts_are_the_same_ones_for_a_seed_in_their_order() -> None:
     prompts = [f"{i:03d}" for i in range(100)]
-    chosen = some(prompts, 10, seed=1)
-    assert chosen == some(prompts, 10, seed=1) == sorted(set(chosen))
+    chosen = subsample(prompts, 10, seed=1)
+    assert chosen == subsample(prompts, 10, seed=1) == sorted(set(chosen))
     assert len(chosen) == 10
-    assert chosen != some(prompts, 10, seed=2)
-    assert some(prompts, None, seed=1) == some(prompts, 200, seed=1) == prompts
+    assert chosen != subsample(prompts, 10, seed=2)
+    assert subsample(prompts, None, seed=1) == subsample(prompts, 200, seed=1) == prompts

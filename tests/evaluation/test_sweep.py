@@ -1,4 +1,4 @@
-"""A sweep over guidance and steps, and its picture."""
+"""A sweep over guidance and steps, and its image."""
 
 import json
 import sys

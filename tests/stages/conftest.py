@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from wuerstchen_pl.ema import EMA
 from wuerstchen_pl.models.compressor import ConvBackbone, SemanticCompressor
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.discriminator import Discriminator
@@ -19,6 +18,7 @@ from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.b import StageB
 from wuerstchen_pl.stages.c import StageC
+from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.ldm import StageLDM
 from wuerstchen_pl.stages.stage import Batch, Stage
 
@@ -89,7 +89,7 @@ STAGES = {"a": stage_a, "b": stage_b, "c": stage_c, "ldm": stage_ldm}
 
 @pytest.fixture
 def batch() -> Batch:
-    """Four smooth pictures of 32 px with their captions."""
+    """Four smooth images of 32 px with their captions."""
     rng = torch.Generator().manual_seed(0)
     images = torch.nn.functional.interpolate(
         torch.rand(4, 3, 4, 4, generator=rng), size=(32, 32), mode="bilinear"

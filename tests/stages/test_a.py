@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.stages.conftest import fit, stage_a
-from wuerstchen_pl.models.vqgan import VQGAN, VectorQuantizer, codebook_use
+from wuerstchen_pl.models.vqgan import VQGAN, VectorQuantizer, codebook_usage
 from wuerstchen_pl.stages.stage import Batch
 
 
@@ -23,7 +23,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(batch: Batch) -> None:
     torch.testing.assert_close(loss, wanted)
 
 
-def test_without_quantisation_the_codes_do_not_reach_the_picture(batch: Batch) -> None:
+def test_without_quantization_the_codes_do_not_reach_the_image(batch: Batch) -> None:
     stage = stage_a().eval()
     _, before, _ = stage.generator_loss(batch["image"], quantize=False, adversarial=False)
     _, coded, _ = stage.generator_loss(batch["image"], quantize=True, adversarial=False)
@@ -36,7 +36,7 @@ def test_without_quantisation_the_codes_do_not_reach_the_picture(batch: Batch) -
 
 
 @pytest.mark.parametrize(("prob", "share"), [(0.0, 0.0), (1.0, 1.0), (0.5, 0.5)])
-def test_quantisation_is_dropped_at_its_rate(prob: float, share: float, batch: Batch) -> None:
+def test_quantization_is_dropped_at_its_rate(prob: float, share: float, batch: Batch) -> None:
     stage = stage_a(quantize_drop_prob=prob)
     seen = []
     loss = stage.generator_loss
@@ -67,8 +67,12 @@ def test_the_discriminator_learns_before_it_counts(batch: Batch) -> None:
     assert not all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_one_optimiser_of_two_groups_does_what_two_do(batch: Batch) -> None:
-    options = {"adversarial_start_step": 0, "quantize_drop_prob": 0.0, "revive_every_steps": 99}
+def test_one_optimizer_of_two_groups_does_what_two_do(batch: Batch) -> None:
+    options = {
+        "adversarial_start_step": 0,
+        "quantize_drop_prob": 0.0,
+        "codebook_restart_every_steps": 99,
+    }
     stage, other = stage_a(**options), stage_a(**options)
     fit(stage, batch, 3)
     assert other.optimizer_factory is not None
@@ -106,13 +110,13 @@ def test_the_discriminators_loss_is_binary_cross_entropy(batch: Batch) -> None:
 
 
 def test_unused_codes_are_moved_onto_latents_and_so_is_their_average(batch: Batch) -> None:
-    stage = stage_a(revive_every_steps=3, quantize_drop_prob=0.0)
+    stage = stage_a(codebook_restart_every_steps=3, quantize_drop_prob=0.0)
     codebook = stage.vqgan.quantizer.codebook.weight
     with torch.no_grad():
         codebook[8:] = 100.0  # nothing is near
     fit(stage, batch, 2)
     assert codebook[8:].min() > 90
-    stage = stage_a(revive_every_steps=3, quantize_drop_prob=0.0)
+    stage = stage_a(codebook_restart_every_steps=3, quantize_drop_prob=0.0)
     codebook = stage.vqgan.quantizer.codebook.weight
     with torch.no_grad():
         codebook[8:] = 100.0
@@ -123,10 +127,10 @@ def test_unused_codes_are_moved_onto_latents_and_so_is_their_average(batch: Batc
 
 
 def test_codebook_use_of_known_counts() -> None:
-    perplexity, dead = codebook_use(torch.tensor([4.0, 4.0, 4.0, 4.0, 0.0]))
+    perplexity, dead = codebook_usage(torch.tensor([4.0, 4.0, 4.0, 4.0, 0.0]))
     assert float(perplexity) == pytest.approx(4)
     assert float(dead) == 1
-    perplexity, _ = codebook_use(torch.tensor([3.0, 1.0]))
+    perplexity, _ = codebook_usage(torch.tensor([3.0, 1.0]))
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert float(perplexity) == pytest.approx(math.exp(entropy))
 

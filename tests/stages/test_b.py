@@ -11,7 +11,7 @@ from wuerstchen_pl.stages.stage import Batch
 def test_semantic_latents_are_dropped_and_noised_sample_by_sample() -> None:
     stage = stage_b()
     semantic, noise = torch.randn(2, 4, 16, 2, 2, generator=torch.Generator().manual_seed(0))
-    # the draws of four samples: dropped, dropped and noised, noised, left alone
+    # the numbers drawn for four samples: dropped, dropped and noised, noised, left alone
     chance = torch.tensor([[0.04, 0.9], [0.04, 0.1], [0.06, 0.29], [0.06, 0.31]])
     t = torch.full((4,), 0.3)
     out = stage.corrupt(semantic, chance, t, noise)

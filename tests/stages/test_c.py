@@ -65,9 +65,9 @@ def test_a_frozen_text_encoder_gets_no_gradient_and_is_not_saved(batch: Batch) -
     assert not [key for key in stage.state_dict() if "text_encoder" in key]
 
 
-def test_the_text_decides_the_picture(batch: Batch) -> None:
+def test_the_text_decides_the_image(batch: Batch) -> None:
     stage = stage_c(caption_drop_prob=0.0)
-    # latents that differ; those of a compressor that has learnt nothing are nearly one
+    # latents that differ; those of a compressor that has learned nothing are nearly one
     target = torch.randn(4, 16, 3, 3, generator=torch.Generator().manual_seed(0))
     stage.decoder.encode = lambda images: target  # type: ignore[method-assign]
     fit(stage, batch, 200)

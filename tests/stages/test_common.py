@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.stages.conftest import STAGES, fit
-from wuerstchen_pl.models.blocks import blocks_of, checkpoint_activations
-from wuerstchen_pl.pipeline.found import pipeline_of
+from wuerstchen_pl.models.wrapping import checkpoint_activations, find_blocks
+from wuerstchen_pl.pipelines.loading import pipeline_from_stage
 from wuerstchen_pl.stages.stage import Batch, Stage, WarmupCosine
 
 
@@ -63,7 +63,7 @@ def test_frozen_parts_draw_where_their_weights_lie(name: str) -> None:
     frozen = [part for part in stage.frozen.values() if isinstance(part, Stage)]
     assert all(part.device.type == "meta" for part in frozen)
     if name in ("c", "ldm"):
-        assert pipeline_of(stage).place.device.type == "meta"
+        assert pipeline_from_stage(stage).place.device.type == "meta"
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -150,7 +150,7 @@ def test_a_stage_trains_to_the_same_weights_with_checkpointed_blocks(
     name: str, batch: Batch
 ) -> None:
     plain, spare = STAGES[name](), STAGES[name]()
-    assert blocks_of(spare)
+    assert find_blocks(spare)
     checkpoint_activations(spare)
     fit(plain, batch, 3)
     fit(spare, batch, 3)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from wuerstchen_pl import durable
-from wuerstchen_pl.put_off import PutOff
+from wuerstchen_pl.checkpointing.async_save import DeferredSave
+from wuerstchen_pl.io import atomic
 
 _THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
@@ -28,7 +28,7 @@ class Checkpoints(Checkpoint):
         keep: how many of the newest are kept.
         keep_every_steps: those of whole multiples of so many steps are kept for good; None keeps
             none of them.
-        in_background: copy what is saved into the host's memory, and train on while it is written.
+        async_save: copy what is saved into the host's memory, and train on while it is written.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Checkpoints(Checkpoint):
         every_steps: int,
         keep: int = 2,
         keep_every_steps: int | None = None,
-        in_background: bool = False,
+        async_save: bool = False,
     ) -> None:
         if every_steps < 1 or keep < 1:
             raise ValueError(
@@ -52,7 +52,7 @@ class Checkpoints(Checkpoint):
                 f"checkpoint_every_steps={every_steps}; use one, or null"
             )
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
-        self.keep_every_steps, self.in_background = keep_every_steps, in_background
+        self.keep_every_steps, self.async_save = keep_every_steps, async_save
         self.seconds = 0.0  # that saving took
         self._saved_step = -1
         self._writing: Future[None] | None = None
@@ -100,11 +100,11 @@ class Checkpoints(Checkpoint):
             return
         began = time.perf_counter()
         path = self.folder / f"step{step:07d}.ckpt"
-        aside = path.with_suffix(".partial")
-        put_off = PutOff(copied=self.in_background)
-        trainer.save_checkpoint(aside, storage_options=put_off)
-        write = partial(self._write, put_off, path, aside, trainer.is_global_zero)
-        if self.in_background:
+        temporary = path.with_suffix(".partial")
+        deferred = DeferredSave(copy_to_host=self.async_save)
+        trainer.save_checkpoint(temporary, storage_options=deferred)
+        write = partial(self._write, deferred, path, temporary, trainer.is_global_zero)
+        if self.async_save:
             self._writing = _THREAD.submit(write)
         else:
             write()
@@ -121,16 +121,16 @@ class Checkpoints(Checkpoint):
         if writing is not None:
             writing.result()
 
-    def _write(self, put_off: PutOff, path: Path, aside: Path, first: bool) -> None:
+    def _write(self, deferred: DeferredSave, path: Path, temporary: Path, first: bool) -> None:
         """Write and publish; the others wait until it is: one that ended would end the first."""
         steps = (
             self._make_room if first else None,
-            partial(put_off.do, self._group),
-            partial(self._publish, aside, path) if first else None,
+            partial(deferred.write, self._group),
+            partial(self._publish, temporary, path) if first else None,
         )
         if failed := next(filter(None, (self._agreed(step) for step in steps)), None):
             with suppress(OSError):  # the disk may be one that nothing can be removed from
-                durable.remove(aside)
+                atomic.remove(temporary)
             raise OSError(f"checkpoint {path} could not be written: {failed}")
 
     def _agreed(self, work: Callable[[], None] | None) -> str | None:
@@ -150,10 +150,10 @@ class Checkpoints(Checkpoint):
     def _make_room(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob("*.partial"):  # by runs that were killed
-            durable.remove(left)
+            atomic.remove(left)
 
-    def _publish(self, aside: Path, path: Path) -> None:
-        durable.publish(aside, path)
+    def _publish(self, temporary: Path, path: Path) -> None:
+        atomic.commit(temporary, path)
         self._remove_old()
 
     def newest(self) -> Path | None:
@@ -165,4 +165,4 @@ class Checkpoints(Checkpoint):
         saved = sorted((int(p.stem[4:]), p) for p in self.folder.glob("step*.ckpt"))
         for step, old in saved[: -self.keep]:
             if not self.keep_every_steps or step % self.keep_every_steps:
-                durable.remove(old)
+                atomic.remove(old)

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from wuerstchen_pl.callbacks.trial import measured_once
+from wuerstchen_pl.callbacks.step_profile import profile_step_once
 
 PEAK_TFLOPS = {
     "A100": 312, "H100": 989, "H200": 989, "B200": 2250, "A10": 125, "A40": 150, "L4": 121,
@@ -74,7 +74,7 @@ class Throughput(L.Callback):
         self._waited += time.perf_counter() - self._batch_ended - (saving - self._saved)
         self._saved = saving
         if self._flops_per_sample is None:
-            self._flops_per_sample = measured_once(pl_module, batch).flops_of_sample
+            self._flops_per_sample = profile_step_once(pl_module, batch).flops_of_sample
 
     def on_train_batch_end(
         self,
@@ -120,23 +120,23 @@ class Throughput(L.Callback):
             cost, self._counted_until = now - self._counted_until, now
             self.hours += cost / 3600 * trainer.world_size
             found["cost/gpu_hours"] = self.hours
-            peak = peak_of(torch.cuda.get_device_name(device))
+            peak = peak_tflops(torch.cuda.get_device_name(device))
             if peak and self._flops_per_sample:
                 found["speed/mfu"] = rate * self._flops_per_sample / (peak * 1e12)
-            if watts := drawn_by([device]):
+            if watts := power_draw([device]):
                 self.kwh += watts * trainer.world_size * cost / 3.6e6
                 found["cost/kwh"] = self.kwh
                 found["cost/kg_co2"] = self.kwh * self.kg_co2_per_kwh
         return found
 
 
-def peak_of(name: str) -> int | None:
+def peak_tflops(name: str) -> int | None:
     """The peak rate of a device in 1e12 operations a second, by the words of its name."""
     words = f" {name.replace('-', ' ')} "
     return next((peak for known, peak in PEAK_TFLOPS.items() if f" {known} " in words), None)
 
 
-def drawn_by(devices: Iterable[torch.device]) -> float:
+def power_draw(devices: Iterable[torch.device]) -> float:
     """Watts that GPUs draw now; 0 where they cannot say."""
     try:
         return sum(torch.cuda.power_draw(device) for device in devices) / 1000

@@ -1,1 +1,1 @@
-"""Captioned pictures, from wherever they are to batches: `sources` -> `order` -> `loading`."""
+"""Captioned images, from wherever they are to batches: `sources` -> `order` -> `loading`."""

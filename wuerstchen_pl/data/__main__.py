@@ -1,7 +1,7 @@
 """Look at data, or make shards of them: ``python -m wuerstchen_pl.data check|build``.
 
-python -m wuerstchen_pl.data check data=folder data.root=my/pictures full=true
-python -m wuerstchen_pl.data build from=my/pictures to=my/shards
+python -m wuerstchen_pl.data check data=folder data.root=my/images full=true
+python -m wuerstchen_pl.data build from=my/images to=my/shards
 """
 
 import os
@@ -12,38 +12,44 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from wuerstchen_pl.cli import command, output_folder
+from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.data.build import build
-from wuerstchen_pl.data.datamodule import OF_THE_RUN, ImageTextDataModule
-from wuerstchen_pl.data.histogram import draw
-from wuerstchen_pl.data.survey import describe, survey
+from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
+from wuerstchen_pl.data.histogram import plot_histograms
+from wuerstchen_pl.data.inspect import format_report, inspect_data
 
-SHARED: Mapping[str, Any] = {
+SHARED_KEYS: Mapping[str, Any] = {
     "data": dict,
     "image_size": int,
     "bucket_multiple": int,
     "seed": int,
     "paths.data": str,
 }
-READ_BY_CHECK = {**SHARED, "full": bool, "output_dir": str}
-READ_BY_BUILD = {**SHARED, "from": str | None, "to": str, "shard_samples": int, "num_workers": int}
+CHECK_KEYS = {**SHARED_KEYS, "full": bool, "output_dir": str}
+BUILD_KEYS = {
+    **SHARED_KEYS,
+    "from": str | None,
+    "to": str,
+    "shard_samples": int,
+    "num_workers": int,
+}
 
 
 def run_check(cfg: DictConfig) -> float:
-    """Look at everything, say and draw it; returns how many pictures are left."""
-    check_config(cfg, READ_BY_CHECK)
-    folder = output_folder(cfg.output_dir)
+    """Look at everything, say and draw it; returns how many images are left."""
+    check_config(cfg, CHECK_KEYS)
+    folder = check_output_dir(cfg.output_dir)
     module: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     module.prepare_data()
-    found = survey(module, full=cfg.full)
-    print(describe(found))
+    found = inspect_data(module, full=cfg.full)
+    print(format_report(found))
     if module.source.groups("val"):
         print("for validation:")
-        print(describe(survey(module, "val", full=cfg.full)))
+        print(format_report(inspect_data(module, "val", full=cfg.full)))
     if found.sizes:
         folder.mkdir(parents=True, exist_ok=True)
-        draw(found.sizes, module.sizes).save(folder / "sizes.png")
+        plot_histograms(found.sizes, module.sizes).save(folder / "sizes.png")
         print(folder / "sizes.png")
     if not found.left:
         raise ValueError("nothing is left to train on: see what was bad or dropped above.")
@@ -59,18 +65,18 @@ def run_build(cfg: DictConfig) -> None:
             )
         cfg.data.root = cfg["from"]
     elif OmegaConf.is_missing(cfg.data, "root"):
-        raise ValueError("from is missing; set from=... to the folder of pictures")
-    check_config(cfg, READ_BY_BUILD)
+        raise ValueError("from is missing; set from=... to the folder of images")
+    check_config(cfg, BUILD_KEYS)
     for key, least in (("shard_samples", 1), ("num_workers", 0)):
         if cfg[key] < least:
             raise ValueError(f"{key}={cfg[key]} is out of range; use {least} or more")
     module: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     module.prepare_data()
     told: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    settings = {key: value for key, value in told.items() if key not in OF_THE_RUN}
+    settings = {key: value for key, value in told.items() if key not in RUNTIME_KEYS}
     entries, left_out = build(
         module.source,
-        output_folder(cfg.to),
+        check_output_dir(cfg.to),
         filters=module.filters,
         settings=settings | {"shard_samples": cfg.shard_samples},
         shard_samples=cfg.shard_samples,

@@ -15,14 +15,13 @@ from typing import Any, TypedDict, cast
 from PIL import Image
 from tqdm import tqdm
 
-from wuerstchen_pl.data.claims import claim
-from wuerstchen_pl.data.loading.transforms import decode
-from wuerstchen_pl.data.order.filters import Filters
-from wuerstchen_pl.data.order.opener import PICTURE_HASH, Opener
+from wuerstchen_pl.data.ordering.filters import Filters
+from wuerstchen_pl.data.ordering.prefetch import IMAGE_HASH, ShardPrefetcher
+from wuerstchen_pl.data.output_guard import claim_output
 from wuerstchen_pl.data.sources import manifest
-from wuerstchen_pl.data.sources.fields import FORMATS
-from wuerstchen_pl.data.sources.files import whole
-from wuerstchen_pl.data.sources.source import Sample, Source, digest
+from wuerstchen_pl.data.sources.source import Sample, Source, name_digest
+from wuerstchen_pl.io.atomic import atomic_write
+from wuerstchen_pl.io.images import IMAGE_FORMATS, decode_image
 
 _LOG = ".written.jsonl"
 _KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -39,8 +38,8 @@ class Part:
     @property
     def content(self) -> str:
         """A hash of what is known of the samples."""
-        known = ((s.key, s.captions, s.width, s.height, s.size, s.facts) for s in self.samples)
-        return digest("\n".join(map(repr, known))).hex()
+        known = ((s.key, s.captions, s.width, s.height, s.size, s.metadata) for s in self.samples)
+        return name_digest("\n".join(map(repr, known))).hex()
 
 
 class Written(TypedDict):
@@ -63,7 +62,7 @@ def build(
 ) -> tuple[list[manifest.Entry], Counter[str]]:
     """Write a source's training samples to `folder`, in their order, and `shards.json`.
 
-    Pictures keep their bytes. A shard appears whole or not at all; those that are there already are
+    Images keep their bytes. A shard appears whole or not at all; those that are there already are
     not written again.
 
     Args:
@@ -80,14 +79,14 @@ def build(
     Raises:
         ValueError: the folder holds something else, or nothing is left to write.
     """
-    claim(folder, settings, key="to")
+    claim_output(folder, settings, key="to")
     left_out: Counter[str] = Counter()
     parts = _parts(source, folder, filters, shard_samples, left_out)
     entries: dict[int, manifest.Entry] = {}
-    with tqdm(desc=f"writing {folder}", unit=" pictures") as bar:
+    with tqdm(desc=f"writing {folder}", unit=" images") as bar:
         for written in _written(source, parts, folder / _LOG, num_workers):
             entries[written["number"]] = written["entry"]
-            left_out["unreadable picture"] += written["unreadable"]
+            left_out["unreadable image"] += written["unreadable"]
             bar.update(written["entry"]["samples"])
     if not sum(entry["samples"] for entry in entries.values()):
         raise ValueError(
@@ -105,7 +104,7 @@ def _parts(
     source: Source, folder: Path, filters: Filters, shard_samples: int, left_out: Counter[str]
 ) -> Iterator[Part]:
     """Cut what the filters leave of a source into shards to be."""
-    opener = Opener(source, keep=0, hashes=filters.deduplicate)
+    opener = ShardPrefetcher(source, keep=0, hashes=filters.deduplicate)
     waiting: list[Sample] = []
     seen: set[float] = set()
     number = 0
@@ -115,13 +114,13 @@ def _parts(
             left_out[bad.reason] += bad.count
         for sample in opened.samples:
             passed = filters.apply(sample)
-            picture = sample.facts.get(PICTURE_HASH)
-            if isinstance(passed, Sample) and picture in seen:
+            image = sample.metadata.get(IMAGE_HASH)
+            if isinstance(passed, Sample) and image in seen:
                 passed = "duplicate"
             if isinstance(passed, str):
                 left_out[passed] += 1
                 continue
-            seen.update([] if picture is None else [picture])
+            seen.update([] if image is None else [image])
             waiting.append(passed)
             if len(waiting) == shard_samples:
                 yield Part(number, waiting, _path(folder, number))
@@ -186,7 +185,7 @@ def _write(source: Source, part: Part) -> Written:
     """Write one shard."""
     kept = 0
     with (
-        whole(part.path) as partial,
+        atomic_write(part.path) as partial,
         tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for place, sample in enumerate(part.samples):
@@ -213,24 +212,24 @@ def _members(data: bytes, sample: Sample) -> dict[str, bytes]:
     kind = _kind(data)
     if kind is None:  # a kind that shards do not have
         buffer = io.BytesIO()
-        Image.fromarray(decode(data)).save(buffer, "PNG")
+        Image.fromarray(decode_image(data)).save(buffer, "PNG")
         data, kind = buffer.getvalue(), "png"
-    facts: dict[str, Any] = {"width": sample.width, "height": sample.height, "name": sample.key}
-    facts |= {name: fact for name, fact in sample.facts.items() if name != PICTURE_HASH}
+    metadata: dict[str, Any] = {"width": sample.width, "height": sample.height, "name": sample.key}
+    metadata |= {name: fact for name, fact in sample.metadata.items() if name != IMAGE_HASH}
     if len(sample.captions) > 1:
-        facts["captions"] = list(sample.captions)
+        metadata["captions"] = list(sample.captions)
     caption = sample.captions[0].encode()
-    return {kind: data, "txt": caption, "json": json.dumps(facts).encode()}
+    return {kind: data, "txt": caption, "json": json.dumps(metadata).encode()}
 
 
 def _kind(data: bytes) -> str | None:
-    """The suffix of a picture that shards may hold as it is, or None.
+    """The suffix of an image that shards may hold as it is, or None.
 
     Raises:
-        OSError: it is no picture.
+        OSError: it is no image.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as img:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as img:
             return _KINDS.get(img.format or "")
     except Image.DecompressionBombError as error:
         raise OSError(str(error)) from error

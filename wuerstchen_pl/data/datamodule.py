@@ -1,7 +1,7 @@
-"""Training and validation batches of a source of captioned pictures, bucketed by aspect ratio.
+"""Training and validation batches of a source of captioned images, bucketed by aspect ratio.
 
 The way of the data: `Source` -> `Opener` lists shards -> `Stream` shuffles and filters names ->
-`Batches` fills buckets -> workers make `Pictures` of a `Request` -> loader. Everything but the last
+`Batches` fills buckets -> workers make `Images` of a `Request` -> loader. Everything but the last
 two is names and numbers, in the main process.
 """
 
@@ -12,31 +12,27 @@ from typing import Any
 import lightning as L
 import torch
 
-from wuerstchen_pl.data.loading.loader import (
-    OnceLoader,
-    ResumableLoader,
-    leave_signals_to_the_run,
-)
-from wuerstchen_pl.data.loading.pictures import Pictures
+from wuerstchen_pl.data.loading.batch_dataset import ImageBatchDataset
+from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_stop_signals
 from wuerstchen_pl.data.loading.transforms import Crop
-from wuerstchen_pl.data.order.batches import Batches, in_order
-from wuerstchen_pl.data.order.buckets import Buckets, Policy, Size
-from wuerstchen_pl.data.order.filters import Filters
-from wuerstchen_pl.data.order.splits import Splits
-from wuerstchen_pl.data.order.stream import Ledger, Mixture, Stream
+from wuerstchen_pl.data.ordering.batches import Batches, sequential_batches
+from wuerstchen_pl.data.ordering.buckets import Buckets, Policy, Size
+from wuerstchen_pl.data.ordering.filters import Filters
+from wuerstchen_pl.data.ordering.splits import Splits
+from wuerstchen_pl.data.ordering.stream import DataStats, Mixture, Stream
 from wuerstchen_pl.data.sources.source import Holdout, Source, Split
 
-OF_THE_RUN = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
+RUNTIME_KEYS = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
 """Keys of the data that change nothing in what is made of them."""
 
 
 class ImageTextDataModule(L.LightningDataModule):
-    """Batches of a source; `data/loading/pictures.py` says what is in one.
+    """Batches of a source; `data/loading/images.py` says what is in one.
 
     The Trainer needs `use_distributed_sampler=False`: ranks are told apart here.
 
     Args:
-        source: the captioned pictures.
+        source: the captioned images.
         image_size: side in pixels of the square that every batch has about the area of.
         batch_size: samples of one training batch of one process.
         val_batch_size: the same for validation; None takes batch_size.
@@ -49,18 +45,18 @@ class ImageTextDataModule(L.LightningDataModule):
         bucket_multiple: both sides of a batch are multiples of this many pixels.
         ratios: width / height of the buckets of "area"; None takes the usual ones, 1:2 to 2:1.
         sizes: [height, width] of the buckets of "sizes".
-        max_upscale: a picture that had to be enlarged further is dropped and counted; None enlarges
+        max_upscale: an image that had to be enlarged further is dropped and counted; None enlarges
             whatever there is.
-        crop: "random", "centre", or "saliency", which keeps the strongest edges; validation crops
-            in the centre.
-        crop_share: of the sides of the greatest crop of a picture, in (0, 1]; 0.5 crops 128 px out
-            of a picture that covers 256.
+        crop: "random", "center", or "saliency", which keeps the strongest edges; validation crops
+            in the center.
+        crop_share: of the sides of the greatest crop of an image, in (0, 1]; 0.5 crops 128 px out
+            of an image that covers 256.
         filters: what else is dropped; None drops nothing.
         shuffle_samples: least number of samples that are shuffled together, the window.
         max_bad_fraction: share of the samples that may be bad, or of the shards where 20 were
             opened, once 1,000 samples were seen; beyond it the run stops with a summary.
-        keep_decoded: keep each picture, decoded, in the memory of each process that decodes it: 3
-            bytes a pixel and sample. For sets of a few thousand small pictures.
+        keep_decoded: keep each image, decoded, in the memory of each process that decodes it: 3
+            bytes a pixel and sample. For sets of a few thousand small images.
     """
 
     def __init__(
@@ -157,7 +153,7 @@ class ImageTextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return the endless order of the training split, cut into epochs of equal length."""
         rank, world_size = _place()
-        ledger = Ledger(show=rank == 0, limit=self.max_bad_fraction)
+        stats = DataStats(show=rank == 0, limit=self.max_bad_fraction)
         groups = self.source.groups("train")
         streams = [
             Stream(
@@ -167,7 +163,7 @@ class ImageTextDataModule(L.LightningDataModule):
                 shuffle_samples=self.shuffle_samples,
                 filters=self.filters,
                 holdout=self.splits.holdout,
-                ledger=ledger,
+                stats=stats,
             )
             for group in groups
         ]
@@ -204,10 +200,10 @@ class ImageTextDataModule(L.LightningDataModule):
     def in_order(self, split: Split, *, alone: bool = False) -> OnceLoader:
         """Return the samples of a split, of a large one those of the first window, each once.
 
-        Always the same, cropped in the centre; `alone` takes all, however many processes there are.
+        Always the same, cropped in the center; `alone` takes all, however many processes there are.
         """
         rank, world_size = (0, 1) if alone else _place()
-        requests = in_order(
+        requests = sequential_batches(
             self.splits.first[split],
             self.buckets,
             batch_size=self.val_batch_size,
@@ -235,7 +231,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def dataset(self) -> Any:
         """Return what builds batches of requests, for a loader."""
-        return Pictures(
+        return ImageBatchDataset(
             source=self.source,
             seed=self.seed,
             crop=self.crop,
@@ -249,7 +245,7 @@ class ImageTextDataModule(L.LightningDataModule):
         # Their own generator, as a loader draws a number at every epoch from the global one else.
         return {
             "generator": torch.Generator().manual_seed(self.seed),
-            "worker_init_fn": leave_signals_to_the_run,
+            "worker_init_fn": ignore_stop_signals,
             "num_workers": min(self.num_workers, cpu_count()),
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

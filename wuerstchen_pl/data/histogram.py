@@ -1,4 +1,4 @@
-"""A picture of how wide and how large a set's pictures are."""
+"""An image of how wide and how large a set's images are."""
 
 import math
 from collections.abc import Sequence
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from wuerstchen_pl.data.order.buckets import Size
+from wuerstchen_pl.data.ordering.buckets import Size
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 520, 240, 52, 34  # of a chart, in pixels
 _BAR, _MARK, _INK = (70, 110, 180), (200, 80, 60), (40, 40, 40)
 
 
-def draw(sizes: Sequence[tuple[int, int]], buckets: Sequence[Size]) -> Image.Image:
+def plot_histograms(sizes: Sequence[tuple[int, int]], buckets: Sequence[Size]) -> Image.Image:
     """Draw two histograms: of width / height, with the buckets' ratios marked, and of sides.
 
     Args:
-        sizes: (width, height) of each picture.
+        sizes: (width, height) of each image.
         buckets: (height, width) of each bucket.
     """
     ratios = np.log2([width / height for width, height in sizes])

@@ -1,4 +1,4 @@
-"""Classifier-free guidance, and two ways to keep a strong one from burning the picture."""
+"""Classifier-free guidance, and two ways to keep a strong one from burning the image."""
 
 import math
 from dataclasses import dataclass

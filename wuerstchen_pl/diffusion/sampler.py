@@ -1,7 +1,7 @@
 """Sampling: from noise to latents with a denoiser, by DDPM or DDIM steps.
 
 A denoiser is any callable (x_t, i) -> the noise predicted at the i-th time. With a generator for
-each picture, a picture does not depend on the others in its batch.
+each image, an image does not depend on the others in its batch.
 """
 
 import itertools
@@ -11,21 +11,23 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.diffusion.schedule import CosineSchedule, expand
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, expand_like
 
 Denoiser = Callable[[Tensor, int], Tensor]
-Method = Literal["ddpm", "ddim"]
+SamplerName = Literal["ddpm", "ddim"]
 Generator = torch.Generator | list[torch.Generator] | None
-"""Of all pictures of a batch together, of each picture, or torch's own."""
+"""Of all images of a batch together, of each image, or torch's own."""
 
 
-def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per seed: a seed means the same picture on every device."""
+def generators_from_seeds(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per seed: a seed means the same image on every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def seeded(seed: int | Sequence[int] | None, generator: Generator, number: int) -> Generator:
-    """``generator``, or one for each of ``number`` pictures.
+def resolve_generator(
+    seed: int | Sequence[int] | None, generator: Generator, number: int
+) -> Generator:
+    """``generator``, or one for each of ``number`` images.
 
     Raises:
         ValueError: if both are given, or too few seeds.
@@ -36,8 +38,8 @@ def seeded(seed: int | Sequence[int] | None, generator: Generator, number: int) 
         raise ValueError("seed and generator are both given; give one of them")
     seeds = range(seed, seed + number) if isinstance(seed, int) else list(seed)
     if len(seeds) != number:
-        raise ValueError(f"{len(seeds)} seeds for {number} pictures; give one for each")
-    return generators(seeds)
+        raise ValueError(f"{len(seeds)} seeds for {number} images; give one for each")
+    return generators_from_seeds(seeds)
 
 
 def randn(shape: Sequence[int], generator: Generator, device: torch.device) -> Tensor:
@@ -53,7 +55,7 @@ def randn(shape: Sequence[int], generator: Generator, device: torch.device) -> T
         return randn(shape, generator[0], device)
     if len(generator) != shape[0]:
         raise ValueError(
-            f"{len(generator)} generators for {shape[0]} pictures; give one for each, or one in all"
+            f"{len(generator)} generators for {shape[0]} images; give one for each, or one in all"
         )
     rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
     return torch.stack(rows).to(device)
@@ -72,11 +74,11 @@ def ddpm_step(
         pred: as ``xt``, predicted noise.
         noise: as ``xt``, standard normal.
     """
-    now, then = expand(schedule.alpha_bar(t), xt), expand(schedule.alpha_bar(t_next), xt)
+    now, then = expand_like(schedule.alpha_bar(t), xt), expand_like(schedule.alpha_bar(t_next), xt)
     alpha = now / then
     mean = (xt - (1 - alpha) * pred / (1 - now).sqrt()) / alpha.sqrt()
     std = ((1 - alpha) * (1 - then) / (1 - now)).sqrt()
-    return mean + std * noise * expand(t_next != 0, xt)
+    return mean + std * noise * expand_like(t_next != 0, xt)
 
 
 def ddim_step(
@@ -97,22 +99,22 @@ def timesteps(num_steps: int) -> list[float]:
     return torch.linspace(1, 0, num_steps + 1).tolist()
 
 
-def check_method(method: str) -> None:
+def check_sampler(method: str) -> None:
     """Refuse another sampler than there is.
 
     Raises:
         ValueError: naming those there are.
     """
-    if method not in get_args(Method):
+    if method not in get_args(SamplerName):
         raise ValueError(f"sampler={method!r} is unknown; use 'ddpm' or 'ddim'")
 
 
-def schedule_times(num_steps: int, given: Sequence[float] | None) -> list[float]:
+def resolve_timesteps(num_steps: int, given: Sequence[float] | None) -> list[float]:
     """``given`` times if they can be sampled along, else so many equal steps."""
-    return timesteps(num_steps) if given is None else check_times(given)
+    return timesteps(num_steps) if given is None else check_timesteps(given)
 
 
-def check_times(times: Sequence[float]) -> list[float]:
+def check_timesteps(times: Sequence[float]) -> list[float]:
     """Times that can be sampled along.
 
     Raises:
@@ -134,7 +136,7 @@ def sample(
     generator: Generator,
     *,
     schedule: CosineSchedule,
-    method: Method = "ddpm",
+    method: SamplerName = "ddpm",
     on_step: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Follow ``denoise`` from ``x`` along ``times``.
@@ -154,7 +156,7 @@ def sample(
     Raises:
         ValueError: for another method.
     """
-    check_method(method)
+    check_sampler(method)
     for i, (now, then) in enumerate(itertools.pairwise(times)):
         t, t_next = (torch.full((len(x),), v, device=x.device) for v in (now, then))
         pred = denoise(x, i)

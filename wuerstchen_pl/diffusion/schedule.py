@@ -37,16 +37,16 @@ class CosineSchedule:
             t: (B,) time in [0, 1].
             noise: as ``x0``, standard normal; passed in, so that it can be fixed.
         """
-        alpha_bar = expand(self.alpha_bar(t), x0)
+        alpha_bar = expand_like(self.alpha_bar(t), x0)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
     def predict_x0(self, xt: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The x_0 from which ``noise`` leads to ``xt``; the inverse of ``add_noise``."""
-        alpha_bar = expand(self.alpha_bar(t), xt)
+        alpha_bar = expand_like(self.alpha_bar(t), xt)
         return (xt - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
 
 
-def draw_time(uniform: Tensor) -> Tensor:
+def sample_timesteps(uniform: Tensor) -> Tensor:
     """(B,) in [0, 1) -> (B,) training times, clamp(1.08 (1 - u) + 0.001, 0.001, 1).
 
     The published code's draw: 7.3 % of the times are exactly 1.
@@ -54,6 +54,6 @@ def draw_time(uniform: Tensor) -> Tensor:
     return (1.08 * (1 - uniform.float()) + 0.001).clamp(0.001, 1.0)
 
 
-def expand(values: Tensor, like: Tensor) -> Tensor:
+def expand_like(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, ...), to multiply ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))

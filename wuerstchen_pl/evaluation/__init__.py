@@ -1,1 +1,1 @@
-"""How good the pictures are: prompts -> a folder of pictures -> scores -> a report."""
+"""How good the images are: prompts -> a folder of images -> scores -> a report."""

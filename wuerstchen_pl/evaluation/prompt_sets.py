@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def read(path: str) -> list[str]:
+def read_prompts(path: str) -> list[str]:
     """The prompts of a file, by its ending.
 
     ``.json``: COCO's captions, the first of each image in the order of their numbers. ``.jsonl``:
@@ -34,7 +34,7 @@ def read(path: str) -> list[str]:
     return prompts
 
 
-def some(prompts: list[str], number: int | None, seed: int) -> list[str]:
+def subsample(prompts: list[str], number: int | None, seed: int) -> list[str]:
     """So many of the prompts, drawn once for a seed and left in their order; None takes all."""
     if number is None or number >= len(prompts):
         return prompts

@@ -9,31 +9,31 @@ from typing import Any
 
 from torch import Tensor
 
-from wuerstchen_pl.evaluation import own_data, pictures, report
-from wuerstchen_pl.evaluation.data import DataPictures, configured
-from wuerstchen_pl.evaluation.drawing import Process, Wanted, draw_into
-from wuerstchen_pl.evaluation.folder import Folder, check_same_number
-from wuerstchen_pl.evaluation.plan import DATA, OF_SETS, Plan
-from wuerstchen_pl.evaluation.prompt_sets import read, some
-from wuerstchen_pl.fingerprint import of_weights
-from wuerstchen_pl.metrics.distances import check_enough
-from wuerstchen_pl.metrics.score import Score
-from wuerstchen_pl.pipeline.cascade import Cascade
+from wuerstchen_pl.evaluation import dataset_metrics, image_metrics, report
+from wuerstchen_pl.evaluation.datasets import DatasetImages, data_from_yaml
+from wuerstchen_pl.evaluation.generation import DistInfo, GenerationRequest, generate_into
+from wuerstchen_pl.evaluation.image_folder import ImageFolder, check_same_number
+from wuerstchen_pl.evaluation.metrics.distances import check_enough
+from wuerstchen_pl.evaluation.metrics.score import Score
+from wuerstchen_pl.evaluation.plan import SET_METRICS, TRAINING_DATA, EvaluationPlan
+from wuerstchen_pl.evaluation.prompt_sets import read_prompts, subsample
+from wuerstchen_pl.models.fingerprint import weights_fingerprint
+from wuerstchen_pl.pipelines.cascade import CascadePipeline
 
-PICTURES = "pictures"
-"""The folder, in that of the report, that pictures are drawn into."""
+IMAGES = "images"
+"""The folder, in that of the report, that images are drawn into."""
 YAML = (".yaml", ".yml")
 SIDE = 64
-"""Of a picture in pixels, where nothing else is said."""
+"""Of an image in pixels, where nothing else is said."""
 
 
 @dataclass
-class Subject:
+class EvalTarget:
     """What is evaluated."""
 
     facts: dict[str, Any]
     """That name it, for the report."""
-    pipeline: Cascade | None = None
+    pipeline: CascadePipeline | None = None
     """Draws; None if there is nothing to draw."""
     stages: dict[str, Any] = field(default_factory=dict)
     """As of ``denoisers``, for their losses."""
@@ -43,7 +43,7 @@ class Subject:
     """Features of the reference, of an evaluation before."""
 
 
-def denoisers(stage: Any) -> dict[str, Any]:
+def stages_with_loss(stage: Any) -> dict[str, Any]:
     """Those with a validation loss: ``b`` and ``c`` of a Stage C, ``ldm`` of the baseline."""
     if hasattr(stage.decoder, "compressor"):
         return {"b": stage.decoder, "c": stage}
@@ -51,51 +51,53 @@ def denoisers(stage: Any) -> dict[str, Any]:
 
 
 def evaluate(
-    plan: Plan, subject: Subject, folder: Path, process: Process
+    plan: EvaluationPlan, subject: EvalTarget, folder: Path, process: DistInfo
 ) -> dict[str, Score] | None:
     """Draw, measure, report.
 
     Args:
         plan: what to measure.
         subject: of what.
-        folder: for pictures and report.
+        folder: for images and report.
         process: of several, which draw together; the first measures, and the others get None.
 
     Raises:
-        ValueError: if something does not fit; the pictures that were drawn are kept.
+        ValueError: if something does not fit; the images that were drawn are kept.
     """
-    judged: Folder | None = None if plan.images is None or not plan.judges else given(plan)
-    wanted, own = wanted_by(plan, subject.data) if plan.draws else ([], [])
-    others = [Folder(Path(each), key="against") for each in plan.against]
-    reference = reference_of(plan, subject)
-    check(plan, len(wanted if judged is None else judged), reference, others)
+    judged: ImageFolder | None = (
+        None if plan.images is None or not plan.judges else given_images(plan)
+    )
+    wanted, own = generation_requests(plan, subject.data) if plan.draws else ([], [])
+    others = [ImageFolder(Path(each), key="baselines") for each in plan.baselines]
+    reference = reference_images(plan, subject)
+    check_plan(plan, len(wanted if judged is None else judged), reference, others)
     weights = {}
     if subject.pipeline is not None:
-        weights = {"weights_sha256": of_weights(subject.pipeline.modules)}
+        weights = {"weights_sha256": weights_fingerprint(subject.pipeline.modules)}
     facts = {**subject.facts, **weights}
     if plan.draws:
         assert subject.pipeline is not None
         facts |= {"settings": vars(plan.settings), "seed": plan.seed, "prompts": plan.prompts}
-        path = folder / PICTURES
-        draw_into(path, wanted, subject.pipeline, plan.settings, weights, process)
+        path = folder / IMAGES
+        generate_into(path, wanted, subject.pipeline, plan.settings, weights, process)
     if process.rank != 0:
         return None
     if plan.draws:
-        judged = Folder(folder / PICTURES, key="output_dir")
-    of_drawn = {} if judged is None else scores_of(judged, plan, subject, own, reference, others)
-    of_networks = scores_of_networks(plan, subject)
-    report.write(folder, facts, of_networks, of_drawn, judged)
+        judged = ImageFolder(folder / IMAGES, key="output_dir")
+    of_drawn = {} if judged is None else image_scores(judged, plan, subject, own, reference, others)
+    of_networks = network_scores(plan, subject)
+    report.write_report(folder, facts, of_networks, of_drawn, judged)
     return {**of_drawn, **of_networks}
 
 
-def check(
-    plan: Plan, number: int, reference: Iterable[Tensor] | None, others: list[Folder]
+def check_plan(
+    plan: EvaluationPlan, number: int, reference: Iterable[Tensor] | None, others: list[ImageFolder]
 ) -> None:
     """Refuse what could not be measured once everything is drawn.
 
     Args:
         plan: what to measure.
-        number: of pictures that there will be.
+        number: of images that there will be.
         reference: to compare with.
         others: to win against.
 
@@ -105,91 +107,101 @@ def check(
     for other in others:
         check_same_number(number, other)
     for name in {"fid", "kid"} & set(plan.metric):
-        assert plan.features is not None
-        known = [len(reference)] if isinstance(reference, Folder) else []
-        check_enough(name, plan.features.width, number, *known)
+        assert plan.fid_features is not None
+        known = [len(reference)] if isinstance(reference, ImageFolder) else []
+        check_enough(name, plan.fid_features.width, number, *known)
 
 
-def wanted_by(plan: Plan, data: Any) -> tuple[list[Wanted], list[int]]:
-    """The pictures to draw; and of captions of the data, the places of their own pictures."""
-    if plan.prompts == DATA or plan.prompts.endswith(YAML):
-        named = data if plan.prompts == DATA else configured(Path(plan.prompts))
-        chosen = DataPictures(named).captioned(plan.num_prompts)
-        wanted = [Wanted(c.caption, plan.seed + c.place, c.height, c.width) for c in chosen]
+def generation_requests(
+    plan: EvaluationPlan, data: Any
+) -> tuple[list[GenerationRequest], list[int]]:
+    """The images to draw; and of captions of the data, the places of their own images."""
+    if plan.prompts == TRAINING_DATA or plan.prompts.endswith(YAML):
+        named = data if plan.prompts == TRAINING_DATA else data_from_yaml(Path(plan.prompts))
+        chosen = DatasetImages(named).captioned(plan.num_prompts)
+        wanted = [
+            GenerationRequest(c.caption, plan.seed + c.place, c.height, c.width) for c in chosen
+        ]
         return wanted, [c.place for c in chosen]
     height, width = plan.height or SIDE, plan.width or SIDE
-    return [Wanted(p, plan.seed + i, height, width) for i, p in enumerate(prompts_of(plan))], []
+    return [
+        GenerationRequest(p, plan.seed + i, height, width) for i, p in enumerate(file_prompts(plan))
+    ], []
 
 
-def number_of(plan: Plan) -> int:
-    """How many pictures there will be, as far as the plan knows; of data, at most."""
-    if plan.prompts == DATA or plan.prompts.endswith(YAML):
+def num_images(plan: EvaluationPlan) -> int:
+    """How many images there will be, as far as the plan knows; of data, at most."""
+    if plan.prompts == TRAINING_DATA or plan.prompts.endswith(YAML):
         return plan.num_prompts or sys.maxsize
-    return len(prompts_of(plan))
+    return len(file_prompts(plan))
 
 
-def prompts_of(plan: Plan) -> list[str]:
+def file_prompts(plan: EvaluationPlan) -> list[str]:
     """The prompts of a file, as many as the plan wants."""
-    return some(read(plan.prompts), plan.num_prompts, plan.seed)
+    return subsample(read_prompts(plan.prompts), plan.num_prompts, plan.seed)
 
 
-def given(plan: Plan) -> Folder:
-    """The pictures that the plan names; a warning if they have several sizes."""
+def given_images(plan: EvaluationPlan) -> ImageFolder:
+    """The images that the plan names; a warning if they have several sizes."""
     assert plan.images is not None
     prompts = None
-    if plan.prompts != DATA:
-        prompts = [each.prompt for each in wanted_by(plan, None)[0]]
-    judged = Folder(Path(plan.images), prompts=prompts)
+    if plan.prompts != TRAINING_DATA:
+        prompts = [each.prompt for each in generation_requests(plan, None)[0]]
+    judged = ImageFolder(Path(plan.images), prompts=prompts)
     if len(sizes := judged.sizes()) > 1:
         told = " and ".join(f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
         warnings.warn(
-            f"{judged.key}={judged.path} holds pictures of {len(sizes)} sizes, {told} px among "
+            f"{judged.key}={judged.path} holds images of {len(sizes)} sizes, {told} px among "
             "them; each is resized by its shorter side, and its middle is taken",
             stacklevel=2,
         )
     return judged
 
 
-def reference_of(plan: Plan, subject: Subject) -> Folder | DataPictures | None:
+def reference_images(
+    plan: EvaluationPlan, subject: EvalTarget
+) -> ImageFolder | DatasetImages | None:
     """What ``fid`` and ``kid`` compare with."""
     if not {"fid", "kid"} & set(plan.metric):
         return None
-    if plan.reference == DATA:
-        return DataPictures(subject.data)
+    if plan.reference == TRAINING_DATA:
+        return DatasetImages(subject.data)
     if plan.reference.endswith(YAML):
-        return DataPictures(configured(Path(plan.reference)))
-    return Folder(Path(plan.reference), key="reference")
+        return DatasetImages(data_from_yaml(Path(plan.reference)))
+    return ImageFolder(Path(plan.reference), key="reference")
 
 
-def scores_of(
-    judged: Folder,
-    plan: Plan,
-    subject: Subject,
+def image_scores(
+    judged: ImageFolder,
+    plan: EvaluationPlan,
+    subject: EvalTarget,
     own: list[int],
-    reference: Folder | DataPictures | None,
-    others: list[Folder],
+    reference: ImageFolder | DatasetImages | None,
+    others: list[ImageFolder],
 ) -> dict[str, Score]:
-    """Scores of the pictures."""
+    """Scores of the images."""
     found: dict[str, Score] = {}
-    if any(name in OF_SETS for name in plan.metric):
-        assert plan.features is not None
-        found |= pictures.of_sets(
-            plan.metric, judged, plan.features, reference, plan.cache_dir, subject.kept
+    if any(name in SET_METRICS for name in plan.metric):
+        assert plan.fid_features is not None
+        found |= image_metrics.set_metrics(
+            plan.metric, judged, plan.fid_features, reference, plan.cache_dir, subject.kept
         )
     if "clip" in plan.metric:
         assert plan.clip is not None
-        found["clip"] = pictures.of_texts(judged, plan.clip, "clip")
+        found["clip"] = image_metrics.text_metric(judged, plan.clip, "clip")
     if "pickscore" in plan.metric:
         assert plan.pickscore is not None
-        found["pickscore"] = pictures.of_texts(judged, plan.pickscore, "pickscore")
-        found |= pictures.win_rates(judged, others, found["pickscore"], plan.pickscore)
+        found["pickscore"] = image_metrics.text_metric(judged, plan.pickscore, "pickscore")
+        found |= image_metrics.win_rates(judged, others, found["pickscore"], plan.pickscore)
     if "retrieval" in plan.metric:
         assert subject.pipeline is not None
-        found |= own_data.retrievals(judged, own, DataPictures(subject.data), subject.pipeline)
+        found |= dataset_metrics.retrievals(
+            judged, own, DatasetImages(subject.data), subject.pipeline
+        )
     return found
 
 
-def scores_of_networks(plan: Plan, subject: Subject) -> dict[str, Score]:
+def network_scores(plan: EvaluationPlan, subject: EvalTarget) -> dict[str, Score]:
     """Scores of the model on its own data."""
     found: dict[str, Score] = {}
     if not plan.of_networks:
@@ -197,10 +209,10 @@ def scores_of_networks(plan: Plan, subject: Subject) -> dict[str, Score]:
     pipeline, data = subject.pipeline, subject.data
     assert pipeline is not None
     if "reconstruction" in plan.metric:
-        found |= own_data.reconstructions(pipeline, data, plan.settings, plan.lpips)
+        found |= dataset_metrics.reconstructions(pipeline, data, plan.settings, plan.lpips)
     if "rfid" in plan.metric:
-        assert plan.features is not None
-        found |= own_data.rfid(pipeline, data, plan.settings, plan.features)
+        assert plan.fid_features is not None
+        found |= dataset_metrics.rfid(pipeline, data, plan.settings, plan.fid_features)
     if "validation_loss" in plan.metric:
-        found |= own_data.validation_losses(subject.stages, data)
+        found |= dataset_metrics.validation_losses(subject.stages, data)
     return found

@@ -1,7 +1,7 @@
 """The Semantic Compressor: images -> the semantic latents in which Stage C works.
 
-Wuerstchen (arXiv 2306.00637), section 3.2: features of a picture at 0.75 of its size, mapped to 16
-channels by a 1x1 convolution and normalised. It is trained together with Stage B.
+Wuerstchen (arXiv 2306.00637), section 3.2: features of an image at 0.75 of its size, mapped to 16
+channels by a 1x1 convolution and normalized. It is trained together with Stage B.
 """
 
 import math
@@ -12,19 +12,19 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from wuerstchen_pl.models.all_processes import GlobalBatchNorm2d, globalise
+from wuerstchen_pl.distributed.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class SemanticCompressor(nn.Module):
-    """Resize, normalise, backbone, 1x1 convolution, batch norm.
+    """Resize, normalize, backbone, 1x1 convolution, batch norm.
 
     Args:
         backbone: image features; has ``channels`` and ``stride``.
         latent_channels: channels of the semantic latents, 16 as published.
-        resize: factor by which pictures are resized first; 1024 px are seen at 768.
+        resize: factor by which images are resized first; 1024 px are seen at 768.
     """
 
     mean: Tensor
@@ -39,7 +39,7 @@ class SemanticCompressor(nn.Module):
         self.latent_channels = latent_channels
         self.resize = resize
         self.mapper = nn.Conv2d(backbone.channels, latent_channels, 1, bias=False)
-        self.norm = GlobalBatchNorm2d(latent_channels)
+        self.norm = SyncBatchNorm2d(latent_channels)
         # on the CPU: a network that is built on the meta device gets them from no file
         mean, std = (torch.tensor(v, device="cpu") for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("mean", mean[:, None, None], persistent=False)
@@ -51,11 +51,11 @@ class SemanticCompressor(nn.Module):
         return self.backbone.stride / self.resize
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The size at which a picture of (height, width) pixels is seen."""
+        """The size at which an image of (height, width) pixels is seen."""
         return round(height * self.resize), round(width * self.resize)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Semantic positions (h, w) of a picture: 24 x 24 for 1024 px as published."""
+        """Semantic positions (h, w) of an image: 24 x 24 for 1024 px as published."""
         h, w = self.resized(height, width)
         return math.ceil(h / self.backbone.stride), math.ceil(w / self.backbone.stride)
 
@@ -85,15 +85,15 @@ class EfficientNet(nn.Module):
         net = build(weights="DEFAULT" if weights == "imagenet" else None)
         if weights not in (None, "imagenet"):
             net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.features = globalise(net.features)
+        self.features = convert_sync_batchnorm(net.features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised -> (B, 1280, ceil(H/32), ceil(W/32))."""
+        """(B, 3, H, W) normalized -> (B, 1280, ceil(H/32), ceil(W/32))."""
         return self.features(images)
 
 
 class ConvBackbone(nn.Module):
-    """A small stack of stride-2 convolutions, for pictures of 64 px and laptops.
+    """A small stack of stride-2 convolutions, for images of 64 px and laptops.
 
     Args:
         width: channels after the first convolution; doubled by each further one.

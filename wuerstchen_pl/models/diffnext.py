@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_pl.models.conditions import Digest, Inputs, as_many, digest
+from wuerstchen_pl.models.conditioning import (
+    BlockInputs,
+    CachedConditioning,
+    cache_conditioning,
+    tile_batch,
+)
 from wuerstchen_pl.models.layers import (
     Block,
     LayerNorm2d,
@@ -28,7 +33,7 @@ def match_size(semantic: Tensor, size: tuple[int, int]) -> Tensor:
     )
 
 
-class Level(nn.Module):
+class UNetLevel(nn.Module):
     """The blocks of one resolution on one side of the U.
 
     Args:
@@ -70,16 +75,19 @@ class Level(nn.Module):
 
     def inputs(
         self, time: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
-    ) -> list[Inputs]:
+    ) -> list[BlockInputs]:
         """What each block reads; the semantic latents are brought to ``size``, the level's."""
         mapped = None
         if self.semantic_mapper is not None and semantic is not None:
             resized = match_size(semantic, size).to(self.semantic_mapper.weight.dtype)
             mapped = self.semantic_mapper(resized.contiguous(memory_format=torch.channels_last))
-        return [Inputs(time, text, mapped)] * len(self.blocks)
+        return [BlockInputs(time, text, mapped)] * len(self.blocks)
 
     def forward(
-        self, x: Tensor, given: Iterator[Inputs | Digest], skip: Tensor | None = None
+        self,
+        x: Tensor,
+        given: Iterator[BlockInputs | CachedConditioning],
+        skip: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W); ``skip`` (B, skip_dim, H, W) enters the first block."""
         for j, block in enumerate(self.blocks):
@@ -143,8 +151,8 @@ class DiffNeXt(nn.Module):
         self.stem = nn.Conv2d(latent_channels * patch_size**2, widths[0], 1)
         self.stem_norm = LayerNorm2d(widths[0])
 
-        def level(i: int, blocks: int, skip_dim: int) -> Level:
-            return Level(
+        def level(i: int, blocks: int, skip_dim: int) -> UNetLevel:
+            return UNetLevel(
                 widths[i],
                 num_blocks=blocks,
                 num_heads=num_heads[i],
@@ -188,7 +196,7 @@ class DiffNeXt(nn.Module):
 
     def inputs(
         self, t: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
-    ) -> list[Inputs]:
+    ) -> list[BlockInputs]:
         """What each block reads, from the first level down to the last one up.
 
         Args:
@@ -202,19 +210,21 @@ class DiffNeXt(nn.Module):
             text = self.text_mapper(text.to(self.text_mapper.weight.dtype))
             text = F.layer_norm(text, (self.cond_dim,), eps=1e-6)
         folds = [self.patch_size * 2**i for i in range(len(self.down))]
-        found: list[Inputs] = []
+        found: list[BlockInputs] = []
         for level, fold in zip([*self.down, *self.up], [*folds, *reversed(folds)], strict=True):
             found += level.inputs(time, semantic, text, (size[0] // fold, size[1] // fold))
         return found
 
-    def digest(
+    def cache_conditioning(
         self, times: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
-    ) -> list[Digest]:
+    ) -> list[CachedConditioning]:
         """What each block needs of (T,) times to come and the rest, as of ``inputs``."""
         blocks = [block for level in (*self.down, *self.up) for block in level.blocks]
-        return digest(blocks, self.inputs(times, semantic, text, size))
+        return cache_conditioning(blocks, self.inputs(times, semantic, text, size))
 
-    def heads(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> tuple[Tensor, Tensor]:
+    def heads(
+        self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
+    ) -> tuple[Tensor, Tensor]:
         """The two heads a and b, (B, C, H, W) float32 each; arguments as of ``step``."""
         x = F.pixel_unshuffle(xt.to(self.stem.weight.dtype), self.patch_size)
         x = self.stem_norm(self.stem(x.contiguous(memory_format=torch.channels_last)))
@@ -236,13 +246,15 @@ class DiffNeXt(nn.Module):
         a, b = out.chunk(2, dim=1)
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
-    def step(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> Tensor:
-        """(B, C, H, W) noised latents, and each block's inputs or digest -> the noise, float32.
+    def predict_noise(
+        self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
+    ) -> Tensor:
+        """(B, C, H, W) noised latents, and each block's inputs or conditioning -> the noise, float32.
 
         Conditions of k B rows give k predictions of each, (k B, C, H, W).
         """
         a, b = self.heads(xt, given)
-        return (as_many(xt.float(), a) - a) / b
+        return (tile_batch(xt.float(), a) - a) / b
 
     def forward(
         self, xt: Tensor, t: Tensor, semantic: Tensor, text: Tensor | None = None
@@ -259,4 +271,4 @@ class DiffNeXt(nn.Module):
             (B, C, H, W) float32.
         """
         size = (xt.shape[-2], xt.shape[-1])
-        return self.step(xt, self.inputs(t, semantic, text, size))
+        return self.predict_noise(xt, self.inputs(t, semantic, text, size))

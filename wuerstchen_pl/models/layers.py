@@ -1,6 +1,6 @@
 """Blocks shared by the denoisers of Stage B and Stage C.
 
-Re-implementation of the published networks (dome272/Wuerstchen, MIT licence), which are made of
+Re-implementation of the published networks (dome272/Wuerstchen, MIT license), which are made of
 ConvNeXt V2 blocks (Woo et al. 2023, arXiv 2301.00808), scale-and-shift time conditioning and
 attention to the pixels and the condition at once. Differences, all of layout and none of value:
 tensors stay channels-last inside a network, the three projections of attention are one product,
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_pl.models.conditions import Digest, Inputs, as_many
-from wuerstchen_pl.models.response_norm import GeluResponseNorm
+from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning, tile_batch
+from wuerstchen_pl.models.grn import GeluGRN
 
 LAYER_NORM_EPS = 1e-6
 
@@ -99,29 +99,34 @@ class ResBlock(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.norm = LayerNorm2d(channels)
-        self.own = channels + skip_channels
-        self.expand = nn.Linear(self.own + semantic_channels, channels * 4)
-        self.response_norm = GeluResponseNorm(channels * 4)
+        self.main_channels = channels + skip_channels
+        self.expand = nn.Linear(self.main_channels + semantic_channels, channels * 4)
+        self.grn = GeluGRN(channels * 4)
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(channels * 4, channels)
 
-    def share(self, semantic: Tensor) -> Tensor:
+    def semantic_proj(self, semantic: Tensor) -> Tensor:
         """(B, semantic_channels, H, W) -> (B, H, W, 4C): W [x; e] + b is W_x x + (W_e e + b)."""
-        weight = self.expand.weight[:, self.own :]
+        weight = self.expand.weight[:, self.main_channels :]
         return F.linear(semantic.permute(0, 2, 3, 1), weight, self.expand.bias)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None, share: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), (B, skip_channels, H, W) and ``share`` of the latents -> (B, C, H, W)."""
+    def forward(
+        self, x: Tensor, skip: Tensor | None = None, semantic_proj: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, H, W), (B, skip_channels, H, W) and ``semantic_proj`` of the latents -> (B, C, H, W)."""
         h = self.norm(self.depthwise(x))
         if skip is not None:
-            h = torch.cat([h, as_many(skip.to(h.dtype), h)], dim=1)
+            h = torch.cat([h, tile_batch(skip.to(h.dtype), h)], dim=1)
         h = h.permute(0, 2, 3, 1)
-        if share is None:
+        if semantic_proj is None:
             h = self.expand(h)
         else:
-            h = as_many(F.linear(h, self.expand.weight[:, : self.own]), share) + share
-        h = self.project(self.dropout(self.response_norm(h)))
-        return as_many(x, h) + h.permute(0, 3, 1, 2)
+            h = (
+                tile_batch(F.linear(h, self.expand.weight[:, : self.main_channels]), semantic_proj)
+                + semantic_proj
+            )
+        h = self.project(self.dropout(self.grn(h)))
+        return tile_batch(x, h) + h.permute(0, 3, 1, 2)
 
 
 class TimestepBlock(nn.Module):
@@ -151,7 +156,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, channels * 3)
         self.out = nn.Linear(channels, channels)
 
-    def keys_and_values(self, cond: Tensor) -> tuple[Tensor, Tensor]:
+    def project_kv(self, cond: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, C) condition -> its keys and values, (B, heads, L, C / heads) each."""
         width = cond.shape[-1]
         kv = F.linear(cond, self.qkv.weight[width:], self.qkv.bias[width:])
@@ -192,11 +197,11 @@ class AttentionBlock(nn.Module):
         self.attention = Attention(channels, num_heads, dropout=dropout)
         self.cond_mapper = nn.Linear(cond_dim, channels) if cond_dim is not None else None
 
-    def keys_and_values(self, cond: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def project_kv(self, cond: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """(B, L, cond_dim) -> the condition's keys and values, or none of a block without."""
         if cond is None or self.cond_mapper is None:
             return None, None
-        return self.attention.keys_and_values(self.cond_mapper(F.silu(cond)))
+        return self.attention.project_kv(self.cond_mapper(F.silu(cond)))
 
     def forward(self, x: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
         """(B, C, H, W), and the condition's keys and values, or none -> (B, C, H, W)."""
@@ -235,20 +240,24 @@ class Block(nn.Module):
             AttentionBlock(channels, cond_dim, num_heads, dropout=dropout) if num_heads else None
         )
 
-    def digest(self, inputs: Inputs) -> Digest:
+    def cache_conditioning(self, inputs: BlockInputs) -> CachedConditioning:
         """What the block needs of its inputs, whatever the latents are."""
-        keys, values = self.attn.keys_and_values(inputs.cond) if self.attn else (None, None)
-        share = None if inputs.semantic is None else self.res.share(inputs.semantic)
+        keys, values = self.attn.project_kv(inputs.cond) if self.attn else (None, None)
+        semantic_proj = None if inputs.semantic is None else self.res.semantic_proj(inputs.semantic)
         modulation = self.time.mapper(inputs.time.to(self.time.mapper.weight.dtype))
-        return Digest(modulation, keys, values, share)
+        return CachedConditioning(modulation, keys, values, semantic_proj)
 
-    def forward(self, x: Tensor, given: Inputs | Digest, skip: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), the inputs or their digest -> (B, C, H, W)."""
-        digest = given if isinstance(given, Digest) else self.digest(given)
-        x = self.time(self.res(x, skip, digest.share), digest.modulation)
+    def forward(
+        self, x: Tensor, given: BlockInputs | CachedConditioning, skip: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, H, W), the inputs or their conditioning -> (B, C, H, W)."""
+        conditioning = (
+            given if isinstance(given, CachedConditioning) else self.cache_conditioning(given)
+        )
+        x = self.time(self.res(x, skip, conditioning.semantic_proj), conditioning.modulation)
         if self.attn is None:
             return x
-        return self.attn(as_many(x, digest.keys), digest.keys, digest.values)
+        return self.attn(tile_batch(x, conditioning.keys), conditioning.keys, conditioning.values)
 
     def scale_residual(self, depth: int) -> None:
         """Start ``depth`` residual blocks at a total variance of one, and time without effect."""

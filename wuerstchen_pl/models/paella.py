@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wuerstchen_pl.models.grn import GeluGRN
 from wuerstchen_pl.models.layers import (
     LAYER_NORM_EPS,
     AttentionBlock,
@@ -24,10 +25,9 @@ from wuerstchen_pl.models.layers import (
     upsamplers,
     xavier_init,
 )
-from wuerstchen_pl.models.response_norm import GeluResponseNorm
 
 
-class ResBlock(nn.Module):
+class PaellaResBlock(nn.Module):
     """ConvNeXt V2 block, where a skip enters the depthwise convolution.
 
     Its C groups then read two channels each of [x, skip]: half of them ``x`` alone, half the skip.
@@ -39,7 +39,7 @@ class ResBlock(nn.Module):
         self.depthwise = nn.Conv2d(seen, channels, 3, padding=1, groups=channels)
         self.norm = LayerNorm2d(channels)
         self.expand = nn.Linear(channels, channels * 4)
-        self.response_norm = GeluResponseNorm(channels * 4)
+        self.grn = GeluGRN(channels * 4)
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(channels * 4, channels)
 
@@ -47,26 +47,28 @@ class ResBlock(nn.Module):
         """(B, C, H, W) and (B, skip_channels, H, W) -> (B, C, H, W)."""
         seen = x if skip is None else torch.cat([x, skip], dim=1)
         h = self.expand(self.norm(self.depthwise(seen)).permute(0, 2, 3, 1))
-        return x + self.project(self.dropout(self.response_norm(h))).permute(0, 3, 1, 2)
+        return x + self.project(self.dropout(self.grn(h))).permute(0, 3, 1, 2)
 
 
-class Block(nn.Module):
+class PaellaBlock(nn.Module):
     """Residual block, time, and attention where the level has heads."""
 
-    def __init__(self, res: ResBlock, time: TimestepBlock, attn: AttentionBlock | None) -> None:
+    def __init__(
+        self, res: PaellaResBlock, time: TimestepBlock, attn: AttentionBlock | None
+    ) -> None:
         super().__init__()
         self.res, self.time, self.attn = res, time, attn
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor, skip: Tensor | None) -> Tensor:
         """(B, C, H, W), (B, time_dim), (B, L, cond_dim), (B, C, H, W) -> (B, C, H, W)."""
         x = self.time(self.res(x, skip), self.time.mapper(time))
-        return self.attn(x, *self.attn.keys_and_values(cond)) if self.attn is not None else x
+        return self.attn(x, *self.attn.project_kv(cond)) if self.attn is not None else x
 
 
-class Level(nn.Module):
+class PaellaLevel(nn.Module):
     """The blocks of one resolution on one side of the U."""
 
-    def __init__(self, blocks: Iterable[Block]) -> None:
+    def __init__(self, blocks: Iterable[PaellaBlock]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
@@ -124,14 +126,14 @@ class Paella(nn.Module):
         self.stem = nn.Conv2d(token_dim * patch_size**2, widths[0], 1)
         self.stem_norm = LayerNorm2d(widths[0])
 
-        def block(c: int, heads: int | None, skip_channels: int) -> Block:
-            res = ResBlock(c, skip_channels=skip_channels, dropout=dropout)
+        def block(c: int, heads: int | None, skip_channels: int) -> PaellaBlock:
+            res = PaellaResBlock(c, skip_channels=skip_channels, dropout=dropout)
             attn = AttentionBlock(c, cond_dim, heads, dropout=dropout) if heads else None
-            return Block(res, TimestepBlock(c, time_dim), attn)
+            return PaellaBlock(res, TimestepBlock(c, time_dim), attn)
 
-        def level(i: int, skip_channels: int) -> Level:
+        def level(i: int, skip_channels: int) -> PaellaLevel:
             skips = (skip_channels if j == 0 else 0 for j in range(num_blocks[i]))
-            return Level(block(widths[i], num_heads[i], c) for c in skips)
+            return PaellaLevel(block(widths[i], num_heads[i], c) for c in skips)
 
         skips = [*widths[:-1], 0]  # the coarsest level goes straight up
         self.down = nn.ModuleList(level(i, 0) for i in range(len(widths)))
@@ -154,7 +156,7 @@ class Paella(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=self.codebook_size**-0.5)
         with torch.no_grad():
             self.classifier.weight.copy_(self.token_embedding.weight[:, :, None, None])
-            for block in (m for m in self.modules() if isinstance(m, Block)):
+            for block in (m for m in self.modules() if isinstance(m, PaellaBlock)):
                 block.res.project.weight.mul_(depth**-0.5)
                 block.time.mapper.weight.zero_()
 
@@ -163,7 +165,7 @@ class Paella(nn.Module):
         """Height and width of the tokens must be multiples of it."""
         return self.patch_size * 2 ** len(self.downsample)
 
-    def digest(self, semantic: Tensor, text: Tensor | None = None) -> Tensor:
+    def cache_conditioning(self, semantic: Tensor, text: Tensor | None = None) -> Tensor:
         """Both conditions, as in ``forward`` -> a set of (B, h * w + L, cond_dim) tokens."""
         dtype = self.semantic_mapper.weight.dtype
         cond = self.semantic_mapper(semantic.to(dtype).flatten(2).transpose(1, 2))
@@ -171,8 +173,8 @@ class Paella(nn.Module):
             cond = torch.cat([cond, self.text_mapper(text.to(dtype))], dim=1)
         return F.layer_norm(cond, (self.cond_dim,), eps=LAYER_NORM_EPS)
 
-    def step(self, tokens: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """Tokens and time as in ``forward``, and the digest of the conditions -> logits."""
+    def predict_logits(self, tokens: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """Tokens and time as in ``forward``, and the conditioning of the conditions -> logits."""
         time = time_embedding(t, self.time_dim).to(self.stem.weight.dtype)
         x = self.token_norm(self.token_embedding(tokens).permute(0, 3, 1, 2))
         x = F.pixel_unshuffle(x, self.patch_size).contiguous(memory_format=torch.channels_last)
@@ -203,4 +205,4 @@ class Paella(nn.Module):
         Returns:
             (B, K, H, W) logits, in the working precision.
         """
-        return self.step(tokens, t, self.digest(semantic, text))
+        return self.predict_logits(tokens, t, self.cache_conditioning(semantic, text))

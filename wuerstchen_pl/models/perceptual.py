@@ -1,6 +1,6 @@
-"""Perceptual distances for Stage A: how far apart two pictures are in a network's features.
+"""Perceptual distances for Stage A: how far apart two images are in a network's features.
 
-A frozen part of training only. Both classes map two batches of pictures to (B,) distances.
+A frozen part of training only. Both classes map two batches of images to (B,) distances.
 """
 
 from collections.abc import Sequence

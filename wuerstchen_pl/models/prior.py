@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_pl.models.conditions import Digest, Inputs, as_many, digest
+from wuerstchen_pl.models.conditioning import (
+    BlockInputs,
+    CachedConditioning,
+    cache_conditioning,
+    tile_batch,
+)
 from wuerstchen_pl.models.layers import Block, LayerNorm2d, time_embedding, xavier_init
 
 
@@ -64,18 +69,20 @@ class Prior(nn.Module):
             if isinstance(module, Block):
                 module.scale_residual(depth)
 
-    def inputs(self, t: Tensor, text: Tensor) -> list[Inputs]:
+    def inputs(self, t: Tensor, text: Tensor) -> list[BlockInputs]:
         """(B,) or (T,) times and (B, L, D) text states -> what every block reads."""
         mapped = self.text_in(text.to(self.text_in.weight.dtype))
         mapped = self.text_out(F.leaky_relu(mapped, 0.2))
-        return [Inputs(time_embedding(t, self.time_dim), mapped)] * len(self.blocks)
+        return [BlockInputs(time_embedding(t, self.time_dim), mapped)] * len(self.blocks)
 
-    def digest(self, times: Tensor, text: Tensor) -> list[Digest]:
+    def cache_conditioning(self, times: Tensor, text: Tensor) -> list[CachedConditioning]:
         """(T,) times to come and (B, L, D) text states -> what every block needs of them."""
-        return digest(self.blocks, self.inputs(times, text))
+        return cache_conditioning(self.blocks, self.inputs(times, text))
 
-    def step(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> Tensor:
-        """(B, C, h, w) noised latents, and each block's inputs or digest -> the noise, float32.
+    def predict_noise(
+        self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
+    ) -> Tensor:
+        """(B, C, h, w) noised latents, and each block's inputs or conditioning -> the noise, float32.
 
         Conditions of k B rows give k predictions of each, (k B, C, h, w).
         """
@@ -83,7 +90,7 @@ class Prior(nn.Module):
         for block, inputs in zip(self.blocks, given, strict=True):
             x = block(x, inputs)
         a, b = self.head(self.norm(x)).float().chunk(2, dim=1)
-        return (as_many(xt.float(), a) - a) / ((1 - b).abs() + 1e-5)
+        return (tile_batch(xt.float(), a) - a) / ((1 - b).abs() + 1e-5)
 
     def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """Predict the noise.
@@ -96,4 +103,4 @@ class Prior(nn.Module):
         Returns:
             (B, C, h, w) float32: the division is too delicate for half precision.
         """
-        return self.step(xt, self.inputs(t, text))
+        return self.predict_noise(xt, self.inputs(t, text))

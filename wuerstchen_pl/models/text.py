@@ -114,7 +114,7 @@ class TextEncoder(nn.Module):
         if any(unicodedata.category(c) == "Cc" and c not in "\t\n\r" for c in prompt):
             raise ValueError(f"prompt={shown} holds a control character; remove it")
         if not any(c.isalnum() for c in prompt):
-            raise ValueError(f"prompt={shown} holds no word; describe the picture in words")
+            raise ValueError(f"prompt={shown} holds no word; describe the image in words")
 
 
 def _after_end(ids: Tensor, end: int) -> Tensor:

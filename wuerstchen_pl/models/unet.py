@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from wuerstchen_pl.models.conditions import Digest, Inputs
+from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
 from wuerstchen_pl.models.diffnext import DiffNeXt
 
 
@@ -66,18 +66,20 @@ class UNet(nn.Module):
         """Height and width of the latents must be multiples of it."""
         return self.net.size_multiple
 
-    def inputs(self, t: Tensor, text: Tensor) -> list[Inputs]:
+    def inputs(self, t: Tensor, text: Tensor) -> list[BlockInputs]:
         """(B,) or (T,) times and (B, L, D) text states -> what every block reads."""
         return self.net.inputs(t, None, text, (0, 0))  # a size is for semantic latents alone
 
-    def digest(self, times: Tensor, text: Tensor) -> list[Digest]:
+    def cache_conditioning(self, times: Tensor, text: Tensor) -> list[CachedConditioning]:
         """(T,) times to come and (B, L, D) text states -> what every block needs of them."""
-        return self.net.digest(times, None, text, (0, 0))
+        return self.net.cache_conditioning(times, None, text, (0, 0))
 
-    def step(self, xt: Tensor, given: Sequence[Inputs | Digest]) -> Tensor:
-        """(B, C, h, w) noised latents, and each block's inputs or digest -> the noise, float32."""
-        return self.net.step(xt, given)
+    def predict_noise(
+        self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
+    ) -> Tensor:
+        """(B, C, h, w) noised latents, and each block's inputs or conditioning -> the noise, float32."""
+        return self.net.predict_noise(xt, given)
 
     def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """(B, C, h, w) noised latents, (B,) times, (B, L, D) text -> the noise, float32."""
-        return self.step(xt, self.inputs(t, text))
+        return self.predict_noise(xt, self.inputs(t, text))

@@ -2,7 +2,7 @@
 
 Wuerstchen (arXiv 2306.00637), section 3.1 and appendix E; published as ``VQModel`` in
 dome272/Wuerstchen (MIT), weights ``vqgan_f4_v1_500k.pt``. Stage B works in the latents *before*
-quantisation; the codebook regularises them while Stage A trains.
+quantization; the codebook regularizes them while Stage A trains.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_pl.models.all_processes import GlobalBatchNorm2d, std_of_all
+from wuerstchen_pl.distributed.sync_batchnorm import SyncBatchNorm2d, global_std
 from wuerstchen_pl.models.layers import LayerNorm2d, xavier_init
 
 
-class Quantized(NamedTuple):
+class QuantizerOutput(NamedTuple):
     """What the codebook makes of latents."""
 
     latents: Tensor  # (B, C, H, W) nearest codes, gradient straight through to the input
@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-neighbour codebook (van den Oord et al. 2017, arXiv 1711.00937, Eq. 1-3)."""
+    """Nearest-neighbor codebook (van den Oord et al. 2017, arXiv 1711.00937, Eq. 1-3)."""
 
     def __init__(self, size: int, channels: int) -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class VectorQuantizer(nn.Module):
         """(B, H, W) int64 -> (B, C, H, W)."""
         return self.codebook(indices).permute(0, 3, 1, 2)
 
-    def forward(self, latents: Tensor) -> Quantized:
+    def forward(self, latents: Tensor) -> QuantizerOutput:
         """(B, C, H, W) -> the nearest codes and the two losses."""
         latents = latents.float()
         indices = self.indices(latents)
         codes = self.lookup(indices)
-        return Quantized(
+        return QuantizerOutput(
             latents=latents + (codes - latents).detach(),
             indices=indices,
             codebook_loss=F.mse_loss(codes, latents.detach()),
@@ -58,7 +58,7 @@ class VectorQuantizer(nn.Module):
         )
 
 
-def codebook_use(uses: Tensor) -> tuple[Tensor, Tensor]:
+def codebook_usage(uses: Tensor) -> tuple[Tensor, Tensor]:
     """How much of a codebook is used.
 
     Args:
@@ -89,19 +89,19 @@ class ScaledResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         scale1, shift1, gate1, scale2, shift2, gate2 = self.gammas
-        spatial = folded(self.depthwise, scale1, shift1, gate1)
+        spatial = fold_affine(self.depthwise, scale1, shift1, gate1)
         padded = F.pad(self.norm(x), (1, 1, 1, 1), mode="replicate")
         x = x + F.conv2d(padded, *spatial, groups=x.shape[1])
-        first = folded(self.expand, scale2, shift2)
-        second = folded(self.project, gate=gate2)
+        first = fold_affine(self.expand, scale2, shift2)
+        second = fold_affine(self.project, gate=gate2)
 
         def mlp(rows: Tensor) -> Tensor:
             return F.linear(F.gelu(F.linear(rows, *first)), *second)
 
-        return x + in_parts(mlp, self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + map_in_chunks(mlp, self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def folded(
+def fold_affine(
     layer: nn.Linear | nn.Conv2d, scale: Tensor | float = 0.0, shift: Tensor | float = 0.0,
     gate: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -111,7 +111,7 @@ def folded(
     return layer.weight * ((1 + scale) * gate), bias * gate
 
 
-def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def map_in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A function of rows, (N, C) -> (N, C), over (B, H, W, C).
 
     Without gradients it takes some rows at a time, which spares most of its memory.
@@ -165,7 +165,7 @@ class VQGAN(nn.Module):
                 )
             self.encoder.add_module(f"block{i}", ScaledResBlock(channels))
         self.to_latent = nn.Conv2d(widths[-1], latent_channels, 1, bias=False)
-        self.latent_norm = GlobalBatchNorm2d(latent_channels)
+        self.latent_norm = SyncBatchNorm2d(latent_channels)
 
         self.quantizer = VectorQuantizer(codebook_size, latent_channels)
 
@@ -195,7 +195,7 @@ class VQGAN(nn.Module):
         x = self.latent_norm(self.to_latent(self.encoder(self.stem(x))).float())
         if self.training and self.measure_scale:
             with torch.no_grad():
-                self.scale_factor.lerp_(std_of_all(x), 0.01)
+                self.scale_factor.lerp_(global_std(x), 0.01)
         return x
 
     def decode(self, latents: Tensor) -> Tensor:

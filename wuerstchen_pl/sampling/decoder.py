@@ -1,4 +1,4 @@
-"""Semantic latents to pictures: sampling of Stage B, and Stage A (arXiv 2306.00637, 3.1, 3.2)."""
+"""Semantic latents to images: sampling of Stage B, and Stage A (arXiv 2306.00637, 3.1, 3.2)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,35 +10,40 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import Generator, Method, schedule_times, seeded
+from wuerstchen_pl.diffusion.sampler import (
+    Generator,
+    SamplerName,
+    resolve_generator,
+    resolve_timesteps,
+)
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
-from wuerstchen_pl.models.conditions import Digest, Inputs
+from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
-from wuerstchen_pl.sampling.loop import Callback, How, denoise
-from wuerstchen_pl.sampling.pictures import (
+from wuerstchen_pl.sampling.device import DevicePlacement
+from wuerstchen_pl.sampling.images import (
     OUTPUT_TYPES,
     ImageOutput,
     OutputType,
-    as_type,
+    center_crop,
     check_output_type,
-    crop,
+    convert_output,
 )
-from wuerstchen_pl.sampling.place import Place
-from wuerstchen_pl.sampling.prior import start
-from wuerstchen_pl.sampling.prompts import Prompts, check_repeats, encode
+from wuerstchen_pl.sampling.loop import DenoiseParams, StepCallback, denoise
+from wuerstchen_pl.sampling.prior import initial_noise
+from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, encode_prompts
 
 
-class DecoderPipeline:
-    """Draws pictures from semantic latents.
+class DecoderSampler:
+    """Draws images from semantic latents.
 
     Args:
         decoder: Stage B's denoiser.
         vqgan: Stage A.
         text_encoder: for a Stage B that reads text.
         latent_dim_scale: Stage A's latents per semantic position, along a side (v1, v2: 10.67).
-        place: the device to work on; the CPU if not given.
+        placement: the device to work on; the CPU if not given.
 
     Raises:
         ValueError: if the denoiser reads text and there is no encoder, or the other way round.
@@ -55,7 +60,7 @@ class DecoderPipeline:
         vqgan: VQGAN,
         text_encoder: TextEncoder | None = None,
         latent_dim_scale: float = 10.67,
-        place: Place | None = None,
+        placement: DevicePlacement | None = None,
     ) -> None:
         if (text_encoder is None) != (decoder.text_dim is None):
             raise ValueError(
@@ -65,8 +70,8 @@ class DecoderPipeline:
         self.decoder, self.vqgan, self.text_encoder = decoder, vqgan, text_encoder
         self.latent_dim_scale = latent_dim_scale
         self.schedule = CosineSchedule()
-        self.place = place or Place()
-        self.step = decoder.step
+        self.placement = placement or DevicePlacement()
+        self.predict_noise = decoder.predict_noise
         self.decode = vqgan.decode
 
     @torch.no_grad()
@@ -83,12 +88,12 @@ class DecoderPipeline:
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] | None = None,
-        sampler: Method = "ddpm",
+        sampler: SamplerName = "ddpm",
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         progress: bool = True,
@@ -103,30 +108,30 @@ class DecoderPipeline:
             timesteps: falling times in [0, 1] instead of equal steps.
             guidance_scale: towards latents and prompt; up to 1 is none.
             negative_prompt: one, or one for each prompt; empty if not given.
-            num_images_per_prompt: pictures of each of the N.
-            generator: of the whole batch, or a list with one for each picture.
+            num_images_per_prompt: images of each of the N.
+            generator: of the whole batch, or a list with one for each image.
             latents: (B, C, H / 4, W / 4) noise to start from.
             output_type: ``pil``, ``np``, ``pt``, or ``latent`` for Stage A's latents.
-            return_dict: False returns the pictures alone.
+            return_dict: False returns the images alone.
             callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
                 those it changed.
             callback_on_step_end_tensor_inputs: names of the tensors that it is given.
             size: (height, width) in pixels; that of the semantic latents if not given.
-            seed: short for ``generator``: one for each picture, or the first of as many as needed.
+            seed: short for ``generator``: one for each image, or the first of as many as needed.
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: likewise.
             progress: show a bar.
 
         Returns:
-            Pictures in [0, 1]; a size that Stage B cannot divide is drawn larger, and cropped.
+            Images in [0, 1]; a size that Stage B cannot divide is drawn larger, and cropped.
 
         Raises:
             ValueError: naming the argument, its value and the fix.
         """
         check_output_type(output_type, OUTPUT_TYPES)
-        how = How(
-            times=schedule_times(num_inference_steps, timesteps),
+        params = DenoiseParams(
+            times=resolve_timesteps(num_inference_steps, timesteps),
             generator=generator,
             guidance=Guidance(
                 scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
@@ -136,50 +141,60 @@ class DecoderPipeline:
             callback_inputs=callback_on_step_end_tensor_inputs or (),
             bar="Stage B" if progress else None,
         )
-        how.check(self.CALLBACK_INPUTS)
+        params.check(self.CALLBACK_INPUTS)
         semantic = self._semantic(image_embeddings, num_images_per_prompt)
         tensors = {"image_embeddings": semantic}
         if self.text_encoder is not None:
             prompts = Prompts(prompt or "", negative_prompt)
-            text = self._text(prompts, len(semantic), guided=how.guidance.on)
+            text = self._text(prompts, len(semantic), guided=params.guidance.on)
             tensors["text_encoder_hidden_states"] = text
-            if how.guidance.on:
+            if params.guidance.on:
                 tensors["negative_prompt_embeds"] = text[len(semantic) :]
         height, width = size or self.size(semantic.shape[-2], semantic.shape[-1])
         shape = (len(semantic), self.decoder.latent_channels, *self.latent_grid(height, width))
-        how = replace(how, generator=seeded(seed, generator, len(semantic)))
-        drawn = self._denoise(start(shape, latents, how.generator, semantic.device), tensors, how)
+        params = replace(params, generator=resolve_generator(seed, generator, len(semantic)))
+        drawn = self._denoise(
+            initial_noise(shape, latents, params.generator, semantic.device), tensors, params
+        )
         if output_type != "latent":
-            with self.place.at_work(self.vqgan):
-                drawn = crop(self.decode(drawn).clamp(0, 1), height, width)
-        found = as_type(drawn, output_type)
+            with self.placement.on_device(self.vqgan):
+                drawn = center_crop(self.decode(drawn).clamp(0, 1), height, width)
+        found = convert_output(drawn, output_type)
         return ImageOutput(found) if return_dict else found
 
-    def _denoise(self, noise: Tensor, tensors: dict[str, Tensor], how: How) -> Tensor:
+    def _denoise(self, noise: Tensor, tensors: dict[str, Tensor], params: DenoiseParams) -> Tensor:
         """Stage A's latents at the last time."""
-        steps = torch.tensor(how.times[:-1], device=noise.device)
-        # digests take 0.5 GB a picture at 1024 px in bfloat16
-        prepare = self.decoder.inputs if self.place.offload else self.decoder.digest
+        steps = torch.tensor(params.times[:-1], device=noise.device)
+        # conditioning take 0.5 GB an image at 1024 px in bfloat16
+        prepare = self.decoder.inputs if self.placement.offload else self.decoder.cache_conditioning
 
-        def digest(tensors: Mapping[str, Tensor]) -> list[Digest] | list[Inputs]:
+        def cache_conditioning(
+            tensors: Mapping[str, Tensor],
+        ) -> list[CachedConditioning] | list[BlockInputs]:
             semantic = tensors["image_embeddings"]
-            if how.guidance.on:
+            if params.guidance.on:
                 semantic = torch.cat([semantic, torch.zeros_like(semantic)])
             text = tensors.get("text_encoder_hidden_states")
             return prepare(steps, semantic, text, (noise.shape[-2], noise.shape[-1]))
 
-        with self.place.at_work(self.decoder):
+        with self.placement.on_device(self.decoder):
             return denoise(
-                self.step, digest, noise, tensors, how, owner=self, schedule=self.schedule
+                self.predict_noise,
+                cache_conditioning,
+                noise,
+                tensors,
+                params,
+                pipeline=self,
+                schedule=self.schedule,
             )
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        """Pixels (height, width) of the picture that (h, w) semantic positions stand for."""
+        """Pixels (height, width) of the image that (h, w) semantic positions stand for."""
         height, width = (int(side * self.latent_dim_scale + 1e-6) for side in (h, w))
         return height * self.vqgan.factor, width * self.vqgan.factor
 
     def latent_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Stage A's latents (H, W) that cover a picture, in steps that Stage B can divide."""
+        """Stage A's latents (H, W) that cover an image, in steps that Stage B can divide."""
         multiple = self.decoder.size_multiple
         pixels = self.vqgan.factor * multiple
         return math.ceil(height / pixels) * multiple, math.ceil(width / pixels) * multiple
@@ -192,16 +207,16 @@ class DecoderPipeline:
             raise ValueError(
                 f"image_embeddings have shape {tuple(semantic.shape)}; give (N, {channels}, h, w)"
             )
-        semantic = semantic.to(self.place.device, torch.float32)
-        return semantic.repeat_interleave(check_repeats(repeats), dim=0)
+        semantic = semantic.to(self.placement.device, torch.float32)
+        return semantic.repeat_interleave(check_num_images(repeats), dim=0)
 
     def _text(self, prompts: Prompts, rows: int, *, guided: bool) -> Tensor:
         encoder = cast(TextEncoder, self.text_encoder)
         number = 1 if isinstance(prompts.prompt, str) else len(prompts.prompt or ())
         if not number or rows % number:
             raise ValueError(
-                f"{number} prompts for {rows} pictures; give one for each, or one in all"
+                f"{number} prompts for {rows} images; give one for each, or one in all"
             )
-        with self.place.at_work(encoder):
-            text = encode(encoder, prompts, repeats=rows // number, guided=guided)
-        return text.to(self.place.device)
+        with self.placement.on_device(encoder):
+            text = encode_prompts(encoder, prompts, repeats=rows // number, guided=guided)
+        return text.to(self.placement.device)

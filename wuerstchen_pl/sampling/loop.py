@@ -9,25 +9,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import Generator, Method, check_method, sample
+from wuerstchen_pl.diffusion.sampler import Generator, SamplerName, check_sampler, sample
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
-from wuerstchen_pl.models.conditions import Digest, Inputs
+from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
 
 Tensors = dict[str, Tensor]
-Callback = Callable[[Any, int, Tensor, dict[str, Tensor | None]], Tensors | None]
+StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor | None]], Tensors | None]
 """(pipeline, step, time, tensors by name) -> those that it changed; None is what there is not."""
-Step = Callable[[Tensor, Sequence[Inputs | Digest]], Tensor]
+PredictNoise = Callable[[Tensor, Sequence[BlockInputs | CachedConditioning]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
+class DenoiseParams:
     """How to denoise; ``times`` fall from the start to 0."""
 
     times: Sequence[float]
     generator: Generator
     guidance: Guidance
-    method: Method = "ddpm"
-    callback: Callback | None = None
+    method: SamplerName = "ddpm"
+    callback: StepCallback | None = None
     callback_inputs: Sequence[str] = ("latents",)
     bar: str | None = None
     """Label of the progress bar; None shows none."""
@@ -41,7 +41,7 @@ class How:
         Raises:
             ValueError: naming the argument and the fix.
         """
-        check_method(self.method)
+        check_sampler(self.method)
         for name in self.callback_inputs:
             if name not in tensors:
                 raise ValueError(
@@ -51,63 +51,67 @@ class How:
 
 
 def denoise(
-    step: Step,
-    digest: Callable[[Mapping[str, Tensor]], Sequence[Inputs | Digest]],
+    predict_noise: PredictNoise,
+    cache_conditioning: Callable[
+        [Mapping[str, Tensor]], Sequence[BlockInputs | CachedConditioning]
+    ],
     latents: Tensor,
     tensors: Tensors,
-    how: How,
+    params: DenoiseParams,
     *,
-    owner: Any,
+    pipeline: Any,
     schedule: CosineSchedule,
-    constrain: Callable[[Tensor, float], Tensor] = lambda x, t: x,
+    latents_hook: Callable[[Tensor, float], Tensor] = lambda x, t: x,
 ) -> Tensor:
-    """Follow a denoiser along ``how.times``.
+    """Follow a denoiser along ``params.times``.
 
     Args:
-        step: latents and digests -> noise, as of ``Prior.step``.
-        digest: the condition tensors -> the digests, of 2B rows (conditional, unconditional) if
-            ``how.guidance`` is on, else of B.
+        predict_noise: latents and conditioning -> noise, as of ``Prior.predict_noise``.
+        cache_conditioning: the condition tensors -> the conditioning, of 2B rows (conditional, unconditional) if
+            ``params.guidance`` is on, else of B.
         latents: (B, C, h, w) at the first time.
         tensors: the condition tensors by name, which a callback may see and change.
-        how: times, guidance, generator, callback.
-        owner: the pipeline that the callback is told of.
+        params: times, guidance, generator, callback.
+        pipeline: the pipeline that the callback is told of.
         schedule: the noise process.
-        constrain: latents and their time -> what to go on from.
+        latents_hook: latents and their time -> what to go on from.
 
     Returns:
         (B, C, h, w) at the last time.
     """
     rows = len(latents)
-    digests = digest(tensors)
+    conditioning = cache_conditioning(tensors)
 
     def predict(xt: Tensor, i: int) -> Tensor:
-        if how.guidance.at(how.times[i]):
-            both = step(xt, [d.at(i) for d in digests])  # two predictions of each row
-            return how.guidance.combine(*both.chunk(2))
-        return step(xt, [d.at(i).rows(rows) for d in digests])
+        if params.guidance.at(params.times[i]):
+            both = predict_noise(
+                xt, [c.at_step(i) for c in conditioning]
+            )  # two predictions of each row
+            return params.guidance.combine(*both.chunk(2))
+        return predict_noise(xt, [c.at_step(i).first_rows(rows) for c in conditioning])
 
     def after(i: int, x: Tensor) -> Tensor:
-        nonlocal digests
+        nonlocal conditioning
         bar.update()
-        x = constrain(x, how.times[i + 1])
-        if how.callback is None:
+        x = latents_hook(x, params.times[i + 1])
+        if params.callback is None:
             return x
-        given = {name: {"latents": x, **tensors}.get(name) for name in how.callback_inputs}
-        changed = how.callback(owner, i, torch.tensor(how.times[i]), given) or {}
+        given = {name: {"latents": x, **tensors}.get(name) for name in params.callback_inputs}
+        changed = params.callback(pipeline, i, torch.tensor(params.times[i]), given) or {}
         x = changed.get("latents", x)
         news = {k: v for k, v in changed.items() if k in tensors and v is not tensors[k]}
         if news:
             tensors.update(news)
-            digests = digest(tensors)
+            conditioning = cache_conditioning(tensors)
         return x
 
-    with tqdm(total=len(how.times) - 1, desc=how.bar, disable=how.bar is None) as bar:
+    with tqdm(total=len(params.times) - 1, desc=params.bar, disable=params.bar is None) as bar:
         return sample(
             predict,
             latents,
-            how.times,
-            how.generator,
+            params.times,
+            params.generator,
             schedule=schedule,
-            method=how.method,
+            method=params.method,
             on_step=after,
         )

@@ -10,15 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import Generator, Method, randn, schedule_times, seeded
+from wuerstchen_pl.diffusion.sampler import (
+    Generator,
+    SamplerName,
+    randn,
+    resolve_generator,
+    resolve_timesteps,
+)
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
-from wuerstchen_pl.models.conditions import Digest
+from wuerstchen_pl.models.conditioning import CachedConditioning
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
-from wuerstchen_pl.sampling.loop import Callback, How, denoise
-from wuerstchen_pl.sampling.pictures import Keyed, check_output_type
-from wuerstchen_pl.sampling.place import Place
-from wuerstchen_pl.sampling.prompts import Prompts, encode
+from wuerstchen_pl.sampling.device import DevicePlacement
+from wuerstchen_pl.sampling.images import OutputTuple, check_output_type
+from wuerstchen_pl.sampling.loop import DenoiseParams, StepCallback, denoise
+from wuerstchen_pl.sampling.prompts import Prompts, encode_prompts
 
 DEFAULT_STAGE_C_TIMESTEPS: list[float] = [
     *(1 - i / 57 for i in range(20)),
@@ -31,18 +37,18 @@ class _PriorOutput(NamedTuple):
     image_embeddings: Any
 
 
-class PriorOutput(Keyed, _PriorOutput):
+class PriorOutput(OutputTuple, _PriorOutput):
     """(B, S, h, w) semantic latents in the compressor's scale."""
 
 
-class Known(NamedTuple):
+class InitLatents(NamedTuple):
     """Latents that are there already, in Stage C's scale, and where they are to be drawn anew."""
 
     latents: Tensor  # (B, S, h, w)
     mask: Tensor | None  # (B, 1, h, w), 1 where to draw; None: everywhere
 
 
-class PriorPipeline:
+class PriorSampler:
     """Draws semantic latents from text.
 
     Args:
@@ -51,7 +57,7 @@ class PriorPipeline:
         semantic_scale: Stage C works in (s + shift) / scale of the compressor's s (v1, v2: 42).
         semantic_shift: see ``semantic_scale`` (v1, v2: 1).
         resolution_multiple: pixels per semantic position (v1, v2: 42.67).
-        place: the device to work on; the CPU if not given.
+        placement: the device to work on; the CPU if not given.
     """
 
     CALLBACK_INPUTS = ("latents", "text_encoder_hidden_states", "negative_prompt_embeds")
@@ -64,14 +70,14 @@ class PriorPipeline:
         semantic_scale: float = 42.0,
         semantic_shift: float = 1.0,
         resolution_multiple: float = 42.67,
-        place: Place | None = None,
+        placement: DevicePlacement | None = None,
     ) -> None:
         self.prior, self.text_encoder = prior, text_encoder
         self.semantic_scale, self.semantic_shift = semantic_scale, semantic_shift
         self.resolution_multiple = resolution_multiple
         self.schedule = CosineSchedule()
-        self.place = place or Place()
-        self.step = prior.step
+        self.placement = placement or DevicePlacement()
+        self.predict_noise = prior.predict_noise
 
     @torch.no_grad()
     def __call__(
@@ -90,11 +96,11 @@ class PriorPipeline:
         latents: Tensor | None = None,
         output_type: str = "pt",
         return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
         seed: int | Sequence[int] | None = None,
-        sampler: Method = "ddpm",
+        sampler: SamplerName = "ddpm",
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         image_embeddings: Tensor | None = None,
@@ -106,7 +112,7 @@ class PriorPipeline:
 
         Args:
             prompt: one or several.
-            height: of the picture to be, in pixels.
+            height: of the image to be, in pixels.
             width: likewise.
             num_inference_steps: denoising steps (paper: 60).
             timesteps: falling times in [0, 1] instead of equal steps.
@@ -114,15 +120,15 @@ class PriorPipeline:
             negative_prompt: one, or one for each prompt; empty if not given.
             prompt_embeds: (N, L, D) text states instead of ``prompt``.
             negative_prompt_embeds: likewise.
-            num_images_per_prompt: pictures of each prompt.
-            generator: of the whole batch, or a list with one for each picture.
+            num_images_per_prompt: images of each prompt.
+            generator: of the whole batch, or a list with one for each image.
             latents: (B, S, h, w) noise to start from.
             output_type: ``pt`` or ``np``.
             return_dict: False returns a tuple.
             callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
                 those it changed.
             callback_on_step_end_tensor_inputs: names of the tensors that it is given.
-            seed: short for ``generator``: one for each picture, or the first of as many as needed.
+            seed: short for ``generator``: one for each image, or the first of as many as needed.
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: likewise.
@@ -141,7 +147,7 @@ class PriorPipeline:
         check_output_type(output_type, ("pt", "np"))
         if image_embeddings is None and (strength != 1 or mask is not None):
             raise ValueError("strength and mask need image_embeddings to start from; give them")
-        how = How(
+        params = DenoiseParams(
             times=_times(num_inference_steps, timesteps, strength),
             generator=generator,
             guidance=Guidance(
@@ -152,52 +158,54 @@ class PriorPipeline:
             callback_inputs=callback_on_step_end_tensor_inputs or (),
             bar="Stage C" if progress else None,
         )
-        how.check(self.CALLBACK_INPUTS)
+        params.check(self.CALLBACK_INPUTS)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        text = self._text(prompts, num_images_per_prompt, guided=how.guidance.on)
-        rows = len(text) // (2 if how.guidance.on else 1)
+        text = self._text(prompts, num_images_per_prompt, guided=params.guidance.on)
+        rows = len(text) // (2 if params.guidance.on else 1)
         shape = (rows, self.prior.latent_channels, *self.latent_size(height, width))
-        how = replace(how, generator=seeded(seed, generator, rows))
-        noise = start(shape, latents, how.generator, text.device)
-        known = None if image_embeddings is None else Known(
-            self._scaled(fit(image_embeddings.to(noise), shape, "image_embeddings")),
-            None if mask is None else fit(mask.to(noise), (rows, 1, *shape[2:]), "mask"),
+        params = replace(params, generator=resolve_generator(seed, generator, rows))
+        noise = initial_noise(shape, latents, params.generator, text.device)
+        known = None if image_embeddings is None else InitLatents(
+            self._scaled(expand_rows(image_embeddings.to(noise), shape, "image_embeddings")),
+            None if mask is None else expand_rows(mask.to(noise), (rows, 1, *shape[2:]), "mask"),
         )  # fmt: skip
-        drawn = self._denoise(noise, text, known, how)
+        drawn = self._denoise(noise, text, known, params)
         semantic = drawn * self.semantic_scale - self.semantic_shift
         found = semantic.cpu().numpy() if output_type == "np" else semantic
         return PriorOutput(found) if return_dict else (found,)
 
     def _text(self, prompts: Prompts, repeats: int, *, guided: bool) -> Tensor:
-        with self.place.at_work(self.text_encoder):
-            text = encode(self.text_encoder, prompts, repeats=repeats, guided=guided)
-        return text.to(self.place.device)
+        with self.placement.on_device(self.text_encoder):
+            text = encode_prompts(self.text_encoder, prompts, repeats=repeats, guided=guided)
+        return text.to(self.placement.device)
 
-    def _denoise(self, noise: Tensor, text: Tensor, known: "Known | None", how: How) -> Tensor:
+    def _denoise(
+        self, noise: Tensor, text: Tensor, known: "InitLatents | None", params: DenoiseParams
+    ) -> Tensor:
         """Latents at the last time: from noise alone, or from known latents noised to the first."""
-        steps = torch.tensor(how.times[:-1], device=noise.device)
+        steps = torch.tensor(params.times[:-1], device=noise.device)
 
-        def digest(tensors: Mapping[str, Tensor]) -> list[Digest]:
-            return self.prior.digest(steps, tensors["text_encoder_hidden_states"])
+        def cache_conditioning(tensors: Mapping[str, Tensor]) -> list[CachedConditioning]:
+            return self.prior.cache_conditioning(steps, tensors["text_encoder_hidden_states"])
 
-        def keep_known(x: Tensor, t: float) -> Tensor:
+        def keep_unmasked(x: Tensor, t: float) -> Tensor:
             if known is None or known.mask is None:
                 return x
-            fresh = randn(x.shape, how.generator, x.device)
+            fresh = randn(x.shape, params.generator, x.device)
             return torch.lerp(self._noised(known.latents, t, fresh), x, known.mask)
 
         seen = {"text_encoder_hidden_states": text}
-        if how.guidance.on:
+        if params.guidance.on:
             seen["negative_prompt_embeds"] = text[len(noise) :]
-        x = noise if known is None else self._noised(known.latents, how.times[0], noise)
-        with self.place.at_work(self.prior):
+        x = noise if known is None else self._noised(known.latents, params.times[0], noise)
+        with self.placement.on_device(self.prior):
             return denoise(
-                self.step, digest, x, seen, how,
-                owner=self, schedule=self.schedule, constrain=keep_known,
+                self.predict_noise, cache_conditioning, x, seen, params,
+                pipeline=self, schedule=self.schedule, latents_hook=keep_unmasked,
             )  # fmt: skip
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Semantic positions of a picture of so many pixels: 24 x 24 for 1024 px, as published."""
+        """Semantic positions of an image of so many pixels: 24 x 24 for 1024 px, as published."""
         multiple = self.resolution_multiple
         # 1024 / 42.666... is a little more than 24
         return math.ceil(height / multiple - 1e-6), math.ceil(width / multiple - 1e-6)
@@ -217,7 +225,7 @@ class PriorPipeline:
         return self.schedule.add_noise(known, times, noise)
 
 
-def start(
+def initial_noise(
     shape: tuple[int, ...], latents: Tensor | None, generator: Generator, device: torch.device
 ) -> Tensor:
     """The noise to start from: ``latents`` if given, else drawn.
@@ -232,8 +240,8 @@ def start(
     return latents.to(device, torch.float32)
 
 
-def fit(given: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """One row, a row for each prompt, or one for each picture -> all the rows.
+def expand_rows(given: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """One row, a row for each prompt, or one for each image -> all the rows.
 
     Raises:
         ValueError: if they do not fit.
@@ -247,7 +255,7 @@ def _times(steps: int, given: Sequence[float] | None, strength: float) -> list[f
     """Times to sample along, of which those above ``strength`` are left out."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength} is out of range; use 0 to 1")
-    times = schedule_times(steps, given)
+    times = resolve_timesteps(steps, given)
     if 0 < strength <= times[-1]:
         raise ValueError(f"strength={strength} is not above the last of timesteps, {times[-1]}")
     if strength >= times[0]:

@@ -19,8 +19,8 @@ class Prompts(NamedTuple):
     negative_states: Tensor | None = None
 
 
-def check_repeats(number: int) -> int:
-    """The number of pictures of each prompt.
+def check_num_images(number: int) -> int:
+    """The number of images of each prompt.
 
     Raises:
         ValueError: if it is no whole number from 1 on.
@@ -30,7 +30,7 @@ def check_repeats(number: int) -> int:
     return number
 
 
-def texts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
+def as_list(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
     """One prompt or several -> a list.
 
     Raises:
@@ -43,7 +43,7 @@ def texts(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
     return list(found)
 
 
-def count(prompts: Prompts) -> int:
+def count_prompts(prompts: Prompts) -> int:
     """How many prompts there are.
 
     Raises:
@@ -57,9 +57,9 @@ def count(prompts: Prompts) -> int:
             raise ValueError(f"{name} and {name}_embeds are both given; give one of them")
     if prompts.prompt is None and prompts.states is None:
         raise ValueError("neither prompt nor prompt_embeds is given; give one of them")
-    found = len(prompts.states) if prompts.states is not None else len(texts(_given(prompts)))
+    found = len(prompts.states) if prompts.states is not None else len(as_list(_given(prompts)))
     if prompts.negative is not None:
-        negative = len(texts(prompts.negative, "negative_prompt"))
+        negative = len(as_list(prompts.negative, "negative_prompt"))
         if negative not in (1, found):
             raise ValueError(
                 f"{negative} negative prompts for {found} prompts; give one for each, or one in all"
@@ -71,30 +71,30 @@ def _given(prompts: Prompts) -> str | Sequence[str]:
     return "" if prompts.prompt is None else prompts.prompt
 
 
-def encode(encoder: TextEncoder, prompts: Prompts, *, repeats: int, guided: bool) -> Tensor:
+def encode_prompts(encoder: TextEncoder, prompts: Prompts, *, repeats: int, guided: bool) -> Tensor:
     """Prompts -> their states, each ``repeats`` times.
 
     Args:
         encoder: of this stage.
         prompts: N of them.
-        repeats: pictures of each prompt.
+        repeats: images of each prompt.
         guided: append the states of the negative prompts, which are empty unless given.
 
     Returns:
         (N repeats, L, D), or (2 N repeats, L, D) if ``guided``.
     """
-    number, repeats = count(prompts), check_repeats(repeats)
+    number, repeats = count_prompts(prompts), check_num_images(repeats)
     states = prompts.states
     if states is None:
-        states = read(encoder, texts(_given(prompts)))
+        states = encode_texts(encoder, as_list(_given(prompts)))
     length = states.shape[1] if states.ndim > 1 else 0
     _check_states(states, (number, length, encoder.width), "prompt_embeds")
     both = [states]
     if guided:
         negative = prompts.negative_states
         if negative is None:
-            given = texts("" if prompts.negative is None else prompts.negative)
-            negative = read(encoder, given * number if len(given) == 1 else given)
+            given = as_list("" if prompts.negative is None else prompts.negative)
+            negative = encode_texts(encoder, given * number if len(given) == 1 else given)
         _check_states(negative, tuple(states.shape), "negative_prompt_embeds")
         both.append(negative.to(states))
     return torch.cat([part.repeat_interleave(repeats, dim=0) for part in both])
@@ -105,7 +105,7 @@ def _check_states(states: Tensor, shape: tuple[int, ...], name: str) -> None:
         raise ValueError(f"{name} have shape {tuple(states.shape)}; give them {shape}")
 
 
-def read(encoder: TextEncoder, captions: list[str]) -> Tensor:
+def encode_texts(encoder: TextEncoder, captions: list[str]) -> Tensor:
     """Captions -> (N, L, D) states; says what of a caption is too long to be read."""
     for caption in dict.fromkeys(captions):
         if cut := encoder.cut_off(caption):

@@ -7,34 +7,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_pl.ema import EMA
+from wuerstchen_pl.distributed.fsdp2 import index_copy, unsharded
 from wuerstchen_pl.models.discriminator import Discriminator
-from wuerstchen_pl.models.vqgan import VQGAN, codebook_use
-from wuerstchen_pl.sharding import gathered, set_rows
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, counted
+from wuerstchen_pl.models.vqgan import VQGAN, codebook_usage
+from wuerstchen_pl.stages.ema import EMA
+from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, num_unique_samples
 
 
 class StageA(Stage):
     """Reconstruction, perceptual, adversarial and codebook losses.
 
-    VQGAN and discriminator are two groups of one optimiser: it treats each parameter alone, so that
-    it does what two optimisers would, and both are averaged, clipped, accumulated, sharded and
+    VQGAN and discriminator are two groups of one optimizer: it treats each parameter alone, so that
+    it does what two optimizers would, and both are averaged, clipped, accumulated, sharded and
     stored as the other stages are.
 
     Args:
         vqgan: encoder, codebook and decoder.
         discriminator: the critic; it learns from the first step on.
-        perceptual: two pictures -> (B,) distance; frozen.
+        perceptual: two images -> (B,) distance; frozen.
         optimizer: over the VQGAN's parameters and the discriminator's.
-        lr_factor: of the learning rate, by step.
+        lr_schedule: of the learning rate, by step.
         ema: average of the trainable weights.
         mse_weight: weight of the squared error (paper: 1).
         perceptual_weight: weight of the perceptual distance (paper: 0.1).
         adversarial_weight: weight of the adversarial loss (paper: 0.01).
         adversarial_start_step: first step at which it counts (paper: 10,000).
         commitment_weight: weight of the commitment loss (code: 0.25).
-        quantize_drop_prob: share of steps that skip quantisation (paper: 0.1).
-        revive_every_steps: steps after which codes that nothing used are moved onto latents of the
+        quantize_drop_prob: share of steps that skip quantization (paper: 0.1).
+        codebook_restart_every_steps: steps after which codes that nothing used are moved onto latents of the
             present batch.
         seed: of the random numbers of training.
     """
@@ -48,7 +48,7 @@ class StageA(Stage):
         discriminator: Discriminator,
         perceptual: nn.Module | None = None,
         optimizer: OptimizerFactory | None = None,
-        lr_factor: Callable[[int], float] | None = None,
+        lr_schedule: Callable[[int], float] | None = None,
         ema: EMA | None = None,
         mse_weight: float = 1.0,
         perceptual_weight: float = 0.1,
@@ -56,21 +56,21 @@ class StageA(Stage):
         adversarial_start_step: int = 10_000,
         commitment_weight: float = 0.25,
         quantize_drop_prob: float = 0.1,
-        revive_every_steps: int = 100,
+        codebook_restart_every_steps: int = 100,
         seed: int = 0,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema, seed=seed)
+        super().__init__(optimizer=optimizer, lr_schedule=lr_schedule, ema=ema, seed=seed)
         self.vqgan = vqgan
         self.discriminator = discriminator
         self.perceptual: nn.Module | None = None
         if perceptual is not None:
-            self.hold_frozen("perceptual", perceptual)
+            self.register_frozen("perceptual", perceptual)
         self.mse_weight, self.perceptual_weight = mse_weight, perceptual_weight
         self.adversarial_weight = adversarial_weight
         self.adversarial_start_step = adversarial_start_step
         self.commitment_weight = commitment_weight
         self.quantize_drop_prob = quantize_drop_prob
-        self.revive_every_steps = revive_every_steps
+        self.codebook_restart_every_steps = codebook_restart_every_steps
         codes = vqgan.quantizer.codebook.num_embeddings
         # uses of each code since codes were last revived, and since validation began
         self.register_buffer("code_uses", torch.zeros(codes))
@@ -81,7 +81,7 @@ class StageA(Stage):
 
     @property
     def size_multiple(self) -> int:
-        """Pictures are folded into latents of 1 / 2^levels."""
+        """Images are folded into latents of 1 / 2^levels."""
         return self.vqgan.factor
 
     @property
@@ -157,11 +157,11 @@ class StageA(Stage):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of both losses, of which each teaches its own part alone."""
         images = batch["image"]
-        draws = self.draws(len(images), batch_idx)
+        rng = self.batch_rng(len(images), batch_idx)
         self.discriminator.requires_grad_(False)
         loss, decoded, terms = self.generator_loss(
             images,
-            quantize=draws.once() >= self.quantize_drop_prob,
+            quantize=rng.batch_uniform() >= self.quantize_drop_prob,
             adversarial=self.global_step >= self.adversarial_start_step,
         )
         self.discriminator.requires_grad_(True)
@@ -178,17 +178,17 @@ class StageA(Stage):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Now and then move the codes that had no use onto present latents, on all processes."""
-        if step % self.revive_every_steps:
+        if step % self.codebook_restart_every_steps:
             return
         dead = (self.code_uses == 0).nonzero().flatten()
-        self.log("train/revived_codes", float(len(dead)))
+        self.log("train/restarted_codes", float(len(dead)))
         self.code_uses.zero_()
         if len(dead) == 0:
             return
         latents = self._everyones(self._latents)
-        chosen = self.draws(1, 0).choice(len(latents), len(dead)).to(latents.device)
+        chosen = self.batch_rng(1, 0).randint(len(latents), len(dead)).to(latents.device)
         rows, codebook = latents[chosen], self.vqgan.quantizer.codebook.weight
-        set_rows(codebook, dead, rows)
+        index_copy(codebook, dead, rows)
         self.ema.overwrite("vqgan.quantizer.codebook.weight", dead, rows)
 
     def _everyones(self, rows: Tensor) -> Tensor:
@@ -211,15 +211,15 @@ class StageA(Stage):
             error = F.mse_loss(self.reconstruct(images), images, reduction="none")
         psnr = -10 * error.flatten(1).mean(dim=1).log10().mean()
         codes = len(self.val_code_uses)
-        if counted(batch):
+        if num_unique_samples(batch):
             self.val_code_uses += torch.bincount(terms["indices"].flatten(), minlength=codes)
         metrics = {"val/loss": loss, "val/psnr": psnr}
-        self.log_dict(metrics, batch_size=counted(batch), sync_dist=True)
+        self.log_dict(metrics, batch_size=num_unique_samples(batch), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Codebook use, on all processes together."""
         uses = self.trainer.strategy.reduce(self.val_code_uses.clone(), reduce_op="sum")
-        perplexity, dead = codebook_use(uses)
+        perplexity, dead = codebook_usage(uses)
         self.log("val/codebook_perplexity", perplexity, rank_zero_only=True)
         self.log("val/codebook_dead", dead, rank_zero_only=True)
 
@@ -227,13 +227,13 @@ class StageA(Stage):
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
         """Original, and what comes back: raw and averaged weights, and through the codebook."""
         images = batch["image"]
-        with gathered(self):
+        with unsharded(self):
             raw = self.reconstruct(images)
         with self.ema.applied(self):
             averaged = self.reconstruct(images)
             quantized = self.vqgan.quantizer(self.vqgan.features(images)).latents
             codes = self.vqgan.decode_features(quantized).clamp(0, 1)
-        return {"original": images, "raw": raw, "EMA": averaged, "EMA, quantised": codes}
+        return {"original": images, "raw": raw, "EMA": averaged, "EMA, quantized": codes}
 
 
 def rows_of(features: Tensor) -> Tensor:

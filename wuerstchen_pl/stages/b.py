@@ -6,19 +6,25 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
-from wuerstchen_pl.diffusion.sampler import Method, generators, randn
-from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
-from wuerstchen_pl.ema import EMA
+from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
+from wuerstchen_pl.distributed.fsdp2 import unsharded
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
-from wuerstchen_pl.sampling.decoder import DecoderPipeline
-from wuerstchen_pl.sampling.place import Place
-from wuerstchen_pl.sharding import gathered
+from wuerstchen_pl.sampling.decoder import DecoderSampler
+from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.stages.a import StageA
-from wuerstchen_pl.stages.draws import validation_losses
-from wuerstchen_pl.stages.loss_bands import LossBands
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, counted, text_of
+from wuerstchen_pl.stages.batch_rng import validation_losses
+from wuerstchen_pl.stages.ema import EMA
+from wuerstchen_pl.stages.stage import (
+    Batch,
+    OptimizerFactory,
+    Stage,
+    encode_captions,
+    num_unique_samples,
+)
+from wuerstchen_pl.stages.timestep_bins import TimestepBins
 
 
 class StageB(Stage):
@@ -30,7 +36,7 @@ class StageB(Stage):
         compressor: images -> semantic latents, trained with the denoiser.
         text_encoder: frozen; None trains without text.
         optimizer: over denoiser and compressor.
-        lr_factor: of the learning rate, by step.
+        lr_schedule: of the learning rate, by step.
         ema: average of the trainable weights.
         p2: form of the loss weight.
         semantic_drop_prob: share of samples whose semantic latents are zeroed (code: 0.05).
@@ -51,7 +57,7 @@ class StageB(Stage):
         compressor: SemanticCompressor,
         text_encoder: TextEncoder | None = None,
         optimizer: OptimizerFactory | None = None,
-        lr_factor: Callable[[int], float] | None = None,
+        lr_schedule: Callable[[int], float] | None = None,
         ema: EMA | None = None,
         p2: P2Form = "code",
         semantic_drop_prob: float = 0.05,
@@ -59,7 +65,7 @@ class StageB(Stage):
         text_drop_prob: float = 0.05,
         seed: int = 0,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema, seed=seed)
+        super().__init__(optimizer=optimizer, lr_schedule=lr_schedule, ema=ema, seed=seed)
         if decoder.latent_channels != diffnext.latent_channels:
             raise ValueError(
                 f"stage.diffnext.latent_channels={diffnext.latent_channels}, but Stage A's latents "
@@ -75,14 +81,14 @@ class StageB(Stage):
                 "stage.text_encoder.weights=null leaves a frozen text encoder random; name CLIP's "
                 "weights"
             )
-        self.hold_frozen("decoder", decoder)
+        self.register_frozen("decoder", decoder)
         self.diffnext = diffnext
         self.compressor = compressor
         object.__setattr__(self, "text_encoder", None)
         if text_encoder is not None:
-            self.hold_frozen("text_encoder", text_encoder)
+            self.register_frozen("text_encoder", text_encoder)
         self.schedule = CosineSchedule()
-        self.loss_bands = LossBands()
+        self.timestep_bins = TimestepBins()
         self.p2: P2Form = p2
         self.semantic_drop_prob = semantic_drop_prob
         self.semantic_noise_prob = semantic_noise_prob
@@ -94,7 +100,7 @@ class StageB(Stage):
         return self.decoder.size_multiple * self.diffnext.size_multiple
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Semantic positions (h, w) of a picture of (height, width) pixels."""
+        """Semantic positions (h, w) of an image of (height, width) pixels."""
         return self.compressor.latent_size(height, width)
 
     @property
@@ -123,15 +129,15 @@ class StageB(Stage):
         captions: Sequence[str] | None = None,
         num_steps: int = 12,
         guidance_scale: float = 1.0,
-        method: Method = "ddpm",
+        method: SamplerName = "ddpm",
     ) -> Tensor:
-        """Semantic latents -> pictures.
+        """Semantic latents -> images.
 
         Args:
             semantic: (B, S, h, w).
-            size: (height, width) of the pictures, multiples of ``size_multiple``.
-            seeds: one per picture.
-            captions: one per picture, for a Stage B with text; None is the empty caption.
+            size: (height, width) of the images, multiples of ``size_multiple``.
+            seeds: one per image.
+            captions: one per image, for a Stage B with text; None is the empty caption.
             num_steps: denoising steps (paper: 12).
             guidance_scale: towards the semantic latents; up to 1 is none (paper: 4).
             method: ``ddpm`` or ``ddim``.
@@ -144,22 +150,22 @@ class StageB(Stage):
             captions,
             num_inference_steps=num_steps,
             guidance_scale=guidance_scale,
-            generator=generators(seeds),
+            generator=generators_from_seeds(seeds),
             output_type="pt",
             size=size,
             sampler=method,
             progress=False,
         ).images
 
-    def decoder_pipeline(self) -> DecoderPipeline:
-        """What draws pictures with this stage's weights and Stage A's."""
+    def decoder_pipeline(self) -> DecoderSampler:
+        """What draws images with this stage's weights and Stage A's."""
         vqgan = self.decoder.vqgan
-        return DecoderPipeline(
+        return DecoderSampler(
             decoder=self.diffnext,
             vqgan=vqgan,
             text_encoder=self.text_encoder,
             latent_dim_scale=self.compressor.resolution_multiple / vqgan.factor,
-            place=Place(self.device),
+            placement=DevicePlacement(self.device),
         )
 
     @torch.no_grad()
@@ -208,14 +214,14 @@ class StageB(Stage):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw times, noise and what is dropped; return the loss."""
         x0 = self.latents(batch)
-        draws = self.draws(len(x0), batch_idx)
+        rng = self.batch_rng(len(x0), batch_idx)
         semantic = self.encode(batch["image"])
-        chance, time = draws.uniform(2), draws.uniform() * 0.5
-        semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), draws.noise(semantic))
-        text = text_of(batch, self.text, draws.uniform() < self.text_drop_prob)
-        t = draw_time(draws.uniform()).to(x0.device)
-        losses = self.loss(x0, t, draws.noise(x0), semantic, text)
-        self.loss_bands.add(t, losses)
+        chance, time = rng.uniform(2), rng.uniform() * 0.5
+        semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), rng.noise(semantic))
+        text = encode_captions(batch, self.text, rng.uniform() < self.text_drop_prob)
+        t = sample_timesteps(rng.uniform()).to(x0.device)
+        losses = self.loss(x0, t, rng.noise(x0), semantic, text)
+        self.timestep_bins.add(t, losses)
         loss = losses.mean()
         self.log_means({"loss": loss})
         return loss
@@ -225,7 +231,7 @@ class StageB(Stage):
     @torch.no_grad()
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, 4) times in (0, 1) and the losses there; which, is by ``batch["key"]`` alone."""
-        x0, text = self.latents(batch), text_of(batch, self.text)
+        x0, text = self.latents(batch), encode_captions(batch, self.text)
         semantic = self.encode(batch["image"])
 
         def loss(t: Tensor, noise: Tensor) -> Tensor:
@@ -237,7 +243,7 @@ class StageB(Stage):
         """The mean of ``validation_losses``."""
         with self.ema.applied(self):
             losses = self.validation_losses(batch)[1]
-        self.log("val/loss", losses.mean(), batch_size=counted(batch), sync_dist=True)
+        self.log("val/loss", losses.mean(), batch_size=num_unique_samples(batch), sync_dist=True)
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
@@ -246,13 +252,13 @@ class StageB(Stage):
         rows, size = len(images), (images.shape[-2], images.shape[-1])
         x0 = self.decoder.encode(images)
         t = torch.full((rows,), 0.5, device=x0.device)
-        noise = randn(x0.shape, generators(range(rows)), x0.device)
+        noise = randn(x0.shape, generators_from_seeds(range(rows)), x0.device)
         xt = self.schedule.add_noise(x0, t, noise)
 
         def drawn() -> Tensor:
             return self.decode(self.encode(images), size=size, seeds=range(rows), captions=captions)
 
-        with gathered(self):
+        with unsharded(self):
             raw = drawn()
         with self.ema.applied(self):
             pred = self.diffnext(xt, t, self.encode(images), self.text(captions))

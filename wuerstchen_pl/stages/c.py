@@ -7,18 +7,24 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
-from wuerstchen_pl.diffusion.sampler import Method, generators, randn
-from wuerstchen_pl.diffusion.schedule import CosineSchedule, draw_time
-from wuerstchen_pl.ema import EMA
+from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
+from wuerstchen_pl.distributed.fsdp2 import unsharded
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
-from wuerstchen_pl.sampling.place import Place
-from wuerstchen_pl.sampling.prior import PriorPipeline
-from wuerstchen_pl.sharding import gathered
+from wuerstchen_pl.sampling.device import DevicePlacement
+from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.stages.b import StageB
-from wuerstchen_pl.stages.draws import validation_losses
-from wuerstchen_pl.stages.loss_bands import LossBands
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, counted, text_of
+from wuerstchen_pl.stages.batch_rng import validation_losses
+from wuerstchen_pl.stages.ema import EMA
+from wuerstchen_pl.stages.stage import (
+    Batch,
+    OptimizerFactory,
+    Stage,
+    encode_captions,
+    num_unique_samples,
+)
+from wuerstchen_pl.stages.timestep_bins import TimestepBins
 
 
 class StageC(Stage):
@@ -30,7 +36,7 @@ class StageC(Stage):
         text_encoder: captions -> token states.
         train_text_encoder: True trains it with the prior (tiny preset), False freezes it.
         optimizer: over everything that is not frozen.
-        lr_factor: of the learning rate, by step.
+        lr_schedule: of the learning rate, by step.
         ema: average of the trainable weights.
         p2: form of the loss weight.
         caption_drop_prob: share of captions replaced by the empty one (0.05); the empty caption is
@@ -50,7 +56,7 @@ class StageC(Stage):
         text_encoder: TextEncoder,
         train_text_encoder: bool = False,
         optimizer: OptimizerFactory | None = None,
-        lr_factor: Callable[[int], float] | None = None,
+        lr_schedule: Callable[[int], float] | None = None,
         ema: EMA | None = None,
         p2: P2Form = "code",
         caption_drop_prob: float = 0.05,
@@ -58,7 +64,7 @@ class StageC(Stage):
         semantic_scale: float = 1.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_factor=lr_factor, ema=ema, seed=seed)
+        super().__init__(optimizer=optimizer, lr_schedule=lr_schedule, ema=ema, seed=seed)
         if prior.latent_channels != decoder.latent_channels:
             raise ValueError(
                 f"stage.prior.latent_channels={prior.latent_channels}, but the frozen decoder "
@@ -74,15 +80,15 @@ class StageC(Stage):
                 "stage.text_encoder.weights=null leaves a frozen text encoder random; name CLIP's "
                 "weights, or set stage.train_text_encoder=true"
             )
-        self.hold_frozen("decoder", decoder)
+        self.register_frozen("decoder", decoder)
         self.prior = prior
         if train_text_encoder:
             self.text_encoder = text_encoder
         else:
-            self.hold_frozen("text_encoder", text_encoder)
+            self.register_frozen("text_encoder", text_encoder)
         self.train_text_encoder = train_text_encoder
         self.schedule = CosineSchedule()
-        self.loss_bands = LossBands()
+        self.timestep_bins = TimestepBins()
         self.p2: P2Form = p2
         self.caption_drop_prob = caption_drop_prob
         self.semantic_shift, self.semantic_scale = semantic_shift, semantic_scale
@@ -93,7 +99,7 @@ class StageC(Stage):
         return self.decoder.size_multiple
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Semantic positions (h, w) of a picture of (height, width) pixels."""
+        """Semantic positions (h, w) of an image of (height, width) pixels."""
         return self.decoder.semantic_size(height, width)
 
     # Latents
@@ -131,14 +137,14 @@ class StageC(Stage):
         seeds: Sequence[int],
         num_steps: int = 60,
         guidance_scale: float = 4.0,
-        method: Method = "ddpm",
+        method: SamplerName = "ddpm",
     ) -> Tensor:
         """Captions -> semantic latents.
 
         Args:
             captions: B of them.
-            size: (height, width) in pixels of the pictures to be.
-            seeds: one per picture.
+            size: (height, width) in pixels of the images to be.
+            seeds: one per image.
             num_steps: denoising steps (paper: 60).
             guidance_scale: away from the empty caption; up to 1 is none (paper: 4).
             method: ``ddpm`` or ``ddim``.
@@ -151,20 +157,20 @@ class StageC(Stage):
             *size,
             num_inference_steps=num_steps,
             guidance_scale=guidance_scale,
-            generator=generators(seeds),
+            generator=generators_from_seeds(seeds),
             sampler=method,
             progress=False,
         )[0]
 
-    def prior_pipeline(self) -> PriorPipeline:
+    def prior_pipeline(self) -> PriorSampler:
         """What draws semantic latents with this stage's weights."""
-        return PriorPipeline(
+        return PriorSampler(
             prior=self.prior,
             text_encoder=self.text_encoder,
             semantic_scale=self.semantic_scale,
             semantic_shift=self.semantic_shift,
             resolution_multiple=self.resolution_multiple,
-            place=Place(self.device),
+            placement=DevicePlacement(self.device),
         )
 
     @property
@@ -172,7 +178,7 @@ class StageC(Stage):
         """Pixels to a position of the latents."""
         return self.decoder.compressor.resolution_multiple
 
-    def pictures(
+    def images(
         self,
         semantic: Tensor,
         *,
@@ -193,11 +199,11 @@ class StageC(Stage):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Draw times, noise and dropped captions; return the loss."""
         x0 = self.latents(batch)
-        draws = self.draws(len(x0), batch_idx)
-        text = text_of(batch, self.text, draws.uniform() < self.caption_drop_prob)
-        t = draw_time(draws.uniform()).to(x0.device)
-        losses = self.loss(x0, t, draws.noise(x0), cast(Tensor, text))
-        self.loss_bands.add(t, losses)
+        rng = self.batch_rng(len(x0), batch_idx)
+        text = encode_captions(batch, self.text, rng.uniform() < self.caption_drop_prob)
+        t = sample_timesteps(rng.uniform()).to(x0.device)
+        losses = self.loss(x0, t, rng.noise(x0), cast(Tensor, text))
+        self.timestep_bins.add(t, losses)
         loss = losses.mean()
         self.log_means({"loss": loss})
         return loss
@@ -207,7 +213,7 @@ class StageC(Stage):
     @torch.no_grad()
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, 4) times in (0, 1) and the losses there; which, is by ``batch["key"]`` alone."""
-        x0, text = self.latents(batch), cast(Tensor, text_of(batch, self.text))
+        x0, text = self.latents(batch), cast(Tensor, encode_captions(batch, self.text))
 
         def loss(t: Tensor, noise: Tensor) -> Tensor:
             return self.loss(x0, t, noise, text)
@@ -218,29 +224,31 @@ class StageC(Stage):
         """The mean of ``validation_losses``."""
         with self.ema.applied(self):
             losses = self.validation_losses(batch)[1]
-        self.log("val/loss", losses.mean(), batch_size=counted(batch), sync_dist=True)
+        self.log("val/loss", losses.mean(), batch_size=num_unique_samples(batch), sync_dist=True)
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
         """Original, noised, x_0 in one step, sample and averaged sample, all through Stage B.
 
-        From a cache, which holds no pictures, the first is what Stage B makes of the latents.
+        From a cache, which holds no images, the first is what Stage B makes of the latents.
         """
         captions, x0 = batch["caption"], self.latents(batch)
         size = tuple(batch["image"].shape[-2:]) if "image" in batch else batch["size"]
         seeds = range(len(x0))
         t = torch.full((len(x0),), 0.5, device=x0.device)
-        xt = self.schedule.add_noise(x0, t, randn(x0.shape, generators(seeds), x0.device))
+        xt = self.schedule.add_noise(
+            x0, t, randn(x0.shape, generators_from_seeds(seeds), x0.device)
+        )
 
         def drawn(latents: Tensor) -> Tensor:
             semantic = self.to_semantic(latents)
-            return self.pictures(semantic, size=size, seeds=seeds, captions=captions)
+            return self.images(semantic, size=size, seeds=seeds, captions=captions)
 
         def sampled() -> Tensor:
             semantic = self.sample(captions, size=size, seeds=seeds, num_steps=20)
-            return self.pictures(semantic, size=size, seeds=seeds, captions=captions)
+            return self.images(semantic, size=size, seeds=seeds, captions=captions)
 
-        with gathered(self):
+        with unsharded(self):
             raw = sampled()
         with self.ema.applied(self):
             pred = self.prior(xt, t, self.text(captions))

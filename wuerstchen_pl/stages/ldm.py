@@ -33,10 +33,10 @@ class StageLDM(StageC):
         return self.decoder.size_multiple * self.prior.size_multiple
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Positions (h, w) of the latents of a picture of (height, width) pixels."""
+        """Positions (h, w) of the latents of an image of (height, width) pixels."""
         return height // self.decoder.vqgan.factor, width // self.decoder.vqgan.factor
 
-    def pictures(
+    def images(
         self,
         semantic: Tensor,
         *,

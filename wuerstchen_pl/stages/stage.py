@@ -1,4 +1,4 @@
-"""What the three stages share: frozen parts, EMA, the optimiser, what a checkpoint holds."""
+"""What the three stages share: frozen parts, EMA, the optimizer, what a checkpoint holds."""
 
 import math
 import os
@@ -12,11 +12,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from wuerstchen_pl import durable
-from wuerstchen_pl.ema import EMA
-from wuerstchen_pl.models.blocks import blocks_of
-from wuerstchen_pl.sharding import shard
-from wuerstchen_pl.stages.draws import Draws, derived
+from wuerstchen_pl.distributed.fsdp2 import shard_stage
+from wuerstchen_pl.io import atomic
+from wuerstchen_pl.models.wrapping import find_blocks
+from wuerstchen_pl.stages.batch_rng import BatchRNG, derive_seed
+from wuerstchen_pl.stages.ema import EMA
 
 Batch = dict[str, Any]
 """``image`` (B, 3, H, W) in [0, 1], ``caption`` list[str]; or as ``data/caches/cached.py`` says."""
@@ -25,7 +25,7 @@ OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 """Of parameters or groups of them."""
 
 
-def text_of(
+def encode_captions(
     batch: Batch,
     encode: Callable[[Sequence[str]], Tensor | None],
     dropped: Tensor | None = None,
@@ -45,7 +45,7 @@ def text_of(
     return torch.where(dropped.to(text.device)[:, None, None], batch["empty_text"], text)
 
 
-def counted(batch: Batch) -> int:
+def num_unique_samples(batch: Batch) -> int:
     """The samples of a validation batch, but for those that another process has as well."""
     return len(batch["caption"]) if batch.get("counts", True) else 0
 
@@ -76,23 +76,23 @@ class Stage(L.LightningModule):
     """Base of StageA, StageB and StageC.
 
     A frozen part is held outside of the module registry: it follows the stage to its device and
-    appears in no checkpoint, optimiser or EMA. A checkpoint names it by path and sha256.
+    appears in no checkpoint, optimizer or EMA. A checkpoint names it by path and sha256.
     """
 
-    TRAINING_ONLY: tuple[str, ...] = ("optimizer", "lr_factor", "ema", "seed")
+    TRAINING_ONLY: tuple[str, ...] = ("optimizer", "lr_schedule", "ema", "seed")
     """Constructor arguments that a stage which only samples does without."""
 
     def __init__(
         self,
         *,
         optimizer: OptimizerFactory | None,
-        lr_factor: Callable[[int], float] | None,
+        lr_schedule: Callable[[int], float] | None,
         ema: EMA | None,
         seed: int,
     ) -> None:
         super().__init__()
         self.optimizer_factory = optimizer
-        self.lr_factor = lr_factor or WarmupCosine()
+        self.lr_schedule = lr_schedule or WarmupCosine()
         self.ema = ema or EMA(decay=0.0)
         self.seed = seed
         self.frozen: dict[str, nn.Module] = {}
@@ -103,7 +103,7 @@ class Stage(L.LightningModule):
 
     # Frozen parts
 
-    def hold_frozen(self, name: str, module: nn.Module) -> None:
+    def register_frozen(self, name: str, module: nn.Module) -> None:
         """Hold ``module`` as attribute ``name``: in eval mode, gradient-free, unregistered."""
         object.__setattr__(self, name, module.eval().requires_grad_(False))
         self.frozen[name] = module
@@ -122,29 +122,29 @@ class Stage(L.LightningModule):
         """Shard the weights if the run's strategy spreads them over processes."""
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None:
-            shard(self, blocks_of(self), mesh["data_parallel"])
+            shard_stage(self, find_blocks(self), mesh["data_parallel"])
 
-    # Optimisation
+    # Optimization
 
     @property
     def size_multiple(self) -> int:
-        """Heights and widths of pictures must be multiples of it."""
+        """Heights and widths of images must be multiples of it."""
         raise NotImplementedError
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Semantic positions (h, w) of a picture; None for a stage that knows none."""
+        """Semantic positions (h, w) of an image; None for a stage that knows none."""
         return None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of the optimiser, each of which is clipped by its own norm."""
+        """Groups of the optimizer, each of which is clipped by its own norm."""
         return [{"params": list(self.parameters())}]
 
     def configure_optimizers(self) -> Any:
-        """One optimiser over everything that is not frozen, and the learning rate's schedule."""
+        """One optimizer over everything that is not frozen, and the learning rate's schedule."""
         if self.optimizer_factory is None:
             raise ValueError("stage.optimizer is missing; a stage that trains needs one")
         optimizer = self.optimizer_factory(self.parameter_groups())
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_schedule)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -157,7 +157,7 @@ class Stage(L.LightningModule):
         self.after_step(self.global_step + 1)
 
     def after_step(self, step: int) -> None:
-        """What a stage does to its weights beside the optimiser, when ``step`` steps are done."""
+        """What a stage does to its weights beside the optimizer, when ``step`` steps are done."""
 
     def configure_gradient_clipping(
         self,
@@ -165,7 +165,7 @@ class Stage(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm, and log the norm; Lightning's own refuses fused optimisers."""
+        """Clip by norm, and log the norm; Lightning's own refuses fused optimizers."""
         limit = gradient_clip_val or math.inf
         for group in optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], limit)
@@ -185,7 +185,10 @@ class Stage(L.LightningModule):
         """Path and sha256 of the files that frozen parts were read from, such as CLIP's."""
         paths = {name: getattr(part, "weights", None) for name, part in self.frozen.items()}
         return {
-            name: {"path": str(path), "sha256": _hash_of(str(path), os.stat(path).st_mtime_ns)}
+            name: {
+                "path": str(path),
+                "sha256": _cached_sha256(str(path), os.stat(path).st_mtime_ns),
+            }
             for name, path in paths.items()
             if path is not None and os.path.isfile(path)
         }
@@ -205,7 +208,7 @@ class Stage(L.LightningModule):
                 )
 
     def check_optimizer(self, trained: dict[str, Any] | None) -> None:
-        """Refuse to hand the moments of one optimiser to another.
+        """Refuse to hand the moments of one optimizer to another.
 
         Raises:
             ValueError: naming both.
@@ -249,14 +252,14 @@ class Stage(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let dropout draw by (seed, step, process), whatever drew numbers before."""
-        torch.manual_seed(derived(self.seed, *self._batch_of_run(batch_idx), self.global_rank))
+        torch.manual_seed(derive_seed(self.seed, *self._batch_of_run(batch_idx), self.global_rank))
 
-    def draws(self, rows: int, batch_idx: int) -> Draws:
+    def batch_rng(self, rows: int, batch_idx: int) -> BatchRNG:
         """The random numbers of the present batch, in which this process has ``rows`` samples."""
         # a batch lacks what could not be read, and the next process's rows begin all the same
         of_each = getattr(getattr(self.trainer, "datamodule", None), "batch_size", rows)
         step, first_row = self._batch_of_run(batch_idx), self.global_rank * of_each
-        return Draws(seed=self.seed, step=step, rows=rows, first_row=first_row)
+        return BatchRNG(seed=self.seed, step=step, rows=rows, first_row=first_row)
 
     def _batch_of_run(self, batch_idx: int) -> tuple[int, int]:
         return self.global_step, batch_idx % self.trainer.accumulate_grad_batches
@@ -267,6 +270,6 @@ class Stage(L.LightningModule):
 
 
 @lru_cache(maxsize=16)
-def _hash_of(path: str, changed_at: int) -> str:
+def _cached_sha256(path: str, changed_at: int) -> str:
     """The sha256 of a file, read once: those of CLIP have gigabytes."""
-    return durable.sha256(Path(path))
+    return atomic.sha256(Path(path))

@@ -1,1 +1,1 @@
-"""What frozen networks make of pictures, written once and read in their place."""
+"""What frozen networks make of images, written once and read in their place."""

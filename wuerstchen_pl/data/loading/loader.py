@@ -7,12 +7,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from wuerstchen_pl.data.loading.pictures import Batch, Report
-from wuerstchen_pl.data.order.batches import Batches, Request, Snapshot
-from wuerstchen_pl.data.order.stream import Ledger
+from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport
+from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, Snapshot
+from wuerstchen_pl.data.ordering.stream import DataStats
 
 
-def leave_signals_to_the_run(worker: int) -> None:
+def ignore_stop_signals(worker: int) -> None:
     """Let a worker go on when its whole process group is told to stop: the run ends its step first.
 
     A worker ends with the process that started it.
@@ -21,7 +21,7 @@ def leave_signals_to_the_run(worker: int) -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
-class Plan:
+class BatchSampler:
     """A sampler: requests of an order up to batch `stop`, each with a snapshot of what follows."""
 
     def __init__(self, batches: Batches) -> None:
@@ -29,7 +29,7 @@ class Plan:
         self.stop = 0
         self.snapshots: deque[Snapshot] = deque()
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[BatchSpec]:
         while self.batches.number < self.stop:
             request = next(self.batches)
             self.snapshots.append(self.batches.snapshot())
@@ -52,19 +52,19 @@ class ResumableLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        dataset: Dataset[tuple[Batch, Report]],
+        dataset: Dataset[tuple[Batch, BatchReport]],
         batches: Batches,
         *,
         batches_per_epoch: int,
         max_bad_fraction: float,
         **options: Any,
     ) -> None:
-        self.batches, self.plan = batches, Plan(batches)
+        self.batches, self.plan = batches, BatchSampler(batches)
         self.batches_per_epoch = batches_per_epoch
         self.max_bad_fraction = max_bad_fraction
         self.place = batches.snapshot()
         # What workers found; what the order counts is in `place`.
-        self.found = Ledger()
+        self.found = DataStats()
         super().__init__(dataset, batch_size=None, sampler=self.plan, **options)
 
     def __len__(self) -> int:
@@ -86,12 +86,12 @@ class ResumableLoader(DataLoader[Any]):
         """What was seen, dropped, bad and cropped away until now, by name; see `Ledger`."""
         return dict(self.place.counts + self.found.counts)
 
-    def _take_note(self, report: Report) -> None:
+    def _take_note(self, report: BatchReport) -> None:
         self.found.counts["pixels"] += round(report.pixels)
         self.found.counts["pixels/kept"] += round(report.kept)
         for bad in report.bad:
             self.found.note_bad(bad)
-        planned = Ledger(limit=self.max_bad_fraction)
+        planned = DataStats(limit=self.max_bad_fraction)
         planned.counts = self.place.counts
         found = sum(n for name, n in self.found.counts.items() if name.startswith("bad/"))
         # this rank's; the others are taken to find as many
@@ -116,26 +116,26 @@ class OnceLoader(DataLoader[Any]):
     Args:
         dataset: builds batches, with a `Report` each.
         requests: one for each batch.
-        ledger: counts what cannot be read; None makes one.
+        stats: counts what cannot be read; None makes one.
         options: of torch's DataLoader.
     """
 
     def __init__(
         self,
-        dataset: Dataset[tuple[Batch, Report]],
-        requests: list[Request],
+        dataset: Dataset[tuple[Batch, BatchReport]],
+        requests: list[BatchSpec],
         *,
-        ledger: Ledger | None = None,
+        stats: DataStats | None = None,
         **options: Any,
     ) -> None:
-        self.found = ledger or Ledger()
+        self.found = stats or DataStats()
         super().__init__(dataset, batch_size=None, sampler=requests, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch, _ in self.reported():
             yield batch
 
-    def reported(self) -> Iterator[tuple[Batch, Report]]:
+    def reported(self) -> Iterator[tuple[Batch, BatchReport]]:
         """Yield each batch with what its worker says of it."""
         for batch, report in super().__iter__():
             for bad in report.bad:

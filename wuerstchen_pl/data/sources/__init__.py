@@ -1,1 +1,1 @@
-"""Where pictures are: each kind lists its shards, what a shard holds, and reads a picture."""
+"""Where images are: each kind lists its shards, what a shard holds, and reads an image."""

@@ -1,4 +1,4 @@
-"""A folder of pictures with captions: beside them in `.txt` files, or in one table."""
+"""A folder of images with captions: beside them in `.txt` files, or in one table."""
 
 import csv
 import json
@@ -8,44 +8,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from wuerstchen_pl.data.sources.fields import (
-    PICTURE_TYPES,
-    captions_of,
-    facts_of,
-    has_text,
-    upright_size,
-)
-from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Split
+from wuerstchen_pl.data.sources.metadata import has_text, parse_captions, parse_scores
+from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardGroup, ShardIndex, Split
+from wuerstchen_pl.io.images import IMAGE_SUFFIXES, upright_size
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 _PATH_COLUMNS = ("file_name", "file", "image", "path")
 _CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
-_STRETCH = 5_000  # pictures that make a shard
+_STRETCH = 5_000  # images that make a shard
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A picture that is listed, or what is wrong with a line of a table.
+    """An image that is listed, or what is wrong with a line of a table.
 
     Attributes:
         path: in the folder; of a line that is wrong, where it is.
-        caption: one, or a list of them; None looks for a file beside the picture.
-        facts: what else the table says.
+        caption: one, or a list of them; None looks for a file beside the image.
+        metadata: what else the table says.
         wrong: why it cannot be used.
     """
 
     path: str
     caption: Any = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     wrong: str = ""
 
 
-class Folder:
+class FolderSource:
     """A `Source` over a folder, and the folders in it.
 
     The captions stand in `metadata.jsonl` or `metadata.csv`, with a column `file_name` and a column
     `text` (or caption, captions, prompt; a list is captions to draw from), as the hub's folders
-    have them. Without a table, `a.txt` holds the caption of `a.jpg`, or of another picture type.
+    have them. Without a table, `a.txt` holds the caption of `a.jpg`, or of another image type.
 
     Args:
         root: the folder.
@@ -59,38 +54,38 @@ class Folder:
         """Check that there is something.
 
         Raises:
-            FileNotFoundError: there is no such folder, or no picture in it.
+            FileNotFoundError: there is no such folder, or no image in it.
             ValueError: its table lacks a column.
         """
         if not self.root.is_dir():
             raise FileNotFoundError(
-                f"data.root={str(self.root)!r} is no folder: give the one your pictures are in."
+                f"data.root={str(self.root)!r} is no folder: give the one your images are in."
             )
         if not self._listed():
             raise FileNotFoundError(
-                f"data.root={str(self.root)!r} holds no picture ({', '.join(PICTURE_TYPES)}): give "
-                "the folder your pictures are in."
+                f"data.root={str(self.root)!r} holds no image ({', '.join(IMAGE_SUFFIXES)}): give "
+                "the folder your images are in."
             )
 
-    def groups(self, split: Split) -> list[Group]:
+    def groups(self, split: Split) -> list[ShardGroup]:
         """Name the stretches of the folder."""
         if split == "val":
             return []
-        return [Group(1.0, stretches(len(self._listed())))]
+        return [ShardGroup(1.0, row_ranges(len(self._listed())))]
 
-    def open(self, shard: str) -> Opened:
-        """List the samples of a stretch; reads the head of each picture."""
+    def open(self, shard: str) -> ShardIndex:
+        """List the samples of a stretch; reads the head of each image."""
         samples, bad = [], []
-        for row in self._listed()[slice(*ends(shard))]:
+        for row in self._listed()[slice(*parse_range(shard))]:
             found = self._sample(shard, row)
             if isinstance(found, Sample):
                 samples.append(found)
             else:
-                bad.append(Bad(found, str(self.root / row.path)))
-        return Opened(samples, bad)
+                bad.append(SampleError(found, str(self.root / row.path)))
+        return ShardIndex(samples, bad)
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded picture of a sample."""
+        """Return the encoded image of a sample."""
         if not is_inside(sample.key):  # a name out of a stranger's checkpoint
             raise PermissionError(f"{sample.key!r} is outside of {self.root}")
         return (self.root / sample.key).read_bytes()
@@ -99,21 +94,23 @@ class Folder:
         path = self.root / row.path
         try:
             if row.wrong or not path.is_file():
-                return row.wrong or "no picture"
+                return row.wrong or "no image"
             caption = path.with_suffix(".txt").read_text("utf-8") if row.caption is None else ""
         except UnicodeDecodeError:
             return "caption is not UTF-8"
         except OSError:  # a name may be too long to be one
-            return "no caption" if row.caption is None else "no picture"
-        captions = (caption.strip(),) if row.caption is None else captions_of(row.caption)
+            return "no caption" if row.caption is None else "no image"
+        captions = (caption.strip(),) if row.caption is None else parse_captions(row.caption)
         if not captions:
             return "caption is not UTF-8" if has_text(row.caption) else "no caption"
         size = upright_size(str(path))
         if size is None:
-            return "unreadable picture"
+            return "unreadable image"
         place = 0, path.stat().st_size
-        facts = facts_of(row.facts)
-        return Sample(row.path, captions, *size, shard, *place, family=row.path, facts=facts)
+        metadata = parse_scores(row.metadata)
+        return Sample(
+            row.path, captions, *size, shard, *place, group_key=row.path, metadata=metadata
+        )
 
     def _listed(self) -> list[Row]:
         if self._rows is None:
@@ -126,17 +123,17 @@ class Folder:
         return _folder, (str(self.root),)
 
 
-def _folder(root: str) -> Folder:
-    return Folder(root=root)
+def _folder(root: str) -> FolderSource:
+    return FolderSource(root=root)
 
 
-def stretches(count: int) -> list[str]:
+def row_ranges(count: int) -> list[str]:
     """Name the stretches of a list, each by its ends: of one that has grown the last is new."""
     starts = range(0, count, _STRETCH)
     return [f"{start:09d}-{min(start + _STRETCH, count):09d}" for start in starts]
 
 
-def ends(stretch: str) -> tuple[int, int]:
+def parse_range(stretch: str) -> tuple[int, int]:
     """Return the first place of a stretch, and the one behind its last."""
     start, _, end = stretch.partition("-")
     return int(start), int(end)
@@ -151,7 +148,7 @@ def _of_files(root: Path) -> Iterator[Row]:
     for folder, folders, names in os.walk(root):
         folders.sort()
         for name in sorted(names):
-            if name.rpartition(".")[2].lower() in PICTURE_TYPES and not name.startswith("."):
+            if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 yield Row(os.path.relpath(os.path.join(folder, name), root))
 
 
@@ -179,9 +176,9 @@ def _of_table(table: Path) -> Iterator[Row]:
                 )
             checked = True
             if not isinstance(path, str):
-                yield Row(where, wrong="no picture")
+                yield Row(where, wrong="no image")
             elif not is_inside(path):
-                yield Row(f"{where}: {path}", wrong="picture outside of the folder")
+                yield Row(f"{where}: {path}", wrong="image outside of the folder")
             else:
                 yield Row(path, "" if column is None else row[column] or "", row)
 

@@ -3,13 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from wuerstchen_pl.data.sources.fields import FACTS, captions_of, facts_of, has_text, upright_size
-from wuerstchen_pl.data.sources.folder import ends, stretches
-from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Split
+from wuerstchen_pl.data.sources.folder import parse_range, row_ranges
+from wuerstchen_pl.data.sources.metadata import (
+    SCORE_COLUMNS,
+    has_text,
+    parse_captions,
+    parse_scores,
+)
+from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardGroup, ShardIndex, Split
+from wuerstchen_pl.io.images import upright_size
 
 
 class HubDataset:
-    """A `Source` over a table with a column of pictures and one of captions.
+    """A `Source` over a table with a column of images and one of captions.
 
     Needs the package `datasets`: pip install 'wuerstchen_pl[hf]'. Code that comes with a data set
     is never run.
@@ -19,7 +25,7 @@ class HubDataset:
         config: of a data set that has several.
         split: of its training rows.
         val_split: of rows for validation; None holds them out of `split`.
-        image_column: pictures.
+        image_column: images.
         caption_column: a caption, or a list of captions of which one is drawn.
         revision: of the hub.
     """
@@ -52,62 +58,64 @@ class HubDataset:
             if split is not None:
                 self._table(split)
 
-    def groups(self, split: Split) -> list[Group]:
+    def groups(self, split: Split) -> list[ShardGroup]:
         """Name the stretches of the table."""
         name = self.splits[split]
         if name is None:
             return []
-        return [Group(1.0, [f"{name}:{of}" for of in stretches(len(self._table(name)))])]
+        return [ShardGroup(1.0, [f"{name}:{of}" for of in row_ranges(len(self._table(name)))])]
 
-    def open(self, shard: str) -> Opened:
-        """List the samples of a stretch; reads its pictures' bytes once."""
+    def open(self, shard: str) -> ShardIndex:
+        """List the samples of a stretch; reads its images' bytes once."""
         split, _, stretch = shard.rpartition(":")
         table = self._table(split)
         samples, bad = [], []
-        for number in range(*ends(stretch)):
+        for number in range(*parse_range(stretch)):
             found = self._sample(shard, number, table)
             if isinstance(found, Sample):
                 samples.append(found)
             else:
-                bad.append(Bad(found, f"{self.name}, row {number} of {split}"))
-        return Opened(samples, bad)
+                bad.append(SampleError(found, f"{self.name}, row {number} of {split}"))
+        return ShardIndex(samples, bad)
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded picture of a sample."""
+        """Return the encoded image of a sample."""
         split = sample.shard.rpartition(":")[0]
         data = self._bytes(self._table(split)[sample.offset][self.image_column])
         if data is None:
-            raise FileNotFoundError(f"{sample.name} has no picture")
+            raise FileNotFoundError(f"{sample.name} has no image")
         return data
 
     def _sample(self, shard: str, number: int, table: Any) -> Sample | str:
         row = table[number]
         data = self._bytes(row[self.image_column])
         if data is None:
-            return "no picture"
-        captions = captions_of(row[self.caption_column])
+            return "no image"
+        captions = parse_captions(row[self.caption_column])
         if not captions:
             return "caption is not UTF-8" if has_text(row[self.caption_column]) else "no caption"
         size = upright_size(data)
         if size is None:
-            return "unreadable picture"
+            return "unreadable image"
         key = f"{number:09d}"
         place = number, len(data)
-        return Sample(key, captions, *size, shard, *place, family=key, facts=facts_of(row))
+        return Sample(
+            key, captions, *size, shard, *place, group_key=key, metadata=parse_scores(row)
+        )
 
-    def _bytes(self, picture: Any) -> bytes | None:
-        """Return a picture's bytes, which stand in the table or in a file that came with it."""
-        if picture is None or picture["bytes"] is not None:
-            return None if picture is None else picture["bytes"]
+    def _bytes(self, image: Any) -> bytes | None:
+        """Return an image's bytes, which stand in the table or in a file that came with it."""
+        if image is None or image["bytes"] is not None:
+            return None if image is None else image["bytes"]
         try:
-            path = Path(picture["path"] or "").resolve()
+            path = Path(image["path"] or "").resolve()
             own = any(path.is_relative_to(folder) for folder in self._folders())
             return path.read_bytes() if own and path.is_file() else None
         except (OSError, ValueError, RuntimeError):  # a name may hold what no name can
             return None
 
     def _folders(self) -> list[Path]:
-        """Where a table's pictures may be: a stranger's could name any file of this machine."""
+        """Where a table's images may be: a stranger's could name any file of this machine."""
         import datasets
         import huggingface_hub.constants as hub
 
@@ -143,8 +151,8 @@ class HubDataset:
             ) from error
         self._check_columns(table, datasets)
         # others would be decoded as well, and may name files and addresses
-        facts = [name for name in FACTS if name in table.column_names]
-        table = table.select_columns([self.image_column, self.caption_column, *facts])
+        metadata = [name for name in SCORE_COLUMNS if name in table.column_names]
+        table = table.select_columns([self.image_column, self.caption_column, *metadata])
         return table.cast_column(self.image_column, datasets.Image(decode=False))
 
     def _check_columns(self, table: Any, datasets: Any) -> None:
@@ -159,7 +167,7 @@ class HubDataset:
                 )
         if not isinstance(table.features[self.image_column], datasets.Image):
             raise ValueError(
-                f"data.image_column={self.image_column!r} of {self.name!r} holds no pictures but "
+                f"data.image_column={self.image_column!r} of {self.name!r} holds no images but "
                 f"{table.features[self.image_column]}: name the column that does."
             )
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
-from wuerstchen_pl.data.sources.files import write_whole
+from wuerstchen_pl.io.atomic import write_text
 
 NAME = "shards.json"
 
@@ -35,7 +35,7 @@ def entry_of(path: Path, samples: int) -> Entry:
 
 def write(folder: Path, shards: Iterable[Entry], **more: Any) -> None:
     """Write the manifest of a folder, whole or not at all."""
-    write_whole(folder / NAME, json.dumps({**more, "shards": list(shards)}, indent=2) + "\n")
+    write_text(folder / NAME, json.dumps({**more, "shards": list(shards)}, indent=2) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -3,7 +3,14 @@
 import dataclasses
 from collections.abc import Mapping
 
-from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Source, Split
+from wuerstchen_pl.data.sources.source import (
+    Sample,
+    SampleError,
+    ShardGroup,
+    ShardIndex,
+    Source,
+    Split,
+)
 
 
 class Mix:
@@ -43,25 +50,26 @@ class Mix:
         for source in self.sources.values():
             source.prepare()
 
-    def groups(self, split: Split) -> list[Group]:
+    def groups(self, split: Split) -> list[ShardGroup]:
         """Name the shards of each source, with its weight."""
         return [
-            Group(self.weights[name] * group.weight, [f"{name}|{s}" for s in group.shards])
+            ShardGroup(self.weights[name] * group.weight, [f"{name}|{s}" for s in group.shards])
             for name, source in self.sources.items()
             for group in source.groups(split)
         ]
 
-    def open(self, shard: str) -> Opened:
+    def open(self, shard: str) -> ShardIndex:
         """List what a shard of one of the sources holds."""
         name, _, own = shard.partition("|")
         opened = self.sources[name].open(own)
         samples = [
-            dataclasses.replace(s, shard=shard, family=f"{name}|{s.family}") for s in opened.samples
+            dataclasses.replace(s, shard=shard, group_key=f"{name}|{s.group_key}")
+            for s in opened.samples
         ]
-        bad = [Bad(b.reason, f"{name}: {b.where}", b.count) for b in opened.bad]
-        return Opened(samples, bad, opened.broken)
+        bad = [SampleError(b.reason, f"{name}: {b.where}", b.count) for b in opened.bad]
+        return ShardIndex(samples, bad, opened.broken)
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded picture of a sample."""
+        """Return the encoded image of a sample."""
         name, _, own = sample.shard.partition("|")
         return self.sources[name].read(dataclasses.replace(sample, shard=own))

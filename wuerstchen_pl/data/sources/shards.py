@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from wuerstchen_pl.data.sources import manifest
-from wuerstchen_pl.data.sources.addresses import (
+from wuerstchen_pl.data.sources.download_cache import DownloadCache
+from wuerstchen_pl.data.sources.file_io import OpenFiles
+from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardGroup, ShardIndex, Split
+from wuerstchen_pl.data.sources.tar import index_tar
+from wuerstchen_pl.data.sources.urls import (
     Urls,
     check_any_exists,
-    expand,
+    expand_urls,
     is_remote,
-    refuse_foreign,
+    reject_url,
 )
-from wuerstchen_pl.data.sources.downloads import Downloads
-from wuerstchen_pl.data.sources.files import OpenFiles
-from wuerstchen_pl.data.sources.source import Bad, Group, Opened, Sample, Split
-from wuerstchen_pl.data.sources.tar import index_tar
 
 
 class ShardSource:
@@ -45,33 +45,35 @@ class ShardSource:
     ) -> None:
         self.urls: dict[Split, Urls | None] = {"train": urls, "val": val_urls}
         self.allow_pipe = allow_pipe
-        self.downloads = Downloads(folder=download_dir, keep_bytes=round(download_gb * 1e9))
+        self.downloads = DownloadCache(folder=download_dir, keep_bytes=round(download_gb * 1e9))
         for key, given in (("data.urls", urls), ("data.val_urls", val_urls)):
             for pattern in [given] if isinstance(given, str) else given or ():
-                refuse_foreign(pattern, key=key, allow_pipe=allow_pipe)
+                reject_url(pattern, key=key, allow_pipe=allow_pipe)
         self._names: dict[Split, list[str]] = {}
         self._files = OpenFiles()
 
     def prepare(self) -> None:
-        """Check that there are shards; those on the web are met when their turn comes."""
+        """Check that there are shards; those on the web are met when their epoch comes."""
         check_any_exists(self._shards("train"), key="data.urls")
         if self.urls["val"] is not None:
             check_any_exists(self._shards("val"), key="data.val_urls")
 
-    def groups(self, split: Split) -> list[Group]:
+    def groups(self, split: Split) -> list[ShardGroup]:
         """Name the shards of a split."""
-        return [] if self.urls[split] is None else [Group(1.0, self._shards(split))]
+        return [] if self.urls[split] is None else [ShardGroup(1.0, self._shards(split))]
 
-    def open(self, shard: str) -> Opened:
+    def open(self, shard: str) -> ShardIndex:
         """Index a shard, which is fetched if it is not here."""
         try:
             path = self._path(shard)
         except OSError as error:
-            return Opened([], [Bad("unreachable shard", f"{shard}: {error}")], broken=True)
+            return ShardIndex(
+                [], [SampleError("unreachable shard", f"{shard}: {error}")], broken=True
+            )
         return index_tar(path, shard, None if is_remote(shard) else manifest.expected(shard))
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded picture of a sample."""
+        """Return the encoded image of a sample."""
         return self._files.read(self._path(sample.shard), sample.offset, sample.size)
 
     def _path(self, shard: str) -> str:
@@ -82,7 +84,9 @@ class ShardSource:
     def _shards(self, split: Split) -> list[str]:
         if split not in self._names:
             key = "data.urls" if split == "train" else "data.val_urls"
-            self._names[split] = expand(self.urls[split] or (), key=key, allow_pipe=self.allow_pipe)
+            self._names[split] = expand_urls(
+                self.urls[split] or (), key=key, allow_pipe=self.allow_pipe
+            )
         return self._names[split]
 
 

@@ -1,4 +1,4 @@
-"""What a set of captioned pictures looks like to the rest of the package: `Sample` and `Source`.
+"""What a set of captioned images looks like to the rest of the package: `Sample` and `Source`.
 
 A source is a list of shards, and a shard, once opened, a list of samples. A tar file is a shard; so
 is a stretch of a folder or of a table. Nothing needs to know all samples at once.
@@ -16,18 +16,18 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One captioned picture, known without decoding it.
+    """One captioned image, known without decoding it.
 
     Attributes:
         key: its name, unique within its shard.
         captions: its texts, at least one; training draws one of them.
-        width: of the picture as it is stored, upright, in pixels.
-        height: of the picture as it is stored, upright, in pixels.
+        width: of the image as it is stored, upright, in pixels.
+        height: of the image as it is stored, upright, in pixels.
         shard: name of its shard, as the source lists it.
-        offset: where in the shard the picture's bytes begin, or the number of its row.
+        offset: where in the shard the image's bytes begin, or the number of its row.
         size: how many bytes they are, where the shard is a file that holds many.
-        family: what must not straddle training and validation; the key, if nothing else.
-        facts: what metadata say of it, by the names in FACTS.
+        group_key: what must not straddle training and validation; the key, if nothing else.
+        metadata: what metadata say of it, by the names in FACTS.
     """
 
     key: str
@@ -37,8 +37,8 @@ class Sample:
     shard: str
     offset: int = 0
     size: int = 0
-    family: str = ""
-    facts: dict[str, float] = field(default_factory=dict)
+    group_key: str = ""
+    metadata: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Bad:
+class SampleError:
     """Something that cannot be used, and is counted."""
 
     reason: str
@@ -61,7 +61,7 @@ class Bad:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class ShardIndex:
     """What a shard holds.
 
     Attributes:
@@ -71,11 +71,11 @@ class Opened:
     """
 
     samples: list[Sample]
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[SampleError] = field(default_factory=list)
     broken: bool = False
 
 
-class Group(NamedTuple):
+class ShardGroup(NamedTuple):
     """Shards that are shuffled together; a mixture has several groups."""
 
     weight: float
@@ -83,7 +83,7 @@ class Group(NamedTuple):
 
 
 class Source(Protocol):
-    """Captioned pictures in shards.
+    """Captioned images in shards.
 
     It travels to spawned workers, so it must be picklable. Shards and their samples come in the
     same order in every process and run: the order of batches is made of that.
@@ -92,14 +92,14 @@ class Source(Protocol):
     def prepare(self) -> None:
         """Make the data ready on disk; called in one process per machine; instant when ready."""
 
-    def groups(self, split: Split) -> list[Group]:
+    def groups(self, split: Split) -> list[ShardGroup]:
         """Name the shards of a split; none for "val" if that is held out of "train"."""
 
-    def open(self, shard: str) -> Opened:
+    def open(self, shard: str) -> ShardIndex:
         """List what a shard holds; does not raise for what is damaged, but reports it."""
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded picture of a sample.
+        """Return the encoded image of a sample.
 
         Raises:
             OSError: it is not there, or not any more.
@@ -111,7 +111,7 @@ def base_name(shard: str) -> str:
     return shard.rpartition("/")[2]
 
 
-def digest(name: str) -> bytes:
+def name_digest(name: str) -> bytes:
     """32 bytes that are a function of a name, the same in every process and run."""
     # not hash(), which differs from process to process; names of files need not be UTF-8
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
@@ -119,12 +119,12 @@ def digest(name: str) -> bytes:
 
 def unit_hash(name: str) -> float:
     """Map a name to [0, 1)."""
-    return int.from_bytes(digest(name)[:7]) / 2**56
+    return int.from_bytes(name_digest(name)[:7]) / 2**56
 
 
 def permutation(length: int, name: str) -> list[int]:
     """Return a random order of `length` items, a function of `name`."""
-    seed = int.from_bytes(digest(name)[:7])
+    seed = int.from_bytes(name_digest(name)[:7])
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -132,15 +132,15 @@ class Holdout:
     """Which samples validation keeps for itself: by hash, so that a place never depends on others.
 
     Args:
-        fraction: expected share of the families that is kept, in [0, 1).
-        families: of the first shards; one of them is kept if the fraction is above 0 but chooses
+        fraction: expected share of the group_keys that is kept, in [0, 1).
+        group_keys: of the first shards; one of them is kept if the fraction is above 0 but chooses
             none, so that a small set still validates.
 
     Raises:
         ValueError: `fraction` is out of its range.
     """
 
-    def __init__(self, fraction: float, families: Sequence[str] = ()) -> None:
+    def __init__(self, fraction: float, group_keys: Sequence[str] = ()) -> None:
         if not 0 <= fraction < 1:
             raise ValueError(
                 f"data.val_fraction is {fraction}, but it is the share kept for validation: "
@@ -148,8 +148,8 @@ class Holdout:
             )
         self.fraction = fraction
         self.extra: str | None = None
-        if fraction > 0 and families and not any(unit_hash(f) < fraction for f in families):
-            self.extra = min(families, key=unit_hash)
+        if fraction > 0 and group_keys and not any(unit_hash(f) < fraction for f in group_keys):
+            self.extra = min(group_keys, key=unit_hash)
 
     def __contains__(self, sample: Sample) -> bool:
-        return sample.family == self.extra or unit_hash(sample.family) < self.fraction
+        return sample.group_key == self.extra or unit_hash(sample.group_key) < self.fraction

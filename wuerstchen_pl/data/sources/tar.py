@@ -2,7 +2,7 @@
 
 Each sample is `<key>.jpg` (or jpeg, png, webp), `<key>.txt` and, if there is one, `<key>.json`, as
 img2dataset writes them; a list `captions` in the json stands for the txt. The headers are read
-once; after that any picture is one `os.pread` away.
+once; after that any image is one `os.pread` away.
 """
 
 import json
@@ -11,16 +11,17 @@ import tarfile
 from pathlib import PurePosixPath
 from typing import Any
 
-from wuerstchen_pl.data.sources.fields import PICTURE_TYPES, captions_of, facts_of, upright_size
-from wuerstchen_pl.data.sources.source import Bad, Opened, Sample
+from wuerstchen_pl.data.sources.metadata import parse_captions, parse_scores
+from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex
+from wuerstchen_pl.io.images import IMAGE_SUFFIXES, upright_size
 
 _LONGEST_SIDE = 1_000_000
-_HEADER = 1 << 16  # bytes in which the size of a picture is nearly always found
+_HEADER = 1 << 16  # bytes in which the size of an image is nearly always found
 
 Members = dict[str, tarfile.TarInfo]
 
 
-def index_tar(path: str, shard: str, expected: int | None = None) -> Opened:
+def index_tar(path: str, shard: str, expected: int | None = None) -> ShardIndex:
     """List the samples of a tar file; what is damaged or missing is reported, never raised.
 
     Args:
@@ -28,7 +29,7 @@ def index_tar(path: str, shard: str, expected: int | None = None) -> Opened:
         shard: the name that its samples bear.
         expected: how many samples a manifest says it holds.
     """
-    bad: list[Bad] = []
+    bad: list[SampleError] = []
     try:
         with open(path, "rb") as file:
             groups, repeated, damage = _groups(path, file.fileno())
@@ -38,17 +39,19 @@ def index_tar(path: str, shard: str, expected: int | None = None) -> Opened:
                 if isinstance(sample, Sample):
                     samples.append(sample)
                 else:
-                    bad.append(Bad(sample, f"{shard}/{key}"))
+                    bad.append(SampleError(sample, f"{shard}/{key}"))
     except (OSError, ValueError) as error:  # a name may hold what no name can
-        return Opened([], [Bad("unreadable shard", f"{shard}: {error}", expected or 1)], True)
-    bad += [Bad("repeated name", f"{shard}/{name}") for name in repeated]
+        return ShardIndex(
+            [], [SampleError("unreadable shard", f"{shard}: {error}", expected or 1)], True
+        )
+    bad += [SampleError("repeated name", f"{shard}/{name}") for name in repeated]
     if damage is not None:
-        bad.append(Bad("damaged shard", f"{shard}: {damage}"))
+        bad.append(SampleError("damaged shard", f"{shard}: {damage}"))
     if expected is not None and len(groups) < expected:
         lost = expected - len(groups)
         where = f"{shard}: {lost} of {expected} samples of its manifest are not there"
-        bad.append(Bad("lost samples", where, lost))
-    return Opened(samples, bad, broken=damage is not None)
+        bad.append(SampleError("lost samples", where, lost))
+    return ShardIndex(samples, bad, broken=damage is not None)
 
 
 def _groups(path: str, descriptor: int) -> tuple[dict[str, Members], list[str], str | None]:
@@ -91,36 +94,38 @@ def _groups(path: str, descriptor: int) -> tuple[dict[str, Members], list[str], 
 
 def _sample(descriptor: int, shard: str, key: str, members: Members) -> Sample | str:
     """Make a sample of its members, or say what is wrong with it."""
-    picture = next((members[kind] for kind in PICTURE_TYPES if kind in members), None)
-    if picture is None:
-        return "no picture"
+    image = next((members[kind] for kind in IMAGE_SUFFIXES if kind in members), None)
+    if image is None:
+        return "no image"
     if "txt" not in members:
         return "no caption"
     try:
         caption = read(descriptor, members["txt"]).decode().strip()
     except UnicodeDecodeError:
         return "caption is not UTF-8"
-    facts = _facts(descriptor, members)
-    size = size_of_json(facts) or size_of_picture(descriptor, picture)
+    metadata = _facts(descriptor, members)
+    size = size_of_json(metadata) or size_of_image(descriptor, image)
     if size is None:
-        return "unreadable picture"
-    captions = captions_of(facts.get("captions")) or (caption,)
-    place = picture.offset_data, picture.size
-    return Sample(key, captions, *size, shard, *place, family=key, facts=facts_of(facts))
+        return "unreadable image"
+    captions = parse_captions(metadata.get("captions")) or (caption,)
+    place = image.offset_data, image.size
+    return Sample(
+        key, captions, *size, shard, *place, group_key=key, metadata=parse_scores(metadata)
+    )
 
 
 def _facts(descriptor: int, members: Members) -> dict[str, Any]:
     try:
-        facts = json.loads(read(descriptor, members["json"])) if "json" in members else {}
+        metadata = json.loads(read(descriptor, members["json"])) if "json" in members else {}
     except (ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
-def size_of_json(facts: dict[str, Any]) -> tuple[int, int] | None:
+def size_of_json(metadata: dict[str, Any]) -> tuple[int, int] | None:
     """Return (width, height) as img2dataset's json gives them, or None."""
     for prefix in ("", "original_"):
-        width, height = (facts.get(f"{prefix}{side}") for side in ("width", "height"))
+        width, height = (metadata.get(f"{prefix}{side}") for side in ("width", "height"))
         if not (isinstance(width, int) and isinstance(height, int)):
             continue
         if min(width, height) > 0 and max(width, height) <= _LONGEST_SIDE:
@@ -128,10 +133,10 @@ def size_of_json(facts: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def size_of_picture(descriptor: int, picture: tarfile.TarInfo) -> tuple[int, int] | None:
-    """Return (width, height) from the picture's own header, upright, or None."""
-    head = os.pread(descriptor, min(_HEADER, picture.size), picture.offset_data)
-    return upright_size(head) or upright_size(read(descriptor, picture))
+def size_of_image(descriptor: int, image: tarfile.TarInfo) -> tuple[int, int] | None:
+    """Return (width, height) from the image's own header, upright, or None."""
+    head = os.pread(descriptor, min(_HEADER, image.size), image.offset_data)
+    return upright_size(head) or upright_size(read(descriptor, image))
 
 
 def read(descriptor: int, member: tarfile.TarInfo) -> bytes:

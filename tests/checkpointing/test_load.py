@@ -1,0 +1,246 @@
+"""Checkpoints: found, checked, and no danger to who loads one."""
+
+import pickle
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+
+from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.checkpointing.load import ALLOWED_TARGETS, find_checkpoint, load_stage
+from wuerstchen_pl.models.compressor import EfficientNet
+
+
+@pytest.fixture
+def moved(cascade: Path, tmp_path: Path) -> Path:
+    """A copy of the cascade, to be changed; without hashes, which a stranger would forge."""
+    return Path(
+        shutil.copytree(cascade, tmp_path / "moved", ignore=shutil.ignore_patterns("*.sha256"))
+    )
+
+
+def rewrite(run: Path, **changed: Any) -> Path:
+    """Change parts of the newest checkpoint of a run."""
+    path = find_checkpoint(run)
+    torch.save({**torch.load(path, weights_only=True), **changed}, path)
+    return path
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    return torch.load(find_checkpoint(run), weights_only=True)["stage"]
+
+
+# What a stranger may send
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.proof,))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_checkpoint_that_wants_to_run_code_is_refused_and_runs_none(
+    moved: Path, tmp_path: Path, legacy: bool
+) -> None:
+    proof = tmp_path / "it ran"
+    path = find_checkpoint(moved / "a")
+    content = {**torch.load(path, weights_only=True), "payload": Payload(proof)}
+    if legacy:
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match="is not loaded"):
+        load_stage(run=moved / "a", stage="a")
+    assert not proof.exists()
+    if legacy:
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert proof.exists(), "the payload would have worked"
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "wuerstchen_pl.checkpointing.load.os.system", "wuerstchen_pl.stages.a", "", 3],
+)
+@pytest.mark.parametrize("inside", [dict, list, tuple, OrderedDict])
+def test_a_foreign_target_is_refused(moved: Path, target: Any, inside: type) -> None:
+    planted: Any = {"_target_": target, "command": "true"}
+    planted = inside(planted if issubclass(inside, dict) else [planted])
+    config = config_of(moved / "a")
+    config["vqgan"] = {**config["vqgan"], "width": planted}
+    rewrite(moved / "a", stage=config)
+    with pytest.raises(ValueError, match="is not one of this package's"):
+        load_stage(run=moved / "a", stage="a")
+
+
+def test_a_foreign_stage_is_refused(moved: Path) -> None:
+    rewrite(moved / "a", stage={"_target_": "os.system", "command": "true"})
+    with pytest.raises(ValueError, match="holds system, where StageA is needed"):
+        load_stage(run=moved / "a", stage="a")
+
+
+@pytest.mark.parametrize("where", ["value", "list", "tuple"])
+def test_an_interpolation_is_refused(moved: Path, where: str) -> None:
+    text = "${oc.env:HOME}"
+    planted: Any = {"value": text, "list": ["a", text], "tuple": ("a", (text,))}[where]
+    config = config_of(moved / "a")
+    config["vqgan"] = {**config["vqgan"], "levels": planted}
+    rewrite(moved / "a", stage=config)
+    with pytest.raises(ValueError, match="is an interpolation"):
+        load_stage(run=moved / "a", stage="a")
+
+
+def test_what_may_be_built_exists() -> None:
+    for target in sorted(ALLOWED_TARGETS):
+        assert callable(hydra.utils.get_object(target))
+
+
+# Damage
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.02, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_refused_by_name(moved: Path, share: float) -> None:
+    path = find_checkpoint(moved / "a")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
+        load_stage(run=moved / "a", stage="a")
+
+
+@pytest.mark.parametrize("content", [3, {"stage": {}}, {"state_dict": {}}, {"stage": "a"}])
+def test_another_torch_file_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"x\.ckpt is no checkpoint of a wuerstchen_pl run"):
+        load_stage(run=tmp_path / "x.ckpt", stage="a")
+
+
+def test_weights_of_other_networks_are_refused(moved: Path) -> None:
+    path = rewrite(moved / "a", state_dict={"vqgan.x": torch.ones(1)})
+    with pytest.raises(ValueError, match=rf"{path.name} does not hold the weights"):
+        load_stage(run=moved / "a", stage="a")
+
+
+# Which one
+
+
+@pytest.mark.parametrize(("held", "needed"), [("a", "c"), ("b", "a"), ("c", "b")])
+def test_another_stage_is_refused_by_name(cascade: Path, held: str, needed: str) -> None:
+    says = f"holds Stage{held.upper()}, where Stage{needed.upper()} is needed"
+    with pytest.raises(ValueError, match=says):
+        load_stage(run=cascade / held, stage=needed)
+
+
+def test_a_run_that_is_missing_says_how_to_train_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"does not exist; .*stage=b.*paths\.stage_b="):
+        load_stage(run=tmp_path / "b", stage="b")
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        load_stage(run=tmp_path, stage="c")
+
+
+def test_the_newest_is_found_by_its_step(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for step in (9_999_999, 10_000_000, 500):
+        (tmp_path / f"checkpoints/step{step:07d}.ckpt").touch()
+    (tmp_path / "checkpoints/step20000000.partial").touch()
+    assert find_checkpoint(tmp_path).name == "step10000000.ckpt"
+    assert find_checkpoint(tmp_path / "checkpoints/step0000500.ckpt").name == "step0000500.ckpt"
+
+
+# Cascades
+
+
+def test_a_moved_cascade_loads_without_the_old_place(cascade: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second/deeper"
+    shutil.copytree(cascade, first)
+    second.parent.mkdir()
+    first.rename(second)
+    stage = load_stage(run=second / "c", stage="c")
+    inner = stage.frozen["decoder"].frozen["decoder"]
+    assert Path(inner.source["path"]).parent.parent == second / "a"
+
+
+def test_a_stage_a_that_changed_under_stage_b_is_refused(moved: Path) -> None:
+    weights = torch.load(find_checkpoint(moved / "a"), weights_only=True)["state_dict"]
+    rewrite(moved / "a", state_dict={key: value + 1 for key, value in weights.items()})
+    for stage in "bc":
+        with pytest.raises(ValueError, match=r"was trained over .* with sha256 .* has changed to"):
+            load_stage(run=moved / stage, stage=stage)
+
+
+def test_a_stage_a_that_is_gone_is_named(moved: Path) -> None:
+    shutil.rmtree(moved / "a")
+    with pytest.raises(FileNotFoundError, match=r"needs its decoder .*/moved/a/"):
+        load_stage(run=moved / "b", stage="b")
+
+
+@pytest.mark.parametrize("stage", "abc")
+def test_frozen_parts_are_in_no_checkpoint(cascade: Path, stage: str) -> None:
+    content = torch.load(find_checkpoint(cascade / stage), weights_only=True)
+    module = load_stage(run=cascade / stage, stage=stage)
+    trained = {name: p.numel() for name, p in module.named_parameters()}
+    assert not [key for key in content["state_dict"] if key.startswith(tuple(module.frozen))]
+    assert content["ema"]["shadow"].keys() == trained.keys()
+    moments = [
+        state["exp_avg"].numel()
+        for optimizer in content["optimizer_states"]
+        for state in optimizer["state"].values()
+    ]
+    assert sum(moments) == sum(trained.values())
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_averaged_or_raw_weights_as_asked(cascade: Path, ema: bool) -> None:
+    content = torch.load(find_checkpoint(cascade / "c"), weights_only=True)
+    module = load_stage(run=cascade / "c", stage="c", ema=ema)
+    expected = content["ema"]["shadow"] if ema else content["state_dict"]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, expected[name])
+    shadow, raw = content["ema"]["shadow"], content["state_dict"]
+    assert any(not torch.equal(shadow[name], raw[name]) for name in shadow)
+
+
+def test_pretrained_weights_are_needed_only_for_parts_that_the_checkpoint_lacks() -> None:
+    backbone = {"_target_": "wuerstchen_pl.models.compressor.EfficientNet", "weights": "imagenet"}
+    config = {
+        "_target_": "wuerstchen_pl.stages.b.StageB",
+        "compressor": {"_target_": "x", "backbone": backbone},
+        "text_encoder": {"_target_": "y", "weights": "clip.pt"},
+        "optimizer": {"_target_": "torch.optim.AdamW"},
+    }
+    held = {"compressor.backbone.features.0": torch.ones(1)}
+    left = load._to_sample({"stage": config, "state_dict": held})
+    assert left["compressor"]["backbone"]["weights"] is None
+    assert left["text_encoder"]["weights"] == "clip.pt"
+    assert "optimizer" not in left
+    assert config["compressor"]["backbone"]["weights"] == "imagenet", "the config stays as it was"
+
+
+def test_a_text_encoder_that_was_trained_needs_no_clip_file(moved: Path) -> None:
+    config = config_of(moved / "c")
+    before = load_stage(run=moved / "c", stage="c").state_dict()
+    config["text_encoder"] = {**config["text_encoder"], "weights": "/no/such/clip.pt"}
+    rewrite(moved / "c", stage=config)
+    after = load_stage(run=moved / "c", stage="c").state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_imagenet_backbone_is_not_downloaded_to_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        EfficientNet, "__init__", lambda self, *, weights=None: asked.append(weights)
+    )
+    backbone = {"_target_": "wuerstchen_pl.models.compressor.EfficientNet", "weights": "imagenet"}
+    load.instantiate_allowed(load.drop_weight_paths(backbone))
+    assert asked == [None]

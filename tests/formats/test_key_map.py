@@ -1,0 +1,138 @@
+"""At the published sizes, on the meta device: names and shapes of the others' networks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenPrior
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import (
+    WuerstchenDiffNeXt,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.formats.conftest import MODELS
+from tests.models.test_paella import PUBLISHED
+from tests.test_presets import part_config
+from wuerstchen_pl.formats import config_map
+from wuerstchen_pl.formats.key_map import ExternalFormat, key_mappings, to_upstream
+from wuerstchen_pl.formats.lazy_tensors import in_memory
+from wuerstchen_pl.formats.model import build_on_meta, with_defaults
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def published(config: dict[str, Any], format: ExternalFormat) -> Shapes:
+    """Names and shapes that a network of ours has elsewhere."""
+    state = build_on_meta(config).state_dict()
+    state.pop("scale_factor", None)
+    tensors = {name: in_memory(tensor) for name, tensor in state.items()}
+    return shapes_of(to_upstream(tensors, key_mappings(config, tensors, format)))
+
+
+def preset(stage: str, name: str, part: str) -> dict[str, Any]:
+    return with_defaults(part_config(stage, name, part))
+
+
+SAME = [
+    ("c", "v2", "prior", lambda: WuerstchenPrior(c=1536, depth=32, nhead=24, c_cond=1280)),
+    ("c", "v1", "prior", lambda: WuerstchenPrior(c=1536, depth=32, nhead=24, c_cond=1024)),
+    ("c", "paper", "prior", lambda: WuerstchenPrior(c=1280, depth=16, nhead=16, c_cond=1024)),
+    ("b", "v2", "diffnext", WuerstchenDiffNeXt),
+    ("a", "v2", "vqgan", PaellaVQModel),
+]
+
+
+@pytest.mark.parametrize(("stage", "name", "part", "theirs"), SAME)
+def test_diffusers_networks_have_these_names_and_shapes(
+    stage: str, name: str, part: str, theirs: Any
+) -> None:
+    with torch.device("meta"):
+        expected = shapes_of(theirs().state_dict())
+    config = preset(stage, name, part)
+    if name == "paper":  # its text encoder is whatever it was trained with
+        expected["cond_mapper.0.weight"] = (1280, config["text_dim"])
+    assert published(config, "diffusers") == expected
+
+
+@pytest.mark.parametrize(("stage", "name", "part", "theirs"), SAME)
+def test_diffusers_networks_have_these_arguments(
+    stage: str, name: str, part: str, theirs: Any
+) -> None:
+    with torch.device("meta"):
+        expected = dict(theirs().config)
+    config = preset(stage, name, part)
+    if name == "paper":
+        expected["c_cond"] = config["text_dim"]
+    found = config_map.to_diffusers({**config, "scale_factor": 0.3764} if stage == "a" else config)
+    assert {key: found[key] for key in expected if key in found} == {
+        key: value for key, value in expected.items() if key in found
+    }
+    assert expected.keys() - found.keys() <= {"_use_default_values"}
+    back = config_map.from_diffusers(config["_target_"].removeprefix(MODELS), found, "here")
+    assert back == {key: {**config, "scale_factor": 0.3764}[key] for key in back}
+
+
+@pytest.mark.parametrize(("stage", "name"), [("b", "v2"), ("c", "v2")])
+def test_transformers_text_towers_have_these_names_and_shapes(stage: str, name: str) -> None:
+    config = with_defaults({**part_config(stage, name, "text_encoder"), "weights": None})
+    config["vocab_size"] = 49408
+    theirs = CLIPTextConfig(**config_map.to_diffusers(config))
+    with torch.device("meta"):
+        expected = shapes_of(CLIPTextModel(theirs).state_dict())
+    found, theirs = (
+        # transformers 4 writes the prefix, 5 does not
+        {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
+        for shapes in (published(config, "diffusers"), expected)
+    )
+    assert found == theirs
+
+
+class AuthorsCompressor(nn.Module):
+    """The structure of the authors' EfficientNetEncoder: names, and nothing else."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        self.backbone = getattr(torchvision.models, f"efficientnet_v2_{size}")().features
+        self.mapper = nn.Sequential(nn.Conv2d(1280, 16, 1, bias=False), nn.BatchNorm2d(16))
+
+
+@pytest.mark.parametrize(("name", "size"), [("v2", "s"), ("v1", "l")])
+def test_the_authors_compressor_has_these_names_and_shapes(name: str, size: str) -> None:
+    backbone = {"_target_": MODELS + "compressor.EfficientNet", "size": size, "weights": None}
+    config = with_defaults(
+        {"_target_": MODELS + "compressor.SemanticCompressor", "backbone": backbone}
+    )
+    with torch.device("meta"):
+        expected = shapes_of(AuthorsCompressor(size).state_dict())
+    assert published(config, "upstream") == expected
+    assert config_map.from_shapes("compressor", expected) == config
+
+
+ORIGINAL = [
+    ("prior", preset("c", "v2", "prior")),
+    ("prior", preset("c", "v1", "prior")),
+    ("decoder", preset("b", "v2", "diffnext")),
+    ("decoder", with_defaults({"_target_": MODELS + "paella.Paella", **PUBLISHED})),
+    ("vqgan", {**preset("a", "v2", "vqgan"), "scale_factor": 0.3764}),
+]
+
+
+@pytest.mark.parametrize(("part", "config"), ORIGINAL, ids=["c2", "c1", "b2", "b1", "a"])
+def test_published_arguments_are_found_in_the_shapes(part: str, config: dict[str, Any]) -> None:
+    found = config_map.from_shapes(part, published(config, "upstream"))
+    assert found == {key: config[key] for key in found}
+    # as many blocks up as down, which is None
+    assert config.keys() - found.keys() <= {"dropout", "num_up_blocks"}
+    assert config.get("num_up_blocks") is None
+
+
+def test_shapes_of_something_else_are_refused() -> None:
+    with pytest.raises(ValueError, match="no weights of a prior"):
+        config_map.from_shapes("prior", {"conv.weight": (1, 2)})

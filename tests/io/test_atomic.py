@@ -1,0 +1,89 @@
+"""Files that are whole or absent, and damage that is seen."""
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.io import atomic
+
+
+def published(folder: Path, step: int, content: bytes) -> Path:
+    path = folder / f"checkpoints/step{step:07d}.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_bytes(content)
+    atomic.commit(temporary, path)
+    return path
+
+
+def test_the_hash_beside_a_file_is_what_sha256sum_reads(tmp_path: Path) -> None:
+    path = published(tmp_path, 1, b"weights")
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, f"{path.name}.sha256"]
+    command = ["sha256sum", "--check", f"{path.name}.sha256"]
+    subprocess.run(command, cwd=path.parent, capture_output=True, check=True)
+    assert atomic.is_intact(path)
+    path.write_bytes(b"weighty")
+    assert not atomic.is_intact(path)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path: Path) -> None:
+    first, second, third = (published(tmp_path, step, b"%d" % step * 100) for step in (9, 10, 100))
+    assert load.find_checkpoint(tmp_path) == third
+    third.write_bytes(third.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"step0000100\.ckpt is damaged, and the one before"):
+        assert load.find_checkpoint(tmp_path) == second
+    with pytest.raises(ValueError, match=r"step0000100\.ckpt is damaged: its sha256 is not the"):
+        load.find_checkpoint(third)
+    for path in (first, second):
+        path.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match=r"all 3 checkpoints of .* are damaged"),
+    ):
+        load.find_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_without_a_hash_is_taken(tmp_path: Path) -> None:
+    path = published(tmp_path, 1, b"from elsewhere")
+    path.with_name(f"{path.name}.sha256").unlink()
+    path.write_bytes(b"changed")
+    assert load.find_checkpoint(tmp_path) == path
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "newest"),
+    [
+        ("fsync", 0, b"before"),
+        ("fsync", 1, b"before"),
+        ("replace", 0, b"before"),
+        ("replace", 1, b"before"),
+        ("fsync", 2, b"after"),  # only the folder's entry may still be lost
+    ],
+)
+def test_a_full_disk_at_any_point_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int, newest: bytes
+) -> None:
+    published(tmp_path, 1, b"before")
+    calls, real = [], getattr(os, name)
+
+    def fails(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == at + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*arguments)
+
+    monkeypatch.setattr(os, name, fails)
+    with pytest.raises(OSError, match="No space left"):
+        published(tmp_path, 2, b"after")
+    monkeypatch.undo()
+    assert load.find_checkpoint(tmp_path).read_bytes() == newest
+
+
+def test_the_hash_goes_with_the_file(tmp_path: Path) -> None:
+    path = published(tmp_path, 1, b"old")
+    atomic.remove(path)
+    assert list(path.parent.iterdir()) == []

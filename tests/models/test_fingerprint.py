@@ -1,0 +1,62 @@
+"""A network's name tells whether it computes the same, and nothing else."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from wuerstchen_pl.distributed.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
+from wuerstchen_pl.models.compressor import ConvBackbone, SemanticCompressor
+from wuerstchen_pl.models.fingerprint import encoder_fingerprints, network_fingerprint
+from wuerstchen_pl.models.text import TextEncoder
+
+
+def compressor(**changes: float) -> SemanticCompressor:
+    torch.manual_seed(0)
+    return SemanticCompressor(backbone=ConvBackbone(width=4, depth=2), latent_channels=4, **changes)
+
+
+def test_copies_have_one_name_wherever_they_work_and_whether_they_train() -> None:
+    one = compressor()
+    other = copy.deepcopy(one).eval().requires_grad_(False)
+    for parameter in other.parameters():  # as a file may store them
+        parameter.data = parameter.data.contiguous(memory_format=torch.preserve_format).clone()
+    assert network_fingerprint(one) == network_fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.mapper.weight.data[0, 0].add_(1e-6),
+        lambda net: net.norm.running_mean[0].add_(1e-6),
+        lambda net: setattr(net, "resize", 0.5),
+        lambda net: setattr(net.backbone.layers, "2", torch.nn.ReLU()),
+        lambda net: net.half(),
+    ],
+    ids=["weight", "statistics", "resize", "activation", "type"],
+)
+def test_what_computes_otherwise_has_another_name(change: object) -> None:
+    one, other = compressor(), compressor()
+    change(other)
+    assert network_fingerprint(one) != network_fingerprint(other)
+
+
+def test_a_text_encoder_is_named_with_its_heads_and_tokens() -> None:
+    def name(heads: int = 2, lower: bool = True) -> str:
+        torch.manual_seed(0)
+        text = TextEncoder(width=16, depth=1, num_heads=heads)
+        if not lower:
+            text.tokenizer.bpe.clean_fn = lambda text: text
+        stage = type("Below", (), {"encoding": compressor()})
+        return encoder_fingerprints("c", decoder=stage, text_encoder=text)["text_encoder"]
+
+    assert name() == name()
+    assert len({name(), name(heads=4), name(lower=False)}) == 3
+
+
+def test_a_batch_norm_over_all_processes_has_the_name_of_any() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    before = network_fingerprint(plain)
+    assert network_fingerprint(convert_sync_batchnorm(plain)) == before
+    assert type(plain[1]) is SyncBatchNorm2d

@@ -1,0 +1,94 @@
+"""The text encoder, against open_clip's own and against the rule of the published models."""
+
+import pytest
+import torch
+from open_clip.model import CLIPTextCfg, _build_text_tower
+
+from wuerstchen_pl.models.text import TextEncoder
+
+END_OF_TEXT = 49407
+CAPTIONS = ["a red heart", "wow! what an image", ""]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    torch.manual_seed(0)
+    return TextEncoder(width=32, depth=2, num_heads=4, context_length=77).eval()
+
+
+def test_captions_are_padded_with_the_end_token(encoder: TextEncoder) -> None:
+    ids = encoder.tokenizer(CAPTIONS)
+    for row, caption in zip(ids, CAPTIONS, strict=True):
+        used = len(encoder.tokenizer.encode(caption)) + 2
+        assert int(row[0]) == END_OF_TEXT - 1
+        assert (row[used - 1 :] == END_OF_TEXT).all()
+        assert (row[: used - 1] != END_OF_TEXT).all()
+    # "!" is token 0 with open_clip's padding; it must not be taken for the end
+    assert len(encoder.tokenizer.encode("wow! what an image")) + 2 == 7
+
+
+@torch.no_grad()
+def test_states_of_words_equal_open_clips(encoder: TextEncoder) -> None:
+    ids = encoder.tokenizer(CAPTIONS)
+    tower = _build_text_tower(32, CLIPTextCfg(width=32, heads=4, layers=2))
+    tower.load_state_dict({**encoder.tower.state_dict(), "text_projection": torch.zeros(32, 32)})
+    tower.output_tokens = True
+    theirs = tower.eval()(ids)[1]
+    ours = encoder(CAPTIONS)
+    for row, caption in enumerate(CAPTIONS):
+        used = len(encoder.tokenizer.encode(caption)) + 2
+        torch.testing.assert_close(ours[row, :used], theirs[row, :used], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_is_masked_as_a_key(encoder: TextEncoder) -> None:
+    ids = encoder.tokenizer(["a red heart"])
+    before = encoder.encode(ids)
+    # With padding masked, a padded position sees the caption alone: positions behind it that are
+    # given another position embedding do not change it.
+    with torch.no_grad():
+        encoder.tower.positional_embedding[20, ::2] += 10
+    after = encoder.encode(ids)
+    encoder.tower.positional_embedding.data[20, ::2] -= 10
+    torch.testing.assert_close(before[0, 21:], after[0, 21:])
+    assert (before[0, 20] - after[0, 20]).abs().max() > 0.1
+
+
+def test_weights_of_a_whole_clip_model_are_taken(encoder: TextEncoder, tmp_path: object) -> None:
+    state = {**encoder.tower.state_dict(), "visual.conv1.weight": torch.zeros(1)}
+    path = f"{tmp_path}/clip.pt"
+    torch.save(state, path)
+    loaded = TextEncoder(width=32, depth=2, num_heads=4, context_length=77, weights=path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(CAPTIONS), encoder(CAPTIONS))
+    torch.save({"visual.conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="no CLIP model"):
+        TextEncoder(width=32, depth=2, num_heads=4, context_length=77, weights=path)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ("", "holds no word"),
+        ("  ... !", "holds no word"),
+        ("\N{FOX FACE}\N{RED APPLE}", "holds no word"),
+        ("a\0b", "control character"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused(
+    encoder: TextEncoder, prompt: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        encoder.check(prompt)
+
+
+def test_the_end_of_a_long_caption_is_told(encoder: TextEncoder) -> None:
+    assert encoder.cut_off("word " * 75) == ""
+    assert encoder.cut_off("word " * 75 + "red heart") == "red heart"
+    kept, whole = encoder.tokenizer(["word " * 75 + "red heart", "word " * 75])
+    assert torch.equal(kept, whole)
+
+
+def test_ordinary_prompts_pass(encoder: TextEncoder) -> None:
+    for prompt in ("a red heart", "Würstchen, 3 of them", "\N{FOX FACE} fox", "犬"):
+        encoder.check(prompt)

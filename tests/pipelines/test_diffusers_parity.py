@@ -1,0 +1,351 @@
+"""Our pipeline against diffusers' own: the same weights, the same generator, the same image."""
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMWuerstchenScheduler, WuerstchenCombinedPipeline
+from diffusers.pipelines.deprecated.wuerstchen import (
+    PaellaVQModel,
+    WuerstchenPrior,
+    pipeline_wuerstchen_prior,
+)
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import (
+    WuerstchenDiffNeXt,
+)
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from scripts import reference_models
+from wuerstchen_pl import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenPipeline
+from wuerstchen_pl.formats import registry
+from wuerstchen_pl.models.tokenizer import Tokenizer, write_vocabulary
+from wuerstchen_pl.sampling.decoder import DecoderSampler
+from wuerstchen_pl.sampling.prior import PriorSampler
+
+TOLERANCE = 1e-4
+FAST: dict[str, Any] = {"prior_num_inference_steps": 4, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("published")
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return reference_models.combined(folder / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def ours(theirs: Any, folder: Path) -> WuerstchenPipeline:
+    decoder, prior = reference_models.save_pair(theirs, folder)
+    return WuerstchenPipeline.from_pretrained(str(decoder), prior=str(prior))
+
+
+def rng(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(pipe: Any, prompt: Any = "a red heart", **options: Any) -> Tensor:
+    options = {"height": 128, "width": 128, "generator": rng(), **FAST, **options}
+    if isinstance(pipe, WuerstchenPipeline):
+        options["progress"] = False
+    return pipe(prompt, output_type="pt", **options).images
+
+
+NEGATIVE = "negative_prompt_embeds"
+LATENTS = torch.randn(1, 16, 3, 6, generator=rng(9))
+CASES: dict[str, dict[str, Any]] = {
+    "square": {},
+    "wide": {"width": 384},
+    "tall": {"height": 256},
+    "no guidance": {"prior_guidance_scale": 1.0},
+    "guidance below one": {"prior_guidance_scale": 0.0},
+    "guided decoder": {"decoder_guidance_scale": 3.0},
+    "negative prompt": {"negative_prompt": "a blue cube", "decoder_guidance_scale": 2.0},
+    "published timesteps": {"prior_timesteps": DEFAULT_STAGE_C_TIMESTEPS},
+    "timesteps of both": {
+        "prior_timesteps": [1.0, 0.6, 0.5, 0.0],
+        "decoder_timesteps": [1.0, 0.3, 0.1, 0.0],
+    },
+    "timesteps that stop early": {"prior_timesteps": [0.9, 0.5, 0.2]},
+    "several images": {"num_images_per_prompt": 3, "decoder_guidance_scale": 2.0},
+    "a generator each": {"num_images_per_prompt": 2, "generator": [rng(5), rng(6)]},
+    "given latents": {"latents": LATENTS, "width": 256},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_image_equals_diffusers(case: str, theirs: Any, ours: WuerstchenPipeline) -> None:
+    options = CASES[case]
+    if isinstance(options.get("generator"), list):
+        options = {**options, "generator": [rng(5), rng(6)]}
+    expected = drawn(theirs, **options)
+    if isinstance(options.get("generator"), list):
+        options = {**options, "generator": [rng(5), rng(6)]}
+    found = drawn(ours, **options)
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) < TOLERANCE
+    assert 0.05 < float(expected.std()) < 0.4  # neither flat nor all clamped
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"prompt": "a green frog"},
+        {"prior_timesteps": [1.0, 0.8, 0.5, 0.2, 0.0]},
+        {"decoder_timesteps": [1.0, 0.7, 0.3, 0.0]},
+        {"prior_guidance_scale": 3.0},
+        {"negative_prompt": "a blue cube"},
+        {"generator": rng(4)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_is_compared_matters(changed: dict, ours: WuerstchenPipeline) -> None:
+    difference = (drawn(ours) - drawn(ours, **changed)).abs().max()
+    assert float(difference) > 20 * TOLERANCE
+
+
+def test_the_decoder_reads_its_prompt_and_the_semantic_latents(ours: WuerstchenPipeline) -> None:
+    def decoded(semantic: Tensor, prompt: str) -> Tensor:
+        return ours.decoder(
+            semantic, prompt, 3, generator=rng(), output_type="pt", progress=False
+        ).images
+
+    semantic = torch.randn(1, 16, 3, 3, generator=rng(1))
+    before = decoded(semantic, "a red heart")
+    assert float((before - decoded(semantic, "a green frog")).abs().max()) > 20 * TOLERANCE
+    assert float((before - decoded(semantic * 0, "a red heart")).abs().max()) > 20 * TOLERANCE
+
+
+def test_prompts_of_a_list_are_drawn_as_alone(theirs: Any, ours: WuerstchenPipeline) -> None:
+    prompts = ["a red heart", "a green frog on a table"]
+    together = drawn(ours, prompts, generator=[rng(5), rng(6)], decoder_guidance_scale=2.0)
+    for image, prompt, seed in zip(together, prompts, (5, 6), strict=True):
+        for pipe in (ours, theirs):
+            alone = drawn(pipe, prompt, generator=rng(seed), decoder_guidance_scale=2.0)[0]
+            assert float((image - alone).abs().max()) < TOLERANCE
+
+
+def test_images_and_prompts_multiply_in_the_order_of_the_prompts(
+    ours: WuerstchenPipeline,
+) -> None:
+    options: dict[str, Any] = {"num_images_per_prompt": 2, "generator": None}
+    together = drawn(ours, ["a red heart", "a green frog"], seed=5, **options)
+    alone = drawn(ours, "a green frog", seed=7, **options)
+    assert float((together[2:] - alone).abs().max()) < TOLERANCE
+
+
+def test_states_in_place_of_prompts(theirs: Any, ours: WuerstchenPipeline) -> None:
+    width = reference_models.PRIOR["c_cond"]
+    states, negative = torch.randn(2, 1, 77, width, generator=rng(8))
+    options = {"prompt_embeds": states, "negative_prompt_embeds": negative}
+    expected, found = (drawn(pipe, None, **options) for pipe in (theirs, ours))
+    assert float((found - expected).abs().max()) < TOLERANCE
+    assert float((drawn(ours, None, prompt_embeds=states) - found).abs().max()) > 20 * TOLERANCE
+
+
+def test_the_prior_alone(theirs: Any, ours: WuerstchenPipeline) -> None:
+    options = {"height": 256, "num_inference_steps": 4, "negative_prompt": "blue"}
+    expected = theirs.prior_pipe("a red heart", generator=rng(), **options).image_embeddings
+    found = ours.prior("a red heart", generator=rng(), progress=False, **options).image_embeddings
+    assert found.shape == expected.shape == (1, 16, 6, 24)
+    assert float((found - expected).abs().max()) < TOLERANCE * float(expected.std())
+
+
+@pytest.mark.parametrize("output_type", ["pt", "np", "pil", "latent"])
+def test_the_decoder_alone(output_type: str, theirs: Any, ours: WuerstchenPipeline) -> None:
+    semantic = torch.randn(2, 16, 6, 3, generator=rng(1))
+    options = {"num_inference_steps": 3, "output_type": output_type, "return_dict": False}
+    expected = theirs.decoder_pipe(semantic, "frog", generator=rng(), **options)
+    found = ours.decoder(semantic, "frog", generator=rng(), progress=False, **options)
+    if output_type == "pil":
+        expected, found = (
+            torch.stack([torch.tensor(list(image.getdata())) for image in part]).float() / 255
+            for part in (expected, found)
+        )
+    difference = torch.as_tensor(found) - torch.as_tensor(expected)
+    assert float(difference.abs().max()) < (1.5 / 255 if output_type == "pil" else TOLERANCE)
+
+
+def test_callbacks_see_and_change_the_same(theirs: Any, ours: WuerstchenPipeline) -> None:
+    def recording(seen: list[Tensor]) -> Callable[..., dict[str, Tensor]]:
+        def callback(pipe: Any, i: int, t: Tensor, tensors: dict) -> dict[str, Tensor]:
+            seen.append(torch.cat([tensors["latents"].flatten(), t.flatten(), torch.tensor([i])]))
+            return {"latents": tensors["latents"] * 0.9}
+
+        return callback
+
+    runs: list[list[Tensor]] = []
+    images = []
+    for pipe in (theirs, ours):
+        seen: list[Tensor] = []
+        called = {"prior_callback_on_step_end": recording(seen)}
+        called["callback_on_step_end"] = recording(seen)
+        images.append(drawn(pipe, **called))
+        runs.append(seen)
+    assert len(runs[0]) == len(runs[1]) == 7
+    for expected, found in zip(*runs, strict=True):
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert float((images[0] - images[1]).abs().max()) < TOLERANCE
+    assert float((images[1] - drawn(ours)).abs().max()) > 20 * TOLERANCE
+
+
+def test_a_callback_changes_the_text(theirs: Any, ours: WuerstchenPipeline) -> None:
+    def callback(pipe: Any, i: int, t: Tensor, tensors: dict) -> dict[str, Tensor]:
+        states = tensors["text_encoder_hidden_states"]
+        assert torch.equal(states[1:] if i == 0 else states[1:] * 2**i, tensors[NEGATIVE])
+        return {"text_encoder_hidden_states": states * 0.5}
+
+    options = {
+        "prior_callback_on_step_end": callback,
+        "prior_callback_on_step_end_tensor_inputs": [
+            "text_encoder_hidden_states",
+            NEGATIVE,
+        ],
+    }
+    expected, found = (drawn(pipe, **options) for pipe in (theirs, ours))
+    assert float((found - expected).abs().max()) < TOLERANCE
+    assert float((found - drawn(ours)).abs().max()) > 20 * TOLERANCE
+
+
+def test_the_arguments_are_diffusers_in_name_order_and_default(
+    theirs: Any, ours: WuerstchenPipeline
+) -> None:
+    for their, our in (
+        (type(theirs), WuerstchenPipeline),
+        (type(theirs.prior_pipe), PriorSampler),
+        (type(theirs.decoder_pipe), DecoderSampler),
+    ):
+        expected, found = (
+            {
+                name: tuple(p.default) if isinstance(p.default, list) else p.default
+                for name, p in inspect.signature(cls.__call__).parameters.items()
+                if p.kind is p.POSITIONAL_OR_KEYWORD
+            }
+            for cls in (their, our)
+        )
+        assert list(found.items()) == list(expected.items())
+    assert pytest.approx(pipeline_wuerstchen_prior.DEFAULT_STAGE_C_TIMESTEPS) == (
+        DEFAULT_STAGE_C_TIMESTEPS
+    )
+
+
+def test_the_combined_folder_is_read(theirs: Any, ours: WuerstchenPipeline, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path / "combined")
+    combined = WuerstchenPipeline.from_pretrained(str(tmp_path / "combined"))
+    assert torch.equal(drawn(combined), drawn(ours))
+
+
+def test_a_compiled_pipeline_draws_the_same(ours: WuerstchenPipeline, folder: Path) -> None:
+    compiled = WuerstchenPipeline.from_pretrained(
+        str(folder / "wuerstchen"), prior=str(folder / "wuerstchen-prior")
+    ).compile(backend="aot_eager")
+    assert float((drawn(compiled) - drawn(ours)).abs().max()) < TOLERANCE
+
+
+def test_diffusers_loads_every_part_that_we_write(
+    theirs: Any, ours: WuerstchenPipeline, folder: Path, tmp_path: Path
+) -> None:
+    model = registry.read_model(str(folder / "wuerstchen"), prior=str(folder / "wuerstchen-prior"))
+    registry.write_model(model, tmp_path / "native", "native")  # and from there
+    registry.write_model(
+        registry.read_model(str(tmp_path / "native")), tmp_path / "there", "diffusers"
+    )
+    decoder, prior = tmp_path / "there" / "wuerstchen", tmp_path / "there" / "wuerstchen-prior"
+    loaded = WuerstchenCombinedPipeline(
+        tokenizer=CLIPTokenizer.from_pretrained(decoder, subfolder="tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(decoder, subfolder="text_encoder"),
+        decoder=WuerstchenDiffNeXt.from_pretrained(decoder, subfolder="decoder"),
+        scheduler=DDPMWuerstchenScheduler.from_pretrained(decoder, subfolder="scheduler"),
+        vqgan=PaellaVQModel.from_pretrained(decoder, subfolder="vqgan"),
+        prior_tokenizer=CLIPTokenizer.from_pretrained(prior, subfolder="tokenizer"),
+        prior_text_encoder=CLIPTextModel.from_pretrained(prior, subfolder="text_encoder"),
+        prior_prior=WuerstchenPrior.from_pretrained(prior, subfolder="prior"),
+        prior_scheduler=DDPMWuerstchenScheduler.from_pretrained(prior, subfolder="scheduler"),
+    )
+    assert torch.equal(drawn(loaded), drawn(theirs))
+
+
+def test_open_clips_vocabulary_is_written_as_transformers_reads_it(tmp_path: Path) -> None:
+    write_vocabulary(tmp_path)
+    theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
+    theirs.save_pretrained(tmp_path / "whole")  # as tokenizer.json
+    for text in CAPTIONS:
+        expected = theirs(
+            [text], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
+        for tokenizer in (ours, *(Tokenizer(folder=str(tmp_path / f)) for f in ("", "whole"))):
+            assert torch.equal(tokenizer([text]), expected), text
+
+
+CAPTIONS = [
+    "", "a red heart", "A Bear's  42 ducks!!! & <b>&amp;</b>", "don't we'll I'VE it'd",
+    "na\u00efve caf\u00e9 \u718a\u732b \U0001f43b", "\u2116 \u00bd \u0130stanbul \u00df",
+    "e\u0301 \u201cquotes\u201d \u2026 \u2014", "tab\tnew\nline   ", "word " * 100, "x" * 300,
+]  # fmt: skip
+
+WITHOUT = """
+import sys
+sys.modules["diffusers"] = sys.modules["transformers"] = None
+from wuerstchen_pl import WuerstchenPipeline
+pipe = WuerstchenPipeline.from_pretrained(sys.argv[1], prior=sys.argv[2])
+pipe("a red heart", 128, 128, 2, num_inference_steps=1, seed=0, progress=False)
+"""
+
+
+def test_neither_diffusers_nor_transformers_is_needed(
+    ours: WuerstchenPipeline, folder: Path
+) -> None:
+    paths = [str(folder / "wuerstchen"), str(folder / "wuerstchen-prior")]
+    run = subprocess.run([sys.executable, "-c", WITHOUT, *paths], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_ids_of_a_hub_are_downloaded_without_pickles(
+    ours: WuerstchenPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def downloaded(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert not {"*.bin", "*.pt", "*", "*.pkl", "*.py"} & set(allow_patterns)
+        return str(folder / name.removeprefix("warp-ai/"))
+
+    monkeypatch.setattr(registry, "snapshot_download", downloaded)
+    found = WuerstchenPipeline.from_pretrained(
+        "warp-ai/wuerstchen", prior="warp-ai/wuerstchen-prior"
+    )
+    assert torch.equal(drawn(found), drawn(ours))
+
+
+def test_the_sample_command_draws_from_published_folders(
+    ours: WuerstchenPipeline, folder: Path, tmp_path: Path, program: Callable[..., int]
+) -> None:
+    fast = ["sample.prior_steps=4", "sample.decoder_steps=3", "height=128", "width=128"]
+    where = [f"model={folder / 'wuerstchen'}", f"prior={folder / 'wuerstchen-prior'}"]
+    arguments = ["prompt=a red heart", "seed=3", "device=cpu", f"output_dir={tmp_path}"]
+    assert program("sample", *where, *fast, *arguments) == 0
+    (path,) = tmp_path.glob("*.png")
+    found = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1) / 255
+    expected = drawn(ours, generator=[rng(3)])[0]
+    assert float((found - expected).abs().max()) < 0.51 / 255
+
+
+def test_a_seed_is_short_for_generators_in_each_part(ours: WuerstchenPipeline) -> None:
+    options: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
+    by_seed, by_generator = (
+        ours.prior("frog", 128, 128, **options, num_images_per_prompt=2, **how)[0]
+        for how in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
+    )
+    assert torch.equal(by_seed, by_generator)
+    images = [
+        ours.decoder(by_seed, "frog", output_type="pt", **options, **how).images
+        for how in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
+    ]
+    assert torch.equal(*images)

@@ -1,0 +1,95 @@
+"""The paper's baseline, beside Stage C: trained, drawn with and measured by the same commands."""
+
+import json
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import run_program, small
+from tests.test_config import composed
+from wuerstchen_pl.checkpointing.load import load_stage
+from wuerstchen_pl.models.layers import Block
+from wuerstchen_pl.models.unet import UNet
+from wuerstchen_pl.pipelines.ldm import LatentDiffusionPipeline
+
+
+@pytest.fixture(scope="module")
+def baseline(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("baseline")
+    data = f"paths.data={cascade.parent / 'data'}"
+    above = f"paths.stage_a={cascade / 'a'}"
+    assert run_program("train", [*small("ldm", root), above, data]) == 0
+    return root / "default/ldm"
+
+
+def test_the_published_baseline_has_the_papers_levels() -> None:
+    cfg = composed("experiment=baseline_ldm")
+    with torch.device("meta"):
+        net: UNet = hydra.utils.instantiate(cfg.stage.prior, _convert_="all")
+    down, up = net.net.down, list(reversed(net.net.up))
+    assert [len(level.blocks) for level in down] == [2, 4, 14, 4]
+    assert [len(level.blocks) for level in up] == [3, 5, 15, 5]
+    blocks = [level.blocks[0] for level in down]
+    assert [block.res.depthwise.in_channels for block in blocks] == [320, 640, 1280, 1280]
+    assert [block.attn.attention.num_heads for block in blocks] == [5, 10, 20, 20]
+    assert sum(isinstance(module, Block) for module in net.modules()) == 52
+    # f8: images of 512 px are 64 x 64 positions of the first level
+    assert net.size_multiple == 2 * 2**3
+
+
+def test_text_and_time_reach_every_block() -> None:
+    net = UNet(
+        widths=[8, 16], num_blocks=[1, 1], num_up_blocks=[2, 1], num_heads=[2, 2], cond_dim=8,
+        text_dim=4,
+    ).eval()  # fmt: skip
+    given = net.inputs(torch.tensor([0.3]), torch.randn(1, 3, 4))
+    assert len(given) == 5
+    assert all(each.cond is not None and each.semantic is None for each in given)
+
+
+def test_another_number_of_blocks_up_than_levels_is_refused() -> None:
+    with pytest.raises(ValueError, match="have 2, 2, 1, 2, 2 entries"):
+        UNet(widths=[8, 8], num_blocks=[1, 1], num_up_blocks=[1], num_heads=[2, 2], cond_dim=8,
+             text_dim=4)  # fmt: skip
+
+
+def test_the_command_draws_what_the_stage_does(baseline: Path, tmp_path: Path) -> None:
+    told = [f"model={baseline}", f"output_dir={tmp_path}", "prompt=red apple", "seed=5"]
+    assert run_program("sample", [*told, "sample.prior_steps=3", "height=64", "width=48"]) == 0
+    drawn = np.asarray(Image.open(next(tmp_path.glob("0000-*.png")))).astype(int)
+    pipeline = LatentDiffusionPipeline.from_run(baseline)
+    stage = load_stage(run=baseline, stage="ldm")
+    latents = stage.sample(["red apple"], size=(64, 48), seeds=[5], num_steps=3)  # type: ignore[operator]
+    wanted = stage.images(latents, size=(64, 48), seeds=[5], captions=["red apple"])  # type: ignore[operator]
+    assert pipeline.size_multiple == 16
+    assert drawn.shape == (64, 48, 3)
+    assert np.abs(drawn - wanted[0].permute(1, 2, 0).numpy() * 255).max() < 1
+
+
+def test_it_is_measured_beside_the_cascade_by_one_sweep(
+    baseline: Path, cascade: Path, tmp_path: Path
+) -> None:
+    told = ["-m", f"model={cascade / 'c'},{baseline}", f"output_dir={tmp_path}", "num_prompts=3"]
+    told += ["metric=[retrieval,reconstruction,validation_loss]", "sample.prior_steps=2"]
+    assert run_program("evaluate", [*told, "sample.decoder_steps=1"]) == 0
+    whole, alone = (
+        json.loads((tmp_path / f"{number}/metrics.json").read_text())["metrics"]
+        for number in (0, 1)
+    )
+    assert {"stage_ldm/loss", "retrieval/top1", "stage_a/psnr"} <= alone.keys()
+    assert not [name for name in alone if name.startswith(("stage_b", "stage_c"))]
+    assert alone["stage_a/psnr"] == whole["stage_a/psnr"]  # the same Stage A below both
+    log = (baseline / "metrics.csv").read_text().splitlines()
+    logged = [float(line.split(",")[2]) for line in log if ",val/loss," in line]
+    assert alone["stage_ldm/loss"]["value"] == pytest.approx(logged[-1], rel=1e-5)
+
+
+def test_a_baseline_is_no_cascade_to_export(
+    baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_program("export", [f"ckpt={baseline}", f"to={tmp_path / 'mine'}"]) == 1
+    assert "is a run of StageLDM, which is no stage of the cascade" in capsys.readouterr().err

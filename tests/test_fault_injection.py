@@ -1,0 +1,42 @@
+"""Runs that are killed, and disks that fail, by the script that anyone can run."""
+
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import fault_injection
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "times"), [(1, 4), (2, 2)])
+def test_a_run_that_is_killed_ends_bit_equal(processes: int, times: int, tmp_path: Path) -> None:
+    assert fault_injection.kills(tmp_path, times=times, steps=40, processes=processes, seed=1) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("full-disk", "No space left"), ("read-only", "Read-only file system")]
+)
+def test_a_disk_that_fails_costs_no_checkpoint(kind: str, reason: str) -> None:
+    may = ["unshare", "--map-root-user", "--mount", "true"]
+    if shutil.which("unshare") is None or subprocess.run(may, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount, not even for oneself")
+    command = [sys.executable, "-m", "scripts.fault_injection", kind, "--steps", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"could not be written: {reason}" in done.stdout
+    assert "bit-equal" in done.stdout
+
+
+def test_the_comparison_sees_a_single_bit() -> None:
+    one = {key: {"a": torch.tensor([1.0, 2.0])} for key in fault_injection.COMPARED}
+    other = {key: {"a": torch.tensor([1.0, 2.0])} for key in fault_injection.COMPARED}
+    assert fault_injection.differing(one, other) == []
+    bits = other["ema"]["a"].view(torch.int32)
+    bits[random.Random(0).randrange(2)] ^= 1
+    assert fault_injection.differing(one, other) == ["ema.a"]

@@ -1,0 +1,104 @@
+"""The project's words: one word for one thing, plain technical English, American spelling."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (".py", ".yaml", ".md", ".toml", ".sh")
+FILES = [
+    path
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    if (path := ROOT / name).suffix in TEXT and path.is_file() and path != Path(__file__)
+]
+
+BANNED = {
+    # phrases that a native reader stumbles over
+    r"\b(go|goes|going|gone|went) on\b": "resume, continue",
+    r"\bmend(s|ed|ing)?\b": "fix",
+    r"\banew\b": "again",
+    r"in the midst": "during",
+    r"\bas of `": "see",
+    r"\bstands? (on|in)\b": "depends on, is in",
+    r"\bstranger": "untrusted",
+    r"\btold\b": "reported",
+    r"\bheed(ed|s)?\b": "followed",
+    r"\bbetray": "is detected",
+    r"for want of": "without",
+    r"no one's fault|cannot lie|hears the latents|however many lives": "a plain statement",
+    r"read by nothing|stands in no|nothing that can be called": "unused, not in, cannot be imported",
+    r"(?<!there )(?<!There )\b(is|are|was|were) no (?!longer\b|more\b|less\b|fewer\b)": "is not a",
+    # one word for one thing
+    r"\bpictures?\b": "image",
+    r"\b(moments)\b": "optimizer state",
+    r"\b[Cc]ritic\b": "discriminator",
+    r"\baverages\b": "EMA weights",
+    r"\bdigests?\b(?!\()(?!_size)": "sha256, hash, cached conditioning",
+    r"\bledgers?\b": "stats",
+    # British spelling
+    r"\b\w*(optimis|quantis|normalis|initialis|minimis|maximis|rasteris|generalis|synchronis)\w*": "z",
+    r"\b\w*(colour|behaviour|favour|neighbour|licence|centre|labelled|cancelled|modelling)\w*": "US",
+    r"\blearnt\b|\bgrey\b": "learned, gray",
+    # names that were replaced
+    r"\b(put_off|PutOff|hand_over|in_parts|one_file|OneFile|BUILDABLE|refuse_foreign)\b": "renamed",
+    r"\b(FullySharded|GlobalBatchNorm2d|globalise|all_processes|GeluResponseNorm)\b": "renamed",
+    r"\b(at_work|as_many|Draws|loss_bands|LossBands|LossByTime|hold_frozen|text_of)\b": "renamed",
+    r"\b(revive\w*|lr_factor|FiniteSteps|RunRecord|MetricsCSV|KnownToInterpolations)\b": "renamed",
+    r"\b(stretches|PICTURE_HASH|OF_SETS|OF_TEXTS|OF_THE_RUN|size_12|size_24|torture)\b": "renamed",
+    # documents that are not in the repository
+    r"\b(DESIGN|GLOSSARY|STACK_NOTES|PERF_NOTES|PAPER_FACTS|USER_NEEDS|HOUSE_STYLE)\.md\b": "docs/",
+}
+"""Pattern -> what to write instead."""
+
+VAGUE = {"found", "given", "taken", "held", "own", "others", "told", "how", "known", "place"}
+"""Names that say nothing of the value they hold."""
+
+
+def hits(text: str) -> list[str]:
+    """``line: word (write: replacement)`` for every banned word of a text."""
+    return [
+        f"{number}: {match[0]!r} (write: {instead})"
+        for number, line in enumerate(text.splitlines(), 1)
+        for pattern, instead in BANNED.items()
+        for match in re.finditer(pattern, line, re.IGNORECASE if pattern.islower() else 0)
+    ]
+
+
+def bound_names(source: str) -> set[str]:
+    """Names of variables, parameters and functions that a module binds."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_uses_the_words_of_the_field(path: Path) -> None:
+    assert hits(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path.suffix == ".py"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_a_name_says_what_it_holds(path: Path) -> None:
+    assert bound_names(path.read_text(encoding="utf-8")) & VAGUE == set()
+
+
+@pytest.mark.parametrize(
+    "text", ["it goes on", "the picture", "is no model", "def f(found): pass", "quantisation"]
+)
+def test_a_banned_word_is_found(text: str) -> None:
+    names = bound_names(text) if text.startswith("def") else set()
+    assert hits(text) or names & VAGUE

@@ -1,0 +1,32 @@
+"""The batch contract: what a data module yields and a stage reads."""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class Batch(TypedDict, total=False):
+    """One batch of one process. All of its images have one size, that of its bucket.
+
+    ``caption``, ``key`` and ``is_unique`` are always there. ``image`` is absent from a cache for
+    Stage C; ``semantic``, ``latents``, ``text``, ``empty_text`` and ``size`` come only from caches.
+    """
+
+    image: Tensor
+    """(B, 3, H, W) float32 in [0, 1], RGB."""
+    caption: list[str]
+    """B captions."""
+    key: list[str]
+    """B sample names."""
+    is_unique: bool
+    """False if another process has the same samples, as at the end of a validation split."""
+    semantic: Tensor
+    """(B, 16, h, w) float32 semantic latents in the compressor's scale."""
+    latents: Tensor
+    """(B, 4, H / 4, W / 4) float32 latents of Stage A, of unit variance."""
+    text: Tensor
+    """(B, L, D) float32 token states of the captions."""
+    empty_text: Tensor
+    """(1, L, D) float32 token states of the empty caption."""
+    size: tuple[int, int]
+    """(H, W) in pixels of the images that were cached."""

@@ -1,0 +1,56 @@
+"""``run.json``: with what, on what and for how long a run was made."""
+
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import lightning as L
+import torch
+
+
+class RunMetadata(L.Callback):
+    """Write versions, hardware, parameter counts, steps and hours; hours add up over resumes.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, *, folder: str) -> None:
+        self.path = Path(folder) / "run.json"
+        self._hours_before = 0.0
+        self._start = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Hours so far, for the checkpoint."""
+        return {"hours": self._hours()}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on counting."""
+        self._hours_before = state_dict["hours"]
+
+    def _hours(self) -> float:
+        return self._hours_before + (time.monotonic() - self._start) / 3600 if self._start else 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.monotonic()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the record."""
+        if not trainer.is_global_zero:
+            return
+        cuda = torch.cuda.is_available()
+        record = {
+            "stage": type(pl_module).__name__.removeprefix("FSDP"),
+            "steps": trainer.global_step,
+            "hours": round(self._hours(), 4),
+            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "devices": trainer.num_devices * trainer.num_nodes,
+            "hardware": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("torch", "lightning", "wuerstchen_pl")},
+        }
+        self.path.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,148 @@
+"""Networks whose features tell sets of images apart, and how images come to them.
+
+The resampling filter and the file format alone move FID (Parmar et al., arXiv 2104.11222), so both
+are fixed: bytes as in a PNG, resized once by torch's antialiased bicubic.
+"""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Protocol
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from wuerstchen_pl.io import atomic
+from wuerstchen_pl.models.fingerprint import weights_fingerprint
+
+RESIZE_METHOD = "torch, antialiased bicubic, shorter side, then the middle"
+
+
+class FeatureNetwork(Protocol):
+    """A network of features: (B, 3, S, S) bytes -> (B, D)."""
+
+    name: str
+    """``inception``, or what stands behind ``fd_``."""
+    weights_sha256: str
+    width: int
+    """D."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, D) float32."""
+        ...
+
+
+class Inception(nn.Module):
+    """Inception-v3 of 2015, in torch-fidelity's port: the network of FID, KID and IS.
+
+    Args:
+        weights: a local file of it; None takes torch-fidelity's release, which is downloaded once.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or no way to the release.
+        ValueError: if the file holds something else.
+    """
+
+    name = "inception"
+    width = 2048
+
+    def __init__(self, *, weights: str | None = None) -> None:
+        from torch_fidelity import feature_extractor_inceptionv3 as port
+
+        super().__init__()
+        path = Path(weights) if weights is not None else _downloaded(port.URL_INCEPTION_V3)
+        if not path.is_file():
+            raise FileNotFoundError(f"fid_features.weights={weights} is no file; name Inception's")
+        self.weights_sha256 = atomic.sha256(path)
+        outputs = ["2048", "logits_unbiased"]
+        with tempfile.TemporaryDirectory() as folder:
+            # The port unpickles whatever it is given, so it is given a file of ours: tensors alone.
+            own = Path(folder, "tensors.pt")
+            torch.save(_tensors(path), own)
+            try:
+                self.net = port.FeatureExtractorInceptionV3(
+                    "inception-v3-compat", outputs, feature_extractor_weights_path=str(own)
+                )
+            except RuntimeError as error:
+                raise ValueError(f"fid_features.weights={path} holds no Inception-v3") from error
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, 2048) pooled features."""
+        return self.net(images)[0]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, 1008)."""
+        return self.net(images)[1]
+
+
+def _downloaded(url: str) -> Path:
+    try:
+        torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
+    except (URLError, OSError) as error:
+        raise FileNotFoundError(
+            f"Inception's weights cannot be downloaded ({error}); name a file of them "
+            f"({url.rpartition('/')[2]}) with fid_features.weights=, or measure with fid_features=random"
+        ) from error
+    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own text advises to load it all the same
+        raise ValueError(
+            f"fid_features.weights={path} is damaged, or holds more than tensors; it is not loaded"
+        ) from error
+
+
+class RandomConvFeatures(nn.Module):
+    """Convolutions with fixed random weights: nothing to download, and a poor judge of meaning.
+
+    They see colors, edges and textures. Distances by them are no FID and compare with none.
+
+    Args:
+        widths: channels of each layer, each of half the resolution of the one before.
+        seed: of the weights.
+    """
+
+    name = "random"
+
+    def __init__(self, *, widths: Sequence[int] = (16, 24, 32), seed: int = 0) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(seed)
+        sizes = pairwise([3, *widths])
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in sizes)
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight, gain=2**0.5, generator=rng)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.width = sum(widths)
+        self.weights_sha256 = weights_fingerprint([self])
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, sum of widths) means of each channel over the image."""
+        x, means = images.float() / 127.5 - 1, []
+        for layer in self.layers:
+            x = F.relu(layer(x))
+            means.append(x.mean(dim=(2, 3)))
+        return torch.cat(means, dim=1)
+
+
+def square(image: Tensor, side: int) -> Tensor:
+    """(3, H, W) uint8 -> (3, side, side): resized once by its shorter side, then its middle."""
+    resized = TF.resize(image, [side], InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop(resized, [side, side])
+
+
+def batched(images: Iterable[Tensor], side: int, batch_size: int = 32) -> Iterable[Tensor]:
+    """Images (3, H, W) uint8 of any size -> batches (B, 3, side, side)."""
+    squares = (square(image, side) for image in images)
+    while batch := list(islice(squares, batch_size)):
+        yield torch.stack(batch)

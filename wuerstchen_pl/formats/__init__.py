@@ -1,0 +1,1 @@
+"""Models on disk: ours, the authors' and diffusers' format, read and written as one ``Model``."""

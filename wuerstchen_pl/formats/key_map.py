@@ -1,0 +1,238 @@
+"""One tensor's name in our format, in the authors' and in diffusers'.
+
+The rules lead from ours to theirs, and are followed backwards as well. Values do not change; a few
+tensors are kept in another form: published response norms are (1, 1, 1, C), ours (C); diffusers
+keeps query, key and value apart, we and the authors in one.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from wuerstchen_pl.formats.lazy_tensors import LazyTensor
+from wuerstchen_pl.formats.model import compare_shapes
+
+ExternalFormat = Literal["upstream", "diffusers"]
+Rules = list[tuple[str, str]]
+
+_BLOCK_PARTS = {"res": 0, "time": 1, "attn": 2}
+_BLOCK: Rules = [
+    (r"^res\.depthwise\.", "depthwise."),
+    (r"^res\.expand\.", "channelwise.0."),
+    (r"^res\.grn\.", "channelwise.2."),
+    (r"^res\.project\.", "channelwise.4."),
+    (r"^time\.mapper\.", "mapper."),
+    (r"^attn\.attention\.qkv\.", "attention.attn.in_proj_"),
+    (r"^attn\.attention\.out\.", "attention.attn.out_proj."),
+    (r"^attn\.cond_mapper\.", "kv_mapper.1."),
+]
+_PRIOR: Rules = [
+    (r"^stem\.", "projection."),
+    (r"^text_in\.", "cond_mapper.0."),
+    (r"^text_out\.", "cond_mapper.2."),
+    (r"^head\.", "out.1."),
+]
+_DIFFNEXT: Rules = [
+    (r"^text_mapper\.", "clip_mapper."),
+    (r"^stem\.", "embedding.1."),
+    (r"^head\.", "clf.1."),
+]
+_PAELLA: Rules = [
+    (r"^text_mapper\.", "byt5_mapper."),
+    (r"^semantic_mapper\.", "effnet_mapper."),
+    (r"^token_embedding\.", "in_mapper.0."),
+    (r"^stem\.", "embedding.1."),
+    (r"^head\.", "clf.1."),
+    (r"^classifier\.", "out_mapper.1."),
+]
+_VQGAN: Rules = [
+    (r"^stem\.", "in_block.1."),
+    (r"^head\.", "out_block.0."),
+    (r"^quantizer\.", "vquantizer."),
+    (r"^from_latent\.", "up_blocks.0.0."),
+]
+_VQGAN_BLOCK: Rules = [
+    (r"\bdepthwise\.", "depthwise.1."),
+    (r"\bexpand\.", "channelwise.0."),
+    (r"\bproject\.", "channelwise.2."),
+]
+_COMPRESSOR: Rules = [
+    (r"^backbone\.features\.", "backbone."),
+    (r"^mapper\.", "mapper.0."),
+    (r"^norm\.", "mapper.1."),
+]
+_TEXT: Rules = [
+    (r"^tower\.token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^tower\.positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^tower\.ln_final\.", "text_model.final_layer_norm."),
+    (r"^tower\.transformer\.resblocks\.", "text_model.encoder.layers."),
+]
+_TEXT_LAYER: Rules = [
+    (r"\.ln_1\.", ".layer_norm1."),
+    (r"\.ln_2\.", ".layer_norm2."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.in_proj_", ".self_attn.in_proj_"),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+]
+
+
+class KeyMapping(NamedTuple):
+    """A tensor of ours, and what it is elsewhere."""
+
+    ours: str
+    theirs: tuple[str, ...]  # several are ours, one below the other
+    spread: bool  # (C) here, (1, 1, 1, C) there
+
+
+def key_mappings(
+    config: Mapping[str, Any], keys: Iterable[str], format: ExternalFormat
+) -> list[KeyMapping]:
+    """Our names of a part's tensors, and theirs.
+
+    Raises:
+        ValueError: for a part that has no name there.
+    """
+    kind = config["_target_"].rpartition(".")[2]
+    name_of = {
+        "Prior": _prior, "DiffNeXt": _u_net, "Paella": _u_net, "VQGAN": _vqgan,
+        "SemanticCompressor": _compressor, "TextEncoder": _text,
+    }[kind]  # fmt: skip
+    found = []
+    for key in keys:
+        name = name_of(key, config)
+        theirs = (name,) if format == "upstream" else _for_diffusers(name, kind)
+        spread = kind in ("Prior", "DiffNeXt", "Paella") and key.endswith((".gamma", ".beta"))
+        found.append(KeyMapping(key, theirs, spread))
+    return found
+
+
+def to_upstream(
+    tensors: Mapping[str, LazyTensor], table: Iterable[KeyMapping]
+) -> dict[str, LazyTensor]:
+    """Our tensors -> theirs."""
+    found: dict[str, LazyTensor] = {}
+    for ours, theirs, spread in table:
+        lazy = tensors[ours]
+        for i, name in enumerate(theirs):
+            shape = (1, 1, 1, *lazy.shape) if spread else lazy.shape
+            if len(theirs) > 1:
+                shape = (shape[0] // len(theirs), *shape[1:])
+            found[name] = LazyTensor(shape, lazy.dtype, _nth(lazy, i, len(theirs), shape))
+    return found
+
+
+def _nth(lazy: LazyTensor, i: int, of: int, shape: tuple[int, ...]) -> Any:
+    if of == 1:
+        return lambda: lazy.load().reshape(shape)
+    return lambda: lazy.load().chunk(of)[i]
+
+
+def from_upstream(
+    tensors: Mapping[str, LazyTensor],
+    table: list[KeyMapping],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> dict[str, LazyTensor]:
+    """Their tensors -> ours.
+
+    Args:
+        tensors: theirs, all of them.
+        table: the links.
+        shapes: our names -> our shapes.
+        where: the file, for the message.
+
+    Raises:
+        ValueError: listing by their names what is missing, unexpected or of another shape.
+    """
+    blank = {k: LazyTensor(shapes[k], torch.float32, lambda: torch.empty(0)) for k, _, _ in table}
+    wanted = {name: lazy.shape for name, lazy in to_upstream(blank, table).items()}
+    compare_shapes(wanted, {name: lazy.shape for name, lazy in tensors.items()}, where)
+    return {
+        ours: LazyTensor(
+            shapes[ours], tensors[theirs[0]].dtype, _joined(tensors, theirs, shapes[ours])
+        )
+        for ours, theirs, _ in table
+    }
+
+
+def _joined(
+    tensors: Mapping[str, LazyTensor], names: tuple[str, ...], shape: tuple[int, ...]
+) -> Any:
+    if len(names) == 1:
+        return lambda: tensors[names[0]].load().reshape(shape)
+    return lambda: torch.cat([tensors[name].load() for name in names])
+
+
+def _rename(key: str, rules: Rules) -> str:
+    """The key with the first rule that fits it."""
+    for pattern, name in rules:
+        key, found = re.subn(pattern, name, key)
+        if found:
+            break
+    return key
+
+
+def _prior(key: str, config: Mapping[str, Any]) -> str:
+    if match := re.match(r"blocks\.(\d+)\.((res|time|attn)\..*)", key):
+        index = int(match[1]) * len(_BLOCK_PARTS) + _BLOCK_PARTS[match[3]]
+        return f"blocks.{index}.{_rename(match[2], _BLOCK)}"
+    return _rename(key, _PRIOR)
+
+
+def _u_net(key: str, config: Mapping[str, Any]) -> str:
+    """A published level is one flat list: the resampler into it, its blocks' parts, the one out."""
+    parts = [2 if heads is None else 3 for heads in config["num_heads"]]
+    last = len(parts) - 1
+    if match := re.match(r"(down|up)\.(\d+)\.semantic_mapper\.(.*)", key):
+        index = int(match[2]) + (len(parts) if match[1] == "up" else 0)
+        return f"effnet_mappers.{index}.{match[3]}"
+    if match := re.match(r"downsample\.(\d+)\.(.*)", key):
+        return f"down_blocks.{int(match[1]) + 1}.0.{match[2]}"
+    if match := re.match(r"upsample\.(\d+)\.(.*)", key):
+        level = last - int(match[1])
+        return f"up_blocks.{match[1]}.{config['num_blocks'][level] * parts[level]}.{match[2]}"
+    if match := re.match(r"(down|up)\.(\d+)\.blocks\.(\d+)\.((res|time|attn)\..*)", key):
+        side, i, j = match[1], int(match[2]), int(match[3])
+        first = 1 if side == "down" and i > 0 else 0
+        index = first + j * parts[i if side == "down" else last - i] + _BLOCK_PARTS[match[5]]
+        return f"{side}_blocks.{i}.{index}.{_rename(match[4], _BLOCK)}"
+    return _rename(key, _PAELLA if config["_target_"].endswith("Paella") else _DIFFNEXT)
+
+
+def _vqgan(key: str, config: Mapping[str, Any]) -> str:
+    levels = config["levels"]
+    last = f"down_blocks.{2 * levels - 1}"
+    key = re.sub(r"^to_latent\.", f"{last}.0.", re.sub(r"^latent_norm\.", f"{last}.1.", key))
+    if match := re.match(r"encoder\.(block|downsample)(\d+)\.(.*)", key):
+        index = 2 * int(match[2]) - (match[1] == "downsample")
+        return f"down_blocks.{index}.{_rename(match[3], _VQGAN_BLOCK)}"
+    if match := re.match(r"decoder\.(\w+)\.(.*)", key):
+        blocks = [config["bottleneck_blocks"]] + [1] * (levels - 1)  # coarsest level first
+        flat = []
+        for level, count in zip(reversed(range(levels)), blocks, strict=True):
+            flat += [f"block{level}_{j}" for j in range(count)] + [f"upsample{level}"]
+        return f"up_blocks.{1 + flat.index(match[1])}.{_rename(match[2], _VQGAN_BLOCK)}"
+    return _rename(key, _VQGAN)
+
+
+def _compressor(key: str, config: Mapping[str, Any]) -> str:
+    return _rename(key, _COMPRESSOR)
+
+
+def _text(key: str, config: Mapping[str, Any]) -> str:
+    return _rename(_rename(key, _TEXT), _TEXT_LAYER)
+
+
+def _for_diffusers(name: str, kind: str) -> tuple[str, ...]:
+    """The authors' name -> diffusers' and transformers', which split attention in three."""
+    if kind == "VQGAN":
+        return (name.replace("vquantizer.codebook.", "vquantizer.embedding."),)
+    name = name.replace("attention.attn.out_proj.", "attention.to_out.0.")
+    if match := re.fullmatch(r"(.*attention\.)attn\.in_proj_(\w+)", name):
+        return tuple(f"{match[1]}to_{which}.{match[2]}" for which in "qkv")
+    if match := re.fullmatch(r"(.*self_attn\.)in_proj_(\w+)", name):
+        return tuple(f"{match[1]}{which}_proj.{match[2]}" for which in "qkv")
+    return (name,)

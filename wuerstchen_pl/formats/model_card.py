@@ -1,0 +1,103 @@
+"""The model card of an exported cascade: what it was trained on, how long, by which recipe."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.io import atomic
+
+UNKNOWN = "not recorded"
+CARD = """\
+---
+license: {license}
+library_name: wuerstchen_pl
+pipeline_tag: text-to-image
+---
+# A Wuerstchen cascade
+
+A text-to-image cascade ([arXiv 2306.00637](https://arxiv.org/abs/2306.00637)), trained with
+wuerstchen_pl. License of the weights: {stated}.
+
+| stage | steps | batch | lr | px | data | weights | hours x devices | hardware | sha256 |
+|---|---|---|---|---|---|---|---|---|---|
+{rows}
+
+```python
+from wuerstchen_pl import WuerstchenPipeline
+
+pipe = WuerstchenPipeline.from_pretrained("this folder")
+pipe("a red heart", height={side}, width={side}, seed=0).images[0].save("heart.png")
+```
+"""
+
+
+def checkpoint_chain(path: Path) -> list[Path]:
+    """A checkpoint, and those of the frozen stages that it stands on."""
+    found = [path]
+    named = load.read_checkpoint(path)["frozen"]
+    for name in named:
+        found += checkpoint_chain(load.resolve_frozen(path, name, named[name]))
+    return found
+
+
+def render_card(checkpoints: Sequence[Path], *, license: str | None, ema: bool) -> str:
+    """The card in Markdown, with the front matter that hubs read.
+
+    Args:
+        checkpoints: of the stages, the last one first.
+        license: of the weights, as hubs spell it (``mit``).
+        ema: whether the first one's weights are averaged ones.
+    """
+    rows = [_row(path, averaged=ema or i > 0) for i, path in enumerate(checkpoints)]
+    return CARD.format(
+        license=license or "other",
+        stated=license or "not stated by who exported them",
+        rows="\n".join(rows),
+        side=_config(checkpoints[0]).get("image_size", 1024),
+    )
+
+
+def _row(path: Path, *, averaged: bool) -> str:
+    content = load.read_checkpoint(path)
+    stage, trained = content["stage"], _config(path)
+    data, record = trained.get("data", {}), _record(path)
+    cells = [
+        stage["_target_"].rpartition(".")[2],
+        f"{content.get('global_step', UNKNOWN):,}",
+        data.get("batch_size", UNKNOWN),
+        stage.get("optimizer", {}).get("lr", UNKNOWN),
+        trained.get("image_size", UNKNOWN),
+        _source(data),
+        "averaged" if averaged else "raw",
+        f"{record['hours']} x {record['devices']}" if record else UNKNOWN,
+        record.get("hardware", UNKNOWN),
+        atomic.sha256(path)[:12],
+    ]
+    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+
+
+def _source(data: dict[str, Any]) -> str:
+    """The kind of data, and what it was told but for folders of this machine."""
+    if not data:
+        return UNKNOWN
+    kind = data["_target_"].rpartition(".")[2]
+    told = [
+        f"{k}={data[k]}" for k in ("urls", "name", "groups", "limit") if data.get(k) is not None
+    ]
+    return f"{kind} ({', '.join(told)})" if told else kind
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The whole config of a checkpoint's run, if it is there."""
+    file = path.parent.parent / "config.yaml"
+    return OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}  # type: ignore[return-value]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a checkpoint's run wrote of itself at its end, if it came to that."""
+    file = path.parent.parent / "run.json"
+    return json.loads(file.read_text()) if file.is_file() else {}

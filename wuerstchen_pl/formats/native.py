@@ -1,0 +1,129 @@
+"""Our format: a folder with a manifest, and for each part a config and its tensors."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from wuerstchen_pl.formats.lazy_tensors import read_safetensors, write_safetensors
+from wuerstchen_pl.formats.model import (
+    PARTS,
+    Model,
+    Part,
+    check_tensors,
+    validate_config,
+    validate_settings,
+)
+from wuerstchen_pl.models import tokenizer
+
+MANIFEST = "wuerstchen_pl.json"
+CARD = "README.md"
+FORMAT = 1
+
+
+def matches(path: Path) -> bool:
+    """Whether a folder is of this format."""
+    return (path / MANIFEST).is_file()
+
+
+def read(path: Path) -> Model:
+    """The model of a folder.
+
+    Raises:
+        ValueError: if it is damaged, or of a later format.
+        FileNotFoundError: if a part is missing.
+    """
+    manifest = load_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path / MANIFEST} has format {manifest.get('format')}, and this release reads "
+            f"{FORMAT}; update the package"
+        )
+    model = Model(settings=validate_settings(manifest.get("settings"), str(path / MANIFEST)))
+    if (path / CARD).is_file():
+        model.card = (path / CARD).read_text(encoding="utf-8", errors="replace")
+    for name in manifest.get("parts", ()):
+        if name not in PARTS:
+            raise ValueError(f"{path / MANIFEST} names a part {name!r}; there is no such part")
+        model.parts[name] = _read_part(path / name)
+    return model
+
+
+def _read_part(folder: Path) -> Part:
+    weights = find_weights(folder, "model")
+    files = folder / "tokenizer"
+    tensors = read_safetensors(weights)
+    told = folder / "config.json"
+    config = validate_config(load_json(told), folder.name, len(tensors), str(told))
+    part = Part(config, tensors, files if files.is_dir() else None)
+    check_tensors(part, str(weights))
+    return part
+
+
+def write(model: Model, path: Path) -> None:
+    """Write a model into a folder.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    for name, part in model.parts.items():
+        folder = path / name
+        folder.mkdir(parents=True)
+        dump_json(folder / "config.json", part.config)
+        write_safetensors(folder / "model.safetensors", part.tensors)
+        if part.tokenizer is not None:
+            copy_tokenizer(part, folder / "tokenizer")
+    manifest = {"format": FORMAT, "parts": list(model.parts), "settings": model.settings}
+    dump_json(path / MANIFEST, manifest)
+
+
+# What the other format of folders share
+
+
+def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
+    """The safetensors file of a folder, or the index of its shards.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    dotted = f".{variant}" if variant else ""
+    names = (f"{stem}{dotted}.safetensors", f"{stem}.safetensors.index{dotted}.json")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has neither {names[0]} nor {names[1]}")
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The contents of a JSON file.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it holds no object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object; it is no config")
+    return content
+
+
+def dump_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(part: Part, target: Path) -> None:
+    """Copy a tokenizer's files as they are, or write those of open_clip's own vocabulary."""
+    if part.tokenizer is None:
+        tokenizer.write_vocabulary(target, part.config["context_length"])
+        return
+    target.mkdir(parents=True)
+    for name in tokenizer.FILES:
+        if (part.tokenizer / name).is_file():
+            shutil.copyfile(part.tokenizer / name, target / name)

@@ -1,1 +1,0 @@
-"""Models on disk: ours, the authors' and diffusers' layout, read and written as one ``Model``."""

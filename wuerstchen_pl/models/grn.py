@@ -1,0 +1,70 @@
+"""GELU and ConvNeXt V2's global response norm in one, which keeps only its input for backward.
+
+Between its two linear layers a block is four times as wide as outside; this spares one of the
+tensors of that width that training would keep.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class GeluGRN(nn.Module):
+    """y = x (1 + gamma N(x)) + beta of x = GELU(u), with N(x) = |x|_HW / mean_C |x|_HW.
+
+    ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808), Eq. 1-3.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        return _GeluGRNFunction.apply(u, self.gamma, self.beta)
+
+
+class _GeluGRNFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        x = F.gelu(u)
+        norm, scale = _norm_and_scale(x, gamma)
+        ctx.save_for_backward(u, gamma, norm)
+        return torch.addcmul(beta.to(x.dtype), x, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u, gamma, norm = ctx.saved_tensors
+        x = F.gelu(u)
+        mean = norm.mean(dim=-1, keepdim=True) + EPS
+        response = norm / mean
+        along = (grad * x).sum(dim=(1, 2), keepdim=True, dtype=norm.dtype)
+        to_response = along * gamma
+        shared = (to_response * norm).mean(dim=-1, keepdim=True) / mean.square()
+        to_norm = to_response / mean - shared
+        grad_x = torch.addcmul(
+            grad * (1 + gamma * response).to(grad.dtype), x, (to_norm / norm).to(grad.dtype)
+        )
+        grad_u = torch.ops.aten.gelu_backward(grad_x, u)
+        grad_beta = grad.sum(dim=(0, 1, 2), dtype=norm.dtype).to(gamma.dtype)
+        return grad_u, (along * response).sum(dim=(0, 1, 2)).to(gamma.dtype), grad_beta
+
+
+EPS = 1e-6
+
+
+def _norm_and_scale(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """|x|_HW (B, 1, 1, C) in float32 or more, and 1 + gamma N(x) in the type of x."""
+    # Summed in float32, where bfloat16 would lose the small ones; squared in it as well where
+    # float16 would overflow from 256 on. The inner epsilon keeps the root's gradient finite where
+    # a channel is all zero.
+    squares = (x.float() if x.dtype == torch.float16 else x).square()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = (squares.sum(dim=(1, 2), keepdim=True, dtype=wide) + 1e-12).sqrt()
+    response = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
+    return norm, (1 + gamma * response).to(x.dtype)

@@ -1,0 +1,108 @@
+"""Text to images by the paper's baseline: one diffusion model, and Stage A."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from wuerstchen_pl.checkpointing.load import load_stage
+from wuerstchen_pl.diffusion.sampler import Generator, SamplerName
+from wuerstchen_pl.models.vqgan import VQGAN
+from wuerstchen_pl.pipelines.cascade import CascadePipeline
+from wuerstchen_pl.sampling.device import DevicePlacement
+from wuerstchen_pl.sampling.images import center_crop
+from wuerstchen_pl.sampling.prior import PriorSampler
+
+
+class StageADecoder:
+    """What is left of a decoder where there is no Stage B."""
+
+    decoder = None
+    text_encoder = None
+
+    def __init__(self, vqgan: VQGAN, placement: DevicePlacement) -> None:
+        self.vqgan, self.placement = vqgan, placement
+
+
+class LatentDiffusionPipeline(CascadePipeline):
+    """The baseline's ``draw``: it has what the commands ask of a cascade, and no more.
+
+    Args:
+        prior: text to Stage A's latents.
+        vqgan: Stage A.
+    """
+
+    def __init__(self, *, prior: PriorSampler, vqgan: VQGAN) -> None:
+        decoder: Any = StageADecoder(vqgan, prior.placement)
+        super().__init__(prior=prior, decoder=decoder)
+
+    @classmethod
+    def from_run(cls, run: str | Path) -> Self:
+        """What a run of ``stage=ldm`` trained.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if it is of another stage, or damaged.
+        """
+        stage: Any = load_stage(run=run, stage="ldm")
+        pipeline = cls(prior=stage.prior_pipeline(), vqgan=stage.decoder.vqgan)
+        pipeline.source = stage.source
+        return pipeline
+
+    def compile(self, **options: Any) -> Self:
+        """Compile the denoiser; ``options`` are ``torch.compile``'s."""
+        self.prior.predict_noise = torch.compile(self.prior.predict_noise, **options)
+        return self
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | Sequence[str],
+        height: int = 512,
+        width: int = 512,
+        *,
+        prior_num_inference_steps: int = 60,
+        prior_timesteps: Sequence[float] | None = None,
+        prior_guidance_scale: float = 4.0,
+        prior_guidance_rescale: float = 0.0,
+        prior_guidance_interval: tuple[float, float] = (0.0, 1.0),
+        prior_sampler: SamplerName = "ddpm",
+        generator: Generator = None,
+        seed: int | Sequence[int] | None = None,
+        progress: bool = True,
+        num_inference_steps: int = 12,
+        decoder_guidance_scale: float = 0.0,
+        decoder_sampler: SamplerName = "ddpm",
+        output_type: str = "pt",
+        return_dict: bool = False,
+    ) -> Tensor:
+        """Draw; the arguments are those of ``Cascade``; the last five change nothing here.
+
+        Returns:
+            (N, 3, height, width) in [0, 1].
+        """
+        drawn_height, drawn_width = self.padded_size(height, width)
+        latents = self.prior(
+            prompt,
+            drawn_height,
+            drawn_width,
+            num_inference_steps=prior_num_inference_steps,
+            timesteps=prior_timesteps,
+            guidance_scale=prior_guidance_scale,
+            guidance_rescale=prior_guidance_rescale,
+            guidance_interval=prior_guidance_interval,
+            sampler=prior_sampler,
+            generator=generator,
+            seed=seed,
+            progress=progress,
+        )[0]
+        with self.placement.on_device(self.decoder.vqgan):
+            images = self.decoder.vqgan.decode(latents).clamp(0, 1)
+        return center_crop(images, height, width)
+
+    @property
+    def size_multiple(self) -> int:
+        """Step of heights and widths: Stage A's factor times the denoiser's."""
+        return self.decoder.vqgan.factor * self.prior.prior.size_multiple

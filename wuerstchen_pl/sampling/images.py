@@ -1,0 +1,113 @@
+"""Between tensors and the images that users give and ask for."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as TF
+
+from wuerstchen_pl.io.images import to_pil
+
+ImageInput = Image.Image | Tensor
+OutputType = Literal["pil", "np", "pt", "latent"]
+OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
+
+
+class OutputTuple(tuple):
+    """Lets a named tuple be asked by name as well, as diffusers' outputs can be."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+
+
+class _ImageOutput(NamedTuple):
+    images: Any
+
+
+class ImageOutput(OutputTuple, _ImageOutput):
+    """What a pipeline drew: PIL images, (B, H, W, 3) or (B, 3, H, W) in [0, 1], or latents."""
+
+
+def check_output_type(output_type: str, allowed: tuple[str, ...]) -> None:
+    """Refuse another one.
+
+    Raises:
+        ValueError: naming those there are.
+    """
+    if output_type not in allowed:
+        raise ValueError(f"output_type={output_type!r} is unknown; use {' or '.join(allowed)}")
+
+
+def convert_output(images: Tensor, output_type: OutputType) -> Any:
+    """(B, 3, H, W) in [0, 1], or latents -> as ``output_type`` says."""
+    if output_type == "pil":
+        return [to_pil(image) for image in images]
+    if output_type == "np":
+        return images.permute(0, 2, 3, 1).float().cpu().numpy()
+    return images
+
+
+def center_crop(images: Tensor, height: int, width: int) -> Tensor:
+    """The middle (height, width) of (B, 3, H, W)."""
+    top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+    return images[..., top : top + height, left : left + width]
+
+
+def to_tensor(image: ImageInput | Sequence[ImageInput]) -> Tensor:
+    """PIL images or tensors -> (B, 3, H, W) float32 in [0, 1]; what is transparent is white.
+
+    Raises:
+        ValueError: if they are no images, or of several sizes, or no values in [0, 1].
+    """
+    return _batch(image, channels=3)
+
+
+def to_mask(image: ImageInput) -> Tensor:
+    """A PIL image's lightness, or a tensor -> (B, 1, H, W) float32 in [0, 1].
+
+    Raises:
+        ValueError: as of ``to_tensor``.
+    """
+    return _batch(image, channels=1)
+
+
+def _batch(image: ImageInput | Sequence[ImageInput], *, channels: int) -> Tensor:
+    parts: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+    tensors = [_tensor(part, channels) for part in parts]
+    sizes = {tuple(tensor.shape[-2:]) for tensor in tensors}
+    if len(sizes) != 1:
+        raise ValueError(f"images have the sizes {sorted(sizes)}; give one size, and one or more")
+    return torch.cat(tensors)
+
+
+def _tensor(part: ImageInput, channels: int) -> Tensor:
+    if isinstance(part, Image.Image):
+        return TF.to_tensor(part.convert("L") if channels == 1 else _on_white(part))[None]
+    if not isinstance(part, Tensor) or part.ndim not in (3, 4) or part.shape[-3] != channels:
+        told = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+        raise ValueError(f"{told} is no image; give PIL's, or tensors (B, {channels}, H, W)")
+    values = part.float() if part.is_floating_point() else part.float() / 255
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(
+            f"an image has values from {float(values.min()):.3g} to {float(values.max()):.3g}; "
+            "give floats in [0, 1], or bytes"
+        )
+    return values if values.ndim == 4 else values[None]
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def pad_to(images: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, height, width), in the middle, its edge repeated around it."""
+    down, across = height - images.shape[-2], width - images.shape[-1]
+    around = (across // 2, across - across // 2, down // 2, down - down // 2)
+    return torch.nn.functional.pad(images, around, mode="replicate")
