@@ -16,6 +16,7 @@ FILES = [
     ).stdout.splitlines()
     if (path := ROOT / name).suffix in TEXT and path.is_file() and path != Path(__file__)
 ]
+RENAMINGS = ROOT / "CHANGELOG.md"  # which names the old words beside the new
 
 BANNED = {
     # phrases that a native reader stumbles over
@@ -82,7 +83,11 @@ def bound_names(source: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path != RENAMINGS],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_a_file_uses_the_words_of_the_field(path: Path) -> None:
     assert hits(path.read_text(encoding="utf-8")) == []
 
