@@ -1,4 +1,4 @@
-"""The import rule of DESIGN.md, and the sizes that keep files readable."""
+"""The import rule of docs/architecture.md, and the sizes that keep files readable."""
 
 import ast
 from collections.abc import Iterator
