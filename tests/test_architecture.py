@@ -105,7 +105,9 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_file_imports_only_from_the_layers_below_it(path: Path) -> None:
-    assert layer_of(path) in MAY_IMPORT, f"{path} belongs to no layer; docs/architecture.md lists them"
+    assert layer_of(path) in MAY_IMPORT, (
+        f"{path} belongs to no layer; docs/architecture.md lists them"
+    )
     assert forbidden(path, path.read_text()) == []
 
 
