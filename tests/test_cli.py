@@ -78,9 +78,9 @@ def test_help_names_every_key_and_choice(
     assert "hydra" not in said
     expected = {
         "train": ["stage=a|b|c|ldm", "|demo|laion|", "init_from: null # "],
-        "sample": ["prompt: null # one, or a list", "count: 1 # images per prompt"],
+        "sample": ["prompt: null # one, or a list", "num_images_per_prompt: 1 # images per prompt"],
         "evaluate": ["metric: [", "model: outputs/demo/c # "],
-        "convert": ["from: ??? # a model of any layout", "format: native"],
+        "convert": ["from: ??? # a model of any format", "format: native"],
         "export": ["ckpt: ??? # a run's folder", "license: null # "],
     }
     assert all(each in said for each in expected[name])

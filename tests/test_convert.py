@@ -94,9 +94,9 @@ def test_convert_tells_what_it_wrote_and_what_has_no_place(
         to = f"to={tmp_path / format}"
         if format == "upstream":
             with pytest.warns(UserWarning, match="no place for prior_text_encoder and text_enc"):
-                assert program("convert", f"from={tmp_path / 'ours'}", to, "format=upstream") == 0
+                assert program("convert", f"from={tmp_path / 'native'}", to, "format=upstream") == 0
         else:
-            assert program("convert", f"from={tmp_path / 'ours'}", to, "format=diffusers") == 0
+            assert program("convert", f"from={tmp_path / 'native'}", to, "format=diffusers") == 0
     told = capsys.readouterr().out
     count = sum(lazy.load().numel() for lazy in random_model().parts["prior"].tensors.values())
     assert f"prior                {count:15,d} numbers, float16" in told
@@ -120,7 +120,7 @@ def test_convert_brings_text_encoders_to_the_authors_files(
         f"text_encoder={tmp_path / 'diffusers' / 'wuerstchen' / 'text_encoder'}",
         f"prior_text_encoder={tmp_path / 'clip.pt'}",
     ]
-    arguments = (f"from={tmp_path / 'original'}", f"to={tmp_path / 'whole'}", *given)
+    arguments = (f"from={tmp_path / 'upstream'}", f"to={tmp_path / 'whole'}", *given)
     assert program("convert", *arguments) == 0
     found = registry.read_model(str(tmp_path / "whole"))
     assert_bit_equal(tensors(found), tensors(model))

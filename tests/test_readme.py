@@ -213,7 +213,7 @@ def test_evaluation_commands(
     arguments = [a for a in arguments if not a.startswith(("num_prompts=", "output_dir="))]
     arguments = [a.replace("=1,2,4,8", "=1,4").replace("=12,29,60", "=2,3") for a in arguments]
     arguments = [re.sub(r"outputs/\w+/(c|ldm)\b", str(cascade / "c"), a) for a in arguments]
-    fast = ["num_prompts=4", "sample.decoder_steps=1", "features.widths=[2,2]"]
+    fast = ["num_prompts=4", "sample.decoder_steps=1", "fid_features.widths=[2,2]"]
     fast = fast if "fid_features=random" in arguments else fast[:2]
     fast += [] if "model" in keys(arguments) else [f"model={cascade / 'c'}"]
     fast += [] if "sample.prior_steps" in keys(arguments) else ["sample.prior_steps=2"]

@@ -281,7 +281,7 @@ def test_what_cannot_fit_is_refused_before_its_first_step(
     told: list[str], code: int, cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(memory_estimate, "memory_of", lambda *_: 1000)
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda *_: 1000)
     assert run_program("train", [*arguments(cascade, tmp_path), *told]) == code
     said = capsys.readouterr()
     assert "memory, GB of 0.0: weights" in said.out
@@ -300,7 +300,7 @@ def test_the_largest_batch_that_fits_and_makes_the_same_step_is_named(
     module.trainer.strategy.optimizers = [optimizer]
     of_sample = step_profile.profile_step_once(module, batch).kept_bytes_of_sample
     there = sum(estimate_bytes(module, optimizer, batch).values()) - lacking * of_sample
-    monkeypatch.setattr(memory_estimate, "memory_of", lambda *_: there)
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda *_: there)
     named = f"set data.batch_size={fitting} global_batch=8, " if fitting else "set "
     with pytest.raises(ValueError, match=f"{named}activation_checkpointing=true"):
         memory_estimate.MemoryEstimate().on_train_batch_start(module.trainer, module, batch, 0)

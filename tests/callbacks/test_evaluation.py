@@ -48,7 +48,7 @@ def test_the_command_finds_the_same_for_the_same_checkpoint(
 ) -> None:
     fast = ["sample.prior_steps=2", "sample.decoder_steps=1", "fid_features=random"]
     model = f"model={trained / f'checkpoints/step{step:07d}.ckpt'}"
-    told = [model, f"output_dir={tmp_path}", "features.widths=[2,2]", *fast, *MEASURED]
+    told = [model, f"output_dir={tmp_path}", "fid_features.widths=[2,2]", *fast, *MEASURED]
     assert run_program("evaluate", told) == 0
     afterwards, during = (
         json.loads((folder / "metrics.json").read_text())["metrics"]

@@ -21,7 +21,7 @@ def test_training_goes_on_and_the_checkpoint_is_of_its_own_step(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint is written only once two further steps are begun, and is as if at once."""
-    begun, write, start = threading.Condition(), DeferredSave.do, Stage.on_train_batch_start
+    begun, write, start = threading.Condition(), DeferredSave.write, Stage.on_train_batch_start
     steps: list[int] = []
 
     def note(self: Stage, batch: dict, batch_idx: int) -> None:
@@ -39,7 +39,7 @@ def test_training_goes_on_and_the_checkpoint_is_of_its_own_step(
 
     train("c", tmp_path / "now", cascade, KEPT)
     monkeypatch.setattr(Stage, "on_train_batch_start", note)
-    monkeypatch.setattr(DeferredSave, "do", late)
+    monkeypatch.setattr(DeferredSave, "write", late)
     train("c", tmp_path / "late", cascade, KEPT, ASYNC_SAVE, "checkpoint_every_steps=3")
     for step in (3, 6, STEPS):
         now, then = (
@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_and_costs_no_checkpoint(
         publish(temporary, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(atomic, "publish", full)
+        patched.setattr(atomic, "commit", full)
         with pytest.raises(AssertionError):  # of the exit code
             train("c", tmp_path / "full", cascade, ASYNC_SAVE)
     said = capsys.readouterr().err
@@ -76,9 +76,9 @@ def test_a_disk_that_fills_up_meanwhile_ends_the_run_and_costs_no_checkpoint(
 def test_what_is_put_off_is_a_copy_or_the_thing_itself() -> None:
     for copied, wanted in ((True, 1.0), (False, 2.0)):
         tensor, written = torch.ones(2), []
-        put_off = DeferredSave(copied=copied)
-        put_off.take(lambda content, group, to=written: to.append(content), {"a": [tensor, "b"]})
+        put_off = DeferredSave(copy_to_host=copied)
+        put_off.record(lambda content, group, to=written: to.append(content), {"a": [tensor, "b"]})
         tensor.fill_(2)
-        put_off.do(None)
+        put_off.write(None)
         assert written[0]["a"][0].tolist() == [wanted, wanted]
         assert written[0]["a"][1] == "b"

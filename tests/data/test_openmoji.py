@@ -121,7 +121,7 @@ def test_families_are_those_of_the_captions(openmoji: OpenMoji) -> None:
 
 
 def test_second_prepare_draws_nothing(openmoji: OpenMoji, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "draw", None)
+    monkeypatch.setattr(module, "rasterize", None)
     openmoji.prepare()
 
 
@@ -142,7 +142,7 @@ def test_failure_leaves_no_folder_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(module, "draw", fail)
+    monkeypatch.setattr(module, "rasterize", fail)
     with pytest.raises(RuntimeError, match="no ink"):
         OpenMoji(root=str(tmp_path), image_size=64, limit=2).prepare()
     assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ FAST = (
     "sample.prior_steps=2",
     "sample.decoder_steps=1",
     "fid_features=random",
-    "features.widths=[2,2]",
+    "fid_features.widths=[2,2]",
 )
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_image_is_named_and_the_others_kept(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["metric=[fid]", "features.widths=[16,24,32]"], "metric=fid needs at least 73 images"),
+        (["metric=[fid]", "fid_features.widths=[16,24,32]"], "metric=fid needs at least 73 images"),
         (["metric=[is]"], "metric=is is of Inception's classes; set fid_features=inception"),
         (["metric=[fid,bleu]"], "is unknown; choose from fid, kid, is, clip, pickscore"),
         (["metric=[fid]", "num_prompts=0"], "num_prompts=0 draws nothing"),
@@ -316,7 +316,7 @@ def test_images_of_several_sizes_are_spoken_of(evaluated: Path, tmp_path: Path) 
 def test_the_first_process_does_not_wait_for_the_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "PATIENCE", 0.3)
+    monkeypatch.setattr(generation, "STALL_TIMEOUT_S", 0.3)
     (tmp_path / "a.png").touch()
     with pytest.raises(TimeoutError, match="lacks 1 images that other processes were to draw"):
         generation._wait_for([tmp_path / "a.png", tmp_path / "b.png"])

@@ -63,7 +63,7 @@ def test_frozen_parts_draw_where_their_weights_lie(name: str) -> None:
     frozen = [part for part in stage.frozen.values() if isinstance(part, Stage)]
     assert all(part.device.type == "meta" for part in frozen)
     if name in ("c", "ldm"):
-        assert pipeline_from_stage(stage).place.device.type == "meta"
+        assert pipeline_from_stage(stage).placement.device.type == "meta"
 
 
 @pytest.mark.parametrize("name", STAGES)
