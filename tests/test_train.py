@@ -187,7 +187,7 @@ def test_a_run_stands_by_the_clip_that_it_was_trained_with(
     with pytest.raises(ValueError, match=r"text_encoder\.weights=.*clip\.pt has sha256"):
         load.load_stage(run=run, stage="c")
     assert run_program("train", [*told, "ckpt=auto"]) == 1
-    assert "put that file back" in capsys.readouterr().err
+    assert "restore that file" in capsys.readouterr().err
 
 
 def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:

@@ -41,31 +41,31 @@ class Encoders:
 
     Args:
         stage: ``b`` or ``c``.
-        decoder: the trained stage below it.
+        encoder: the trained stage that encodes the images.
         text_encoder: frozen; None leaves captions as they are.
         dtype: of what is written.
         device: where they work.
     """
 
     def __init__(
-        self, *, stage: str, decoder: Any, text_encoder: nn.Module | None, dtype: torch.dtype,
+        self, *, stage: str, encoder: Any, text_encoder: nn.Module | None, dtype: torch.dtype,
         device: str,
     ) -> None:  # fmt: skip
         self.stage, self.dtype, self.device = stage, dtype, device
-        self.decoder = decoder.to(device)
+        self.encoder = encoder.to(device)
         self.text_encoder = None if text_encoder is None else text_encoder.eval().to(device)
 
     @property
     def fingerprint(self) -> dict[str, str]:
         """What a cache depends on; ``train`` compares it with what a stage has."""
         return encoder_fingerprints(
-            self.stage, decoder=self.decoder, text_encoder=self.text_encoder
+            self.stage, encoder=self.encoder, text_encoder=self.text_encoder
         )
 
     @torch.no_grad()
     def images(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) in [0, 1] -> what the stage reads in their place, on the CPU."""
-        encoded = self.decoder.encode(images.to(self.device)).to("cpu", self.dtype)
+        encoded = self.encoder.encode(images.to(self.device)).to("cpu", self.dtype)
         if self.stage == "c":
             return {"semantic": encoded}
         return {"latents": encoded, "image": (images * 255).round().to(torch.uint8)}
@@ -88,7 +88,7 @@ def run(cfg: DictConfig) -> None:
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     encoders = Encoders(
         stage=stage,
-        decoder=hydra.utils.instantiate(cfg.stage.decoder),
+        encoder=hydra.utils.instantiate(cfg.stage["stage_a" if stage == "b" else "stage_b"]),
         text_encoder=hydra.utils.instantiate(cfg.stage.text_encoder) if cfg.text else None,
         dtype=getattr(torch, cfg.dtype),
         device=cfg.device or cuda,

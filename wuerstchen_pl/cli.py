@@ -82,8 +82,8 @@ def help_text(config_name: str, description: str) -> str:
 
 
 def group_choices(group: str) -> list[str]:
-    """Names of the YAML files of a group."""
-    return sorted(path.stem for path in Path(conf_dir(), group).glob("*.yaml"))
+    """The choices of a group: its YAML files, except those that others only build on."""
+    return sorted(path.stem for path in Path(conf_dir(), group).glob("[!_]*.yaml"))
 
 
 def check_output_dir(configured: str) -> Path:

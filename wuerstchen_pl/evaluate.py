@@ -23,7 +23,7 @@ from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import SET_METRICS, EvaluationPlan
 from wuerstchen_pl.evaluation.run import EvalTarget, evaluate, stages_with_loss
 from wuerstchen_pl.models.perceptual import LPIPS
-from wuerstchen_pl.pipelines.loading import load_pipeline, trained_stage
+from wuerstchen_pl.pipelines.loading import load_pipeline, stage_of_run
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str | None,
@@ -130,11 +130,11 @@ def build_target(cfg: DictConfig, plan: EvaluationPlan, device: str) -> EvalTarg
             facts["checkpoint_sha256"] = pipeline.source["sha256"]
     stages: dict[str, Any] = {}
     if "validation_loss" in plan.metric:
-        name = trained_stage(cfg.model) or "c"
+        name = stage_of_run(cfg.model) or "c"
         stages = stages_with_loss(load.load_stage(run=cfg.model, stage=name).to(device))
     data = None
     if plan.of_data:
-        if cfg.model is None or trained_stage(cfg.model) is None:
+        if cfg.model is None or stage_of_run(cfg.model) is None:
             raise ValueError(
                 f"model={cfg.model} is no run, and so has no data of its own; set prompts= and "
                 "reference= to files and folders, and metric= to those that need no data"

@@ -123,7 +123,8 @@ def _built(group: DictConfig) -> list[Any]:
 def build_stage(cfg: DictConfig) -> "Stage":
     """The stage of a config, with the weights of ``init_from`` if that is given."""
     stage: Stage = hydra.utils.instantiate(cfg.stage, _convert_="all")
-    stage.config = OmegaConf.to_container(cfg.stage, resolve=True)  # type: ignore[assignment]
+    config: Any = OmegaConf.to_container(cfg.stage, resolve=True)
+    stage.record_provenance(config=config)
     if cfg.init_from is not None:
         state = load.read_checkpoint(load.find_checkpoint(cfg.init_from))
         stage.load_state_dict({**state["state_dict"], **state["ema"]["shadow"]})
@@ -222,15 +223,16 @@ def check_cache(stage: "Stage", data: L.LightningDataModule) -> None:
     made_with: dict[str, str] | None = getattr(data, "made_with", None)
     if made_with is None:
         return
-    own = {"stage": type(stage).__name__.removeprefix("Stage").lower()}
-    if "decoder" in stage.frozen:
+    current = {"stage": stage.name}
+    encoder = stage.frozen.get("stage_b" if stage.name == "c" else "stage_a")
+    if encoder is not None:
         text = stage.frozen.get("text_encoder") if "text_encoder" in made_with else None
-        own = encoder_fingerprints(own["stage"], decoder=stage.frozen["decoder"], text_encoder=text)
+        current = encoder_fingerprints(stage.name, encoder=encoder, text_encoder=text)
     for name, value in made_with.items():
-        if own.get(name) != value:
+        if current.get(name) != value:
             raise ValueError(
                 f"data.root is a cache made with {name} {value[:12]}, and this run has "
-                f"{own.get(name, 'none')[:12]}; make it again with python -m wuerstchen_pl.cache, "
+                f"{current.get(name, 'none')[:12]}; make it again with python -m wuerstchen_pl.cache, "
                 f"or name the {name} that it was made with"
             )
 

@@ -21,18 +21,19 @@ from wuerstchen_pl.callbacks.weight_norms import WeightNormMonitor
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.ema import EMA
+from wuerstchen_pl.stages.stage import Stage
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 
 ROWS, WIDE, NARROW = 4, 6, 3
 
 
-class Line(L.LightningModule):
+class Line(Stage):
     """A linear map, whose loss is NaN in steps that it is told."""
 
     def __init__(
         self, *, lost: tuple[int, ...] = (), lr: float = 0.1, momentum: float = 0.9
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer=None, lr_schedule=None, ema=None, seed=0)
         torch.manual_seed(0)
         self.net = nn.Linear(WIDE, NARROW, bias=False)
         self.lost, self.lr, self.momentum = lost, lr, momentum
@@ -100,7 +101,9 @@ def test_a_step_that_is_left_out_leaves_no_trace_in_buffers() -> None:
 
 
 def test_many_in_a_row_end_the_run_and_others_do_not() -> None:
-    with pytest.raises(ValueError, match=r"^3 steps in a row had no finite gradient, up to step 4"):
+    with pytest.raises(
+        ValueError, match=r"^3 steps in a row had non-finite gradients, up to step 4"
+    ):
         fit(Line(lost=(2, 3, 4)), 9, SkipNonFiniteGrads(max_in_a_row=3))
     fit(Line(lost=(1, 2, 4, 5, 7)), 9, SkipNonFiniteGrads(max_in_a_row=3))
 
@@ -118,7 +121,7 @@ def test_a_run_that_diverges_names_its_last_checkpoint(
     assert run_program("train", told) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     newest = load.find_checkpoint(tmp_path / "default/c")
-    assert f"{newest} is the last checkpoint" in said
+    assert f"the last checkpoint is {newest}" in said
     assert "Lower stage.optimizer.lr" in said
     assert all(v.isfinite().all() for v in load.read_checkpoint(newest)["state_dict"].values())
 
@@ -252,7 +255,7 @@ def test_a_trial_counts_by_samples_and_leaves_no_trace() -> None:
     drawn = torch.rand(())
     torch.manual_seed(3)
     assert drawn == torch.rand(())
-    assert found.flops_of_sample == 2 * WIDE * WIDE + 3 * 2 * WIDE * NARROW
+    assert found.flops_per_sample == 2 * WIDE * WIDE + 3 * 2 * WIDE * NARROW
     assert module.logged == {}
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
@@ -260,7 +263,7 @@ def test_a_trial_counts_by_samples_and_leaves_no_trace() -> None:
 def test_the_memory_that_is_told_is_what_is_there() -> None:
     module, batch = Line(), next(batches(1))
     module.trainer = L.Trainer(accelerator="cpu", logger=False)
-    module.frozen = {"wide": nn.Linear(WIDE, WIDE, bias=False)}
+    module.frozen.register("wide", nn.Linear(WIDE, WIDE, bias=False))
     module.ema = EMA(decay=0.9)
     weights = 4 * WIDE * NARROW
     adam = torch.optim.AdamW(module.parameters())
@@ -298,7 +301,7 @@ def test_the_largest_batch_that_fits_and_makes_the_same_step_is_named(
     batch = next(batches(1))
     optimizer = torch.optim.AdamW(module.parameters())
     module.trainer.strategy.optimizers = [optimizer]
-    of_sample = step_profile.profile_step_once(module, batch).kept_bytes_of_sample
+    of_sample = step_profile.profile_step_once(module, batch).saved_bytes_per_sample
     there = sum(estimate_bytes(module, optimizer, batch).values()) - lacking * of_sample
     monkeypatch.setattr(memory_estimate, "device_memory", lambda *_: there)
     named = f"set data.batch_size={fitting} global_batch=8, " if fitting else "set "

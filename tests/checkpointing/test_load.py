@@ -1,5 +1,6 @@
 """Checkpoints: found, checked, and no danger to who loads one."""
 
+import hashlib
 import pickle
 import shutil
 from collections import OrderedDict
@@ -11,7 +12,14 @@ import pytest
 import torch
 
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.checkpointing.load import ALLOWED_TARGETS, find_checkpoint, load_stage
+from wuerstchen_pl.checkpointing.load import (
+    ALLOWED_TARGETS,
+    find_checkpoint,
+    load_stage,
+    read_checkpoint,
+)
+from wuerstchen_pl.formats.run import read_run
+from wuerstchen_pl.io import atomic
 from wuerstchen_pl.models.compressor import EfficientNet
 
 
@@ -58,7 +66,7 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused_and_runs_none(
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path)
-    with pytest.raises(ValueError, match="is not loaded"):
+    with pytest.raises(ValueError, match="was not loaded"):
         load_stage(run=moved / "a", stage="a")
     assert not proof.exists()
     if legacy:
@@ -85,7 +93,7 @@ def test_a_foreign_target_is_refused(moved: Path, target: Any, inside: type) -> 
 
 def test_a_foreign_stage_is_refused(moved: Path) -> None:
     rewrite(moved / "a", stage={"_target_": "os.system", "command": "true"})
-    with pytest.raises(ValueError, match="holds system, where StageA is needed"):
+    with pytest.raises(ValueError, match=r"contains stage=os\.system, but stage=a is needed"):
         load_stage(run=moved / "a", stage="a")
 
 
@@ -120,13 +128,13 @@ def test_a_truncated_checkpoint_is_refused_by_name(moved: Path, share: float) ->
 @pytest.mark.parametrize("content", [3, {"stage": {}}, {"state_dict": {}}, {"stage": "a"}])
 def test_another_torch_file_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"x\.ckpt is no checkpoint of a wuerstchen_pl run"):
+    with pytest.raises(ValueError, match=r"x\.ckpt is not a checkpoint of a wuerstchen_pl run"):
         load_stage(run=tmp_path / "x.ckpt", stage="a")
 
 
 def test_weights_of_other_networks_are_refused(moved: Path) -> None:
     path = rewrite(moved / "a", state_dict={"vqgan.x": torch.ones(1)})
-    with pytest.raises(ValueError, match=rf"{path.name} does not hold the weights"):
+    with pytest.raises(ValueError, match=rf"{path.name} does not contain the weights"):
         load_stage(run=moved / "a", stage="a")
 
 
@@ -135,7 +143,7 @@ def test_weights_of_other_networks_are_refused(moved: Path) -> None:
 
 @pytest.mark.parametrize(("held", "needed"), [("a", "c"), ("b", "a"), ("c", "b")])
 def test_another_stage_is_refused_by_name(cascade: Path, held: str, needed: str) -> None:
-    says = f"holds Stage{held.upper()}, where Stage{needed.upper()} is needed"
+    says = f"contains stage={held}, but stage={needed} is needed"
     with pytest.raises(ValueError, match=says):
         load_stage(run=cascade / held, stage=needed)
 
@@ -143,7 +151,7 @@ def test_another_stage_is_refused_by_name(cascade: Path, held: str, needed: str)
 def test_a_run_that_is_missing_says_how_to_train_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"does not exist; .*stage=b.*paths\.stage_b="):
         load_stage(run=tmp_path / "b", stage="b")
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="contains no checkpoint"):
         load_stage(run=tmp_path, stage="c")
 
 
@@ -165,8 +173,8 @@ def test_a_moved_cascade_loads_without_the_old_place(cascade: Path, tmp_path: Pa
     second.parent.mkdir()
     first.rename(second)
     stage = load_stage(run=second / "c", stage="c")
-    inner = stage.frozen["decoder"].frozen["decoder"]
-    assert Path(inner.source["path"]).parent.parent == second / "a"
+    inner = stage.frozen["stage_b"].frozen["stage_a"]
+    assert Path(inner.provenance.source["path"]).parent.parent == second / "a"
 
 
 def test_a_stage_a_that_changed_under_stage_b_is_refused(moved: Path) -> None:
@@ -177,10 +185,50 @@ def test_a_stage_a_that_changed_under_stage_b_is_refused(moved: Path) -> None:
             load_stage(run=moved / stage, stage=stage)
 
 
+def test_a_run_that_was_moved_alone_finds_its_stage_a_where_it_was(moved: Path) -> None:
+    shutil.rmtree(moved / "a")
+    stage = load_stage(run=moved / "b", stage="b")
+    assert "moved" not in stage.frozen["stage_a"].provenance.source["path"]
+
+
 def test_a_stage_a_that_is_gone_is_named(moved: Path) -> None:
     shutil.rmtree(moved / "a")
-    with pytest.raises(FileNotFoundError, match=r"needs its decoder .*/moved/a/"):
+    path = find_checkpoint(moved / "b")
+    content = torch.load(path, weights_only=True)
+    content["frozen"]["stage_a"]["absolute_path"] = str(moved / "gone")
+    path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
+    torch.save(content, path)
+    with pytest.raises(FileNotFoundError, match=r"needs its stage_a at .*/moved/a/"):
         load_stage(run=moved / "b", stage="b")
+
+
+def test_a_moved_folder_is_read_from_any_working_directory(
+    moved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths of frozen stages are relative to the run's folder, not to the working directory."""
+    monkeypatch.chdir(moved)
+    stage = load_stage(run="b", stage="b")
+    assert Path(stage.frozen["stage_a"].provenance.source["path"]).is_relative_to(moved / "a")
+
+
+def test_a_checkpoint_is_hashed_once_and_its_optimizer_state_is_not_read(
+    cascade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    atomic._file_sha256.cache_clear()
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+
+    def counting(file: Any, name: str) -> Any:
+        hashed.append(file.name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counting)
+    read_run(cascade / "c")
+    assert len(hashed) == len(set(hashed)) == 3
+    content = read_checkpoint(find_checkpoint(cascade / "c"))
+    assert content["optimizer_states"]
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(find_checkpoint(cascade / "c")) in mapped  # tensors are read only when used
 
 
 @pytest.mark.parametrize("stage", "abc")
@@ -218,7 +266,7 @@ def test_pretrained_weights_are_needed_only_for_parts_that_the_checkpoint_lacks(
         "optimizer": {"_target_": "torch.optim.AdamW"},
     }
     held = {"compressor.backbone.features.0": torch.ones(1)}
-    left = load._to_sample({"stage": config, "state_dict": held})
+    left = load._sampling_config({"stage": config, "state_dict": held})
     assert left["compressor"]["backbone"]["weights"] is None
     assert left["text_encoder"]["weights"] == "clip.pt"
     assert "optimizer" not in left

@@ -227,7 +227,7 @@ def test_batches_keep_the_contract(openmoji: OpenMoji) -> None:
     assert len(loader) == (24 - len(held)) // 5 == len(list(loader))
     for batch in loader:
         image = batch["image"]
-        assert batch.keys() == {"image", "caption", "key", "counts"}
+        assert batch.keys() == {"image", "caption", "key", "is_unique"}
         assert image.dtype == torch.float32
         assert tuple(image.shape[2:]) in module.sizes
         assert 0 <= image.min() < 0.5 < image.max() <= 1

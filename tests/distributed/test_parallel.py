@@ -194,6 +194,6 @@ def test_a_shard_that_is_missing_is_no_tensor_of_garbage(runs: Path, tmp_path: P
     for part in parts:
         kept = part.read_bytes()
         part.unlink()
-        with pytest.raises(ValueError, match=r"alone\.ckpt is damaged or no checkpoint"):
+        with pytest.raises(ValueError, match=r"alone\.ckpt is damaged, not a checkpoint"):
             load.read_checkpoint(path)
         part.write_bytes(kept)

@@ -49,7 +49,7 @@ def test_a_text_encoder_is_named_with_its_heads_and_tokens() -> None:
         if not lower:
             text.tokenizer.bpe.clean_fn = lambda text: text
         stage = type("Below", (), {"encoding": compressor()})
-        return encoder_fingerprints("c", decoder=stage, text_encoder=text)["text_encoder"]
+        return encoder_fingerprints("c", encoder=stage, text_encoder=text)["text_encoder"]
 
     assert name() == name()
     assert len({name(), name(heads=4), name(lower=False)}) == 3

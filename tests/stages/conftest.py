@@ -45,32 +45,32 @@ def stage_a(**options: object) -> StageA:
 
 
 def stage_b(**options: object) -> StageB:
-    decoder = stage_a()
+    frozen = stage_a()
     torch.manual_seed(0)
     diffnext = DiffNeXt(
         widths=[16, 24], num_blocks=[1, 1], num_heads=[None, 2],
         inject_semantic=[True, True], cond_dim=8, dropout=0.0,
     )  # fmt: skip
     return StageB(
-        decoder=decoder,
+        stage_a=frozen,
         compressor=SemanticCompressor(backbone=ConvBackbone(width=4, depth=3)),
         **{"diffnext": diffnext, **training(3e-3), **options},  # type: ignore[arg-type]
     )
 
 
 def stage_c(**options: object) -> StageC:
-    decoder = stage_b()
+    frozen = stage_b()
     torch.manual_seed(0)
     text = TextEncoder(width=16, depth=1, num_heads=2, context_length=8)
     return StageC(
-        decoder=decoder,
+        stage_b=frozen,
         prior=Prior(width=32, depth=2, num_heads=2, text_dim=16, dropout=0.0),
         **{"text_encoder": text, "train_text_encoder": True, **training(3e-3), **options},  # type: ignore[arg-type]
     )
 
 
 def stage_ldm(**options: object) -> StageLDM:
-    decoder = stage_a()
+    frozen = stage_a()
     torch.manual_seed(0)
     text = TextEncoder(width=16, depth=1, num_heads=2, context_length=8)
     unet = UNet(
@@ -78,7 +78,7 @@ def stage_ldm(**options: object) -> StageLDM:
         cond_dim=8, text_dim=16, dropout=0.0,
     )  # fmt: skip
     return StageLDM(
-        decoder=decoder,  # type: ignore[arg-type]
+        stage_a=frozen,  # type: ignore[arg-type]
         prior=unet,  # type: ignore[arg-type]
         **{"text_encoder": text, "train_text_encoder": True, **training(3e-3), **options},  # type: ignore[arg-type]
     )

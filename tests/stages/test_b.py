@@ -22,7 +22,7 @@ def test_semantic_latents_are_dropped_and_noised_sample_by_sample() -> None:
 
 def test_the_loss_is_weighted_by_p2(batch: Batch) -> None:
     stage = stage_b().eval()
-    x0, semantic = stage.decoder.encode(batch["image"]), stage.encode(batch["image"])
+    x0, semantic = stage.stage_a.encode(batch["image"]), stage.encode(batch["image"])
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     for time in (0.1, 0.7):
         t = torch.full((4,), time)
@@ -36,7 +36,7 @@ def test_the_compressor_learns_from_stage_bs_loss(batch: Batch) -> None:
     stage = stage_b()
     with torch.no_grad():
         stage.diffnext.head.weight.normal_(std=0.1)
-    x0, semantic = stage.decoder.encode(batch["image"]), stage.encode(batch["image"])
+    x0, semantic = stage.stage_a.encode(batch["image"]), stage.encode(batch["image"])
     t = torch.full((4,), 0.5)
     stage.loss(x0, t, torch.randn_like(x0), semantic, None).sum().backward()
     grads = [p.grad for p in stage.compressor.parameters()]

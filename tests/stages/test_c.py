@@ -24,17 +24,17 @@ def test_captions_are_dropped_sample_by_sample(batch: Batch) -> None:
 
 def test_latents_are_moved_to_stage_cs_scale_and_back(batch: Batch) -> None:
     stage = stage_c(semantic_shift=1.0, semantic_scale=42.0).eval()
-    semantic = stage.decoder.encode(batch["image"])
+    semantic = stage.stage_b.encode(batch["image"])
     latents = stage.encode(batch["image"])
     torch.testing.assert_close(latents, (semantic + 1) / 42)
-    torch.testing.assert_close(stage.to_semantic(latents), semantic)
+    torch.testing.assert_close(stage.scaling.denormalize(latents), semantic)
 
 
 def test_the_compressors_statistics_do_not_move_while_stage_c_trains(batch: Batch) -> None:
     stage = stage_c()
-    before = stage.decoder.compressor.norm.running_mean.clone()
+    before = stage.stage_b.compressor.norm.running_mean.clone()
     fit(stage, batch, 2)
-    assert torch.equal(stage.decoder.compressor.norm.running_mean, before)
+    assert torch.equal(stage.stage_b.compressor.norm.running_mean, before)
 
 
 def test_guidance_of_one_is_the_conditional_prediction() -> None:
@@ -69,7 +69,7 @@ def test_the_text_decides_the_image(batch: Batch) -> None:
     stage = stage_c(caption_drop_prob=0.0)
     # latents that differ; those of a compressor that has learned nothing are nearly one
     target = torch.randn(4, 16, 3, 3, generator=torch.Generator().manual_seed(0))
-    stage.decoder.encode = lambda images: target  # type: ignore[method-assign]
+    stage.stage_b.encode = lambda images: target  # type: ignore[method-assign]
     fit(stage, batch, 200)
     stage.eval()
     captions = batch["caption"]

@@ -43,14 +43,14 @@ def test_every_trained_parameter_moves_and_no_frozen_one(name: str, batch: Batch
             parameter.add_(0.02 * torch.randn_like(parameter))
     frozen = {
         f"{part}.{key}": tensor.clone()
-        for part, module in stage.frozen.items()
+        for part, module in stage.frozen.present().items()
         for key, tensor in module.state_dict().items()
     }
     before = {key: p.detach().clone() for key, p in stage.named_parameters()}
     fit(stage, batch, 3)
     stuck = [key for key, p in stage.named_parameters() if torch.equal(before[key], p.detach())]
     assert not stuck
-    for part, module in stage.frozen.items():
+    for part, module in stage.frozen.present().items():
         for key, tensor in module.state_dict().items():
             assert torch.equal(tensor, frozen[f"{part}.{key}"]), f"{part}.{key} moved"
         assert all(p.grad is None for p in module.parameters())
@@ -60,7 +60,7 @@ def test_every_trained_parameter_moves_and_no_frozen_one(name: str, batch: Batch
 def test_frozen_parts_draw_where_their_weights_lie(name: str) -> None:
     stage = STAGES[name]().to("meta")
     assert stage.device.type == "meta"
-    frozen = [part for part in stage.frozen.values() if isinstance(part, Stage)]
+    frozen = [part for part in stage.frozen.present().values() if isinstance(part, Stage)]
     assert all(part.device.type == "meta" for part in frozen)
     if name in ("c", "ldm"):
         assert pipeline_from_stage(stage).placement.device.type == "meta"
@@ -77,7 +77,7 @@ def test_frozen_parts_are_in_no_state(name: str) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_frozen_parts_follow_their_stage_and_stay_in_eval(name: str) -> None:
     stage = STAGES[name]().to(torch.float64).train()
-    for module in stage.frozen.values():
+    for module in stage.frozen.present().values():
         assert not any(m.training for m in module.modules())
         assert {p.dtype for p in module.parameters()} == {torch.float64}
 
@@ -107,7 +107,7 @@ def test_the_grid_shows_the_original_and_both_weights(name: str, batch: Batch) -
     fit(stage, batch, 3)
     with torch.no_grad():
         # raw weights that are far from the average, over a decoder that hears its latents
-        below = [p for module in stage.frozen.values() for p in module.parameters()]
+        below = [p for module in stage.frozen.present().values() for p in module.parameters()]
         for parameter in (*stage.parameters(), *below):
             parameter.add_(0.3 * torch.randn_like(parameter))
     columns = stage.eval().example_grid(batch)

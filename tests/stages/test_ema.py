@@ -140,7 +140,7 @@ def test_overwritten_rows_take_the_present_weights() -> None:
     with torch.no_grad():
         module.weight += 1
     before = ema.shadow["weight"].clone()
-    ema.overwrite("weight", torch.tensor([1]), module.weight[[1]].detach())
+    ema.overwrite_rows("weight", torch.tensor([1]), module.weight[[1]].detach())
     assert torch.equal(ema.shadow["weight"][1], module.weight[1].detach())
     assert torch.equal(ema.shadow["weight"][[0, 2]], before[[0, 2]])
 

@@ -64,7 +64,7 @@ def test_the_command_draws_what_the_stage_does(baseline: Path, tmp_path: Path) -
     pipeline = LatentDiffusionPipeline.from_run(baseline)
     stage = load_stage(run=baseline, stage="ldm")
     latents = stage.sample(["red apple"], size=(64, 48), seeds=[5], num_steps=3)  # type: ignore[operator]
-    wanted = stage.images(latents, size=(64, 48), seeds=[5], captions=["red apple"])  # type: ignore[operator]
+    wanted = stage.decode_semantic(latents, size=(64, 48), seeds=[5], captions=["red apple"])  # type: ignore[operator]
     assert pipeline.size_multiple == 16
     assert drawn.shape == (64, 48, 3)
     assert np.abs(drawn - wanted[0].permute(1, 2, 0).numpy() * 255).max() < 1
@@ -92,4 +92,4 @@ def test_a_baseline_is_no_cascade_to_export(
     baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run_program("export", [f"ckpt={baseline}", f"to={tmp_path / 'mine'}"]) == 1
-    assert "is a run of StageLDM, which is no stage of the cascade" in capsys.readouterr().err
+    assert "is a run of stage=ldm, which is not a stage of the cascade" in capsys.readouterr().err

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.step_profile import profile_step_once
+from wuerstchen_pl.stages.stage import Stage
 
 GB = 1e9
 
@@ -30,7 +32,7 @@ class MemoryEstimate(L.Callback):
         self._looked = False
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Look once.
 
@@ -42,7 +44,7 @@ class MemoryEstimate(L.Callback):
         self._looked = True
         needed = estimate_bytes(pl_module, trainer.optimizers[0], batch)
         total, there = sum(needed.values()), device_memory(pl_module.device, trainer.num_devices)
-        of_sample = profile_step_once(pl_module, batch).kept_bytes_of_sample
+        of_sample = profile_step_once(pl_module, batch).saved_bytes_per_sample
         room = len(batch["caption"]) + int((there - total) // max(1, of_sample))
         if trainer.is_global_zero:
             parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in needed.items())
@@ -62,7 +64,7 @@ class MemoryEstimate(L.Callback):
             )
 
 
-def _fitting(trainer: L.Trainer, batch: dict, room: int) -> str:
+def _fitting(trainer: L.Trainer, batch: Batch, room: int) -> str:
     """The largest batch that has room and makes the same step; nothing if none has."""
     # a batch lacks what could not be read
     data = getattr(trainer, "datamodule", None)
@@ -75,7 +77,7 @@ def _fitting(trainer: L.Trainer, batch: dict, room: int) -> str:
 
 
 def estimate_bytes(
-    module: L.LightningModule, optimizer: torch.optim.Optimizer, batch: dict
+    module: L.LightningModule, optimizer: torch.optim.Optimizer, batch: Batch
 ) -> dict[str, int]:
     """Bytes on this device, by what they are for."""
     trained = _bytes(p for p in module.parameters() if p.requires_grad)
@@ -88,7 +90,7 @@ def estimate_bytes(
         "gradients": trained,
         "optimizer": round(moments * trained),
         "averages": trained if averaged else 0,
-        "activations": profile_step_once(module, batch).kept_bytes,
+        "activations": profile_step_once(module, batch).saved_bytes,
     }
 
 
@@ -98,9 +100,9 @@ def _bits(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _frozen(module: nn.Module) -> int:
-    """Bytes of what a stage holds frozen, and of what that holds."""
-    held = getattr(module, "frozen", {}).values()
-    return sum(_bytes(part.parameters()) + _frozen(part) for part in held)
+    """Bytes of a stage's frozen networks, and of theirs."""
+    frozen = module.frozen.present().values() if isinstance(module, Stage) else ()
+    return sum(_bytes(part.parameters()) + _frozen(part) for part in frozen)
 
 
 def device_memory(device: torch.device, processes: int) -> int:

@@ -1,23 +1,26 @@
-"""Labeled image grids at every validation: what a stage makes of the same few images."""
+"""Labeled image grids at every validation, always of the same few images."""
 
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.step_profile import first_rows
 from wuerstchen_pl.io.images import to_pil
+from wuerstchen_pl.stages.stage import Stage
 
 LABEL_HEIGHT = 16
 GAP = 2
 
 
 def render_grid(columns: dict[str, Tensor]) -> Image.Image:
-    """Columns of images under their labels -> one image.
+    """Columns of images with their labels -> one image.
 
     Args:
-        columns: label -> (B, 3, H, W) in [0, 1]; all of one shape.
+        columns: label -> (B, 3, H, W) in [0, 1]; all of the same shape.
     """
     font = ImageFont.load_default(size=11)
     first = next(iter(columns.values()))
@@ -39,27 +42,33 @@ class SampleGrids(L.Callback):
     """Write ``grids/step0001000.png`` after each validation, from the stage's ``example_grid``.
 
     Args:
-        folder: where they go.
+        folder: the folder to write to.
         num_images: rows of a grid, from the first validation batch.
     """
 
     def __init__(self, *, folder: str, num_images: int = 8) -> None:
         self.folder, self.num_images = Path(folder), num_images
+        self._rows: Batch | None = None
 
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: object,
-        batch: dict,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the grid of the first batch: on all processes, which may share the weights."""
-        if batch_idx != 0 or trainer.sanity_checking:
+        """Keep the first rows of the first batch."""
+        if batch_idx == 0 and not trainer.sanity_checking:
+            self._rows = first_rows(batch, self.num_images)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Render the grid once the raw weights are back; all processes, as weights may be sharded."""
+        rows, self._rows = self._rows, None
+        if rows is None:
             return
-        rows = first_rows(batch, self.num_images)
-        columns = pl_module.example_grid(rows)  # type: ignore[operator]
+        columns = cast(Stage, pl_module).example_grid(rows)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             render_grid(columns).save(self.folder / f"step{trainer.global_step:07d}.png")

@@ -1,26 +1,33 @@
-"""Steps whose gradient is not finite are left out and counted; many in a row end the run."""
+"""Skip and count optimizer steps with non-finite gradients; many in a row end the run."""
+
+from typing import cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
+from wuerstchen_pl.distributed.fsdp2 import full_tensor
+from wuerstchen_pl.stages.stage import Stage
 
 
 class SkipNonFiniteGrads(L.Callback):
-    """Take the gradients away from a step in which one is NaN or infinite.
+    """Discard the gradients of a step in which one is NaN or infinite.
 
-    The optimizer then changes nothing, no weight and no moment, and buffers, such as the statistics
-    of batch norms, are what they were before. The step counts as one: schedules and data go on.
+    The optimizer then changes neither weights nor its state, and buffers, such as the statistics of
+    batch norms, are restored to their values before the step. The step still counts: schedules and
+    data continue.
 
     Args:
-        max_in_a_row: steps left out in a row, at which the run ends.
+        max_in_a_row: number of consecutive skipped steps that ends the run.
+
+    Raises:
+        ValueError: if ``max_in_a_row`` is below 1.
     """
 
     def __init__(self, *, max_in_a_row: int = 20) -> None:
         if max_in_a_row < 1:
-            raise ValueError(f"max_in_a_row={max_in_a_row} never trains; use 1 or more")
+            raise ValueError(f"max_in_a_row={max_in_a_row} is out of range; use 1 or more")
         self.max_in_a_row = max_in_a_row
         self.skipped = 0
         self._in_a_row = 0
@@ -28,66 +35,66 @@ class SkipNonFiniteGrads(L.Callback):
         self._buffers: list[Tensor] = []
 
     def state_dict(self) -> dict[str, int]:
-        """The number of steps left out, for the checkpoint."""
+        """The number of skipped steps."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting."""
+        """Restore the number of skipped steps."""
         self.skipped = state_dict["skipped"]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Keep the buffers as they are before a step."""
-        if trainer.global_step == self._step:  # in the midst of an accumulated one
+        """Copy the buffers before the first micro-batch of a step."""
+        if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        now = _floating(pl_module)
-        if len(self._buffers) != len(now) or any(
-            a.device != b.device for a, b in zip(self._buffers, now, strict=True)
+        buffers = _floating_buffers(pl_module)
+        if len(self._buffers) != len(buffers) or any(
+            a.device != b.device for a, b in zip(self._buffers, buffers, strict=True)
         ):
-            self._buffers = [b.clone() for b in now]
-        elif now:
-            torch._foreach_copy_(self._buffers, now)
+            self._buffers = [b.clone() for b in buffers]
+        elif buffers:
+            torch._foreach_copy_(self._buffers, buffers)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look at the gradients; the same on all processes, as they have them in common.
+        """Check the gradient norms, which are the same on all processes.
+
+        They are computed once per step and used again for clipping. Reading them is the one
+        synchronization with the device in a step: whether to step has to be known on the host.
 
         Raises:
-            ValueError: if too many steps were left out in a row.
+            ValueError: if too many steps were skipped in a row.
         """
-        params = [p for p in pl_module.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if norm.isfinite():
+        stage = cast(Stage, pl_module)
+        norms = torch.stack([full_tensor(norm) for norm in stage.gradient_norms(optimizer)])
+        if norms.isfinite().all():
             self._in_a_row = 0
             return
-        for p in params:
-            p.grad = None
+        stage.discard_gradients()
         with torch.no_grad():
-            for buffer, kept in zip(_floating(pl_module), self._buffers, strict=True):
-                buffer.copy_(kept)
+            for buffer, saved in zip(_floating_buffers(stage), self._buffers, strict=True):
+                buffer.copy_(saved)
         self.skipped += 1
         self._in_a_row += 1
-        pl_module.log("train/skipped_steps", float(self.skipped))
+        stage.log("train/skipped_steps", float(self.skipped))
         if self._in_a_row >= self.max_in_a_row:
             raise ValueError(
-                f"{self._in_a_row} steps in a row had no finite gradient, up to step "
-                f"{trainer.global_step}; {_last_saved(trainer)}. Lower stage.optimizer.lr, set "
+                f"{self._in_a_row} steps in a row had non-finite gradients, up to step "
+                f"{trainer.global_step}; {_last_checkpoint(trainer)}. Lower stage.optimizer.lr, set "
                 "trainer.gradient_clip_val=1.0, or train with trainer.precision=32-true"
             )
 
 
-def _floating(module: nn.Module) -> list[Tensor]:
+def _floating_buffers(module: nn.Module) -> list[Tensor]:
     return [b.detach() for b in module.buffers() if b.is_floating_point()]
 
 
-def _last_saved(trainer: L.Trainer) -> str:
-    """What there is to go on from."""
+def _last_checkpoint(trainer: L.Trainer) -> str:
+    """Which checkpoint to resume from."""
     saved = [c.newest() for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
     if not saved or saved[0] is None:
-        return "nothing was saved before"
-    return f"{saved[0]} is the last checkpoint, and its weights are finite"
+        return "no checkpoint was saved before that"
+    return f"the last checkpoint is {saved[0]}, and its weights are finite"

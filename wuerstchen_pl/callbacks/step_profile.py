@@ -1,8 +1,8 @@
-"""A forward pass of a few samples before training begins: what it computes, what it keeps."""
+"""Profile one training step before training begins: its operations, and the memory it keeps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import lightning as L
@@ -11,76 +11,89 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-UNBATCHED_KEYS = ("size", "empty_text", "counts")
-"""Keys of a batch that hold one thing for all of its samples."""
+from wuerstchen_pl.batch import Batch
+from wuerstchen_pl.stages.stage import Stage
+
+UNBATCHED_KEYS = ("size", "empty_text", "is_unique")
+"""Keys of a batch with one value for all of its samples."""
 
 
 class StepProfile(NamedTuple):
-    """Of a training step on one process."""
+    """Costs of a training step on one process."""
 
-    flops_of_sample: float  # of forward and backward; a product and a sum are two
-    kept_bytes: int  # of the whole batch, by the forward pass for the backward pass, weights apart
-    kept_bytes_of_sample: float
-
-
-_MEASURED: WeakKeyDictionary[nn.Module, StepProfile] = WeakKeyDictionary()
-
-
-def profile_step_once(module: L.LightningModule, batch: dict[str, Any]) -> StepProfile:
-    """``measured`` with the first batch of a run, whoever asks."""
-    if module not in _MEASURED:
-        _MEASURED[module] = profile_step(module, batch)
-    return _MEASURED[module]
+    flops_per_sample: float
+    """Forward and backward; a multiplication and an addition are two operations."""
+    saved_bytes: int
+    """What the forward pass of the whole batch saves for the backward pass, weights excluded."""
+    saved_bytes_per_sample: float
 
 
-def profile_step(module: L.LightningModule, batch: dict[str, Any]) -> StepProfile:
-    """Try a training step with two and with four samples of a batch, and leave no trace of it.
+_PROFILES: WeakKeyDictionary[nn.Module, StepProfile] = WeakKeyDictionary()
 
-    Operations whose gradients are recorded count three times, as the backward pass takes two for
-    each. What does not grow with the samples, such as weights in another form, counts once. All
-    processes have to call it.
+
+def profile_step_once(module: L.LightningModule, batch: Batch) -> StepProfile:
+    """``profile_step`` with the first batch of a run; later calls return the same result."""
+    if module not in _PROFILES:
+        _PROFILES[module] = profile_step(module, batch)
+    return _PROFILES[module]
+
+
+def profile_step(module: L.LightningModule, batch: Batch) -> StepProfile:
+    """Run a training step with two and with four samples of a batch, without side effects.
+
+    Operations whose gradients are recorded count three times, as the backward pass needs two for
+    each. What does not grow with the samples, such as weights in another precision, counts once.
+    All processes have to call it.
     """
     rows = len(batch["caption"])
     few, more = (2, 4) if rows >= 4 else (rows, rows)
-    flops, kept = _tried(module, first_rows(batch, few))
+    flops, saved = _run(module, first_rows(batch, few))
     if few == more:
-        return StepProfile(flops / rows, kept, kept / rows)
-    more_flops, more_kept = _tried(module, first_rows(batch, more))
-    of_sample = (more_kept - kept) / (more - few)
-    in_all = round(kept + of_sample * (rows - few))
-    return StepProfile((more_flops - flops) / (more - few), in_all, of_sample)
+        return StepProfile(flops / rows, saved, saved / rows)
+    more_flops, more_saved = _run(module, first_rows(batch, more))
+    per_sample = (more_saved - saved) / (more - few)
+    total = round(saved + per_sample * (rows - few))
+    return StepProfile((more_flops - flops) / (more - few), total, per_sample)
 
 
-def _tried(module: L.LightningModule, batch: dict[str, Any]) -> tuple[int, int]:
-    """Operations and kept bytes of a training step."""
-    kept: dict[int, int] = {}
+def _run(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
+    """Operations and saved bytes of a training step."""
+    saved: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
     precision = module.trainer.precision_plugin.train_step_context()
-    with _unnoticed(module), precision, torch.enable_grad(), hooks, _Operations() as operations:
-        loss = module.training_step(_apart(batch), 0)
+    with (
+        _without_side_effects(module),
+        precision,
+        torch.enable_grad(),
+        hooks,
+        _OperationCounter() as counter,
+    ):
+        loss = module.training_step(_cloned(batch), 0)
     for p in module.parameters():
-        kept.pop(_place(p), None)
+        saved.pop(_data_ptr(p), None)
     del loss
-    return operations.number, sum(kept.values())
+    return counter.number, sum(saved.values())
 
 
-def first_rows(batch: dict[str, Any], number: int) -> dict[str, Any]:
+def first_rows(batch: Batch, number: int) -> Batch:
     """The first samples of a batch."""
-    return {k: v if k in UNBATCHED_KEYS else v[:number] for k, v in batch.items()}
+    rows: Any = {k: v if k in UNBATCHED_KEYS else cast(Any, v)[:number] for k, v in batch.items()}
+    return rows
 
 
-def _apart(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch in memory of its own."""
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+def _cloned(batch: Batch) -> Batch:
+    """A batch with copies of its tensors."""
+    clone: Any = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return clone
 
 
-class _Operations(TorchDispatchMode):
+class _OperationCounter(TorchDispatchMode):
     number = 0
 
     def __torch_dispatch__(
@@ -96,28 +109,30 @@ class _Operations(TorchDispatchMode):
 
 
 @contextmanager
-def _unnoticed(module: L.LightningModule) -> Iterator[None]:
-    """Restore buffers, random numbers and losses that are summed up, and log nothing."""
+def _without_side_effects(module: L.LightningModule) -> Iterator[None]:
+    """Restore buffers, random state and accumulated losses after the block, and log nothing in it."""
     before = {name: b.detach().clone() for name, b in module.named_buffers()}
-    logging = ("log", "log_dict")
-    own = {name: vars(module).pop(name) for name in logging if name in vars(module)}
-    for name in logging:
+    log_methods = ("log", "log_dict")
+    overridden = {name: vars(module).pop(name) for name in log_methods if name in vars(module)}
+    for name in log_methods:
         setattr(module, name, lambda *args, **kwargs: None)
     try:
         with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
             yield
     finally:
-        for name in logging:
+        for name in log_methods:
             delattr(module, name)
-        for name, function in own.items():
+        for name, function in overridden.items():
             setattr(module, name, function)
         with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(before[name])
-        if (bands := getattr(module, "timestep_bins", None)) is not None:
-            bands.pop()
+        if (bins := getattr(module, "timestep_bins", None)) is not None:
+            bins.pop()
+        if isinstance(module, Stage):
+            module.reset_step_losses()
 
 
-def _place(tensor: Tensor) -> int:
+def _data_ptr(tensor: Tensor) -> int:
     local = getattr(tensor, "to_local", lambda: tensor)()
     return local.untyped_storage().data_ptr()

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.step_profile import profile_step_once
 
 PEAK_TFLOPS = {
@@ -64,7 +65,7 @@ class Throughput(L.Callback):
         self._counted_until = self._since
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Note for how long the data were waited for; count the operations of the first batch."""
         # by checkpoints and evaluation
@@ -74,14 +75,14 @@ class Throughput(L.Callback):
         self._waited += time.perf_counter() - self._batch_ended - (saving - self._saved)
         self._saved = saving
         if self._flops_per_sample is None:
-            self._flops_per_sample = profile_step_once(pl_module, batch).flops_of_sample
+            self._flops_per_sample = profile_step_once(pl_module, batch).flops_per_sample
 
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: STEP_OUTPUT,
-        batch: dict,
+        batch: Batch,
         batch_idx: int,
     ) -> None:
         """Count, and log now and then."""

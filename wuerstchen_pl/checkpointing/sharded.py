@@ -74,13 +74,16 @@ def _reason(error: CheckpointException) -> str:
     return getattr(first, "strerror", None) or str(first)
 
 
-def read_sharded(folder: Path, template: Template | None = None) -> dict[str, Any]:
+def read_sharded(
+    folder: Path, template: Template | None = None, *, skip: Sequence[str] = ()
+) -> dict[str, Any]:
     """The contents of a checkpoint in parts.
 
     Args:
         folder: as written by ``write``, by any number of processes.
         template: path of a tensor in the checkpoint, its whole shape and type -> a tensor to read
             into, which may be sharded; None reads whole tensors, in one process.
+        skip: top-level entries whose tensors are not read; they stay None.
 
     Raises:
         OSError: if a file is missing.
@@ -93,7 +96,8 @@ def read_sharded(folder: Path, template: Template | None = None) -> dict[str, An
     if missing := sorted(noted["tensors"].keys() - set(whole)):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     tensors = {}
-    for name in noted["tensors"]:
+    wanted = [n for n in noted["tensors"] if n.partition(SEPARATOR)[0] not in skip]
+    for name in wanted:
         path, found = tuple(_key(step) for step in name.split(SEPARATOR)), there[name]
         size, dtype = found.size, found.properties.dtype  # type: ignore[union-attr]
         tensors[name] = template(path, size, dtype) if template else torch.empty(size, dtype=dtype)

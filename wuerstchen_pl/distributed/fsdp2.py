@@ -1,4 +1,4 @@
-"""Weights that lie in parts on several processes (FSDP2), and how to reach them whole."""
+"""Weights that are sharded over processes (FSDP2), and how to use them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard_stage(stage: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    """Spread a stage's weights over a mesh, in place: each block a unit, and what is left another.
+    """Shard a stage's weights over a mesh, in place: each block a unit, the rest another.
 
-    A unit is whole on each process only while its forward or backward pass runs; the unit of what
-    is left, from the beginning of ``training_step`` to the end of the backward pass. Outside of
-    these, use ``gathered``.
+    A unit is gathered while its forward or backward pass runs; the unit of the rest, from the start
+    of ``training_step`` to the end of the backward pass, and during ``validation_step``. Anywhere
+    else, use ``unsharded``.
     """
     if isinstance(stage, FSDPModule):
         return
@@ -24,13 +24,21 @@ def shard_stage(stage: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh)
         fully_shard(block, mesh=mesh)
     fully_shard(stage, mesh=mesh)
     register_fsdp_forward_method(stage, "training_step")
+    register_fsdp_forward_method(stage, "validation_step")
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the gathered weights of all units, such as those left by a pass without backward."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Let every process have the whole weights within the block; all of them have to enter it.
+    """Gather all weights on every process within the block; all processes have to enter it.
 
-    What is changed in the weights within the block is lost.
+    Changes to the weights within the block are lost.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
@@ -45,29 +53,29 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, as one; all processes have to call it."""
+    """The whole of a tensor that may be sharded; all processes have to call it."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # where the processes can talk, wherever it lies
-    placed = cast(DTensor, tensor.to(tensor.device_mesh.device_type))
-    return placed.full_tensor().to(tensor.device)
+    # Collectives need it on the mesh's device.
+    on_mesh = cast(DTensor, tensor.to(tensor.device_mesh.device_type))
+    return on_mesh.full_tensor().to(tensor.device)
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, sharded as ``other`` is."""
+    """A whole tensor, equal on every process, sharded like ``other``."""
     if isinstance(tensor, DTensor) or not isinstance(other, DTensor):
         return tensor
     mesh = other.device_mesh
-    # each takes its part of what it has, without a word to the others
-    parts = distribute_tensor(
+    # Each process takes its shard of its own copy: no communication.
+    shards = distribute_tensor(
         tensor.to(mesh.device_type), mesh, other.placements, src_data_rank=None
     )
-    return parts.to(other.device)
+    return shards.to(other.device)
 
 
 @torch.no_grad()
 def index_copy(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
-    """``tensor[rows] = values`` of a tensor that may be sharded; the same on every process."""
+    """``tensor[rows] = values`` for a tensor that may be sharded; arguments equal everywhere."""
     full = full_tensor(tensor).clone()
     full[rows] = values.to(full)
     tensor.copy_(shard_like(full, tensor))

@@ -45,9 +45,9 @@ class EvalTarget:
 
 def stages_with_loss(stage: Any) -> dict[str, Any]:
     """Those with a validation loss: ``b`` and ``c`` of a Stage C, ``ldm`` of the baseline."""
-    if hasattr(stage.decoder, "compressor"):
-        return {"b": stage.decoder, "c": stage}
-    return {"ldm": stage}
+    if stage.name == "ldm":
+        return {"ldm": stage}
+    return {"b": stage.stage_b, "c": stage}
 
 
 def evaluate(

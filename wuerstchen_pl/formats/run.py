@@ -1,79 +1,80 @@
-"""A trained run as a model: the stage of a checkpoint, and the frozen ones that it stands on."""
+"""A trained run as a model: the stage in a checkpoint, and the frozen stages below it."""
 
 from pathlib import Path
 from typing import Any
 
 from wuerstchen_pl.checkpointing.load import (
+    build_stage,
     drop_weight_paths,
     find_checkpoint,
-    load_stage,
     read_checkpoint,
+    trained_stage,
 )
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import Model, Part, with_defaults
 
 STAGE_PARTS = {
-    "StageA": {"vqgan": "vqgan"},
-    "StageB": {"diffnext": "decoder", "compressor": "compressor", "text_encoder": "text_encoder"},
-    "StageC": {"prior": "prior", "text_encoder": "prior_text_encoder"},
+    "a": {"vqgan": "vqgan"},
+    "b": {"diffnext": "decoder", "compressor": "compressor", "text_encoder": "text_encoder"},
+    "c": {"prior": "prior", "text_encoder": "prior_text_encoder"},
 }
-"""Networks of a stage, by attribute, and the parts that they are."""
+"""Networks of each stage by attribute, and the names of the parts."""
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is that of a run's folder, or of a checkpoint in one."""
+    """Whether a path is a run's folder, or a checkpoint."""
     return path.suffix == ".ckpt" or (path / "checkpoints").is_dir()
 
 
 def read_run(run: str | Path, *, ema: bool = True) -> Model:
-    """The networks of a run's newest checkpoint and of the stages below it.
+    """The networks of a run's newest checkpoint, and of the stages below it.
 
     Args:
         run: a run's folder, or a checkpoint in it.
-        ema: averaged weights of its own stage, or raw ones; the stages below were averaged when it
-            was trained over them, and stay so.
+        ema: use the EMA weights of its stage; False uses the raw ones. The stages below it always
+            have EMA weights, which it was trained over.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ValueError: if it is damaged.
     """
     path = find_checkpoint(run)
-    name = read_checkpoint(path)["stage"]["_target_"].rpartition(".")[2]
-    if name not in STAGE_PARTS:
+    content = read_checkpoint(path, optimizer_state=False)
+    if (name := trained_stage(content)) not in STAGE_PARTS:
         raise ValueError(
-            f"{run} is a run of {name}, which is no stage of the cascade; sample and evaluate take "
-            "it, and no format holds it"
+            f"{run} is a run of stage={name}, which is not a stage of the cascade; sample and "
+            "evaluate accept it, but no format can store it"
         )
-    stage: Any = load_stage(run=path, stage=name[-1].lower(), ema=ema)
-    model = Model(source=stage.source)
-    if name == "StageC":
+    stage: Any = build_stage(path, content, ema=ema)
+    model = Model(source=stage.provenance.source)
+    if name == "c":
         model.settings = {
-            "semantic_scale": stage.semantic_scale,
-            "semantic_shift": stage.semantic_shift,
+            "semantic_scale": stage.scaling.scale,
+            "semantic_shift": stage.scaling.shift,
         }
     while stage is not None:
         model.parts |= _parts(stage)
-        if (compressor := getattr(stage, "compressor", None)) is not None:
-            pixels = compressor.resolution_multiple
+        if stage.name == "b":
+            pixels = stage.compressor.resolution_multiple
             model.settings["resolution_multiple"] = pixels
-            model.settings["latent_dim_scale"] = pixels / stage.decoder.vqgan.factor
-        stage = getattr(stage, "decoder", None)
+            model.settings["latent_dim_scale"] = pixels / stage.stage_a.vqgan.factor
+        stage = stage.frozen.get("stage_b") or stage.frozen.get("stage_a")
     return model
 
 
 def _parts(stage: Any) -> dict[str, Part]:
-    found = {}
-    for attribute, part in STAGE_PARTS[type(stage).__name__].items():
+    parts = {}
+    for attribute, name in STAGE_PARTS[stage.name].items():
         network = getattr(stage, attribute)
         if network is None:
             continue
-        config = with_defaults(drop_weight_paths(stage.config[attribute]))
+        config = with_defaults(drop_weight_paths(stage.provenance.config[attribute]))
         tokenizer = config.get("tokenizer")
-        if part.endswith("text_encoder"):
+        if name.endswith("text_encoder"):
             config |= {"tokenizer": None, "vocab_size": network.tower.vocab_size}
         state = network.state_dict()
-        if part == "vqgan":
+        if name == "vqgan":
             config["scale_factor"] = float(state["scale_factor"])
-        tensors = {name: in_memory(tensor) for name, tensor in state.items()}
-        found[part] = Part(config, tensors, Path(tokenizer) if tokenizer else None)
-    return found
+        tensors = {key: in_memory(tensor) for key, tensor in state.items()}
+        parts[name] = Part(config, tensors, Path(tokenizer) if tokenizer else None)
+    return parts

@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -83,6 +84,13 @@ def sha256(path: Path) -> str:
     if path.is_dir():
         each = "".join(f"{sha256(f)}  {f.relative_to(path)}\n" for f in _files(path))
         return hashlib.sha256(each.encode()).hexdigest()
+    status = path.stat()
+    return _file_sha256(path.absolute(), status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _file_sha256(path: Path, modified_ns: int, size: int, inode: int) -> str:
+    """The hash of a file's bytes, computed once per version of the file: some have gigabytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -11,15 +11,15 @@ from torch import nn
 _PROBE = "A photo of 2 cats, na\u00efve & \u304b\u308f\u3044\u3044"
 
 
-def encoder_fingerprints(stage: str, *, decoder: Any, text_encoder: Any | None) -> dict[str, str]:
+def encoder_fingerprints(stage: str, *, encoder: Any, text_encoder: Any | None) -> dict[str, str]:
     """Name what a cache for a stage is made with.
 
     Args:
         stage: ``b`` or ``c``.
-        decoder: the trained stage below it, of which only what encodes counts.
+        encoder: the trained stage that encodes images; only its encoding network matters.
         text_encoder: None where captions' states are not cached.
     """
-    found = {"stage": stage, "decoder": network_fingerprint(decoder.encoding)}
+    found = {"stage": stage, "encoder": network_fingerprint(encoder.encoding)}
     if text_encoder is not None:
         tokens = text_encoder.tokenizer([_PROBE]).tolist()
         found["text_encoder"] = network_fingerprint(text_encoder, said=str(tokens))

@@ -47,8 +47,8 @@ class LatentDiffusionPipeline(CascadePipeline):
             ValueError: if it is of another stage, or damaged.
         """
         stage: Any = load_stage(run=run, stage="ldm")
-        pipeline = cls(prior=stage.prior_pipeline(), vqgan=stage.decoder.vqgan)
-        pipeline.source = stage.source
+        pipeline = cls(prior=stage.prior_sampler(), vqgan=stage.stage_a.vqgan)
+        pipeline.source = stage.provenance.source
         return pipeline
 
     def compile(self, **options: Any) -> Self:

@@ -1,4 +1,4 @@
-"""The pipeline that a model on disk, a run or a stage in training is drawn with."""
+"""The pipeline of a model on disk, of a run, or of a stage in training."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -16,23 +16,29 @@ from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 
 
 def load_pipeline(
-    model: str, *, prior: str | None = None, device: str, dtype: torch.dtype = torch.float32
+    model: str,
+    *,
+    prior: str | None = None,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
 ) -> CascadePipeline:
-    """The pipeline of a model, a run of Stage C, or one of the baseline.
+    """The pipeline of a model, of a run of Stage C, or of a run of the baseline.
 
     Raises:
         FileNotFoundError: if there is nothing, or a part is missing.
-        ValueError: if it is damaged, or no model.
+        ValueError: if it is damaged, or not a model.
     """
-    if trained_stage(model) == "ldm":
+    if stage_of_run(model) == "ldm":
         if prior is not None:
-            raise ValueError(f"prior={prior} is of a cascade, and {model} is a baseline; drop it")
+            raise ValueError(
+                f"prior={prior} belongs to a cascade, but {model} is a baseline; remove it"
+            )
         return LatentDiffusionPipeline.from_run(model).to(device, dtype)
     return WuerstchenPipeline.from_pretrained(model, prior=prior, device=device, torch_dtype=dtype)
 
 
-def trained_stage(model: str) -> str | None:
-    """``c``, ``ldm`` or another stage that a run trained; None of a model that is no run.
+def stage_of_run(model: str) -> str | None:
+    """The stage that a run trained, such as ``c`` or ``ldm``; None for a model that is not a run.
 
     Raises:
         FileNotFoundError: if a run has no checkpoint.
@@ -42,24 +48,21 @@ def trained_stage(model: str) -> str | None:
     if not run.is_run(path):
         return None
     folder = path.parent.parent if path.suffix == ".ckpt" else path
-    told: Any = {}
-    with suppress(OSError, YAMLError):  # which spares reading all weights for a word
-        told = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    if not isinstance(told, dict) or "stage" not in told:
-        told = load.read_checkpoint(load.find_checkpoint(model))
-    return str(told["stage"]["_target_"]).rpartition(".Stage")[2].lower()
+    content: Any = {}
+    with suppress(OSError, YAMLError):  # much smaller than a checkpoint
+        content = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    if not isinstance(content, dict) or "stage" not in content:
+        content = load.read_checkpoint(load.find_checkpoint(model), optimizer_state=False)
+    return load.trained_stage(content)
 
 
 def pipeline_from_stage(stage: Any) -> CascadePipeline:
-    """The pipeline of a stage's own networks, as they are now: Stage C's, or the baseline's.
-
-    It freezes them.
-    """
-    prior = stage.prior_pipeline()
-    if not hasattr(stage.decoder, "compressor"):
-        return LatentDiffusionPipeline(prior=prior, vqgan=stage.decoder.vqgan)
+    """The pipeline of a stage's own networks, with their current weights; freezes them."""
+    prior = stage.prior_sampler()
+    if stage.name == "ldm":
+        return LatentDiffusionPipeline(prior=prior, vqgan=stage.stage_a.vqgan)
     return WuerstchenPipeline(
         prior=prior,
-        decoder=stage.decoder.decoder_pipeline(),
-        compressor=stage.decoder.compressor,
+        decoder=stage.stage_b.decoder_sampler(),
+        compressor=stage.stage_b.compressor,
     )

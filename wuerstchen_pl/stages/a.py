@@ -7,37 +7,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.distributed.fsdp2 import index_copy, unsharded
 from wuerstchen_pl.models.discriminator import Discriminator
 from wuerstchen_pl.models.vqgan import VQGAN, codebook_usage
 from wuerstchen_pl.stages.ema import EMA
-from wuerstchen_pl.stages.stage import Batch, OptimizerFactory, Stage, num_unique_samples
+from wuerstchen_pl.stages.stage import OptimizerFactory, Stage, num_unique_samples
 
 
 class StageA(Stage):
     """Reconstruction, perceptual, adversarial and codebook losses.
 
-    VQGAN and discriminator are two groups of one optimizer: it treats each parameter alone, so that
-    it does what two optimizers would, and both are averaged, clipped, accumulated, sharded and
-    stored as the other stages are.
+    The VQGAN and the discriminator are two parameter groups of one optimizer. AdamW treats each
+    parameter alone, so this computes what two optimizers would, and both are averaged, clipped,
+    accumulated, sharded and saved like the other stages.
 
     Args:
         vqgan: encoder, codebook and decoder.
-        discriminator: the critic; it learns from the first step on.
-        perceptual: two images -> (B,) distance; frozen.
-        optimizer: over the VQGAN's parameters and the discriminator's.
-        lr_schedule: of the learning rate, by step.
-        ema: average of the trainable weights.
+        discriminator: trained from the first step on, whether or not its loss is applied.
+        perceptual: two batches of images -> (B,) distances; frozen.
+        optimizer: builds an optimizer over both parameter groups.
+        lr_schedule: factor on the learning rate by step.
+        ema: moving average of the trainable weights.
         mse_weight: weight of the squared error (paper: 1).
         perceptual_weight: weight of the perceptual distance (paper: 0.1).
         adversarial_weight: weight of the adversarial loss (paper: 0.01).
-        adversarial_start_step: first step at which it counts (paper: 10,000).
+        adversarial_start_step: first step that applies the adversarial loss (paper: 10,000).
         commitment_weight: weight of the commitment loss (code: 0.25).
-        quantize_drop_prob: share of steps that skip quantization (paper: 0.1).
-        codebook_restart_every_steps: steps after which codes that nothing used are moved onto latents of the
-            present batch.
-        seed: of the random numbers of training.
+        quantize_drop_prob: probability that a step skips quantization (paper: 0.1).
+        codebook_restart_every_steps: steps after which unused codes are moved onto latents of the
+            current batch.
+        seed: seeds the random numbers of training.
     """
+
+    name = "a"
+    vqgan: VQGAN
+    discriminator: Discriminator
+    perceptual: nn.Module | None
+    code_uses: Tensor
+    val_code_uses: Tensor
 
     TRAINING_ONLY = (*Stage.TRAINING_ONLY, "perceptual")
 
@@ -62,9 +70,7 @@ class StageA(Stage):
         super().__init__(optimizer=optimizer, lr_schedule=lr_schedule, ema=ema, seed=seed)
         self.vqgan = vqgan
         self.discriminator = discriminator
-        self.perceptual: nn.Module | None = None
-        if perceptual is not None:
-            self.register_frozen("perceptual", perceptual)
+        self.frozen.register("perceptual", perceptual)
         self.mse_weight, self.perceptual_weight = mse_weight, perceptual_weight
         self.adversarial_weight = adversarial_weight
         self.adversarial_start_step = adversarial_start_step
@@ -72,28 +78,25 @@ class StageA(Stage):
         self.quantize_drop_prob = quantize_drop_prob
         self.codebook_restart_every_steps = codebook_restart_every_steps
         codes = vqgan.quantizer.codebook.num_embeddings
-        # uses of each code since codes were last revived, and since validation began
+        # How often each code was used since the last restart, and since validation started.
         self.register_buffer("code_uses", torch.zeros(codes))
         self.register_buffer("val_code_uses", torch.zeros(codes), persistent=False)
 
-    code_uses: Tensor
-    val_code_uses: Tensor
-
     @property
     def size_multiple(self) -> int:
-        """Images are folded into latents of 1 / 2^levels."""
+        """2^levels: pixels per latent along a side."""
         return self.vqgan.factor
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents."""
+        """C of the latents."""
         return self.vqgan.latent_channels
 
-    # What Stage B uses
+    # Interface for Stage B
 
     @property
     def encoding(self) -> VQGAN:
-        """The network that ``encode`` uses."""
+        """The network that ``encode`` runs; caches are keyed by its fingerprint."""
         return self.vqgan
 
     def encode(self, images: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ class StageA(Stage):
         return self.vqgan.decode(latents).clamp(0, 1)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> the same through the latents, unquantized as Stage B's are."""
+        """(B, 3, H, W) in [0, 1] -> the same shape, through unquantized latents as Stage B uses."""
         return self.decode(self.encode(images))
 
     # Losses
@@ -117,8 +120,8 @@ class StageA(Stage):
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            quantize: False decodes the latents as they are.
-            adversarial: whether the discriminator counts.
+            quantize: False decodes the unquantized latents.
+            adversarial: whether to add the adversarial loss.
 
         Returns:
             The loss, the reconstruction, and the terms by name, with ``indices`` and ``features``.
@@ -142,7 +145,7 @@ class StageA(Stage):
         return loss, decoded, {**terms, "indices": quantized.indices, "features": features}
 
     def discriminator_loss(self, images: Tensor, decoded: Tensor) -> Tensor:
-        """-log D(real) - log(1 - D(fake)), halved; the mean over patches."""
+        """(-log D(real) - log(1 - D(fake))) / 2, averaged over patches."""
         real = F.softplus(-self.discriminator.logits(images)).mean()
         fake = F.softplus(self.discriminator.logits(decoded.detach())).mean()
         return 0.5 * (real + fake)
@@ -150,12 +153,12 @@ class StageA(Stage):
     # Training
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The VQGAN's and the discriminator's, apart."""
+        """One group for the VQGAN, one for the discriminator."""
         parts = {"vqgan": self.vqgan, "discriminator": self.discriminator}
         return [{"params": list(part.parameters()), "name": name} for name, part in parts.items()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of both losses, of which each teaches its own part alone."""
+        """The sum of both losses; each has gradients for its own network only."""
         images = batch["image"]
         rng = self.batch_rng(len(images), batch_idx)
         self.discriminator.requires_grad_(False)
@@ -165,11 +168,11 @@ class StageA(Stage):
             adversarial=self.global_step >= self.adversarial_start_step,
         )
         self.discriminator.requires_grad_(True)
-        critic_loss = self.discriminator_loss(images, decoded)
+        fake_or_real = self.discriminator_loss(images, decoded)
         self._count_codes(terms.pop("indices"))
         self._latents = rows_of(terms.pop("features").detach())
-        self.log_means({"loss": loss, "discriminator": critic_loss, **terms})
-        return loss + critic_loss
+        self.log_means({"loss": loss, "discriminator": fake_or_real, **terms})
+        return loss + fake_or_real
 
     def _count_codes(self, indices: Tensor) -> None:
         uses = torch.bincount(indices.flatten(), minlength=len(self.code_uses)).float()
@@ -177,7 +180,7 @@ class StageA(Stage):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Now and then move the codes that had no use onto present latents, on all processes."""
+        """Periodically move unused codes onto current latents, alike on all processes."""
         if step % self.codebook_restart_every_steps:
             return
         dead = (self.code_uses == 0).nonzero().flatten()
@@ -185,30 +188,30 @@ class StageA(Stage):
         self.code_uses.zero_()
         if len(dead) == 0:
             return
-        latents = self._everyones(self._latents)
+        latents = self._gather_rows(self._latents)
         chosen = self.batch_rng(1, 0).randint(len(latents), len(dead)).to(latents.device)
         rows, codebook = latents[chosen], self.vqgan.quantizer.codebook.weight
         index_copy(codebook, dead, rows)
-        self.ema.overwrite("vqgan.quantizer.codebook.weight", dead, rows)
+        self.ema.overwrite_rows("vqgan.quantizer.codebook.weight", dead, rows)
 
-    def _everyones(self, rows: Tensor) -> Tensor:
-        """(N, C) of each process -> those of all: as many of each as the fewest have."""
-        counted = torch.tensor(len(rows), device=rows.device)
-        fewest = int(self.trainer.strategy.reduce(counted, reduce_op="min"))
+    def _gather_rows(self, rows: Tensor) -> Tensor:
+        """(N, C) per process -> the rows of all, as many of each as the process with the fewest has."""
+        num_rows = torch.tensor(len(rows), device=rows.device)
+        fewest = int(self.trainer.strategy.reduce(num_rows, reduce_op="min"))
         return cast(Tensor, self.all_gather(rows[:fewest])).view(-1, rows.shape[1])
 
-    # Validation, on averaged weights
+    # Validation, with EMA weights
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation's codes."""
+        """Reset the code counts, and swap the EMA weights in."""
+        super().on_validation_epoch_start()
         self.val_code_uses.zero_()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss, and PSNR of the unquantized reconstruction in dB."""
+    def validate(self, batch: Batch) -> None:
+        """Log the loss, and the PSNR of the unquantized reconstruction in dB."""
         images = batch["image"]
-        with self.ema.applied(self):
-            loss, _, terms = self.generator_loss(images, quantize=True, adversarial=False)
-            error = F.mse_loss(self.reconstruct(images), images, reduction="none")
+        loss, _, terms = self.generator_loss(images, quantize=True, adversarial=False)
+        error = F.mse_loss(self.reconstruct(images), images, reduction="none")
         psnr = -10 * error.flatten(1).mean(dim=1).log10().mean()
         codes = len(self.val_code_uses)
         if num_unique_samples(batch):
@@ -217,7 +220,8 @@ class StageA(Stage):
         self.log_dict(metrics, batch_size=num_unique_samples(batch), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Codebook use, on all processes together."""
+        """Log how much of the codebook all processes used."""
+        super().on_validation_epoch_end()
         uses = self.trainer.strategy.reduce(self.val_code_uses.clone(), reduce_op="sum")
         perplexity, dead = codebook_usage(uses)
         self.log("val/codebook_perplexity", perplexity, rank_zero_only=True)
@@ -225,15 +229,15 @@ class StageA(Stage):
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
-        """Original, and what comes back: raw and averaged weights, and through the codebook."""
+        """Original; reconstructions with raw and EMA weights; EMA and quantized."""
         images = batch["image"]
         with unsharded(self):
             raw = self.reconstruct(images)
         with self.ema.applied(self):
-            averaged = self.reconstruct(images)
+            with_ema = self.reconstruct(images)
             quantized = self.vqgan.quantizer(self.vqgan.features(images)).latents
             codes = self.vqgan.decode_features(quantized).clamp(0, 1)
-        return {"original": images, "raw": raw, "EMA": averaged, "EMA, quantized": codes}
+        return {"original": images, "raw": raw, "EMA": with_ema, "EMA, quantized": codes}
 
 
 def rows_of(features: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.batch_rng import validation_losses
 from wuerstchen_pl.stages.ema import EMA
+from wuerstchen_pl.stages.frozen import FrozenPrecision
 from wuerstchen_pl.stages.stage import (
     Batch,
     OptimizerFactory,
@@ -31,28 +32,31 @@ class StageB(Stage):
     """Noise prediction in Stage A's unquantized latents, conditioned on semantic latents.
 
     Args:
-        decoder: the trained Stage A; frozen.
+        stage_a: the trained Stage A; frozen.
         diffnext: the denoiser.
         compressor: images -> semantic latents, trained with the denoiser.
         text_encoder: frozen; None trains without text.
-        optimizer: over denoiser and compressor.
-        lr_schedule: of the learning rate, by step.
-        ema: average of the trainable weights.
-        p2: form of the loss weight.
-        semantic_drop_prob: share of samples whose semantic latents are zeroed (code: 0.05).
-        semantic_noise_prob: share of the others whose latents are noised, at a time drawn from
-            [0, 0.5] (code: 0.3).
-        text_drop_prob: share of captions replaced by the empty one (code: 0.05).
-        seed: of the random numbers of training.
+        optimizer: builds an optimizer over denoiser and compressor.
+        lr_schedule: factor on the learning rate by step.
+        ema: moving average of the trainable weights.
+        p2: form of the loss weight. The paper prints one for Stage C only; the released code
+            weights both. ``none`` turns it off.
+        semantic_drop_prob: probability that a sample's semantic latents are zeroed (code: 0.05).
+        semantic_noise_prob: probability that the semantic latents of the others are noised, at a
+            time uniform in [0, 0.5) (code: 0.3).
+        text_drop_prob: probability that a caption is replaced with the empty one (code: 0.05).
+        frozen_precision: precision of Stage A and the text encoder.
+        seed: seeds the random numbers of training.
     """
 
-    decoder: StageA
+    name = "b"
+    stage_a: StageA
     text_encoder: TextEncoder | None
 
     def __init__(
         self,
         *,
-        decoder: StageA,
+        stage_a: StageA,
         diffnext: DiffNeXt,
         compressor: SemanticCompressor,
         text_encoder: TextEncoder | None = None,
@@ -63,30 +67,32 @@ class StageB(Stage):
         semantic_drop_prob: float = 0.05,
         semantic_noise_prob: float = 0.3,
         text_drop_prob: float = 0.05,
+        frozen_precision: FrozenPrecision = "float32",
         seed: int = 0,
     ) -> None:
-        super().__init__(optimizer=optimizer, lr_schedule=lr_schedule, ema=ema, seed=seed)
-        if decoder.latent_channels != diffnext.latent_channels:
+        super().__init__(
+            optimizer=optimizer, lr_schedule=lr_schedule, ema=ema, seed=seed,
+            frozen_precision=frozen_precision,
+        )  # fmt: skip
+        if stage_a.latent_channels != diffnext.latent_channels:
             raise ValueError(
-                f"stage.diffnext.latent_channels={diffnext.latent_channels}, but Stage A's latents "
-                f"have {decoder.latent_channels} channels; set them equal"
+                f"diffnext.latent_channels={diffnext.latent_channels}, but Stage A's latents have "
+                f"{stage_a.latent_channels} channels; set them equal"
             )
         if (text_encoder is None) != (diffnext.text_dim is None):
             raise ValueError(
-                f"stage.diffnext.text_dim={diffnext.text_dim} and stage.text_encoder disagree; "
-                "give both or neither"
+                f"diffnext.text_dim={diffnext.text_dim} and text_encoder disagree; "
+                "set both or neither"
             )
         if text_encoder is not None and text_encoder.weights is None:
             raise ValueError(
-                "stage.text_encoder.weights=null leaves a frozen text encoder random; name CLIP's "
+                "text_encoder.weights=null leaves a frozen text encoder random; set it to CLIP's "
                 "weights"
             )
-        self.register_frozen("decoder", decoder)
+        self.frozen.register("stage_a", stage_a)
+        self.frozen.register("text_encoder", text_encoder)
         self.diffnext = diffnext
         self.compressor = compressor
-        object.__setattr__(self, "text_encoder", None)
-        if text_encoder is not None:
-            self.register_frozen("text_encoder", text_encoder)
         self.schedule = CosineSchedule()
         self.timestep_bins = TimestepBins()
         self.p2: P2Form = p2
@@ -96,8 +102,8 @@ class StageB(Stage):
 
     @property
     def size_multiple(self) -> int:
-        """Stage A's factor times the denoiser's."""
-        return self.decoder.size_multiple * self.diffnext.size_multiple
+        """Stage A's factor times that of the denoiser."""
+        return self.stage_a.size_multiple * self.diffnext.size_multiple
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
         """Semantic positions (h, w) of an image of (height, width) pixels."""
@@ -108,11 +114,11 @@ class StageB(Stage):
         """Channels of the semantic latents."""
         return self.compressor.latent_channels
 
-    # What Stage C uses
+    # Interface for Stage C
 
     @property
     def encoding(self) -> SemanticCompressor:
-        """The network that ``encode`` uses."""
+        """The network that ``encode`` runs; caches are keyed by its fingerprint."""
         return self.compressor
 
     def encode(self, images: Tensor) -> Tensor:
@@ -131,21 +137,21 @@ class StageB(Stage):
         guidance_scale: float = 1.0,
         method: SamplerName = "ddpm",
     ) -> Tensor:
-        """Semantic latents -> images.
+        """Generate images from semantic latents.
 
         Args:
             semantic: (B, S, h, w).
             size: (height, width) of the images, multiples of ``size_multiple``.
             seeds: one per image.
-            captions: one per image, for a Stage B with text; None is the empty caption.
+            captions: one per image, for a Stage B with text; None uses the empty caption.
             num_steps: denoising steps (paper: 12).
-            guidance_scale: towards the semantic latents; up to 1 is none (paper: 4).
+            guidance_scale: guidance towards the semantic latents; none up to 1 (paper: 4).
             method: ``ddpm`` or ``ddim``.
 
         Returns:
             (B, 3, H, W) in [0, 1].
         """
-        return self.decoder_pipeline()(
+        return self.decoder_sampler()(
             semantic,
             captions,
             num_inference_steps=num_steps,
@@ -157,9 +163,9 @@ class StageB(Stage):
             progress=False,
         ).images
 
-    def decoder_pipeline(self) -> DecoderSampler:
-        """What draws images with this stage's weights and Stage A's."""
-        vqgan = self.decoder.vqgan
+    def decoder_sampler(self) -> DecoderSampler:
+        """The sampler that uses this stage's weights and Stage A's."""
+        vqgan = self.stage_a.vqgan
         return DecoderSampler(
             decoder=self.diffnext,
             vqgan=vqgan,
@@ -170,7 +176,7 @@ class StageB(Stage):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, *, seeds: Sequence[int], num_steps: int = 12) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> the same through compressor, denoiser and Stage A."""
+        """(B, 3, H, W) in [0, 1] -> the same shape, through compressor, denoiser and Stage A."""
         size = (images.shape[-2], images.shape[-1])
         return self.decode(self.encode(images), size=size, seeds=seeds, num_steps=num_steps)
 
@@ -180,7 +186,7 @@ class StageB(Stage):
         """Captions -> (B, L, D) states, or None for a Stage B without text."""
         if self.text_encoder is None:
             return None
-        with torch.no_grad():
+        with self.frozen.inference(self.device):
             return self.text_encoder(captions)
 
     def loss(
@@ -191,12 +197,12 @@ class StageB(Stage):
         return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
 
     def corrupt(self, semantic: Tensor, chance: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Zero some samples' semantic latents and noise others', so that Stage C's errors do less.
+        """Zero or noise semantic latents, so that Stage B tolerates Stage C's errors.
 
         Args:
             semantic: (B, S, h, w).
-            chance: (B, 2) uniform in [0, 1): against the probability to zero, and to noise.
-            t: (B,) uniform in [0, 0.5), time of the noise.
+            chance: (B, 2) uniform in [0, 1); compared with the probabilities to zero and to noise.
+            t: (B,) uniform in [0, 0.5), time at which to noise.
             noise: as ``semantic``, standard normal.
         """
         drop, disturb = chance[:, 0], chance[:, 1]
@@ -205,14 +211,14 @@ class StageB(Stage):
         return torch.where(noised, self.schedule.add_noise(semantic, t, noise), semantic) * keep
 
     def latents(self, batch: Batch) -> Tensor:
-        """Stage A's latents of a batch, as cached or encoded now."""
+        """Stage A's latents of a batch, from the cache or encoded now."""
         if "latents" in batch:
             return batch["latents"]
-        with torch.no_grad():
-            return self.decoder.encode(batch["image"])
+        with self.frozen.inference(self.device):
+            return self.stage_a.encode(batch["image"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Draw times, noise and what is dropped; return the loss."""
+        """Sample times, noise and drops; return the loss."""
         x0 = self.latents(batch)
         rng = self.batch_rng(len(x0), batch_idx)
         semantic = self.encode(batch["image"])
@@ -226,11 +232,11 @@ class StageB(Stage):
         self.log_means({"loss": loss})
         return loss
 
-    # Validation, on averaged weights
+    # Validation, with EMA weights
 
     @torch.no_grad()
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, 4) times in (0, 1) and the losses there; which, is by ``batch["key"]`` alone."""
+        """(B, 4) times in (0, 1), a function of ``batch["key"]``, and the losses at these times."""
         x0, text = self.latents(batch), encode_captions(batch, self.text)
         semantic = self.encode(batch["image"])
 
@@ -239,34 +245,33 @@ class StageB(Stage):
 
         return validation_losses(loss, batch["key"], x0)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The mean of ``validation_losses``."""
-        with self.ema.applied(self):
-            losses = self.validation_losses(batch)[1]
+    def validate(self, batch: Batch) -> None:
+        """Log the mean of ``validation_losses``."""
+        losses = self.validation_losses(batch)[1]
         self.log("val/loss", losses.mean(), batch_size=num_unique_samples(batch), sync_dist=True)
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
-        """Original, noised, x_0 in one step, sample, and the last two with averaged weights."""
+        """Original, noised, x0 in one step (EMA), sample with raw weights, sample with EMA weights."""
         images, captions = batch["image"], batch["caption"]
         rows, size = len(images), (images.shape[-2], images.shape[-1])
-        x0 = self.decoder.encode(images)
+        x0 = self.stage_a.encode(images)
         t = torch.full((rows,), 0.5, device=x0.device)
         noise = randn(x0.shape, generators_from_seeds(range(rows)), x0.device)
         xt = self.schedule.add_noise(x0, t, noise)
 
-        def drawn() -> Tensor:
+        def sampled() -> Tensor:
             return self.decode(self.encode(images), size=size, seeds=range(rows), captions=captions)
 
         with unsharded(self):
-            raw = drawn()
+            raw = sampled()
         with self.ema.applied(self):
             pred = self.diffnext(xt, t, self.encode(images), self.text(captions))
-            averaged = drawn()
+            with_ema = sampled()
         return {
             "original": images,
-            "noised, t=0.5": self.decoder.decode(xt),
-            "one step (EMA)": self.decoder.decode(self.schedule.predict_x0(xt, t, pred)),
+            "noised, t=0.5": self.stage_a.decode(xt),
+            "one step (EMA)": self.stage_a.decode(self.schedule.predict_x0(xt, t, pred)),
             "sample": raw,
-            "sample (EMA)": averaged,
+            "sample (EMA)": with_ema,
         }

@@ -1,7 +1,7 @@
 """Exponential moving average of a module's trainable parameters.
 
-Our own, and not Lightning's ``WeightAveraging``, which copies frozen parts too, averages integer
-buffers into nonsense, knows no sharded weights, and loses the raw ones when a validation raises.
+Lightning's ``WeightAveraging`` is not used: it also copies frozen networks, averages integer buffers,
+does not support sharded weights, and stores raw and EMA weights swapped when validation raises.
 """
 
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from wuerstchen_pl.distributed.fsdp2 import index_copy, shard_like, unsharded
 
 
 class EMA:
-    """shadow <- shadow + (1 - d) (parameter - shadow), every ``every_steps`` steps.
+    """shadow <- shadow + (1 - d) (parameter - shadow), every ``every_steps`` optimizer steps.
 
-    Buffers are not averaged: batch-norm statistics are averages already, and an averaged model has
-    the present ones. A sharded parameter has a shadow that is sharded alike.
+    Buffers are not averaged: batch-norm statistics are averages already, and a module with EMA
+    weights keeps its current ones. The shadow of a sharded parameter is sharded alike.
 
     Args:
-        decay: in [0, 1); 0.9999 is usual, the published code has 0.9 every 100 steps.
+        decay: d, in [0, 1); 0.9999 is usual, the published code has 0.9 every 100 steps.
         every_steps: optimizer steps between two updates.
-        start_step: optimizer steps before the first update, which copies.
-        warmup: let d = min(decay, (1 + n) / (10 + n)) at update n, so that the random start is
-            forgotten in runs of any length; False has d = decay from the second update on.
-        device: "cpu" keeps the shadow in the host's memory: 4 bytes a parameter less on the device,
-            and as many to be copied at every update.
+        start_step: optimizer steps before the first update, which copies the parameters.
+        warmup: use d = min(decay, (1 + n) / (10 + n)) at update n, so that runs of any length forget
+            the random initialization; False uses d = decay from the second update on.
+        device: "cpu" keeps the shadow in host memory: 4 bytes per parameter less on the device, and
+            as many to copy at every update.
 
     Raises:
         ValueError: if ``decay`` or ``every_steps`` is out of range.
@@ -43,9 +43,9 @@ class EMA:
         device: Literal["cpu"] | None = None,
     ) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"stage.ema.decay={decay} is out of range; use 0 <= decay < 1")
+            raise ValueError(f"decay={decay} is out of range; use 0 <= decay < 1")
         if every_steps < 1:
-            raise ValueError(f"stage.ema.every_steps={every_steps} is out of range; use 1 or more")
+            raise ValueError(f"every_steps={every_steps} is out of range; use 1 or more")
         self.decay, self.every_steps, self.start_step = decay, every_steps, start_step
         self.warmup, self.device = warmup, device
         self.num_steps = 0
@@ -54,61 +54,65 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Count one optimizer step of ``module``, and take its parameters in if it is time."""
+        """Count one optimizer step of ``module``, and average its parameters if an update is due."""
         self.num_steps += 1
         if self.num_steps <= self.start_step or self.num_steps % self.every_steps:
             return
         params = {name: p.detach() for name, p in _trainable(module).items()}
         if self.num_updates == 0:
-            self.shadow = {name: self._placed(p).clone() for name, p in params.items()}
+            self.shadow = {name: self._to_shadow_device(p).clone() for name, p in params.items()}
         else:
-            self._settle(params)
+            self._align(params)
             warm = (1 + self.num_updates) / (10 + self.num_updates) if self.warmup else 1.0
-            present = [self._placed(p) for p in params.values()]
-            torch._foreach_lerp_(list(self.shadow.values()), present, 1 - min(self.decay, warm))
+            current = [self._to_shadow_device(p) for p in params.values()]
+            torch._foreach_lerp_(list(self.shadow.values()), current, 1 - min(self.decay, warm))
         self.num_updates += 1
 
-    def _placed(self, tensor: Tensor) -> Tensor:
+    def _to_shadow_device(self, tensor: Tensor) -> Tensor:
         return tensor if self.device is None else tensor.to(self.device)
 
-    def _settle(self, params: dict[str, Tensor]) -> None:
-        """Bring a shadow that was read from a checkpoint to where the parameters are, in order."""
+    def _align(self, params: dict[str, Tensor]) -> None:
+        """Shard and order a shadow from a checkpoint like the parameters, on their device."""
         for name, p in params.items():
             shadow = shard_like(self.shadow.pop(name), p)
             self.shadow[name] = shadow.to(self.device or p.device)
 
-    def overwrite(self, name: str, rows: Tensor, values: Tensor) -> None:
-        """Take ``values`` as rows of parameter ``name``; for rows that started anew."""
+    def overwrite_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
+        """Set rows of the shadow of parameter ``name``, for rows that were re-initialized."""
         if name in self.shadow:
             index_copy(self.shadow[name], rows.to(self.shadow[name].device), values)
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """Give ``module`` the averaged weights within the block, and its own back after it.
+    def swapped_in(self, module: nn.Module) -> Iterator[None]:
+        """Give ``module`` the EMA weights within the block, and its raw weights back after it.
 
-        Before the first update the weights stay as they are. Sharded weights are whole within the
-        block, and all processes have to enter it.
+        Before the first update the weights stay as they are. Sharded weights stay sharded.
         """
         params = {n: p.detach() for n, p in _trainable(module).items()} if self.shadow else {}
         if params:
-            self._settle(params)
-        weights, raw = list(params.values()), [p.clone() for p in params.values()]
+            self._align(params)
+        raw = {name: p.clone() for name, p in params.items()}
         try:
             for name, p in params.items():
                 p.copy_(self.shadow[name])
-            with unsharded(module):
-                yield
-        finally:  # in place, as sharded weights are known by where they lie
-            for p, kept in zip(weights, raw, strict=True):
-                p.copy_(kept)
+            yield
+        finally:  # in place: FSDP identifies a sharded weight by its storage
+            for name, p in params.items():
+                p.copy_(raw[name])
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """As ``swapped_in``, with sharded weights gathered; all processes have to enter it."""
+        with self.swapped_in(module), unsharded(module):
+            yield
 
     def state_dict(self) -> dict[str, object]:
-        """The counters and the averaged tensors by parameter name, sharded as the weights are."""
+        """The counters, and the EMA weights by parameter name, sharded like the weights."""
         counters = {"num_steps": self.num_steps, "num_updates": self.num_updates}
         return {**counters, "shadow": self.shadow}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from ``state_dict()``, however the weights are sharded now."""
+        """Restore ``state_dict()``, however the weights are sharded now."""
         self.num_steps, self.num_updates = state["num_steps"], state["num_updates"]
         self.shadow = dict(state["shadow"])
 

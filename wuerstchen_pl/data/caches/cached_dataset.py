@@ -147,7 +147,7 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         if self.has_text:
             batch["text"] = torch.cat(text).float()
             batch["empty_text"] = _empty(str(self.source.root / EMPTY))
-        batch |= {"size": request.size, "caption": captions, "counts": request.counts}
+        batch |= {"size": request.size, "caption": captions, "is_unique": request.is_unique}
         batch["key"] = [drawn.sample.key for drawn in request.rows]
         return batch, BatchReport()
 

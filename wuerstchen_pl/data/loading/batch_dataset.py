@@ -83,7 +83,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
             "image": images.permute(0, 3, 1, 2).float().div_(255),
             "caption": [caption for _, caption, _ in rows],
             "key": [key for _, _, key in rows],
-            "counts": request.counts,
+            "is_unique": request.is_unique,
         }
         return batch, report
 

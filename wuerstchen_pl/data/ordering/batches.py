@@ -25,13 +25,13 @@ class BatchSpec(NamedTuple):
         size: (height, width) of its images.
         rows: its samples; a epoch of -1 takes the first caption and the middle of the image.
         fallback: what takes the place of all rows if none is readable; None leaves the batch empty.
-        counts: False if another process has these rows as well.
+        is_unique: False if another process has these rows as well.
     """
 
     size: Size
     rows: tuple[EpochSample, ...]
     fallback: tuple[EpochSample, ...] | None = ()
-    counts: bool = True
+    is_unique: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,7 @@ def sequential_batches(
         for start in range(0, len(rows), batch_size * world_size):
             chunk = rows[start : start + batch_size * world_size]
             own = chunk[rank::world_size]
-            found.append(BatchSpec(size, tuple(own or chunk[:1]), fallback, counts=bool(own)))
+            found.append(BatchSpec(size, tuple(own or chunk[:1]), fallback, is_unique=bool(own)))
     return found
 
 

@@ -1,0 +1,118 @@
+"""Where a stage comes from: its config, its checkpoint, and the files of its frozen networks."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypedDict
+
+from torch import nn
+
+from wuerstchen_pl.io import atomic
+
+
+class Source(TypedDict):
+    """A file that weights were read from."""
+
+    path: str
+    sha256: str
+
+
+@dataclass
+class Provenance:
+    """What a checkpoint records besides tensors.
+
+    Attributes:
+        config: the ``stage`` node of the run's config.
+        source: the checkpoint that this stage was loaded from; None for a new one.
+    """
+
+    config: dict[str, Any] | None = None
+    source: Source | None = None
+
+    def record(self, frozen: Mapping[str, nn.Module], run_dir: str | Path) -> dict[str, Any]:
+        """The entries of a checkpoint.
+
+        Args:
+            frozen: the stage's frozen networks by name.
+            run_dir: the folder above ``checkpoints/``, which frozen stages' paths are relative to.
+        """
+        return {
+            "stage": self.config,
+            "versions": {name: version(name) for name in ("torch", "lightning")},
+            "files": weight_files(frozen),
+            "frozen": {
+                name: {
+                    "path": os.path.relpath(source["path"], run_dir),
+                    "absolute_path": os.path.abspath(source["path"]),
+                    "sha256": source["sha256"],
+                }
+                for name, source in frozen_sources(frozen).items()
+            },
+        }
+
+    def check_resume(self, checkpoint: Mapping[str, Any], frozen: Mapping[str, nn.Module]) -> None:
+        """Refuse to resume with another optimizer or other frozen weights.
+
+        Raises:
+            ValueError: naming what differs, with both values.
+        """
+        self._check_optimizer(checkpoint["stage"])
+        check_weight_files(frozen, checkpoint["files"])
+        sources = frozen_sources(frozen)
+        for name, recorded in checkpoint["frozen"].items():
+            source = sources.get(name)
+            if source is not None and source["sha256"] != recorded["sha256"]:
+                raise ValueError(
+                    f"the run was started with {name} sha256 {recorded['sha256'][:12]}, but "
+                    f"{source['path']} has {source['sha256'][:12]}; restore the old weights, or "
+                    "start a new run"
+                )
+
+    def _check_optimizer(self, trained: dict[str, Any] | None) -> None:
+        now, before = (((c or {}).get("optimizer") or {}) for c in (self.config, trained))
+        if now.get("_target_") != before.get("_target_"):
+            raise ValueError(
+                f"stage.optimizer._target_={now.get('_target_')} cannot use the optimizer state of "
+                f"{before.get('_target_')}; choose that one (optimizer@stage.optimizer), or start "
+                "a new run with init_from"
+            )
+
+
+def frozen_sources(frozen: Mapping[str, nn.Module]) -> dict[str, Source]:
+    """The checkpoints that frozen stages were loaded from, by name."""
+    provenances = {name: getattr(part, "provenance", None) for name, part in frozen.items()}
+    return {name: p.source for name, p in provenances.items() if p is not None and p.source}
+
+
+def weight_files(frozen: Mapping[str, nn.Module]) -> dict[str, Source]:
+    """Path and sha256 of the files that frozen networks were read from, such as CLIP's."""
+    paths = {name: getattr(part, "weights", None) for name, part in frozen.items()}
+    return {
+        name: {"path": str(path), "sha256": _cached_sha256(str(path), os.stat(path).st_mtime_ns)}
+        for name, path in paths.items()
+        if path is not None and os.path.isfile(path)
+    }
+
+
+def check_weight_files(frozen: Mapping[str, nn.Module], recorded: Mapping[str, Source]) -> None:
+    """Refuse other frozen weights than those that a checkpoint names.
+
+    Raises:
+        ValueError: naming the file and both hashes.
+    """
+    for name, source in weight_files(frozen).items():
+        expected = recorded.get(name, source)["sha256"]
+        if source["sha256"] != expected:
+            raise ValueError(
+                f"stage.{name}.weights={source['path']} has sha256 {source['sha256'][:12]}, but the "
+                f"checkpoint was trained with {expected[:12]}; restore that file"
+            )
+
+
+@lru_cache(maxsize=16)
+def _cached_sha256(path: str, modified_ns: int) -> str:
+    """The sha256 of a file, computed once: CLIP's files have gigabytes."""
+    return atomic.sha256(Path(path))

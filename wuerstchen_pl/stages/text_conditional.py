@@ -1,0 +1,262 @@
+"""Noise prediction in a frozen autoencoder's latents, conditioned on text: Stage C and the baseline."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from wuerstchen_pl.batch import Batch
+from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
+from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
+from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
+from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
+from wuerstchen_pl.distributed.fsdp2 import unsharded
+from wuerstchen_pl.models.prior import Prior
+from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.models.unet import UNet
+from wuerstchen_pl.sampling.device import DevicePlacement
+from wuerstchen_pl.sampling.prior import PriorSampler
+from wuerstchen_pl.stages.batch_rng import validation_losses
+from wuerstchen_pl.stages.ema import EMA
+from wuerstchen_pl.stages.frozen import FrozenPrecision
+from wuerstchen_pl.stages.stage import (
+    OptimizerFactory,
+    Stage,
+    encode_captions,
+    num_unique_samples,
+)
+from wuerstchen_pl.stages.timestep_bins import TimestepBins
+
+
+class TextConditionalStage(Stage):
+    """Base of StageC and StageLDM; a subclass says which frozen stage encodes and decodes.
+
+    Args:
+        prior: the denoiser.
+        text_encoder: captions -> token states.
+        train_text_encoder: train it with the prior (tiny preset); False freezes it.
+        latent_channels: of the latents that the frozen stage encodes to.
+        optimizer: builds an optimizer over everything that is not frozen.
+        lr_schedule: factor on the learning rate by step.
+        ema: moving average of the trainable weights.
+        p2: form of the loss weight; ``none`` turns it off.
+        caption_drop_prob: probability that a caption is replaced with the empty one, which is the
+            unconditional branch of classifier-free guidance (0.05).
+        scaling: the scale in which the denoiser works.
+        frozen_precision: precision of the frozen networks.
+        seed: seeds the random numbers of training.
+    """
+
+    text_encoder: TextEncoder
+
+    def __init__(
+        self,
+        *,
+        prior: Prior | UNet,
+        text_encoder: TextEncoder,
+        train_text_encoder: bool,
+        latent_channels: int,
+        optimizer: OptimizerFactory | None,
+        lr_schedule: Callable[[int], float] | None,
+        ema: EMA | None,
+        p2: P2Form,
+        caption_drop_prob: float,
+        scaling: LatentScaling,
+        frozen_precision: FrozenPrecision,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            optimizer=optimizer, lr_schedule=lr_schedule, ema=ema, seed=seed,
+            frozen_precision=frozen_precision,
+        )  # fmt: skip
+        if prior.latent_channels != latent_channels:
+            raise ValueError(
+                f"prior.latent_channels={prior.latent_channels}, but the frozen stage has latents "
+                f"of {latent_channels} channels; set them equal"
+            )
+        if prior.text_dim != text_encoder.width:
+            raise ValueError(
+                f"prior.text_dim={prior.text_dim}, but text_encoder.width={text_encoder.width}; "
+                "set them equal"
+            )
+        if not train_text_encoder and text_encoder.weights is None:
+            raise ValueError(
+                "text_encoder.weights=null leaves a frozen text encoder random; set it to CLIP's "
+                "weights, or set train_text_encoder=true"
+            )
+        self.prior = prior
+        if train_text_encoder:
+            self.add_module("text_encoder", text_encoder)
+        else:
+            self.frozen.register("text_encoder", text_encoder)
+        self.train_text_encoder = train_text_encoder
+        self.schedule = CosineSchedule()
+        self.timestep_bins = TimestepBins()
+        self.p2: P2Form = p2
+        self.caption_drop_prob = caption_drop_prob
+        self.scaling = scaling
+
+    # The frozen stage
+
+    @abstractmethod
+    def encode_semantic(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> latents (B, S, h, w) in the frozen stage's scale."""
+
+    @abstractmethod
+    def decode_semantic(
+        self,
+        semantic: Tensor,
+        *,
+        size: tuple[int, int],
+        seeds: Sequence[int],
+        captions: Sequence[str],
+    ) -> Tensor:
+        """Latents (B, S, h, w) in the frozen stage's scale -> (B, 3, *size) in [0, 1]."""
+
+    @property
+    @abstractmethod
+    def resolution_multiple(self) -> float:
+        """Pixels per position of the latents, along a side."""
+
+    # Latents
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, S, h, w) latents in the denoiser's scale."""
+        return self.scaling.normalize(self.encode_semantic(images))
+
+    def latents(self, batch: Batch) -> Tensor:
+        """(B, S, h, w) latents in the denoiser's scale, from the cache or encoded now."""
+        if "semantic" in batch:
+            return self.scaling.normalize(batch["semantic"])
+        with self.frozen.inference(self.device):
+            return self.encode(batch["image"])
+
+    def text(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> (B, L, D) states, with gradients if the text encoder is trained."""
+        if self.train_text_encoder:
+            return self.text_encoder(captions)
+        with self.frozen.inference(self.device):
+            return self.text_encoder(captions)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        captions: Sequence[str],
+        *,
+        size: tuple[int, int],
+        seeds: Sequence[int],
+        num_steps: int = 60,
+        guidance_scale: float = 4.0,
+        method: SamplerName = "ddpm",
+    ) -> Tensor:
+        """Generate latents from captions.
+
+        Args:
+            captions: B captions.
+            size: (height, width) in pixels of the images to generate.
+            seeds: one per image.
+            num_steps: denoising steps (paper: 60).
+            guidance_scale: guidance away from the empty caption; none up to 1 (paper: 4).
+            method: ``ddpm`` or ``ddim``.
+
+        Returns:
+            (B, S, h, w) in the frozen stage's scale, for ``decode_semantic``.
+        """
+        return self.prior_sampler()(
+            captions,
+            *size,
+            num_inference_steps=num_steps,
+            guidance_scale=guidance_scale,
+            generator=generators_from_seeds(seeds),
+            sampler=method,
+            progress=False,
+        )[0]
+
+    def prior_sampler(self) -> PriorSampler:
+        """The sampler that uses this stage's weights."""
+        return PriorSampler(
+            prior=cast(Prior, self.prior),
+            text_encoder=self.text_encoder,
+            semantic_scale=self.scaling.scale,
+            semantic_shift=self.scaling.shift,
+            resolution_multiple=self.resolution_multiple,
+            placement=DevicePlacement(self.device),
+        )
+
+    # Objective
+
+    def loss(self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor) -> Tensor:
+        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.4)."""
+        pred = self.prior(self.schedule.add_noise(x0, t, noise), t, text)
+        return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Sample times, noise and dropped captions; return the loss."""
+        x0 = self.latents(batch)
+        rng = self.batch_rng(len(x0), batch_idx)
+        text = encode_captions(batch, self.text, rng.uniform() < self.caption_drop_prob)
+        t = sample_timesteps(rng.uniform()).to(x0.device)
+        losses = self.loss(x0, t, rng.noise(x0), cast(Tensor, text))
+        self.timestep_bins.add(t, losses)
+        loss = losses.mean()
+        self.log_means({"loss": loss})
+        return loss
+
+    # Validation, with EMA weights
+
+    @torch.no_grad()
+    def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, 4) times in (0, 1), a function of ``batch["key"]``, and the losses at these times."""
+        x0, text = self.latents(batch), cast(Tensor, encode_captions(batch, self.text))
+
+        def loss(t: Tensor, noise: Tensor) -> Tensor:
+            return self.loss(x0, t, noise, text)
+
+        return validation_losses(loss, batch["key"], x0)
+
+    def validate(self, batch: Batch) -> None:
+        """Log the mean of ``validation_losses``."""
+        losses = self.validation_losses(batch)[1]
+        batch_size = num_unique_samples(batch)
+        self.log("val/loss", losses.mean(), batch_size=batch_size, sync_dist=True)
+
+    @torch.no_grad()
+    def example_grid(self, batch: Batch) -> dict[str, Tensor]:
+        """Original, noised, x0 in one step (EMA), samples with raw and EMA weights, all decoded.
+
+        A cache holds no images: there the first column decodes the cached latents.
+        """
+        captions, x0 = batch["caption"], self.latents(batch)
+        size = tuple(batch["image"].shape[-2:]) if "image" in batch else batch["size"]
+        seeds = range(len(x0))
+        t = torch.full((len(x0),), 0.5, device=x0.device)
+        noise = randn(x0.shape, generators_from_seeds(seeds), x0.device)
+        xt = self.schedule.add_noise(x0, t, noise)
+
+        def decoded(semantic: Tensor) -> Tensor:
+            return self.decode_semantic(
+                semantic, size=cast(tuple[int, int], size), seeds=seeds, captions=captions
+            )
+
+        def sampled() -> Tensor:
+            return decoded(
+                self.sample(captions, size=cast(tuple[int, int], size), seeds=seeds, num_steps=20)
+            )
+
+        with unsharded(self):
+            raw = sampled()
+        with self.ema.applied(self):
+            pred = self.prior(xt, t, self.text(captions))
+            with_ema = sampled()
+        denoised = self.schedule.predict_x0(xt, t, pred)
+        return {
+            "original": (
+                batch["image"] if "image" in batch else decoded(self.scaling.denormalize(x0))
+            ),
+            "noised, t=0.5": decoded(self.scaling.denormalize(xt)),
+            "one step (EMA)": decoded(self.scaling.denormalize(denoised)),
+            "sample": raw,
+            "sample (EMA)": with_ema,
+        }
