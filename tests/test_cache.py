@@ -196,7 +196,7 @@ def test_a_stale_cache_is_refused_by_name(
     told = [a for a in told if a not in ("data.limit=24", "data.val_fraction=0.2")]
     capsys.readouterr()
     assert run_program("train", [*told, f"paths.stage_b={tmp_path / 'new/default/b'}"]) == 1
-    assert "is a cache made with decoder " in capsys.readouterr().err
+    assert "is a cache made with encoder " in capsys.readouterr().err
     manifest = json.loads((tmp_path / "cache/cache.json").read_text())
     (tmp_path / "cache/cache.json").write_text(json.dumps(manifest | {"preprocessing": 0}))
     assert run_program("train", told) == 1

@@ -253,7 +253,7 @@ def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Pat
     package = "wuerstchen_pl.data.sources"
     sources = (
         f"{{web:{{_target_:{package}.shards.ShardSource,urls:{tmp_path / 'tars'}}},"
-        f"own:{{_target_:{package}.folder.Folder,root:{tmp_path / 'images'}}}}}"
+        f"own:{{_target_:{package}.folder.FolderSource,root:{tmp_path / 'images'}}}}}"
     )
     more = [f"data.sources={sources}", "data.weights={web:1,own:2}", "data.num_workers=0"]
     filters = ["data.max_upscale=2", "data.filters.max_ratio=1.9", "trainer.max_steps=24"]

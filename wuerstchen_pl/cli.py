@@ -195,7 +195,7 @@ def _composition(error: BaseException) -> str | None:
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        known = ", ".join(error.options)
+        known = ", ".join(option for option in error.options if not option.startswith("_"))
         if group == "network":  # named by two keys, of which the user typed at least one
             stage, _, preset = name.partition("_")
             known = ", ".join(c[2:] for c in error.options if c.startswith(f"{stage}_"))
