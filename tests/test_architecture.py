@@ -26,7 +26,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.__main__": PROGRAM | {"data", "io"},
     "cli": {"config"},
     "config": set(),
-    "callbacks": {"batch", "distributed.fsdp2", "sampling", "evaluation", "pipelines", "stages", "checkpointing", "io"},
+    "callbacks": {
+        "batch",
+        "distributed",
+        "sampling",
+        "evaluation",
+        "pipelines",
+        "stages",
+        "checkpointing",
+        "io",
+    },
     "evaluation": {
         "pipelines",
         "sampling",

@@ -16,9 +16,9 @@ from torch import nn
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
+from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.evaluation import report
 from wuerstchen_pl.evaluation.datasets import run_data
-from wuerstchen_pl.evaluation.generation import DistInfo
 from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import SET_METRICS, EvaluationPlan
 from wuerstchen_pl.evaluation.run import EvalTarget, evaluate, stages_with_loss
@@ -52,7 +52,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
 def run(cfg: DictConfig) -> float | None:
     """Check, draw, measure, write; returns the first metric, which a sweep optimizes."""
     check_config(cfg, KNOWN_KEYS)
-    folder, process = check_output_dir(cfg.output_dir), DistInfo.of_launch()
+    folder, process = check_output_dir(cfg.output_dir), DistInfo.from_env()
     device = cfg.device or _device()
     plan = build_plan(cfg, device)
     subject = build_target(cfg, plan, device)

@@ -238,7 +238,7 @@ def test_a_damaged_image_is_named_and_the_others_kept(
     assert run_program("evaluate", arguments(cascade, folder, *more)) == 1
     said = capsys.readouterr().err
     assert "000003-3.png is damaged" in said
-    assert "may be removed, and the command run again" in said
+    assert "remove it if it was generated here, and run the command again" in said
     broken.unlink()
     assert run_program("evaluate", arguments(cascade, folder, *more)) == 0
     assert numbers(folder)["fd_random"] == numbers(evaluated)["fd_random"]
@@ -377,7 +377,7 @@ def test_shares_are_by_number_whoever_began_first(
     pipeline = load_pipeline(str(cascade / "c"), device="cpu")
     settings = SamplingConfig(prior_steps=1, decoder_steps=1)
     (tmp_path / "000000-0.png").touch()  # the first one's
-    second = generation.DistInfo(rank=1, number=2)
+    second = generation.DistInfo(rank=1, world_size=2)
     generation.generate_into(tmp_path, wanted, pipeline, settings, {}, second)
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {"000000-0.png", "000001-1.png", "000003-3.png", "000005-5.png"}

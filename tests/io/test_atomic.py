@@ -1,9 +1,10 @@
-"""Files that are whole or absent, and damage that is seen."""
+"""Files that are whole or absent, and damage that is detected."""
 
 import errno
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,9 +35,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_pa
     first, second, third = (published(tmp_path, step, b"%d" % step * 100) for step in (9, 10, 100))
     assert load.find_checkpoint(tmp_path) == third
     third.write_bytes(third.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"step0000100\.ckpt is damaged, and the one before"):
+    with pytest.warns(
+        UserWarning, match=r"step0000100\.ckpt is damaged; using the checkpoint before"
+    ):
         assert load.find_checkpoint(tmp_path) == second
-    with pytest.raises(ValueError, match=r"step0000100\.ckpt is damaged: its sha256 is not the"):
+    with pytest.raises(ValueError, match=r"step0000100\.ckpt is damaged: its sha256 differs from"):
         load.find_checkpoint(third)
     for path in (first, second):
         path.write_bytes(b"")
@@ -87,3 +90,43 @@ def test_the_hash_goes_with_the_file(tmp_path: Path) -> None:
     path = published(tmp_path, 1, b"old")
     atomic.remove(path)
     assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", range(12))
+@pytest.mark.parametrize("name", ["fsync", "replace", "unlink"])
+def test_a_kill_at_any_point_of_an_overwrite_leaves_an_intact_file(
+    tmp_path: Path, name: str, call: int
+) -> None:
+    """Old or new, but never one that its own sidecar calls damaged."""
+    path = published(tmp_path, 1, b"before")
+    if (child := os.fork()) == 0:
+        calls, real = [], getattr(os, name)
+
+        def dies(*arguments: object, **options: object) -> None:
+            calls.append(arguments)
+            if len(calls) == call + 1:
+                os._exit(9)
+            real(*arguments, **options)
+
+        setattr(os, name, dies)
+        published(tmp_path, 1, b"after")
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    assert atomic.is_intact(path)
+    assert path.read_bytes() in ((b"before", b"after") if status else (b"after",))
+
+
+@pytest.mark.parametrize("write", [atomic.atomic_write, atomic.atomic_folder])
+def test_an_error_leaves_nothing_behind_and_names_the_path(write: Any, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "target"
+
+    def half() -> None:
+        with write(target) as temporary:
+            (temporary / "x" if temporary.is_dir() else temporary).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"new/target could not be written: No space left"):
+        half()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not target.exists()

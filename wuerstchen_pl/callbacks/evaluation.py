@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
-from wuerstchen_pl.evaluation.generation import DistInfo
+from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import EvaluationPlan

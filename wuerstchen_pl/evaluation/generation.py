@@ -1,7 +1,6 @@
 """Draws prompts into a folder: what is there is not drawn again, and several processes share."""
 
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +9,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.evaluation.image_folder import MANIFEST
+from wuerstchen_pl.io.atomic import write_text
 from wuerstchen_pl.io.images import write_png
 from wuerstchen_pl.pipelines.cascade import CascadePipeline
 from wuerstchen_pl.pipelines.generate import SamplingConfig, generate_images
@@ -26,18 +27,6 @@ class GenerationRequest(NamedTuple):
     seed: int
     height: int
     width: int
-
-
-class DistInfo(NamedTuple):
-    """One of those that share the work."""
-
-    rank: int
-    number: int
-
-    @staticmethod
-    def of_launch() -> "DistInfo":
-        """As torchrun and the like say it."""
-        return DistInfo(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def generate_into(
@@ -74,7 +63,7 @@ def generate_into(
     claim_folder(folder, wanted, {**facts, **how}, process)
     paths = [folder / file_name(number, each) for number, each in enumerate(wanted)]
     # by number, and not by what is missing: another process may have begun
-    share = range(process.rank, len(paths), process.number)
+    share = range(process.rank, len(paths), process.world_size)
     own = [number for number in share if not paths[number].is_file()]
     _draw({paths[n]: wanted[n] for n in own}, pipeline, settings, facts)
     if process.rank == 0:
@@ -130,12 +119,7 @@ def claim_folder(
     content = json.loads(json.dumps(content))
     if not path.is_file() or not any(folder.glob("*.png")):  # or of a command that drew nothing
         if process.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".partial")
-            temporary.write_text(
-                json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8"
-            )
-            os.replace(temporary, path)
+            write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))

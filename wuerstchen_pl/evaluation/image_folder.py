@@ -4,14 +4,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from wuerstchen_pl.io.images import IMAGE_SUFFIXES, decode_image, upright_size
+
 MANIFEST = "images.json"
 """What they were drawn from, beside them."""
 
@@ -34,7 +35,7 @@ class ImageFolder:
     ) -> None:
         self.path, self.key = path, key
         there = sorted(path.iterdir(), key=_by_numbers) if path.is_dir() else []
-        self.paths = [file for file in there if file.suffix.lower() in SUFFIXES]
+        self.paths = [file for file in there if file.suffix[1:].lower() in IMAGE_SUFFIXES]
         if not self.paths:
             raise FileNotFoundError(f"{key}={path} holds no image; name a folder of them")
         if prompts is None and (path / MANIFEST).is_file():
@@ -52,24 +53,32 @@ class ImageFolder:
     def __iter__(self) -> Iterator[Tensor]:
         """(3, H, W) uint8 each."""
         for number in range(len(self)):
-            yield pil_to_tensor(self.image(number))
+            yield torch.from_numpy(self._pixels(number)).permute(2, 0, 1)
 
     def image(self, number: int) -> Image.Image:
-        """One of them, RGB.
+        """One image, RGB, decoded as training decodes it.
 
         Raises:
             ValueError: if it is damaged.
         """
-        with _opened(self.paths[number]) as file:
-            return file.convert("RGB")
+        return Image.fromarray(self._pixels(number))
+
+    def _pixels(self, number: int) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        path = self.paths[number]
+        try:
+            return decode_image(path.read_bytes())
+        except OSError as error:
+            raise _damaged(path, error) from error
 
     def sizes(self) -> list[tuple[int, int]]:
         """The distinct (height, width) in pixels."""
-        found = set()
+        sizes = set()
         for path in self.paths:
-            with _opened(path) as file:
-                found.add((file.height, file.width))
-        return sorted(found)
+            if (size := upright_size(str(path))) is None:
+                raise _damaged(path, "its size cannot be read")
+            sizes.add((size[1], size[0]))
+        return sorted(sizes)
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and times: another one as soon as a file is changed."""
@@ -84,16 +93,11 @@ def _by_numbers(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as file:
-            yield file
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); one that was drawn here may be removed, and the command "
-            "run again, which draws only what is missing; another has to be mended"
-        ) from error
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({reason}); remove it if it was generated here, and run the command "
+        "again, which generates only what is missing; replace it otherwise"
+    )
 
 
 def _prompts_of(path: Path) -> list[str]:

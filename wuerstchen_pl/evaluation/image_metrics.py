@@ -1,6 +1,5 @@
 """Scores of images, whoever drew them: nothing here knows a stage or a sampler."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -24,6 +23,7 @@ from wuerstchen_pl.evaluation.metrics.distances import (
 from wuerstchen_pl.evaluation.metrics.feature_networks import FeatureNetwork, Inception, batched
 from wuerstchen_pl.evaluation.metrics.preference import pairwise_wins
 from wuerstchen_pl.evaluation.metrics.score import Score, mean_score, set_score
+from wuerstchen_pl.io.atomic import atomic_write
 
 SIDE = {"fid": 256, "kid": 256, "is": 299}
 """Pixels that images are resized to, as in the paper."""
@@ -110,9 +110,8 @@ def cached_features(
     with suppress(OSError, SafetensorError, KeyError):  # none yet, or damaged: found anew
         return load_file(path)["features"]
     found = features(reference, network, "reference")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"features": found}, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+    with atomic_write(path) as temporary:
+        save_file({"features": found}, temporary)
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.metrics.feature_networks import RESIZE_METHOD
 from wuerstchen_pl.evaluation.metrics.score import Score
+from wuerstchen_pl.io.atomic import write_text
 
 PACKAGES = ("wuerstchen_pl", "torch", "torchvision", "torchmetrics", "torch-fidelity",
             "open_clip_torch", "pillow")  # fmt: skip
@@ -56,12 +57,14 @@ def write_report(
     of_images = {name: score.per_sample for name, score in of_drawn.items() if score.per_sample}
     if images is not None:
         method["format"] = ", ".join(sorted({p.suffix[1:].upper() for p in images.paths}))
-        _write(folder / "scores.csv", image_table(images, of_images))
+        write_text(folder / "scores.csv", image_table(images, of_images))
     else:
         (folder / "scores.csv").unlink(missing_ok=True)  # of another command
-    _write(folder / "index.html", html_page(scores, facts, images, of_images, folder))
+    write_text(folder / "index.html", html_page(scores, facts, images, of_images, folder))
     content = {**facts, **method, "metrics": numbers}
-    return _write(folder / "metrics.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    path = folder / "metrics.json"
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return path
 
 
 def score_to_json(score: Score) -> dict[str, Any]:
@@ -131,15 +134,3 @@ def _figure(images: ImageFolder, number: int, value: float, folder: Path) -> str
     prompt = html.escape(images.prompts[number] if images.prompts else "")
     caption = f"{prompt}<br>{value:.4g}"
     return f'<figure><img alt="{prompt}" src="{source}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
-    return path

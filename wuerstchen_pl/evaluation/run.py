@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.evaluation import dataset_metrics, image_metrics, report
 from wuerstchen_pl.evaluation.datasets import DatasetImages, data_from_yaml
-from wuerstchen_pl.evaluation.generation import DistInfo, GenerationRequest, generate_into
+from wuerstchen_pl.evaluation.generation import GenerationRequest, generate_into
 from wuerstchen_pl.evaluation.image_folder import ImageFolder, check_same_number
 from wuerstchen_pl.evaluation.metrics.distances import check_enough
 from wuerstchen_pl.evaluation.metrics.score import Score

@@ -121,10 +121,11 @@ def read_text_encoder(folder: Path, tokenizer: Path, variant: str | None = None)
 
 
 def _with_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Text towers of transformers 4, which are prefixed, and of 5, which are not."""
+    """The names of transformers 4, which have a prefix; those of transformers 5 have none."""
     prefix = "text_model."
     found = {f"{prefix}{name.removeprefix(prefix)}": lazy for name, lazy in tensors.items()}
     found.pop("text_model.embeddings.position_ids", None)  # 0, 1, 2, ..., of older releases
+    found.pop("text_model.text_projection.weight", None)  # of CLIPTextModelWithProjection
     return found
 
 

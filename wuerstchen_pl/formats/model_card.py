@@ -36,12 +36,12 @@ pipe("a red heart", height={side}, width={side}, seed=0).images[0].save("heart.p
 
 
 def checkpoint_chain(path: Path) -> list[Path]:
-    """A checkpoint, and those of the frozen stages that it stands on."""
-    found = [path]
-    named = load.read_checkpoint(path)["frozen"]
-    for name in named:
-        found += checkpoint_chain(load.resolve_frozen(path, name, named[name]))
-    return found
+    """A checkpoint, and the checkpoints of the frozen stages below it."""
+    chain = [path]
+    frozen = load.read_checkpoint(path, optimizer_state=False)["frozen"]
+    for name, recorded in frozen.items():
+        chain += checkpoint_chain(load.resolve_frozen(path, name, recorded))
+    return chain
 
 
 def render_card(checkpoints: Sequence[Path], *, license: str | None, ema: bool) -> str:
@@ -52,7 +52,7 @@ def render_card(checkpoints: Sequence[Path], *, license: str | None, ema: bool) 
         license: of the weights, as hubs spell it (``mit``).
         ema: whether the first one's weights are averaged ones.
     """
-    rows = [_row(path, averaged=ema or i > 0) for i, path in enumerate(checkpoints)]
+    rows = [_row(path, with_ema=ema or i > 0) for i, path in enumerate(checkpoints)]
     return CARD.format(
         license=license or "other",
         stated=license or "not stated by who exported them",
@@ -61,18 +61,18 @@ def render_card(checkpoints: Sequence[Path], *, license: str | None, ema: bool) 
     )
 
 
-def _row(path: Path, *, averaged: bool) -> str:
-    content = load.read_checkpoint(path)
+def _row(path: Path, *, with_ema: bool) -> str:
+    content = load.read_checkpoint(path, optimizer_state=False)
     stage, trained = content["stage"], _config(path)
     data, record = trained.get("data", {}), _record(path)
     cells = [
         stage["_target_"].rpartition(".")[2],
-        f"{content.get('global_step', UNKNOWN):,}",
+        f"{content['global_step']:,}" if "global_step" in content else UNKNOWN,
         data.get("batch_size", UNKNOWN),
         stage.get("optimizer", {}).get("lr", UNKNOWN),
         trained.get("image_size", UNKNOWN),
         _source(data),
-        "averaged" if averaged else "raw",
+        "EMA" if with_ema else "raw",
         f"{record['hours']} x {record['devices']}" if record else UNKNOWN,
         record.get("hardware", UNKNOWN),
         atomic.sha256(path)[:12],

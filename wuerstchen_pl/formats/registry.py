@@ -1,8 +1,5 @@
 """Any format, wherever it lies, to a model; and a model to any format."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from wuerstchen_pl.formats import diffusers, native, run, upstream
 from wuerstchen_pl.formats.model import Model
+from wuerstchen_pl.io.atomic import atomic_folder
 
 FormatName = Literal["native", "diffusers", "upstream"]
 FORMATS = {"native": native, "diffusers": diffusers, "upstream": upstream}
@@ -119,21 +117,8 @@ def write_model(model: Model, path: Path, format: FormatName) -> None:
         OSError: if it cannot be written, naming the folder.
         ValueError: if the format cannot hold the model.
     """
-    path = Path(os.path.abspath(path))
     check_output_empty(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        FORMATS[format].write(model, temporary)
+    with atomic_folder(path) as folder:
+        FORMATS[format].write(model, folder)
         if model.card is not None:
-            (temporary / native.CARD).write_text(model.card, encoding="utf-8")
-        temporary.chmod(0o755)
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            (folder / native.CARD).write_text(model.card, encoding="utf-8")

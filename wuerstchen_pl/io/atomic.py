@@ -1,7 +1,7 @@
-"""Files and folders that a kill or a power cut leaves whole or absent, and that damage betrays.
+"""Files and folders that survive a kill or a power cut whole, and whose damage is detected.
 
-One is written temporary, forced to the disk, hashed, and then named. The hashes stand beside it, in the
-form that ``sha256sum --check`` reads.
+``atomic_write`` is for any file. ``commit`` is for checkpoints: it also forces the data to the disk and
+writes a sidecar with the sha256 of each file, in the format of ``sha256sum --check``.
 """
 
 import hashlib
@@ -16,53 +16,84 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give the path to write a file to, which then is there whole or, after an error, not at all.
+    """Yield a temporary path to write to, which is renamed to ``path`` after the block.
 
-    Several processes may do so at a time: the last one wins.
+    After an error nothing is left, and ``path`` is as it was. Several processes may write the same
+    path at a time: the last one wins.
+
+    Raises:
+        OSError: if the folder or the file cannot be written, naming ``path``.
     """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    created = not path.parent.exists()
     try:
-        yield partial
-        os.replace(partial, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if created and not path.exists():
+            with suppress(OSError):
+                path.parent.rmdir()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill, which is renamed to ``path`` after the block.
+
+    Raises:
+        OSError: if it cannot be written, naming ``path``.
+    """
+    path = Path(os.path.abspath(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, or not at all."""
-    with atomic_write(path) as partial:
-        partial.write_text(text, "utf-8")
+    """Write a text file in UTF-8, whole or not at all; see ``atomic_write``."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Give a file or folder that was written temporary its name.
+    """Rename a file or folder to ``path``, durably, and write its sidecar.
+
+    Where ``path`` is a file already, the sidecar lists the old hash and the new one while the file
+    is replaced: whenever the process is killed, what is there is intact. A folder cannot be replaced
+    at once: the old one is removed first.
 
     Raises:
-        OSError: if the disk is full or fails; ``path`` is then as it was.
+        OSError: if the disk is full or fails; ``path`` is then as it was, or its replacement.
     """
     for file in _files(temporary):
         _sync(file)
     if temporary.is_dir():
         _sync(temporary)
-    beside = _sidecar(path)
-    partial = beside.with_name(f"{beside.name}.partial")
-    names = (Path(path.name, file.relative_to(temporary)) for file in _files(temporary))
-    lines = (f"{sha256(f)}  {name}\n" for f, name in zip(_files(temporary), names, strict=True))
-    try:
-        partial.write_text("".join(lines), "utf-8")
-        _sync(partial)
-        if path.is_dir() or (path.exists() and temporary.is_dir()):  # which cannot be replaced
-            remove(path)
-        os.replace(partial, beside)
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):  # of a disk that has turned read-only
-            partial.unlink(missing_ok=True)
+    lines = _hash_lines(temporary, path.name)
+    if path.is_dir() or (path.exists() and temporary.is_dir()):
+        remove(path)
+    previous = (_sidecar_lines(path) or []) if path.exists() else []
+    _write_sidecar(path, [*previous, *lines])
+    os.replace(temporary, path)
     _sync(path.parent)
+    if previous:
+        _write_sidecar(path, lines)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, and its hashes."""
+    """Remove a file or folder, and its sidecar."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -70,20 +101,43 @@ def remove(path: Path) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a file or folder is what was published; true of one that has no hash beside it."""
-    try:
-        noted = _sidecar(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+    """Whether a file or folder matches its sidecar; True if it has none."""
+    if (recorded := _sidecar_lines(path)) is None:
         return True
-    found = [f"{sha256(file)}  {Path(path.name, file.relative_to(path))}" for file in _files(path)]
-    return bool(noted) and sorted(noted) == sorted(found)
+    lines = _hash_lines(path, path.name)
+    names = {line.partition("  ")[2] for line in recorded}
+    return set(lines) <= set(recorded) and {line.partition("  ")[2] for line in lines} == names
+
+
+def _hash_lines(path: Path, name: str) -> list[str]:
+    """``sha256  name/file`` for each file of a folder, or for the file itself."""
+    return [f"{sha256(file)}  {Path(name, file.relative_to(path))}" for file in _files(path)]
+
+
+def _sidecar_lines(path: Path) -> list[str] | None:
+    try:
+        return _sidecar(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _write_sidecar(path: Path, lines: list[str]) -> None:
+    sidecar = _sidecar(path)
+    temporary = sidecar.with_name(f"{sidecar.name}.partial")
+    try:
+        temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        _sync(temporary)
+        os.replace(temporary, sidecar)
+    finally:
+        with suppress(OSError):  # the disk may have become read-only
+            temporary.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes; of a folder, of its files' hashes and names."""
+    """The hash of a file's bytes; for a folder, of its files' hashes and names."""
     if path.is_dir():
-        each = "".join(f"{sha256(f)}  {f.relative_to(path)}\n" for f in _files(path))
-        return hashlib.sha256(each.encode()).hexdigest()
+        listing = "".join(f"{sha256(f)}  {f.relative_to(path)}\n" for f in _files(path))
+        return hashlib.sha256(listing.encode()).hexdigest()
     status = path.stat()
     return _file_sha256(path.absolute(), status.st_mtime_ns, status.st_size, status.st_ino)
 
@@ -105,7 +159,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Force what was written to the disk; of a folder, the names in it."""
+    """Force a file's data, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from wuerstchen_pl.io.atomic import atomic_write
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Suffixes of what is taken for an image."""
@@ -113,17 +114,5 @@ def write_png(path: Path, image: Tensor, facts: dict) -> None:
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    temporary = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        made = not path.parent.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            to_pil(image).save(temporary, format="PNG", pnginfo=info)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            if made:
-                path.parent.rmdir()
-            raise
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+    with atomic_write(path) as temporary:
+        to_pil(image).save(temporary, format="PNG", pnginfo=info)

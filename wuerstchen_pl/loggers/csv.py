@@ -1,4 +1,4 @@
-"""A CSV log that survives a resume: Lightning's CSVLogger deletes the file of the run before it."""
+"""A CSV log that survives a resume; Lightning's CSVLogger deletes the file of the run before."""
 
 import csv
 from pathlib import Path
@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 class CSVLogger(Logger):
     """Append ``step,metric,value`` rows to ``metrics.csv``.
 
-    Rows of steps that a resumed run does again are dropped when it first logs.
+    When a resumed run logs for the first time, the rows of steps that it repeats are dropped, and
+    so are lines that cannot be read, such as the last one of a run that was killed.
 
     Args:
         folder: the run's folder.
@@ -29,17 +30,17 @@ class CSVLogger(Logger):
 
     @property
     def version(self) -> str:
-        """A run has one log."""
+        """Empty: a run has one log."""
         return ""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return self.path
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's config.yaml holds them."""
+        """Do nothing: the run's config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -55,8 +56,12 @@ class CSVLogger(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         if self.path.is_file():
-            with self.path.open(newline="") as file:
-                rows = [r for r in csv.reader(file) if r[0].isdigit() and int(r[0]) < step]
-        with self.path.open("w", newline="") as file:
+            text = self.path.read_text("utf-8", errors="replace").replace("\0", "")
+            rows = [
+                row
+                for row in csv.reader(text.splitlines())
+                if len(row) == 3 and row[0].isdecimal() and int(row[0]) < step
+            ]
+        with self.path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("step", "metric", "value"), *rows])
         self._opened = True
