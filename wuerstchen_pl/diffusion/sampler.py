@@ -138,6 +138,7 @@ def sample(
     schedule: CosineSchedule,
     method: SamplerName = "ddpm",
     on_step: Callable[[int, Tensor], Tensor] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """Follow ``denoise`` from ``x`` along ``times``.
 
@@ -148,7 +149,8 @@ def sample(
         generator: of the noise of DDPM steps.
         schedule: the noise process.
         method: ``ddpm`` or ``ddim``.
-        on_step: called after step i with i and x at ``times[i + 1]``; returns x to go on from.
+        on_step: called after step i with i and x at ``times[i + 1]``; returns x for the next step.
+        interrupted: called after each step; True stops there.
 
     Returns:
         (B, C, h, w) latents at ``times[-1]``.
@@ -166,4 +168,6 @@ def sample(
             x = ddim_step(schedule, x, t, t_next, pred)
         if on_step is not None:
             x = on_step(i, x)
+        if interrupted():
+            break
     return x

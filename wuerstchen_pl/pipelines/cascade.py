@@ -27,7 +27,7 @@ from wuerstchen_pl.sampling.images import (
     check_output_type,
     convert_output,
 )
-from wuerstchen_pl.sampling.loop import DenoiseParams, StepCallback
+from wuerstchen_pl.sampling.loop import DenoiseParams, LegacyCallback, StepCallback
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, count_prompts
 
@@ -127,6 +127,10 @@ class CascadePipeline:
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
+        prior_callback: LegacyCallback | None = None,
+        prior_callback_steps: int = 1,
+        callback: LegacyCallback | None = None,
+        callback_steps: int = 1,
         seed: int | Sequence[int] | None = None,
         prior_sampler: SamplerName = "ddpm",
         decoder_sampler: SamplerName = "ddpm",
@@ -189,6 +193,8 @@ class CascadePipeline:
             generator=generator,
             latents=latents,
             callback_on_step_end=prior_callback_on_step_end,
+            callback=prior_callback,
+            callback_steps=prior_callback_steps,
             callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
             sampler=prior_sampler,
             guidance_rescale=prior_guidance_rescale,
@@ -209,6 +215,8 @@ class CascadePipeline:
             output_type="latent" if output_type == "latent" else "pt",
             return_dict=False,
             callback_on_step_end=callback_on_step_end,
+            callback=callback,
+            callback_steps=callback_steps,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             size=(drawn_height, drawn_width),
             sampler=decoder_sampler,

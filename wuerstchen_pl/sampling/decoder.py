@@ -30,12 +30,21 @@ from wuerstchen_pl.sampling.images import (
     check_output_type,
     convert_output,
 )
-from wuerstchen_pl.sampling.loop import DenoiseParams, StepCallback, denoise
+from wuerstchen_pl.sampling.loop import (
+    NEGATIVE,
+    TEXT,
+    DenoiseParams,
+    LegacyCallback,
+    StepCallback,
+    StepState,
+    denoise,
+    with_legacy_callback,
+)
 from wuerstchen_pl.sampling.prior import initial_noise
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, encode_prompts
 
 
-class DecoderSampler:
+class DecoderSampler(StepState):
     """Draws images from semantic latents.
 
     Args:
@@ -96,6 +105,8 @@ class DecoderSampler:
         sampler: SamplerName = "ddpm",
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        callback: LegacyCallback | None = None,
+        callback_steps: int = 1,
         progress: bool = True,
     ) -> Any:
         """Draw; the arguments are those of diffusers' ``WuerstchenDecoderPipeline``, and some more.
@@ -121,7 +132,9 @@ class DecoderSampler:
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: likewise.
-            progress: show a bar.
+            callback: diffusers' deprecated callback (step, time, latents).
+            callback_steps: steps between two calls of ``callback``.
+            progress: show a progress bar.
 
         Returns:
             Images in [0, 1]; a size that Stage B cannot divide is drawn larger, and cropped.
@@ -130,6 +143,7 @@ class DecoderSampler:
             ValueError: naming the argument, its value and the fix.
         """
         check_output_type(output_type, OUTPUT_TYPES)
+        inputs = ("latents",) if callback is not None else ()
         params = DenoiseParams(
             times=resolve_timesteps(num_inference_steps, timesteps),
             generator=generator,
@@ -137,9 +151,9 @@ class DecoderSampler:
                 scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
             ),
             method=sampler,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs or (),
-            bar="Stage B" if progress else None,
+            callback=with_legacy_callback(callback_on_step_end, callback, callback_steps),
+            callback_inputs=[*{*(callback_on_step_end_tensor_inputs or ()), *inputs}],
+            progress_label="Stage B" if progress else None,
         )
         params.check(self.CALLBACK_INPUTS)
         semantic = self._semantic(image_embeddings, num_images_per_prompt)
@@ -147,9 +161,9 @@ class DecoderSampler:
         if self.text_encoder is not None:
             prompts = Prompts(prompt or "", negative_prompt)
             text = self._text(prompts, len(semantic), guided=params.guidance.on)
-            tensors["text_encoder_hidden_states"] = text
+            tensors[TEXT] = text
             if params.guidance.on:
-                tensors["negative_prompt_embeds"] = text[len(semantic) :]
+                tensors[NEGATIVE] = text[len(semantic) :]
         height, width = size or self.size(semantic.shape[-2], semantic.shape[-1])
         shape = (len(semantic), self.decoder.latent_channels, *self.latent_grid(height, width))
         params = replace(params, generator=resolve_generator(seed, generator, len(semantic)))
@@ -174,7 +188,7 @@ class DecoderSampler:
             semantic = tensors["image_embeddings"]
             if params.guidance.on:
                 semantic = torch.cat([semantic, torch.zeros_like(semantic)])
-            text = tensors.get("text_encoder_hidden_states")
+            text = tensors.get(TEXT)
             return prepare(steps, semantic, text, (noise.shape[-2], noise.shape[-1]))
 
         with self.placement.on_device(self.decoder):
@@ -184,7 +198,7 @@ class DecoderSampler:
                 noise,
                 tensors,
                 params,
-                pipeline=self,
+                sampler=self,
                 schedule=self.schedule,
             )
 

@@ -1,7 +1,7 @@
-"""The denoising loop of Stages B and C: conditions digested once, guidance, callbacks, a bar."""
+"""The denoising loop of Stages B and C: cached conditioning, guidance, callbacks, a progress bar."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,17 @@ from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
 
 Tensors = dict[str, Tensor]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor | None]], Tensors | None]
-"""(pipeline, step, time, tensors by name) -> those that it changed; None is what there is not."""
-PredictNoise = Callable[[Tensor, Sequence[BlockInputs | CachedConditioning]], Tensor]
+"""(sampler, step, time, tensors by name) -> those that it changed. An absent tensor is None."""
+LegacyCallback = Callable[[int, Tensor, Tensor], None]
+"""diffusers' deprecated form: (step, time, latents), which cannot change anything."""
+Conditioning = Sequence[BlockInputs | CachedConditioning]
+PredictNoise = Callable[[Tensor, Conditioning], Tensor]
+TEXT, NEGATIVE = "text_encoder_hidden_states", "negative_prompt_embeds"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiseParams:
-    """How to denoise; ``times`` fall from the start to 0."""
+    """How to denoise; ``times`` decrease from the start to 0."""
 
     times: Sequence[float]
     generator: Generator
@@ -29,83 +33,143 @@ class DenoiseParams:
     method: SamplerName = "ddpm"
     callback: StepCallback | None = None
     callback_inputs: Sequence[str] = ("latents",)
-    bar: str | None = None
+    progress_label: str | None = None
     """Label of the progress bar; None shows none."""
 
-    def check(self, tensors: Sequence[str]) -> None:
-        """Refuse what would fail only once there is something to lose.
+    def check(self, tensor_names: Sequence[str]) -> None:
+        """Refuse what would otherwise fail after some work.
 
         Args:
-            tensors: those that a callback may be given.
+            tensor_names: the tensors that a callback may ask for.
 
         Raises:
             ValueError: naming the argument and the fix.
         """
         check_sampler(self.method)
         for name in self.callback_inputs:
-            if name not in tensors:
+            if name not in tensor_names:
                 raise ValueError(
                     f"callback_on_step_end_tensor_inputs={name!r} is unknown; choose from "
-                    f"{', '.join(tensors)}"
+                    f"{', '.join(tensor_names)}"
                 )
+
+
+class StepState:
+    """What a callback may read and change while a sampler runs, named as in diffusers.
+
+    Set ``_guidance_scale`` to change the guidance from the next step on (1 or less turns it off;
+    it cannot be turned on in a run that started without), and ``_interrupt`` to stop after this step.
+    """
+
+    _guidance_scale: float = 0.0
+    _num_timesteps: int = 0
+    _interrupt: bool = False
+
+    def begin(self, params: DenoiseParams) -> None:
+        """Reset the state for a new run."""
+        self._guidance_scale = params.guidance.scale
+        self._num_timesteps = len(params.times) - 1
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the next step."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the next step is guided."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of denoising steps of the run."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run stops after this step."""
+        return self._interrupt
+
+
+def with_legacy_callback(
+    callback_on_step_end: StepCallback | None, legacy: LegacyCallback | None, every_steps: int
+) -> StepCallback | None:
+    """Both kinds of callback as one.
+
+    Raises:
+        ValueError: if ``every_steps`` is below 1.
+    """
+    if legacy is None:
+        return callback_on_step_end
+    if every_steps < 1:
+        raise ValueError(f"callback_steps={every_steps} is out of range; use 1 or more")
+
+    def both(sampler: Any, step: int, t: Tensor, tensors: dict[str, Tensor | None]) -> Any:
+        changed = callback_on_step_end(sampler, step, t, tensors) if callback_on_step_end else None
+        if step % every_steps == 0:
+            latents = (changed or {}).get("latents", tensors["latents"])
+            assert latents is not None
+            legacy(step, t, latents)
+        return changed
+
+    return both
 
 
 def denoise(
     predict_noise: PredictNoise,
-    cache_conditioning: Callable[
-        [Mapping[str, Tensor]], Sequence[BlockInputs | CachedConditioning]
-    ],
+    cache_conditioning: Callable[[Mapping[str, Tensor]], Conditioning],
     latents: Tensor,
     tensors: Tensors,
     params: DenoiseParams,
     *,
-    pipeline: Any,
+    sampler: StepState,
     schedule: CosineSchedule,
     latents_hook: Callable[[Tensor, float], Tensor] = lambda x, t: x,
 ) -> Tensor:
     """Follow a denoiser along ``params.times``.
 
     Args:
-        predict_noise: latents and conditioning -> noise, as of ``Prior.predict_noise``.
-        cache_conditioning: the condition tensors -> the conditioning, of 2B rows (conditional, unconditional) if
-            ``params.guidance`` is on, else of B.
+        predict_noise: latents and conditioning -> noise; see ``Prior.predict_noise``.
+        cache_conditioning: conditioning tensors -> what the blocks need of them, for 2B rows
+            (conditional, unconditional) if ``params.guidance`` is on, else for B.
         latents: (B, C, h, w) at the first time.
-        tensors: the condition tensors by name, which a callback may see and change.
+        tensors: the conditioning tensors by name, which a callback may read and replace.
         params: times, guidance, generator, callback.
-        pipeline: the pipeline that the callback is told of.
-        schedule: the noise process.
-        latents_hook: latents and their time -> what to go on from.
+        sampler: the sampler that the callback gets.
+        schedule: the noise schedule.
+        latents_hook: latents and their time -> latents for the next step.
 
     Returns:
-        (B, C, h, w) at the last time.
+        (B, C, h, w) at the last time, or after the step that was interrupted.
     """
     rows = len(latents)
     conditioning = cache_conditioning(tensors)
+    sampler.begin(params)
 
     def predict(xt: Tensor, i: int) -> Tensor:
-        if params.guidance.at(params.times[i]):
-            both = predict_noise(
-                xt, [c.at_step(i) for c in conditioning]
-            )  # two predictions of each row
-            return params.guidance.combine(*both.chunk(2))
-        return predict_noise(xt, [c.at_step(i).first_rows(rows) for c in conditioning])
+        guidance = replace(params.guidance, scale=sampler.guidance_scale)
+        if not (params.guidance.on and guidance.at(params.times[i])):
+            return predict_noise(xt, [c.at_step(i).first_rows(rows) for c in conditioning])
+        preds = predict_noise(xt, [c.at_step(i) for c in conditioning])
+        if len(preds) == rows:  # no block reads the conditioning: both predictions are the same
+            return preds
+        return guidance.combine(*preds.chunk(2))
 
-    def after(i: int, x: Tensor) -> Tensor:
+    def after_step(i: int, x: Tensor) -> Tensor:
         nonlocal conditioning
         bar.update()
         x = latents_hook(x, params.times[i + 1])
         if params.callback is None:
             return x
-        given = {name: {"latents": x, **tensors}.get(name) for name in params.callback_inputs}
-        changed = params.callback(pipeline, i, torch.tensor(params.times[i]), given) or {}
-        x = changed.get("latents", x)
-        news = {k: v for k, v in changed.items() if k in tensors and v is not tensors[k]}
-        if news:
-            tensors.update(news)
+        inputs = {name: {"latents": x, **tensors}.get(name) for name in params.callback_inputs}
+        changed = params.callback(sampler, i, torch.tensor(params.times[i]), inputs) or {}
+        if _replace_tensors(tensors, changed):
             conditioning = cache_conditioning(tensors)
-        return x
+        return changed.get("latents", x)
 
-    with tqdm(total=len(params.times) - 1, desc=params.bar, disable=params.bar is None) as bar:
+    label = params.progress_label
+    with tqdm(total=len(params.times) - 1, desc=label, disable=label is None) as bar:
         return sample(
             predict,
             latents,
@@ -113,5 +177,16 @@ def denoise(
             params.generator,
             schedule=schedule,
             method=params.method,
-            on_step=after,
+            on_step=after_step,
+            interrupted=lambda: sampler.interrupt,
         )
+
+
+def _replace_tensors(tensors: Tensors, changed: Mapping[str, Tensor]) -> bool:
+    """Replace the conditioning tensors that a callback changed; returns whether there were any."""
+    updates = {k: v for k, v in changed.items() if k in tensors and v is not tensors[k]}
+    tensors.update(updates)
+    if NEGATIVE in updates:  # the second half of the text states, conditional and unconditional
+        prompt = tensors[TEXT][: -len(updates[NEGATIVE])]
+        tensors[TEXT] = torch.cat([prompt, updates[NEGATIVE].to(prompt)])
+    return bool(updates)

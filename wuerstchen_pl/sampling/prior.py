@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wuerstchen_pl.diffusion.guidance import Guidance
+from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.sampler import (
     Generator,
     SamplerName,
@@ -23,7 +24,16 @@ from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.images import OutputTuple, check_output_type
-from wuerstchen_pl.sampling.loop import DenoiseParams, StepCallback, denoise
+from wuerstchen_pl.sampling.loop import (
+    NEGATIVE,
+    TEXT,
+    DenoiseParams,
+    LegacyCallback,
+    StepCallback,
+    StepState,
+    denoise,
+    with_legacy_callback,
+)
 from wuerstchen_pl.sampling.prompts import Prompts, encode_prompts
 
 DEFAULT_STAGE_C_TIMESTEPS: list[float] = [
@@ -42,13 +52,13 @@ class PriorOutput(OutputTuple, _PriorOutput):
 
 
 class InitLatents(NamedTuple):
-    """Latents that are there already, in Stage C's scale, and where they are to be drawn anew."""
+    """Latents to start from, in Stage C's scale, and where to generate new ones."""
 
     latents: Tensor  # (B, S, h, w)
-    mask: Tensor | None  # (B, 1, h, w), 1 where to draw; None: everywhere
+    mask: Tensor | None  # (B, 1, h, w), 1 where to generate; None is everywhere
 
 
-class PriorSampler:
+class PriorSampler(StepState):
     """Draws semantic latents from text.
 
     Args:
@@ -73,7 +83,7 @@ class PriorSampler:
         placement: DevicePlacement | None = None,
     ) -> None:
         self.prior, self.text_encoder = prior, text_encoder
-        self.semantic_scale, self.semantic_shift = semantic_scale, semantic_shift
+        self.scaling = LatentScaling(scale=semantic_scale, shift=semantic_shift)
         self.resolution_multiple = resolution_multiple
         self.schedule = CosineSchedule()
         self.placement = placement or DevicePlacement()
@@ -106,6 +116,8 @@ class PriorSampler:
         image_embeddings: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
+        callback: LegacyCallback | None = None,
+        callback_steps: int = 1,
         progress: bool = True,
     ) -> PriorOutput | tuple[Any]:
         """Draw; the arguments are those of diffusers' ``WuerstchenPriorPipeline``, and some more.
@@ -123,7 +135,7 @@ class PriorSampler:
             num_images_per_prompt: images of each prompt.
             generator: of the whole batch, or a list with one for each image.
             latents: (B, S, h, w) noise to start from.
-            output_type: ``pt`` or ``np``.
+            output_type: ``pt``, ``latent`` (the same) or ``np``.
             return_dict: False returns a tuple.
             callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
                 those it changed.
@@ -136,7 +148,9 @@ class PriorSampler:
                 the time ``strength``.
             strength: in [0, 1]; 0 changes nothing of ``image_embeddings``.
             mask: (B, 1, h, w) or (1, 1, h, w), 1 where ``image_embeddings`` are to be drawn anew.
-            progress: show a bar.
+            callback: diffusers' deprecated callback (step, time, latents).
+            callback_steps: steps between two calls of ``callback``.
+            progress: show a progress bar.
 
         Returns:
             (B, S, h, w) semantic latents, in the compressor's scale.
@@ -144,9 +158,10 @@ class PriorSampler:
         Raises:
             ValueError: naming the argument, its value and the fix.
         """
-        check_output_type(output_type, ("pt", "np"))
+        check_output_type(output_type, ("pt", "np", "latent"))
         if image_embeddings is None and (strength != 1 or mask is not None):
             raise ValueError("strength and mask need image_embeddings to start from; give them")
+        inputs = ("latents",) if callback is not None else ()
         params = DenoiseParams(
             times=_times(num_inference_steps, timesteps, strength),
             generator=generator,
@@ -154,9 +169,9 @@ class PriorSampler:
                 scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
             ),
             method=sampler,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs or (),
-            bar="Stage C" if progress else None,
+            callback=with_legacy_callback(callback_on_step_end, callback, callback_steps),
+            callback_inputs=[*{*(callback_on_step_end_tensor_inputs or ()), *inputs}],
+            progress_label="Stage C" if progress else None,
         )
         params.check(self.CALLBACK_INPUTS)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
@@ -165,14 +180,14 @@ class PriorSampler:
         shape = (rows, self.prior.latent_channels, *self.latent_size(height, width))
         params = replace(params, generator=resolve_generator(seed, generator, rows))
         noise = initial_noise(shape, latents, params.generator, text.device)
-        known = None if image_embeddings is None else InitLatents(
-            self._scaled(expand_rows(image_embeddings.to(noise), shape, "image_embeddings")),
+        init = None if image_embeddings is None else InitLatents(
+            self.scaling.normalize(expand_rows(image_embeddings.to(noise), shape, "image_embeddings")),
             None if mask is None else expand_rows(mask.to(noise), (rows, 1, *shape[2:]), "mask"),
         )  # fmt: skip
-        drawn = self._denoise(noise, text, known, params)
-        semantic = drawn * self.semantic_scale - self.semantic_shift
-        found = semantic.cpu().numpy() if output_type == "np" else semantic
-        return PriorOutput(found) if return_dict else (found,)
+        latents = self._denoise(noise, text, init, params)
+        semantic = self.scaling.denormalize(latents)
+        output = semantic.cpu().numpy() if output_type == "np" else semantic
+        return PriorOutput(output) if return_dict else (output,)
 
     def _text(self, prompts: Prompts, repeats: int, *, guided: bool) -> Tensor:
         with self.placement.on_device(self.text_encoder):
@@ -180,28 +195,28 @@ class PriorSampler:
         return text.to(self.placement.device)
 
     def _denoise(
-        self, noise: Tensor, text: Tensor, known: "InitLatents | None", params: DenoiseParams
+        self, noise: Tensor, text: Tensor, init: InitLatents | None, params: DenoiseParams
     ) -> Tensor:
-        """Latents at the last time: from noise alone, or from known latents noised to the first."""
+        """Latents at the last time, from noise or from initial latents noised to the first time."""
         steps = torch.tensor(params.times[:-1], device=noise.device)
 
         def cache_conditioning(tensors: Mapping[str, Tensor]) -> list[CachedConditioning]:
-            return self.prior.cache_conditioning(steps, tensors["text_encoder_hidden_states"])
+            return self.prior.cache_conditioning(steps, tensors[TEXT])
 
         def keep_unmasked(x: Tensor, t: float) -> Tensor:
-            if known is None or known.mask is None:
+            if init is None or init.mask is None:
                 return x
             fresh = randn(x.shape, params.generator, x.device)
-            return torch.lerp(self._noised(known.latents, t, fresh), x, known.mask)
+            return torch.lerp(self._noised(init.latents, t, fresh), x, init.mask)
 
-        seen = {"text_encoder_hidden_states": text}
+        tensors = {TEXT: text}
         if params.guidance.on:
-            seen["negative_prompt_embeds"] = text[len(noise) :]
-        x = noise if known is None else self._noised(known.latents, params.times[0], noise)
+            tensors[NEGATIVE] = text[len(noise) :]
+        x = noise if init is None else self._noised(init.latents, params.times[0], noise)
         with self.placement.on_device(self.prior):
             return denoise(
-                self.predict_noise, cache_conditioning, x, seen, params,
-                pipeline=self, schedule=self.schedule, latents_hook=keep_unmasked,
+                self.predict_noise, cache_conditioning, x, tensors, params,
+                sampler=self, schedule=self.schedule, latents_hook=keep_unmasked,
             )  # fmt: skip
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
@@ -214,15 +229,11 @@ class PriorSampler:
         """(B, 1, H, W) in [0, 1] -> (B, 1, h, w): the greatest of a position's pixels."""
         return F.adaptive_max_pool2d(mask, self.latent_size(height, width))
 
-    def _scaled(self, semantic: Tensor) -> Tensor:
-        """The compressor's scale -> Stage C's."""
-        return (semantic + self.semantic_shift) / self.semantic_scale
-
-    def _noised(self, known: Tensor, t: float, noise: Tensor) -> Tensor:
-        if t == 0:  # the schedule's clamped end would leave a little noise
-            return known
-        times = torch.full((len(known),), t, device=known.device)
-        return self.schedule.add_noise(known, times, noise)
+    def _noised(self, latents: Tensor, t: float, noise: Tensor) -> Tensor:
+        if t == 0:  # the schedule is clamped, and would leave a little noise
+            return latents
+        times = torch.full((len(latents),), t, device=latents.device)
+        return self.schedule.add_noise(latents, times, noise)
 
 
 def initial_noise(
