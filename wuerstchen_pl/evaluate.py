@@ -3,7 +3,7 @@
 Several processes, by torchrun or the like, draw together.
 """
 
-import os
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from torch import nn
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
-from wuerstchen_pl.distributed.launch import DistInfo
+from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.evaluation import report
 from wuerstchen_pl.evaluation.datasets import run_data
 from wuerstchen_pl.evaluation.metrics.score import Score
-from wuerstchen_pl.evaluation.plan import SET_METRICS, EvaluationPlan
+from wuerstchen_pl.evaluation.plan import NETWORK_METRICS, SET_METRICS, EvaluationPlan
 from wuerstchen_pl.evaluation.run import EvalTarget, evaluate, stages_with_loss
 from wuerstchen_pl.models.perceptual import LPIPS
-from wuerstchen_pl.pipelines.loading import load_pipeline, stage_of_run
+from wuerstchen_pl.pipelines.cascade import CascadePipeline
+from wuerstchen_pl.pipelines.loading import load_pipeline, pipeline_from_stage, stage_of_run
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str | None,
@@ -53,7 +54,7 @@ def run(cfg: DictConfig) -> float | None:
     """Check, draw, measure, write; returns the first metric, which a sweep optimizes."""
     check_config(cfg, KNOWN_KEYS)
     folder, process = check_output_dir(cfg.output_dir), DistInfo.from_env()
-    device = cfg.device or _device()
+    device = resolve_device(cfg.device)
     plan = build_plan(cfg, device)
     subject = build_target(cfg, plan, device)
     scores = evaluate(plan, subject, folder, process)
@@ -76,12 +77,7 @@ def first_score(metric: str, scores: Mapping[str, Score]) -> Score:
     return next(s for start in wanted for name, s in scores.items() if name.startswith(start))
 
 
-def _device() -> str:
-    """Each process's own GPU, if there are any."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def build_plan(cfg: DictConfig, device: str) -> EvaluationPlan:
+def build_plan(cfg: DictConfig, device: torch.device) -> EvaluationPlan:
     """The plan of a config, with only those networks that its metrics need."""
     wanted = {
         "fid_features": {*SET_METRICS, "rfid"} & set(cfg.metric),
@@ -111,36 +107,48 @@ def build_plan(cfg: DictConfig, device: str) -> EvaluationPlan:
     )
 
 
-def build_target(cfg: DictConfig, plan: EvaluationPlan, device: str) -> EvalTarget:
-    """What a config names, loaded as far as the plan needs it.
+def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) -> EvalTarget:
+    """What a config names, loaded once and only as far as the plan needs it.
 
     Raises:
-        ValueError: if neither a model nor images are named.
+        ValueError: if neither a model nor images are named, or a metric needs the data of a run.
     """
-    pipeline = None
     facts: dict[str, Any] = {"images": cfg.images} if cfg.images else {}
+    if (plan.draws or plan.of_networks) and cfg.model is None:
+        raise ValueError("model=null cannot generate images; name a model, or images with images=")
+    trained = None if cfg.model is None else stage_of_run(cfg.model)
+    if plan.of_data and trained is None:
+        needing = [name for name in plan.metric if name in (*NETWORK_METRICS, "retrieval")]
+        raise ValueError(
+            f"model={cfg.model} is not a run, so it has no training data, which "
+            f"metric={needing or list(plan.metric)} with prompts={plan.prompts} and "
+            f"reference={plan.reference} needs; choose metrics of images, such as metric=[clip] "
+            "with prompts=FILE or metric=[fid] with reference=FOLDER, or name the run"
+        )
+    pipeline: CascadePipeline | None = None
+    stages: dict[str, Any] = {}
     if plan.draws or plan.of_networks:
-        if cfg.model is None:
-            raise ValueError("model=null draws nothing; name a model, or images with images=")
-        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
+        pipeline, stages = _load_model(cfg, plan, trained, device)
         facts |= {"model": str(cfg.model), "bf16": cfg.bf16}
         facts |= {} if cfg.prior is None else {"prior": cfg.prior}
         if pipeline.source is not None:
             facts["checkpoint_sha256"] = pipeline.source["sha256"]
-    stages: dict[str, Any] = {}
-    if "validation_loss" in plan.metric:
-        name = stage_of_run(cfg.model) or "c"
-        stages = stages_with_loss(load.load_stage(run=cfg.model, stage=name).to(device))
-    data = None
-    if plan.of_data:
-        if cfg.model is None or stage_of_run(cfg.model) is None:
-            raise ValueError(
-                f"model={cfg.model} is no run, and so has no data of its own; set prompts= and "
-                "reference= to files and folders, and metric= to those that need no data"
-            )
-        data = run_data(Path(cfg.model))
+    data = run_data(Path(cfg.model)) if plan.of_data else None
     return EvalTarget(facts=facts, pipeline=pipeline, stages=stages, data=data)
+
+
+def _load_model(
+    cfg: DictConfig, plan: EvaluationPlan, trained: str | None, device: torch.device
+) -> tuple[CascadePipeline, dict[str, Any]]:
+    """The pipeline, and the stages whose loss is measured, from one reading of the model."""
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    if "validation_loss" not in plan.metric or trained is None or cfg.prior is not None:
+        pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
+        return pipeline, {}
+    stage = load.load_stage(run=cfg.model, stage=trained).to(device)
+    # losses are measured in float32, so a pipeline in bfloat16 needs weights of its own
+    networks = copy.deepcopy(stage) if cfg.bf16 else stage
+    return pipeline_from_stage(networks).to(device, dtype), stages_with_loss(stage)
 
 
 main = command("evaluate", run)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
+from wuerstchen_pl.distributed.launch import resolve_device
 from wuerstchen_pl.evaluation import prompt_sets
 from wuerstchen_pl.io.images import write_png
 from wuerstchen_pl.pipelines.cascade import CascadePipeline
@@ -40,7 +41,7 @@ MAX_IMAGES = 10_000
 
 
 def run(cfg: DictConfig) -> None:
-    """Check, draw, write."""
+    """Check the config, generate images, and write each as soon as it is there."""
     check_config(cfg, KNOWN_KEYS)
     prompts = read_prompts(cfg.prompt, cfg.prompts)
     settings: SamplingConfig = hydra.utils.instantiate(cfg.sample, _convert_="all")
@@ -51,33 +52,33 @@ def run(cfg: DictConfig) -> None:
     if not 0 <= cfg.seed < 2**63 - MAX_IMAGES:
         raise ValueError(f"seed={cfg.seed} is out of range; use 0 to {2**63 - MAX_IMAGES - 1}")
     folder = check_output_dir(cfg.output_dir)
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(cfg.device)
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
-    wanted = [
+    requests = [
         (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)
     ]
-    texts, seeds = [p for p, _ in wanted], [s for _, s in wanted]
+    texts, seeds = [p for p, _ in requests], [s for _, s in requests]
     for prompt in prompts:
         pipeline.prior.text_encoder.check(prompt)
     pipeline.padded_size(cfg.height, cfg.width)
 
-    drawn = generate_images(
+    images = generate_images(
         pipeline, texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings
     )
     shared = {"model": str(cfg.model), **_sha256(pipeline)}
     shared |= {} if cfg.prior is None else {"prior": cfg.prior}
     shared |= {"height": cfg.height, "width": cfg.width, "bf16": cfg.bf16, **vars(settings)}
-    images: list[torch.Tensor] = []
-    with tqdm(total=len(wanted), unit="image") as bar:
-        for (prompt, seed), image in zip(wanted, drawn, strict=True):
-            name = f"{len(images):04d}-{slug(prompt)}-{seed}.png"
-            write_png(folder / name, image, {"prompt": prompt, "seed": seed, **shared})
-            images.append(image)
-            bar.update()
-    if cfg.grid and len(images) > 1:
-        write_png(folder / "grid.png", tile(images, columns=cfg.num_images_per_prompt), {})
-    print(f"{len(images)} image{'s' * (len(images) > 1)} in {folder}")
+    in_grid: list[torch.Tensor] = []  # the only images that are kept in memory
+    for number, image in enumerate(tqdm(images, total=len(requests), unit="image")):
+        prompt, seed = requests[number]
+        name = f"{number:04d}-{slug(prompt)}-{seed}.png"
+        write_png(folder / name, image, {"prompt": prompt, "seed": seed, **shared})
+        if cfg.grid:
+            in_grid.append(image)
+    if len(in_grid) > 1:
+        write_png(folder / "grid.png", tile(in_grid, columns=cfg.num_images_per_prompt), {})
+    print(f"{len(requests)} image{'s' * (len(requests) > 1)} in {folder}")
 
 
 def _sha256(pipeline: CascadePipeline) -> dict[str, str]:

@@ -26,6 +26,8 @@ from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
 
+logger = logging.getLogger(__name__)
+
 REQUEUE = 75
 """Exit code of a run that was told to stop and wants to go on: EX_TEMPFAIL of sysexits.h."""
 INTERRUPTED = 130
@@ -126,8 +128,12 @@ def build_stage(cfg: DictConfig) -> "Stage":
     config: Any = OmegaConf.to_container(cfg.stage, resolve=True)
     stage.record_provenance(config=config)
     if cfg.init_from is not None:
-        state = load.read_checkpoint(load.find_checkpoint(cfg.init_from))
-        stage.load_state_dict({**state["state_dict"], **state["ema"]["shadow"]})
+        path = load.find_checkpoint(cfg.init_from)
+        state = load.read_checkpoint(path, optimizer_state=False)
+        shadow = state["ema"]["shadow"]
+        kind = "EMA" if shadow else "raw (there is no EMA yet)"
+        logger.info("init_from: %s, weights: %s, step %s", path, kind, state.get("global_step"))
+        stage.load_state_dict({**state["state_dict"], **shadow})
     return stage
 
 

@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from wuerstchen_pl.evaluation.datasets import DatasetImages
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
-from wuerstchen_pl.evaluation.image_metrics import distance, features, metric_name
+from wuerstchen_pl.evaluation.image_metrics import BIAS, distance, features, metric_name
 from wuerstchen_pl.evaluation.metrics.distances import FrechetDistance, check_enough
 from wuerstchen_pl.evaluation.metrics.feature_networks import FeatureNetwork
 from wuerstchen_pl.evaluation.metrics.reconstruction import Compare, compare_images, psnr, ssim
 from wuerstchen_pl.evaluation.metrics.retrieval import pooled_pixels, ranks, shuffle_control
-from wuerstchen_pl.evaluation.metrics.score import Score, mean_score
+from wuerstchen_pl.evaluation.metrics.score import Score, mean_score, proportion_score
 from wuerstchen_pl.models.vqgan import codebook_usage
 from wuerstchen_pl.pipelines.cascade import CascadePipeline
 from wuerstchen_pl.pipelines.generate import SamplingConfig, autoencode, reconstruct
@@ -102,7 +102,9 @@ def rfid(
     for stage in autoencoders(pipeline):
         pairs = reconstructed_batches(pipeline, data, settings, stage, "train")
         back = features(to_uint8(back for _, back in pairs), network, f"stage {stage}")
-        found[f"stage_{stage}_train/r{metric_name('fid', network)}"] = distance(back, measure)
+        found[f"stage_{stage}_train/r{metric_name('fid', network)}"] = distance(
+            back, measure, **BIAS["fid"]
+        )
     return found
 
 
@@ -142,7 +144,7 @@ def retrievals(
 def topk_scores(name: str, found: Sequence[int], references: int) -> dict[str, Score]:
     """Ranks -> the shares of the first, and of the first five."""
     return {
-        f"{name}/top{most}": mean_score(
+        f"{name}/top{most}": proportion_score(
             [float(rank < most) for rank in found],
             reference=references,
             chance=min(1.0, most / references),

@@ -22,7 +22,7 @@ from wuerstchen_pl.evaluation.metrics.distances import (
 )
 from wuerstchen_pl.evaluation.metrics.feature_networks import FeatureNetwork, Inception, batched
 from wuerstchen_pl.evaluation.metrics.preference import pairwise_wins
-from wuerstchen_pl.evaluation.metrics.score import Score, mean_score, set_score
+from wuerstchen_pl.evaluation.metrics.score import Score, mean_score, proportion_score, set_score
 from wuerstchen_pl.io.atomic import atomic_write
 
 SIDE = {"fid": 256, "kid": 256, "is": 299}
@@ -67,7 +67,11 @@ def set_metrics(
                 if name == "fid"
                 else partial(kernel_distance, reference=theirs)
             )
-            facts = {"reference": len(theirs), "weights_sha256": network.weights_sha256}
+            facts = {
+                "reference": len(theirs),
+                "weights_sha256": network.weights_sha256,
+                **BIAS[name],
+            }
             found[metric_name(name, network)] = distance(ours, measure, **facts)
     if "is" in metrics:
         assert isinstance(network, Inception)
@@ -84,6 +88,13 @@ def metric_name(name: str, network: FeatureNetwork) -> str:
     if network.name == "inception":
         return name
     return f"{name.replace('fid', 'fd').replace('kid', 'kd')}_{network.name}"
+
+
+BIAS: dict[str, dict[str, Any]] = {
+    "fid": {"least": 0.0, "bias": "upwards, in proportion to 1 / number of images"},
+    "kid": {"bias": "none"},
+}
+"""The finite-sample bias of a distance: compare Frechet distances of equal numbers only."""
 
 
 def distance(ours: Tensor, measure: Callable[[Tensor], float], **facts: Any) -> Score:
@@ -150,7 +161,7 @@ def win_rates(
         theirs = text_metric(other, model, f"pickscore of {other.path.name}")
         each = pairwise_wins(ours.per_sample, theirs.per_sample)
         counts = {kind: each.count(share) for kind, share in OUTCOMES.items()}
-        found[f"win_rate/{_unique_name(other, others)}"] = mean_score(
+        found[f"win_rate/{_unique_name(other, others)}"] = proportion_score(
             each, **counts, theirs=theirs.value
         )
     return found

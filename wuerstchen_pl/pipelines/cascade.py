@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Self
 
@@ -42,6 +42,7 @@ class CascadePipeline:
         prior: text to semantic latents; usable alone.
         decoder: semantic latents to images; usable alone.
         compressor: images to semantic latents, where there is one.
+        source: ``path`` and ``sha256`` of the checkpoint that the networks were loaded from.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class CascadePipeline:
         prior: PriorSampler,
         decoder: DecoderSampler,
         compressor: SemanticCompressor | None = None,
+        source: Mapping[str, str] | None = None,
     ) -> None:
         self.prior, self.decoder, self.compressor = prior, decoder, compressor
         self.placement = prior.placement = decoder.placement
-        self.source: dict[str, str] | None = None
-        """``path`` and ``sha256`` of the run's checkpoint that this was loaded from."""
+        self.source = source
         for module in self.modules:
             module.eval().requires_grad_(False)
 

@@ -1,6 +1,6 @@
 """Text to images by the paper's baseline: one diffusion model, and Stage A."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,9 +34,11 @@ class LatentDiffusionPipeline(CascadePipeline):
         vqgan: Stage A.
     """
 
-    def __init__(self, *, prior: PriorSampler, vqgan: VQGAN) -> None:
+    def __init__(
+        self, *, prior: PriorSampler, vqgan: VQGAN, source: Mapping[str, str] | None = None
+    ) -> None:
         decoder: Any = StageADecoder(vqgan, prior.placement)
-        super().__init__(prior=prior, decoder=decoder)
+        super().__init__(prior=prior, decoder=decoder, source=source)
 
     @classmethod
     def from_run(cls, run: str | Path) -> Self:
@@ -47,9 +49,11 @@ class LatentDiffusionPipeline(CascadePipeline):
             ValueError: if it is of another stage, or damaged.
         """
         stage: Any = load_stage(run=run, stage="ldm")
-        pipeline = cls(prior=stage.prior_sampler(), vqgan=stage.stage_a.vqgan)
-        pipeline.source = stage.provenance.source
-        return pipeline
+        return cls(
+            prior=stage.prior_sampler(),
+            vqgan=stage.stage_a.vqgan,
+            source=stage.provenance.source,
+        )
 
     def compile(self, **options: Any) -> Self:
         """Compile the denoiser; ``options`` are ``torch.compile``'s."""

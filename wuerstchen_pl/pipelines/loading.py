@@ -60,9 +60,12 @@ def pipeline_from_stage(stage: Any) -> CascadePipeline:
     """The pipeline of a stage's own networks, with their current weights; freezes them."""
     prior = stage.prior_sampler()
     if stage.name == "ldm":
-        return LatentDiffusionPipeline(prior=prior, vqgan=stage.stage_a.vqgan)
+        return LatentDiffusionPipeline(
+            prior=prior, vqgan=stage.stage_a.vqgan, source=stage.provenance.source
+        )
     return WuerstchenPipeline(
         prior=prior,
         decoder=stage.stage_b.decoder_sampler(),
         compressor=stage.stage_b.compressor,
+        source=stage.provenance.source,
     )

@@ -53,8 +53,7 @@ class WuerstchenPipeline(CascadePipeline):
         """
         apart = None if prior is None else str(prior)
         model = read_model(str(path), prior=apart, variant=variant)
-        pipeline = cls(**build_components(model, str(path)))
-        pipeline.source = model.source
+        pipeline = cls(**build_components(model, str(path)), source=model.source)
         return pipeline.to(device, torch_dtype)
 
     @torch.no_grad()

@@ -1,15 +1,18 @@
-"""A number with what it was measured on, and how far it may be off: intervals by bootstrap."""
+"""A number with what it was measured on, and its 95 % interval."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+Z_95 = 1.96
+"""Two-sided 95 % quantile of the normal distribution."""
 RESAMPLES = 1000
-"""Of a mean over images."""
+"""Bootstrap samples for the mean of a score per image."""
 RESAMPLES_OF_SETS = 20
-"""Of a distance between sets, each of which takes as long as the distance itself."""
+"""Bootstrap samples for a distance between sets; each takes as long as the distance itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +36,15 @@ class Score:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def mean_score(each: Sequence[float], **facts: Any) -> Score:
-    """The mean of a score of each image, with the percentiles of means of resampled images.
+def mean_score(per_sample: Sequence[float], **facts: Any) -> Score:
+    """The mean of a score per image, with the percentiles of bootstrap means.
 
     Raises:
         ValueError: if there is no image.
     """
-    if not len(each):
+    if not len(per_sample):
         raise ValueError("no image to measure; the data's split is empty")
-    values = np.asarray(each, dtype=np.float64)
+    values = np.asarray(per_sample, dtype=np.float64)
     rng, number = np.random.default_rng(0), len(values)
     means = [values[rng.integers(number, size=number)].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -56,19 +59,52 @@ def mean_score(each: Sequence[float], **facts: Any) -> Score:
     )
 
 
-def set_score(measure: Callable[[np.ndarray], float], number: int, **facts: Any) -> Score:
-    """A metric of a set, with 1.96 standard deviations of its values for resampled sets about it.
+def proportion_score(per_sample: Sequence[float], **facts: Any) -> Score:
+    """A proportion with its Wilson score interval (Wilson 1927, JASA 22).
 
-    Their deviation alone is taken, and not their percentiles: a resampled set has images twice,
-    by which a Frechet distance grows.
+    A bootstrap gives [1, 1] for 128 successes of 128; Wilson's interval is [0.971, 1].
 
     Args:
-        measure: indices of images -> the metric of these.
-        number: of images.
-        facts: to note.
+        per_sample: 1 for a success, 0 for a failure; a tie is half of each.
+        facts: what else to report.
+
+    Raises:
+        ValueError: if there is no sample.
+    """
+    if not len(per_sample):
+        raise ValueError("no image to measure; the data's split is empty")
+    number, share = len(per_sample), float(np.mean(per_sample))
+    scale = 1 + Z_95**2 / number
+    center = (share + Z_95**2 / (2 * number)) / scale
+    variance = share * (1 - share) / number + Z_95**2 / (4 * number**2)
+    half = Z_95 * math.sqrt(variance) / scale
+    return Score(
+        value=share,
+        low=max(0.0, center - half),
+        high=min(1.0, center + half),
+        number=number,
+        per_sample=[float(value) for value in per_sample],
+        facts=facts,
+    )
+
+
+def set_score(
+    measure: Callable[[np.ndarray], float], number: int, *, least: float = -math.inf, **facts: Any
+) -> Score:
+    """A metric of a set, with 1.96 standard deviations of its values for resampled sets around it.
+
+    Only the deviation is used, not percentiles: a resampled set contains images twice, which makes
+    a Frechet distance larger.
+
+    Args:
+        measure: indices of images -> the metric of these images.
+        number: number of images.
+        least: the smallest value that the metric can have; the interval ends there.
+        facts: what else to report.
     """
     value = measure(np.arange(number))
     rng = np.random.default_rng(0)
-    drawn = [measure(rng.integers(number, size=number)) for _ in range(RESAMPLES_OF_SETS)]
-    half = 1.96 * float(np.std(drawn, ddof=1))
-    return Score(value=value, low=value - half, high=value + half, number=number, facts=facts)
+    resampled = [measure(rng.integers(number, size=number)) for _ in range(RESAMPLES_OF_SETS)]
+    half = Z_95 * float(np.std(resampled, ddof=1))
+    low = max(least, value - half)
+    return Score(value=value, low=low, high=value + half, number=number, facts=facts)
