@@ -31,7 +31,7 @@ def main() -> None:
         run("wuerstchen_pl.train", *told(experiment, samples, options))
     third, fourth = (str(options.root / f"paper_c_{n}/c") for n in (3, 4))
     blend = str(options.root / "blend")
-    run("scripts.interpolate", third, fourth, "--to", blend)
+    run("wuerstchen_pl.interpolate", f"a={third}", f"b={fourth}", f"to={blend}")
     run(
         "wuerstchen_pl.sample", f"model={blend}", "prompt=a red heart", "height=256", "width=512",
         f"output_dir={options.root / 'samples'}",

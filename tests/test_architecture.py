@@ -11,7 +11,7 @@ import wuerstchen_pl
 PACKAGE = Path(wuerstchen_pl.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-VERBS = {"train", "sample", "evaluate", "cache", "convert", "export"}
+VERBS = {"train", "sample", "evaluate", "cache", "convert", "export", "interpolate"}
 # A layer is a folder or a file of the package; what it may import besides itself.
 PROGRAM = {"cli", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"pipelines", "sampling", "evaluation", "checkpointing", "models", "distributed"},
     "cache": PROGRAM | {"data", "models", "io", "distributed", "checkpointing"},
     "convert": PROGRAM | {"formats", "io"},
+    "interpolate": PROGRAM | {"formats", "convert"},
     "export": PROGRAM | {"formats", "checkpointing", "convert"},
     "data.__main__": PROGRAM | {"data", "io"},
     "cli": {"config"},

@@ -68,7 +68,9 @@ def test_a_process_shows_a_traceback_only_if_asked(asked: bool) -> None:
     assert asked or done.stderr == "error: seed is 'x', and must be int; set seed=...\n"
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "convert", "export"])
+@pytest.mark.parametrize(
+    "name", ["train", "sample", "evaluate", "convert", "export", "interpolate"]
+)
 def test_help_names_every_key_and_choice(
     name: str, program: Program, capsys: pytest.CaptureFixture
 ) -> None:
@@ -81,6 +83,7 @@ def test_help_names_every_key_and_choice(
         "sample": ["prompt: null # one, or a list", "num_images_per_prompt: 1 # images per prompt"],
         "evaluate": ["metric: [", "model: outputs/demo/c # "],
         "convert": ["from: ??? # a model of any format", "format: native"],
+        "interpolate": ["weight: 0.5 # 0 to 1", "format: native"],
         "export": ["ckpt: ??? # a run's folder", "license: null # "],
     }
     assert all(each in said for each in expected[name])

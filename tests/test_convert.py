@@ -1,6 +1,5 @@
 """The commands around format: export, convert, interpolate."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts import interpolate
 from tests.conftest import small
 from tests.formats.conftest import (
     CONFIGS,
@@ -21,6 +19,7 @@ from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.formats import registry
 from wuerstchen_pl.formats.model import Model
+from wuerstchen_pl.interpolate import interpolate
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.models.tokenizer import write_vocabulary
 
@@ -157,39 +156,40 @@ def shifted(model: Model, by: float) -> Model:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
-def test_a_blend_lies_between(weight: float) -> None:
+def test_interpolated_weights_lie_between(weight: float) -> None:
     first = random_model()
-    blended = tensors(interpolate.blend(first, shifted(first, 2.0), weight))
+    between = tensors(interpolate(first, shifted(first, 2.0), weight))
     for name, tensor in tensors(first).items():
         expected = tensor + 2 * weight if tensor.is_floating_point() else tensor
-        torch.testing.assert_close(blended[name], expected)
+        torch.testing.assert_close(between[name], expected)
 
 
-def test_models_of_different_shape_are_not_blended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_of_different_shape_are_not_interpolated() -> None:
     first, second = random_model(), random_model()
     prior = second.parts["prior"].tensors
     prior["head.bias"] = prior["head.bias"]._replace(shape=(7,))
-    with pytest.raises(ValueError, match=r"the second model's prior .*head\.bias is \(7,\)"):
-        interpolate.blend(first, second, 0.5)
+    with pytest.raises(ValueError, match=r"prior in b.*head\.bias is \(7,\)"):
+        interpolate(first, second, 0.5)
     del second.parts["prior"]
-    with pytest.raises(ValueError, match="give the same parts"):
-        interpolate.blend(first, second, 0.5)
+    with pytest.raises(ValueError, match="use models of the same parts"):
+        interpolate(first, second, 0.5)
     with pytest.raises(ValueError, match=r"weight=2\.0 is out of range"):
-        interpolate.blend(first, first, 2.0)
+        interpolate(first, first, 2.0)
 
 
-def test_the_program_blends_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_interpolates_two_folders(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     first = random_model()
     for name, model in (("a", first), ("b", shifted(first, 1.0))):
         registry.write_model(model, tmp_path / name, "native")
-    arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--to", str(tmp_path / "c")]
-    monkeypatch.setattr(sys, "argv", ["interpolate", *arguments])
-    interpolate.main()
-    found = tensors(registry.read_model(str(tmp_path / "c")))
+    arguments = [
+        f"{key}={tmp_path / folder}" for key, folder in (("a", "a"), ("b", "b"), ("to", "c"))
+    ]
+    assert program("interpolate", *arguments) == 0
+    between = tensors(registry.read_model(str(tmp_path / "c")))
     torch.testing.assert_close(
-        found["prior.head.weight"], tensors(first)["prior.head.weight"] + 0.5
+        between["prior.head.weight"], tensors(first)["prior.head.weight"] + 0.5
     )
-    with pytest.raises(SystemExit, match="is there already"):
-        interpolate.main()
+    assert program("interpolate", *arguments) == 1
+    assert "is there already" in capsys.readouterr().err

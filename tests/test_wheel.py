@@ -1,4 +1,4 @@
-"""The wheel works outside of the checkout: it carries conf/ and the three console commands."""
+"""The wheel works outside of the checkout: it carries conf/ and the console commands."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def test_an_installed_wheel_finds_its_configs(tmp_path: Path) -> None:
     assert {f"wuerstchen_pl/{name}" for name in shipped} <= set(names)
     commands = next(site.glob("*.dist-info/entry_points.txt")).read_text()
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    for program in ("train", "sample", "evaluate", "convert", "export"):
+    for program in ("train", "sample", "evaluate", "convert", "export", "interpolate"):
         assert f"wuerstchen-{program} = wuerstchen_pl.{program}:main" in commands
         stage = ["stage=c"] if program == "train" else []
         shown = subprocess.run(
@@ -33,7 +33,7 @@ def test_an_installed_wheel_finds_its_configs(tmp_path: Path) -> None:
         )  # fmt: skip
         assert shown.returncode == 0, shown.stderr
         wanted = (
-            "format: native" if program in ("convert", "export") else "_target_: wuerstchen_pl."
+            "format: native" if program in ("convert", "export", "interpolate") else "_target_: wuerstchen_pl."
         )
         assert wanted in shown.stdout
     where = "import wuerstchen_pl.cli as c; print(c.conf_dir())"

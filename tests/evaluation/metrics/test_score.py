@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wuerstchen_pl.evaluation.metrics.preference import pairwise_wins
-from wuerstchen_pl.evaluation.metrics.score import mean_score, set_score
+from wuerstchen_pl.evaluation.metrics.score import mean_score, proportion_score, set_score
 
 
 def test_the_interval_of_a_mean_is_that_of_its_error() -> None:
@@ -61,3 +61,24 @@ def test_wins_and_losses_are_counted_for_each_prompt() -> None:
 def test_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         mean_score([])
+
+
+def test_a_proportion_has_wilsons_interval() -> None:
+    """p = 1: n / (n + z^2); p = 1/2 of 4: 1/2 -+ z / (2 sqrt(4 + z^2)) (Wilson 1927)."""
+    all_right = proportion_score([1.0] * 128)
+    assert all_right.value == all_right.high == 1
+    assert all_right.low == pytest.approx(128 / (128 + 1.96**2))
+    half = proportion_score([0.0, 1.0, 0.5, 0.5])
+    width = 1.96 / (2 * math.sqrt(4 + 1.96**2))
+    assert (half.low, half.high) == pytest.approx((0.5 - width, 0.5 + width))
+    with pytest.raises(ValueError, match="no image to measure"):
+        proportion_score([])
+
+
+def test_an_interval_ends_at_the_least_possible_value() -> None:
+    """A distance cannot be negative, so neither can the end of its interval."""
+    values = np.random.default_rng(4).standard_normal(10)
+    distance = set_score(lambda chosen: abs(float(values[chosen].mean())), len(values), least=0.0)
+    assert distance.low == 0
+    assert distance.high is not None
+    assert distance.high > distance.value

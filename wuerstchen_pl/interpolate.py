@@ -1,0 +1,85 @@
+"""Interpolate two models: ``python -m wuerstchen_pl.interpolate a=A b=B to=C weight=0.5``.
+
+out = (1 - w) a + w b, tensor by tensor. The published Stage C is such a mean of its weights after
+the third and the fourth phase of training (paper, appendix E).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from wuerstchen_pl.cli import command
+from wuerstchen_pl.config import check_config
+from wuerstchen_pl.convert import write
+from wuerstchen_pl.formats import registry
+from wuerstchen_pl.formats.lazy_tensors import LazyTensor
+from wuerstchen_pl.formats.model import Model, Part, compare_shapes
+from wuerstchen_pl.formats.registry import FormatName
+
+KNOWN_KEYS: Mapping[str, Any] = {
+    "a": str,
+    "b": str,
+    "to": str,
+    "weight": float,
+    "format": FormatName,
+}
+
+
+def interpolate(a: Model, b: Model, weight: float) -> Model:
+    """The model between two.
+
+    Args:
+        a: the result at weight 0; its config, tokenizer and integer tensors are kept.
+        b: the result at weight 1.
+        weight: w, in [0, 1].
+
+    Raises:
+        ValueError: if they differ in parts, names or shapes, or the weight is out of range.
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight={weight} is out of range; use 0 to 1")
+    if a.parts.keys() != b.parts.keys():
+        parts_a, parts_b = (", ".join(sorted(model.parts)) for model in (a, b))
+        raise ValueError(f"a has {parts_a}, b has {parts_b}; use models of the same parts")
+    if a.settings != b.settings:
+        raise ValueError(f"a has settings {a.settings}, b has {b.settings}; use equal ones")
+    parts = {}
+    for name, part in a.parts.items():
+        if part.config != b.parts[name].config:
+            raise ValueError(f"the configs of {name} in a and b differ; use equal networks")
+        other = b.parts[name].tensors
+        compare_shapes(_shapes(part.tensors), _shapes(other), f"{name} in b")
+        tensors = {k: _lerp(lazy, other[k], weight) for k, lazy in part.tensors.items()}
+        parts[name] = Part(part.config, tensors, part.tokenizer)
+    return Model(parts, a.settings)
+
+
+def _shapes(tensors: dict[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
+    return {name: lazy.shape for name, lazy in tensors.items()}
+
+
+def _lerp(a: LazyTensor, b: LazyTensor, weight: float) -> LazyTensor:
+    if not a.dtype.is_floating_point:
+        return a
+
+    def load() -> torch.Tensor:
+        return torch.lerp(a.load().float(), b.load().float(), weight).to(a.dtype)
+
+    return LazyTensor(a.shape, a.dtype, load)
+
+
+def run(cfg: DictConfig) -> None:
+    """Check, read both models, write the one between."""
+    check_config(cfg, KNOWN_KEYS)
+    registry.check_output_empty(Path(cfg.to))
+    model = interpolate(registry.read_model(cfg.a), registry.read_model(cfg.b), cfg.weight)
+    write(model, Path(cfg.to), cfg.format)
+
+
+main = command("interpolate", run)
+
+if __name__ == "__main__":
+    main()
