@@ -1,7 +1,7 @@
 """Do to a run what machines do to it: ``python -m scripts.fault_injection kills --times 50``.
 
 kills: SIGKILL at random moments, while it starts, steps and saves; with ``--processes 2``, of one
-process of two. full-disk: the disk fills up in the midst of it, and is enlarged. read-only: its
+process of two. full-disk: the disk fills up during it, and is enlarged. read-only: its
 folder can no longer be written, and then can again.
 
 After each the run goes on with ckpt=auto, and at its end every tensor and counter is compared with
@@ -102,7 +102,7 @@ def kills(
             time.sleep(rng.uniform(0, 8))
         kill(process, one_of=processes > 1, rng=rng)
         begun = any(run.folder.glob("checkpoints/*.partial"))
-        print(f"kill {number + 1}: step {run.step()}", "in the midst of saving" if begun else "")
+        print(f"kill {number + 1}: step {run.step()}", "during saving" if begun else "")
     run.finish()
     whole = Run(root / "whole", steps, processes, more)
     whole.finish()
@@ -132,7 +132,7 @@ def children(pid: int) -> list[int]:
 
 
 def trouble(root: Path, *, kind: str, steps: int, more: Sequence[str] = ()) -> list[str]:
-    """Let a run's disk fill up, or turn read-only, and mend it; what differs at the end.
+    """Let a run's disk fill up, or turn read-only, and fix it; what differs at the end.
 
     It has to run where it may mount: `main` sees to that.
     """

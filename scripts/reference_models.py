@@ -2,7 +2,7 @@
 
 Fresh ones would compare nothing: diffusers' decoder starts with its residual weights at almost 0,
 norms, Stage A's gates and the time maps start at 0, and Stage C's output may divide by about 0. So
-every parameter is drawn anew here, and output layers are kept small.
+every parameter is drawn again here, and output layers are kept small.
 """
 
 import json
@@ -37,7 +37,7 @@ VQGAN: Config = {"bottleneck_blocks": 2, "embed_dim": 16, "num_vq_embeddings": 3
 
 @torch.no_grad()
 def randomised(net: Any, seed: int) -> Any:
-    """Every parameter and running mean drawn anew, of a size that keeps activations near one."""
+    """Every parameter and running mean drawn again, of a size that keeps activations near one."""
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in net.named_parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 16

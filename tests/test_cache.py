@@ -149,7 +149,7 @@ def test_a_cache_goes_on_where_it_was_stopped(
     monkeypatch.setattr(build_cache, "_write", stops)
     assert make("c", out, cascade) != 0
     assert not (out / "cache.json").exists()
-    with pytest.raises(FileNotFoundError, match="is no finished cache"):
+    with pytest.raises(FileNotFoundError, match="is not a finished cache"):
         CachedSource(root=str(out))
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert len(before) == 2

@@ -53,7 +53,7 @@ def test_paths_in_the_readme_exist() -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to stand in that holds the images and shards that the README speaks of."""
+    """A folder to are in that holds the images and shards that the README speaks of."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my/images").mkdir(parents=True)
     for i in range(12):

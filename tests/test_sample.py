@@ -181,7 +181,7 @@ BAD = {
     "empty prompt": (["prompt="], "holds no word"),
     "no prompt": ([], "no prompt; set prompt="),
     "emoji": (["prompt=🐸🐸"], "holds no word"),
-    "not UTF-8": (["prompt=fr\udcffog"], "is no text in UTF-8"),
+    "not UTF-8": (["prompt=fr\udcffog"], "is not text in UTF-8"),
     "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use 16 to 4096"),
     "height": (["prompt=a", "height=1000003"], "height=1000003 cannot be drawn"),
     "fraction": (["prompt=a", "height=64.5"], "height is 64.5, and must be int"),
@@ -194,9 +194,9 @@ BAD = {
     "nan": (["prompt=a", "sample.prior_guidance_scale=nan"], "prior_guidance_scale=nan is out"),
     "negative": (["prompt=a", "sample.decoder_guidance_scale=-1"], "decoder_guidance_scale=-1"),
     "sampler": (["prompt=a", "sample.sampler=euler"], "sampler is 'euler', and must be"),
-    "key": (["prompt=a", "sample.steps=3"], "sample.steps is no key"),
+    "key": (["prompt=a", "sample.steps=3"], "sample.steps is not a key"),
     "no model": (["model=/no/such", "prompt=a"], "/no/such does not exist; train Stage C first"),
-    "no prompts": (["prompts=/no/such.txt"], "prompts=/no/such.txt is no file"),
+    "no prompts": (["prompts=/no/such.txt"], "prompts=/no/such.txt is not a file"),
 }  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
         (b"", "holds no prompt; give one a line"),
         (b"\n \r\n", "holds no prompt; give one a line"),
         (b"frog\nre\x00d heart\n", "holds a control character"),
-        (b"gr\xfcner Frosch\n", "is no text in UTF-8"),
+        (b"gr\xfcner Frosch\n", "is not text in UTF-8"),
         ("🐸\n".encode(), "holds no word"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, signals: list[int], *, step: int) -> None:
-    """Send signals to this process in the midst of a step of Stage C."""
+    """Send signals to this process during a step of Stage C."""
     train = StageC.training_step
 
     def interrupted(stage: StageC, batch: Batch, batch_idx: int) -> Tensor:
@@ -167,7 +167,7 @@ def test_batches_of_a_step_follow_from_the_global_batch(
 
 
 def test_a_global_batch_that_cannot_be_made_is_refused_with_what_can() -> None:
-    message = r"global_batch=1536 is no multiple of 6144.*divisor of 6$"
+    message = r"global_batch=1536 is not a multiple of 6144.*divisor of 6$"
     with pytest.raises(ValueError, match=message):
         accumulation(1536, 24, 256)
 
@@ -210,7 +210,7 @@ def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:
         ),
         ("validate_every_steps=0", "validate_every_steps=0 is out of range"),
         ("checkpoint_every_steps=0", "checkpoint_every_steps=0 is out of range"),
-        ("callbacks.checkpoints.keep_every_steps=3", "keep_every_steps=3 is no multiple of"),
+        ("callbacks.checkpoints.keep_every_steps=3", "keep_every_steps=3 is not a multiple of"),
         ("stage.optimizer.lr=-1", "stage.optimizer.lr=-1 learns nothing"),
         ("data.bucket_multiple=8", "set data.bucket_multiple=16"),
         ("stage.prior.latent_channels=8", "stage.prior.latent_channels=8"),
@@ -230,6 +230,16 @@ def test_what_cannot_train_is_refused_before_anything_is_written(
     said = capsys.readouterr().err.strip()
     assert sentence in said
     assert "Traceback" not in said
+    assert not (tmp_path / "default").exists()
+
+
+def test_an_8_bit_optimizer_of_sharded_weights_is_refused(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The strategy is recognized by the class that the config names, whatever it is called."""
+    eight_bit = ["trainer=fsdp", "trainer.accelerator=cpu", "optimizer@stage.optimizer=adamw_8bit"]
+    assert run_program("train", [*arguments(cascade, tmp_path), *eight_bit]) == 1
+    assert "adamw_8bit does not support sharded weights" in capsys.readouterr().err
     assert not (tmp_path / "default").exists()
 
 
@@ -270,8 +280,8 @@ def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Pat
     [
         (["data=mix", "data.sources={a:{_target_:os.system,command:x}}"], "data.sources.a"),
         (["data=shards", "data.urls='pipe:touch ran'"], "would run a command on this machine"),
-        (["data=folder", "data.root=/nowhere"], "data.root='/nowhere' is no folder"),
-        (["data=cached", "data.root=/nowhere"], "data.root='/nowhere' is no finished cache"),
+        (["data=folder", "data.root=/nowhere"], "data.root='/nowhere' is not a folder"),
+        (["data=cached", "data.root=/nowhere"], "data.root='/nowhere' is not a finished cache"),
         (["data=openmoji", "data.buckets=paper", "data.ratios=[1.0]"], "data.ratios=[1.0] is of"),
         (["data=openmoji", "data.filters.scripts=[elvish]"], "data.filters.scripts names 'elvish'"),
         (["data=openmoji", "data.no_key=1"], "data.no_key"),

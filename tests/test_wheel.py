@@ -33,7 +33,9 @@ def test_an_installed_wheel_finds_its_configs(tmp_path: Path) -> None:
         )  # fmt: skip
         assert shown.returncode == 0, shown.stderr
         wanted = (
-            "format: native" if program in ("convert", "export", "interpolate") else "_target_: wuerstchen_pl."
+            "format: native"
+            if program in ("convert", "export", "interpolate")
+            else "_target_: wuerstchen_pl."
         )
         assert wanted in shown.stdout
     where = "import wuerstchen_pl.cli as c; print(c.conf_dir())"

@@ -1,7 +1,7 @@
 """Compute what Stage B or C is conditioned on, once: ``python -m wuerstchen_pl.cache stage=c``.
 
 Takes the keys of a training, ``data``, ``experiment`` and all, and writes what its frozen networks
-make of every image. Then train with ``data=cached data.root=OUT``. Run it again to go on where it
+make of every image. Then train with ``data=cached data.root=OUT``. Run it again to resume where it
 was stopped. With several processes, ``torchrun --nproc-per-node=8 -m wuerstchen_pl.cache ...``,
 each does a part.
 """
@@ -122,7 +122,7 @@ def run(cfg: DictConfig) -> None:
     if missing:
         print(
             f"{len(missing)} shards are missing, such as {missing[0]}: they cannot be read, or "
-            "other processes are still at them; run the same again to go on, with one process to "
+            "other processes are still at them; run the same again to resume, with one process to "
             "finish without them"
         )
     if (folder / MANIFEST).is_file():

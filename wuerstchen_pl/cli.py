@@ -1,6 +1,6 @@
 """What the entry points share: where ``conf/`` is, and how they fail.
 
-A failure that a user can mend is one line on stderr and exit code 1; HYDRA_FULL_ERROR=1 shows the
+A failure that a user can fix is one line on stderr and exit code 1; HYDRA_FULL_ERROR=1 shows the
 traceback instead.
 """
 
@@ -99,7 +99,7 @@ def check_output_dir(configured: str) -> Path:
         folder = Path(hydra_config.runtime.output_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise NotADirectoryError(f"output_dir={folder} is no folder: {there} is a file")
+        raise NotADirectoryError(f"output_dir={folder} is not a folder: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"output_dir={folder} cannot be written: no right to write {there}")
     return folder
@@ -216,9 +216,9 @@ def _composition(error: BaseException) -> str | None:
         if isinstance(parent, DictConfig) and accepts_argument(
             parent.get("_target_", ""), str(error.key)
         ):
-            return f"{key} stands in no YAML; add it with +{key}=..."
+            return f"{key} is not in any YAML; add it with +{key}=..."
         close = _closest(key, OmegaConf.to_container(parent._get_root()))
-        return f"{key} is no key; " + (f"did you mean {close}?" if close else "remove it")
+        return f"{key} is not a key; " + (f"did you mean {close}?" if close else "remove it")
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return None

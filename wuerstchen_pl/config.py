@@ -1,4 +1,4 @@
-"""Checks of a composed config, before anything heavy is built: a config cannot lie.
+"""Checks of a composed config, before anything heavy is built.
 
 Hydra refuses keys on the command line that no YAML file has. Here the rest: a ``_target_`` that is
 nothing, a key that its constructor does not take, one that it needs and lacks, a value of another
@@ -75,7 +75,7 @@ def check_config(cfg: DictConfig, read: Mapping[str, Any] = TRAIN_KEYS) -> None:
     used = {*read, *_references(plain)}
     for key in [*plain, *(f"paths.{name}" for name in plain.get("paths", {}))]:
         if key != "paths" and key not in used:
-            raise ValueError(f"{key} is read by nothing; remove it")
+            raise ValueError(f"{key} is not used; remove it")
     plain = OmegaConf.to_container(cfg, resolve=True)
     for key, hint in read.items():
         _check_value(key, OmegaConf.select(cfg, key), hint)
@@ -109,12 +109,14 @@ def _check_object(path: str, node: dict) -> None:
     target = node["_target_"]
     function = _locate(target)
     if function is None:
-        raise ValueError(f"{path}._target_={target} is nothing that can be called; mend its name")
+        raise ValueError(f"{path}._target_={target} cannot be imported or called; fix its name")
     _, needed = _parameters(function)
     given = {key: value for key, value in node.items() if not key.startswith("_")}
     if (taken := _taken(target, function)) is not None:
         for key in sorted(given.keys() - taken):
-            raise ValueError(f"{path}.{key} is no argument of {target}; remove it or mend its name")
+            raise ValueError(
+                f"{path}.{key} is not an argument of {target}; remove it or fix its name"
+            )
     if not node.get("_partial_"):
         for key in sorted(needed - given.keys()):
             raise ValueError(f"{path}.{key} is missing, and {target} needs it; set {path}.{key}")

@@ -86,10 +86,10 @@ def _sha256(pipeline: CascadePipeline) -> dict[str, str]:
 
 
 def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
-    """The prompts of the command line, and those of a file, as of ``prompt_sets.read``.
+    """The prompts of the command line, and those of a file, see ``prompt_sets.read``.
 
     Raises:
-        ValueError: if there are none, or they are no text.
+        ValueError: if there are none, or they are not text.
         FileNotFoundError: if the file is missing.
     """
     given = list(prompt) if isinstance(prompt, ListConfig) else [prompt]
@@ -98,9 +98,9 @@ def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
         found += prompt_sets.read_prompts(prompts)
     if not found:
         raise ValueError('no prompt; set prompt="a red heart", or prompts= to a file of them')
-    for text in found:  # bytes of the command line that are no UTF-8 come as lone surrogates
+    for text in found:  # bytes of the command line that are not UTF-8 come as lone surrogates
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"prompt={text[:40]!r} is no text in UTF-8; encode it so")
+            raise ValueError(f"prompt={text[:40]!r} is not text in UTF-8; encode it so")
     return found
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REQUEUE = 75
-"""Exit code of a run that was told to stop and wants to go on: EX_TEMPFAIL of sysexits.h."""
+"""Exit code of a run that was interrupted and can be resumed: EX_TEMPFAIL of sysexits.h."""
 INTERRUPTED = 130
 """Exit code of Ctrl-C, as shells have it."""
 
@@ -76,7 +76,7 @@ def fit(
     """Train to the end.
 
     Raises:
-        Exit: if it was told to stop before.
+        Exit: if it was interrupted before.
     """
     try:
         trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
@@ -84,16 +84,16 @@ def fit(
         code = INTERRUPTED if stop.signum == signal.SIGINT else REQUEUE
         raise Exit(
             f"{output_dir} was stopped by {stop} after step {trainer.global_step}, which is saved; "
-            "the same command with ckpt=auto goes on",
+            "the same command with ckpt=auto resumes it",
             code,
         ) from None
     except SystemExit:  # Lightning's answer to Ctrl-C, where the first one was not waited for
         raise Exit(
-            f"{output_dir} was interrupted at step {trainer.global_step}; ckpt=auto goes on from "
+            f"{output_dir} was interrupted at step {trainer.global_step}; ckpt=auto resumes from "
             "its last checkpoint",
             INTERRUPTED,
         ) from None
-    finally:  # Lightning does not after an error, and shards would go on being opened
+    finally:  # Lightning does not after an error, and workers would keep opening shards
         data.teardown("fit")
 
 
@@ -152,13 +152,14 @@ def check_ranges(cfg: DictConfig) -> None:
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use here; "
-            "use trainer.accelerator=cpu, or mend the driver"
+            "use trainer.accelerator=cpu, or fix the driver"
         )
-    sharded = str(OmegaConf.select(cfg, "trainer.strategy._target_")).endswith("FullySharded")
+    strategy = OmegaConf.select(cfg, "trainer.strategy._target_")
+    sharded = strategy == f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__qualname__}"
     if sharded and cfg.stage.optimizer._target_.startswith("bitsandbytes"):
         raise ValueError(
-            "optimizer@stage.optimizer=adamw_8bit knows no sharded weights; use trainer=ddp, or "
-            "optimizer@stage.optimizer=adamw, whose moments are sharded too"
+            "optimizer@stage.optimizer=adamw_8bit does not support sharded weights; use trainer=ddp, or "
+            "optimizer@stage.optimizer=adamw, whose state is sharded too"
         )
     for key in ("validate_every_steps", "checkpoint_every_steps"):
         if cfg[key] < 1:
@@ -170,11 +171,11 @@ def check_ranges(cfg: DictConfig) -> None:
 
 
 def find_resume(ckpt: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Raises:
         FileNotFoundError: if ``ckpt`` names none.
-        ValueError: if the run's folder holds a run that nobody said to go on with.
+        ValueError: if the run's folder contains a run and ckpt is not set.
     """
     has_run = any(output_dir.glob("checkpoints/step*.ckpt"))
     if ckpt == "auto":
@@ -183,7 +184,7 @@ def find_resume(ckpt: str | None, output_dir: Path) -> Path | None:
         return load.find_checkpoint(ckpt)
     if has_run:
         raise ValueError(
-            f"paths.output_dir={output_dir} holds a run already; go on with it (ckpt=auto), or "
+            f"paths.output_dir={output_dir} holds a run already; resume it (ckpt=auto), or "
             "choose another paths.output_dir or name"
         )
     return None
@@ -198,7 +199,7 @@ def accumulation(global_batch: int, batch_size: int, processes: int) -> int:
     at_once = batch_size * processes
     if global_batch < 1 or global_batch % at_once:
         raise ValueError(
-            f"global_batch={global_batch} is no multiple of {at_once}, which is data.batch_size="
+            f"global_batch={global_batch} is not a multiple of {at_once}, which is data.batch_size="
             f"{batch_size} on {processes} process{'es' * (processes > 1)}; set data.batch_size to "
             f"a divisor of {global_batch / processes:g}"
         )
@@ -214,7 +215,7 @@ def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
     for height, width in data.sizes:  # type: ignore[attr-defined]
         if height % stage.size_multiple or width % stage.size_multiple:
             raise ValueError(
-                f"a bucket of {height} x {width} px is no multiple of {stage.size_multiple}, as "
+                f"a bucket of {height} x {width} px is not a multiple of {stage.size_multiple}, as "
                 f"{type(stage).__name__} needs; set data.bucket_multiple={stage.size_multiple} or "
                 "a multiple of it"
             )

@@ -273,10 +273,10 @@ def test_the_memory_that_is_told_is_what_is_there() -> None:
     assert needed.pop("activations") == pytest.approx(kept, abs=ROWS * 16)
     assert needed == {
         "weights": weights, "frozen networks": 4 * WIDE * WIDE, "gradients": weights,
-        "optimizer": 2 * weights, "averages": weights,
+        "optimizer": 2 * weights, "ema": weights,
     }  # fmt: skip
     module.ema = EMA(decay=0.9, device="cpu")
-    assert estimate_bytes(module, torch.optim.SGD(module.parameters()), batch)["averages"] == 0
+    assert estimate_bytes(module, torch.optim.SGD(module.parameters()), batch)["ema"] == 0
 
 
 @pytest.mark.parametrize(("told", "code"), [([], 1), (["check_memory=false"], 0)])

@@ -210,13 +210,13 @@ def test_captions_to_draw_from_survive_the_building(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["look"], "look is no command; give check or build"),
+        (["look"], "look is not a command; give check or build"),
         (["build", "to=x"], "from is missing; set from="),
         (
             ["build", "from=x", "to=y", "data=openmoji"],
             "from=x names a folder, and data is another",
         ),
-        (["build", "from=/nowhere", "to=y"], r"data.root='/nowhere' is no folder"),
+        (["build", "from=/nowhere", "to=y"], r"data.root='/nowhere' is not a folder"),
         (["build", "from={folder}", "to={folder}"], "holds something else: choose a new folder"),
         (
             ["build", "from={folder}", "to={out}", "shard_samples=0"],

@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_used_are_counted_by_name(folder: Path) -> None:
         {"file_name": 7, "text": "x"},
         {"file_name": "x" * 300 + ".png", "text": "x"},
         {"file_name": "b.jpg", "text": "half \ud800"},
-        {"file_name": "b.jpg", "text": "caf\udce9"},  # a byte that is no UTF-8, below
+        {"file_name": "b.jpg", "text": "caf\udce9"},  # a byte that is not UTF-8, below
         {"file_name": "b.jpg"},
         {"file_name": "more/c.JPG", "text": "last"},
     ]
@@ -143,7 +143,7 @@ def test_a_folder_that_has_grown_has_another_last_stretch(folder: Path) -> None:
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data\.root='.*nowhere' is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"data\.root='.*nowhere' is not a folder"):
         FolderSource(root=str(tmp_path / "nowhere")).prepare()
     with pytest.raises(FileNotFoundError, match="holds no image"):
         FolderSource(root=str(tmp_path)).prepare()
@@ -198,7 +198,7 @@ def test_a_table_reads_no_file_but_its_own(tmp_path: Path) -> None:
     paths += [f"{own}\0", "~nosuchuser/x.png"]
     rows = [{"image": {"bytes": None, "path": p}, "text": str(i)} for i, p in enumerate(paths)]
     source = HubDataset(name=str(own.parent))
-    source._tables["train"] = rows  # as a parquet file of a stranger's may have them
+    source._tables["train"] = rows  # as a parquet file of an untrusted source may have them
     samples, bad = listing(source)
     assert [s.captions for s in samples] == [("0",)]
     assert [b.reason for b in bad] == ["no image"] * 6
@@ -244,7 +244,11 @@ def test_a_folder_is_loaded_as_the_hub_would(
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"caption_column": "txt"}, ValueError, "'txt' is no column of .* from image, text, sev"),
+        (
+            {"caption_column": "txt"},
+            ValueError,
+            "'txt' is not a column of .* from image, text, sev",
+        ),
         ({"image_column": "text"}, ValueError, r"data\.image_column='text' .* holds no images"),
         ({"split": "validation"}, FileNotFoundError, r"data\.split='validation' cannot be loaded"),
         (

@@ -192,7 +192,7 @@ def test_a_manifest_of_brackets_and_a_name_with_nul_are_no_obstacle(tmp_path: Pa
 def test_names_and_texts_that_are_no_unicode_are_no_obstacle(tmp_path: Path) -> None:
     half = sample("half", captions=["whole", "half \ud800"], pwatermark=math.nan, punsafe=1e400)
     none = sample("none", captions=["half \udc00"])
-    name = "caf\udce9"  # a byte that is no UTF-8
+    name = "caf\udce9"  # a byte that is not UTF-8
     members = half | none | {name + k[1:]: v for k, v in sample("x").items()}
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
@@ -289,7 +289,7 @@ def test_a_command_out_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     ids=range(7),
 )
 def test_braces_without_end_are_refused(tmp_path: Path, braces: str) -> None:
-    with pytest.raises(ValueError, match=r"names more than 1,000,000 shards: mend its braces"):
+    with pytest.raises(ValueError, match=r"names more than 1,000,000 shards: fix its braces"):
         ShardSource(urls=f"{tmp_path}/{braces}.tar").prepare()
 
 

@@ -138,8 +138,8 @@ def test_rescaled_guidance_has_the_conditional_predictions_deviation() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"scale": float("nan")}, "guidance_scale=nan is no number"),
-        ({"interval": (0.5,)}, "is no interval"),
+        ({"scale": float("nan")}, "guidance_scale=nan is not a number"),
+        ({"interval": (0.5,)}, "is not an interval"),
         ({"rescale": 1.5}, "guidance_rescale=1.5 is out of range"),
         ({"interval": (0.5, 0.5)}, "is empty"),
     ],

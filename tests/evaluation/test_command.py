@@ -257,11 +257,11 @@ def test_a_damaged_image_is_named_and_the_others_kept(
         (["metric=[fid]", "reference=nowhere"], "reference=nowhere holds no image"),
         (
             ["metric=[pickscore]", "pickscore.weights=nowhere"],
-            "pickscore.weights=nowhere is no folder",
+            "pickscore.weights=nowhere is not a folder",
         ),
         (
             ["metric=[clip]", "clip.weights=nowhere"],
-            "clip.weights=nowhere is no file, and no tag of",
+            "clip.weights=nowhere is not a file, and no tag of",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

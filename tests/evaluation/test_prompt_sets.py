@@ -69,7 +69,7 @@ def test_other_files_are_refused_by_name(tmp_path: Path, name: str, text: str, s
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r"prompts=none\.txt is no file"):
+    with pytest.raises(FileNotFoundError, match=r"prompts=none\.txt is not a file"):
         read_prompts("none.txt")
 
 

@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 def random_part(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Part:
-    """A part with random weights; what is no float counts up."""
+    """A part with random weights; what is not a float counts up."""
     rng = torch.Generator().manual_seed(0)
     tensors = {}
     for name, tensor in build_on_meta(config).state_dict().items():

@@ -87,10 +87,10 @@ def dump(content: Any, path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("os.system", "is no prior; it is not built"),
-        ("wuerstchen_pl.checkpointing.load.load_stage", "is no prior"),
-        ("wuerstchen_pl.models.vqgan.VQGAN", "is no prior"),
-        (["a"], "is no prior"),
+        ("os.system", "is not a prior; it is not built"),
+        ("wuerstchen_pl.checkpointing.load.load_stage", "is not a prior"),
+        ("wuerstchen_pl.models.vqgan.VQGAN", "is not a prior"),
+        (["a"], "is not a prior"),
     ],
 )
 def test_a_config_builds_networks_alone(target: str, message: str, copy: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_config_builds_networks_alone(target: str, message: str, copy: Path) -
 )
 def test_nothing_nested_is_built_but_networks(backbone: Any, copy: Path) -> None:
     change_json(copy / "compressor" / "config.json", backbone=backbone)
-    with pytest.raises(ValueError, match="is no network"):
+    with pytest.raises(ValueError, match="is not a network"):
         registry.read_model(str(copy))
 
 
@@ -156,7 +156,7 @@ def test_settings_of_every_layout_are_checked(model: Model, tmp_path: Path) -> N
     registry.write_model(Model(part), tmp_path / "c", "upstream")
     path = tmp_path / "c" / "vqgan_f4_v1_500k.pt"
     torch.save({**torch.load(path, weights_only=True), "wuerstchen_pl": 3}, path)
-    for folder, message in (("a", "settings="), ("b", "settings="), ("c", "are no arguments")):
+    for folder, message in (("a", "settings="), ("b", "settings="), ("c", "are not arguments")):
         with pytest.raises(ValueError, match=message):
             registry.read_model(str(tmp_path / folder))
 
@@ -179,7 +179,7 @@ def test_an_index_is_checked_whole(copy: Path) -> None:
         registry.read_model(str(copy))
     for broken in ({}, {"weight_map": 3}, {"weight_map": dict.fromkeys(names, index.name)}):
         index.write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match="is no index of shards"):
+        with pytest.raises(ValueError, match="is not an index of shards"):
             registry.read_model(str(copy))
 
 
@@ -203,7 +203,7 @@ def test_a_broken_tokenizer_is_named(copy: Path, model: Model) -> None:
     for name, content in (("vocab.json", "[1, 2]"), ("vocab.json", "{}"), ("merges.txt", "a b c")):
         write_vocabulary(folder)
         (folder / name).write_text(content)
-        with pytest.raises(ValueError, match="is no tokenizer"):
+        with pytest.raises(ValueError, match="is not a tokenizer"):
             build_network(registry.read_model(str(copy)).parts["text_encoder"])
 
 
@@ -237,7 +237,7 @@ def test_damaged_files_are_named(copy: Path) -> None:
         registry.read_model(str(copy))
     weights.write_bytes(whole)
     config.write_text("{")
-    with pytest.raises(ValueError, match=r"vqgan.config\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"vqgan.config\.json is not JSON"):
         registry.read_model(str(copy))
     shutil.rmtree(copy / "vqgan")
     with pytest.raises(FileNotFoundError, match="vqgan"):
@@ -254,7 +254,7 @@ def test_later_formats_and_unknown_parts_are_refused(copy: Path) -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no model"):
+    with pytest.raises(ValueError, match="is not a model"):
         registry.read_model(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         registry.read_model(str(tmp_path / "none"))

@@ -135,9 +135,9 @@ def test_bytes_and_transparency_are_read_as_they_are_meant(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (torch.zeros(2, 64, 48), r"\(2, 64, 48\) is no image"),
+        (torch.zeros(2, 64, 48), r"\(2, 64, 48\) is not an image"),
         (torch.full((3, 8, 8), 2.0), "values from 2 to 2"),
-        ("image.png", "str is no image"),
+        ("image.png", "str is not an image"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"sizes \[\(8, 8\), \(8, 9\)\]"),
         ([], "give one size, and one or more"),
     ],
@@ -179,7 +179,7 @@ def test_a_mask_of_another_size_is_refused(pipe: WuerstchenPipeline, image: Tens
 
 
 def test_any_size_is_drawn_at_the_next_step_and_cropped(pipe: WuerstchenPipeline) -> None:
-    with pytest.warns(UserWarning, match="50 x 70 px is no step of 16: 64 x 80 px are drawn"):
+    with pytest.warns(UserWarning, match="50 x 70 px is not a step of 16: 64 x 80 px are drawn"):
         found = pipe("red apple", 50, 70, **FAST)
     whole = pipe("red apple", 64, 80, **FAST)
     assert torch.equal(found, whole[..., 7:57, 5:75])
@@ -311,17 +311,17 @@ def test_guidance_options_reach_stage_c(pipe: WuerstchenPipeline) -> None:
         ({"prompt": None}, "neither prompt nor prompt_embeds"),
         ({"prompt": "a", "prompt_embeds": torch.zeros(1, 16, 16)}, "are both given"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"] * 3}, "3 negative prompts for 2 prompts"),
-        ({"prompt": 7}, "prompt=7 is no text"),
+        ({"prompt": 7}, "prompt=7 is not text"),
         ({"prompt": "a", "seed": [1, 2]}, "2 seeds for 1 images"),
         ({"prompt": "a", "height": 8}, "height=8 cannot be drawn"),
         ({"prompt": "a", "latents": torch.zeros(1, 16, 9, 9)}, r"latents have shape \(1, 16, 9"),
         ({"prompt": "a", "output_type": "jpg"}, "output_type='jpg' is unknown"),
         ({"prompt": "a", "prior_timesteps": [0.1, 0.5]}, "cannot be followed"),
         ({"prompt": "a", "prior_num_inference_steps": 0}, "steps=0 draws nothing"),
-        ({"prompt": "a", "prior_guidance_scale": float("nan")}, "guidance_scale=nan is no number"),
+        ({"prompt": "a", "prior_guidance_scale": float("nan")}, "guidance_scale=nan is not a number"),
         ({"prompt": "a", "decoder_sampler": "euler"}, "sampler='euler' is unknown"),
-        ({"prompt": []}, r"prompt=\[\] is no text"),
-        ({"prompt": "a", "negative_prompt": 3}, "negative_prompt=3 is no text"),
+        ({"prompt": []}, r"prompt=\[\] is not text"),
+        ({"prompt": "a", "negative_prompt": 3}, "negative_prompt=3 is not text"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt=0 draws nothing"),
         ({"prompt": "a", "prior_num_inference_steps": 2.5}, "steps=2.5 draws nothing"),
         ({"prompt": "a", "height": 64.5}, "height=64.5 cannot be drawn"),

@@ -48,7 +48,7 @@ class Checkpoints(Checkpoint):
             keep_every_steps < 1 or keep_every_steps % every_steps
         ):
             raise ValueError(
-                f"callbacks.checkpoints.keep_every_steps={keep_every_steps} is no multiple of "
+                f"callbacks.checkpoints.keep_every_steps={keep_every_steps} is not a multiple of "
                 f"checkpoint_every_steps={every_steps}; use one, or null"
             )
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
@@ -59,7 +59,7 @@ class Checkpoints(Checkpoint):
         self._group: dist.ProcessGroup | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The step that a run begins or goes on with is not saved anew."""
+        """The step that a run starts or resumes at is not saved again."""
         self._saved_step = trainer.global_step
         if dist.is_initialized():  # a group of its own, which training does not wait for
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
@@ -84,7 +84,7 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Wait all the same; what is told is the error that there was before."""
+        """Wait all the same; the earlier error is the one reported."""
         with suppress(Exception):
             self.finish()
 

@@ -34,7 +34,7 @@ class EvaluationCallback(L.Callback):
     """Save, evaluate Stage C, or the baseline, now and then, and log ``eval/...``.
 
     What ``python -m wuerstchen_pl.evaluate`` finds for the checkpoint of the same step is found
-    here: the same code draws and judges. Training goes on as if nothing had happened.
+    here: the same code generates and measures. The training is not affected.
 
     Args:
         folder: each report gets a folder in it, ``step0001000``.
@@ -101,7 +101,7 @@ class EvaluationCallback(L.Callback):
                 logger.log_metrics(found, step - 1)
 
     def _evaluated(self, trainer: L.Trainer, stage: Any) -> dict[str, Score] | None:
-        """The scores; a warning if they cannot be had, which is no reason to end a training."""
+        """The scores; None, with a warning, if the evaluation fails: that does not end a training."""
         folder = self.folder / f"step{trainer.global_step:07d}"
         if trainer.is_global_zero:  # of a run before, of other weights
             shutil.rmtree(folder, ignore_errors=True)

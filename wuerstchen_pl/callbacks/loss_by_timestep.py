@@ -33,7 +33,7 @@ class LossByTimestep(L.Callback):
         return {"readings": self.readings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the chart."""
+        """Restore the bins."""
         self.readings = [(step, list(means)) for step, means in state_dict["readings"]]
 
     def on_train_batch_end(

@@ -1,4 +1,4 @@
-"""What training takes of each device's memory, told before its first step."""
+"""The memory that training takes on each device, reported before the first step."""
 
 import os
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ GB = 1e9
 class MemoryEstimate(L.Callback):
     """Show the memory that a run needs on each device, and refuse one that cannot fit.
 
-    Weights, gradients, averages and frozen networks are counted; the optimizer's moments are two
+    Weights, gradients, EMA weights and frozen networks are counted; the optimizer state is two
     tensors a weight if it has betas, else one; activations, by a trial with a few samples, are what
     the forward pass of the first batch keeps for its backward pass. What operations take for a
     moment, and validation, are not in it: a fit within a tenth may still fail.
@@ -81,15 +81,15 @@ def estimate_bytes(
 ) -> dict[str, int]:
     """Bytes on this device, by what they are for."""
     trained = _bytes(p for p in module.parameters() if p.requires_grad)
-    moments = (2 if "betas" in optimizer.defaults else 1) * _bits(optimizer) / 32
+    state_copies = (2 if "betas" in optimizer.defaults else 1) * _bits(optimizer) / 32
     ema = getattr(module, "ema", None)
     averaged = ema is not None and ema.device is None
     return {
         "weights": _bytes(module.parameters()) + _bytes(module.buffers()),
         "frozen networks": _frozen(module),
         "gradients": trained,
-        "optimizer": round(moments * trained),
-        "averages": trained if averaged else 0,
+        "optimizer": round(state_copies * trained),
+        "ema": trained if averaged else 0,
         "activations": profile_step_once(module, batch).saved_bytes,
     }
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it ends its step, saves, and can be gone on with."""
+"""Signals that ask a run to stop: it finishes its step and saves, and can be resumed."""
 
 import signal
 from types import FrameType
@@ -64,7 +64,7 @@ class PreemptionHandler(L.Callback):
             Stopped: on all processes at the same step.
         """
         step = trainer.global_step
-        if step == self._seen_step:  # in the midst of an accumulated one
+        if step == self._seen_step:  # between two micro-batches
             return
         self._seen_step = step
         if received := self._received_by_any(trainer, pl_module.device):

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class StepProgress(ProgressBar):
-    """A bar over ``trainer.max_steps``; Lightning's own starts anew with every epoch."""
+    """A bar over ``trainer.max_steps``; Lightning's own restarts with every epoch."""
 
     def __init__(self, *, label: str = "train") -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class StepProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the bar at the step where the run goes on."""
+        """Open the bar at the step where the run resumes."""
         self._bar = tqdm(
             total=trainer.max_steps if trainer.max_steps > 0 else None,
             initial=trainer.global_step,
@@ -56,7 +56,7 @@ class StepProgress(ProgressBar):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Close the bar, so that what is said of the failure stands on a line of its own."""
+        """Close the bar, so that the error message has a line of its own."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -27,7 +27,7 @@ class RunMetadata(L.Callback):
         return {"hours": self._hours()}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on counting."""
+        """Restore the counts."""
         self._hours_before = state_dict["hours"]
 
     def _hours(self) -> float:

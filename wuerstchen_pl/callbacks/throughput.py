@@ -55,7 +55,7 @@ class Throughput(L.Callback):
         return {"hours": self.hours, "kwh": self.kwh}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on adding up."""
+        """Restore the sums."""
         self.hours, self.kwh = state_dict["hours"], state_dict["kwh"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -103,7 +103,7 @@ class Throughput(L.Callback):
         self._validation_began = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the clock go on where it stood."""
+        """Let the clock resume where it stood."""
         took = time.perf_counter() - self._validation_began
         self._since += took
         self._batch_ended += took

@@ -54,12 +54,12 @@ def write_sharded(
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
-    except CheckpointException as error:  # which is no Exception
+    except CheckpointException as error:  # which is not an Exception
         raise OSError(_reason(error)) from error
 
 
 def _begin(folder: Path, content: dict[str, Any]) -> None:
-    """An empty folder but for what is no tensor."""
+    """An empty folder but for what is not a tensor."""
     if folder.is_dir():  # left by a run that was killed
         shutil.rmtree(folder)
     folder.unlink(missing_ok=True)

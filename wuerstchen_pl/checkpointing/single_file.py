@@ -17,7 +17,7 @@ class SingleFileCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a file, or leave that to a ``PutOff``; not durable yet, and without a hash.
+        """Write a file, or leave that to a ``DeferredSave``; not durable yet, and without a hash.
 
         Raises:
             OSError: if the disk is full or fails.

@@ -72,8 +72,8 @@ def run_build(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={cfg[key]} is out of range; use {least} or more")
     module: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     module.prepare_data()
-    told: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    settings = {key: value for key, value in told.items() if key not in RUNTIME_KEYS}
+    data_config: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    settings = {key: value for key, value in data_config.items() if key not in RUNTIME_KEYS}
     entries, left_out = build(
         module.source,
         check_output_dir(cfg.to),
@@ -95,7 +95,7 @@ def main() -> None:
     """Run the command that the first argument names."""
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         given = sys.argv[1] if len(sys.argv) > 1 else "nothing"
-        sys.exit(f"data: {given} is no command; give check or build, then key=value ...")
+        sys.exit(f"data: {given} is not a command; give check or build, then key=value ...")
     COMMANDS[sys.argv.pop(1)]()
 
 

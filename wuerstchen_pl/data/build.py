@@ -1,4 +1,4 @@
-"""Writes any source as WebDataset shards with a manifest, in parallel; goes on where it was."""
+"""Writes any source as WebDataset shards with a manifest, in parallel; resumes where it stopped."""
 
 import io
 import json
@@ -226,7 +226,7 @@ def _kind(data: bytes) -> str | None:
     """The suffix of an image that shards may hold as it is, or None.
 
     Raises:
-        OSError: it is no image.
+        OSError: it is not an image.
     """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as img:

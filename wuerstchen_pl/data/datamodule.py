@@ -29,7 +29,7 @@ RUNTIME_KEYS = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "
 class ImageTextDataModule(L.LightningDataModule):
     """Batches of a source; `data/loading/images.py` says what is in one.
 
-    The Trainer needs `use_distributed_sampler=False`: ranks are told apart here.
+    The Trainer needs `use_distributed_sampler=False`: this module splits the data between ranks.
 
     Args:
         source: the captioned images.
@@ -214,14 +214,14 @@ class ImageTextDataModule(L.LightningDataModule):
 
     @property
     def counts(self) -> dict[str, float]:
-        """What training has seen, dropped, found bad and cropped away, by name; see `Ledger`."""
+        """What training has seen, dropped, found bad and cropped away, by name; see `DataStats`."""
         return {} if self._loader is None else self._loader.counts
 
     def state_dict(self) -> dict[str, Any]:
         """Return the training loader's state.
 
         Lightning stores the loader's own state too, but does not restore that one from a checkpoint
-        which was saved at the end of an epoch: the data would begin anew.
+        which was saved at the end of an epoch: the data would start again.
         """
         return {} if self._loader is None else self._loader.state_dict()
 

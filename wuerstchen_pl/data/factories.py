@@ -26,7 +26,7 @@ def shards(
     val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of WebDataset shards; the first five as of `ShardSource`, the sixth of the module.
+    """Batches of WebDataset shards; the first five see `ShardSource`, the sixth of the module.
 
     Raises:
         ValueError: both val_urls and val_fraction say what validation uses.
@@ -43,7 +43,7 @@ def shards(
 
 
 def folder(*, root: str, **loading: Any) -> ImageTextDataModule:
-    """Batches of a folder of images; `root` as of `Folder`."""
+    """Batches of a folder of images; `root` see `Folder`."""
     return ImageTextDataModule(source=FolderSource(root=root), **loading)
 
 
@@ -59,7 +59,7 @@ def hf(
     val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of a data set of the hub; the first seven as of `HubDataset`, then of the module.
+    """Batches of a data set of the hub; the first seven see `HubDataset`, then of the module.
 
     Raises:
         ValueError: both val_split and val_fraction say what validation uses.
@@ -85,7 +85,7 @@ def openmoji(
     limit: int | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of OpenMoji's drawings; the first four as of `OpenMoji`."""
+    """Batches of OpenMoji's drawings; the first four see `OpenMoji`."""
     source = OpenMoji(root=root, image_size=image_size, groups=groups, limit=limit)
     return ImageTextDataModule(source=source, image_size=image_size, **loading)
 
@@ -96,7 +96,7 @@ def mix(
     weights: Mapping[str, float] | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of several sources; the first two as of `Mix`."""
+    """Batches of several sources; the first two see `Mix`."""
     return ImageTextDataModule(source=Mix(sources=sources, weights=weights), **loading)
 
 

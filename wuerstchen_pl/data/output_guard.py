@@ -1,7 +1,7 @@
 """A folder that a program fills over several runs, and whose it is.
 
-The settings that a result depends on stand in the folder from the beginning, so that no later run
-goes on with others.
+The settings that a result depends on are in the folder from the beginning, so that no later run
+resumes with others.
 """
 
 import json

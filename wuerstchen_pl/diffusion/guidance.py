@@ -25,10 +25,10 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if len(self.interval) != 2:
-            raise ValueError(f"guidance_interval={self.interval} is no interval; use two times")
+            raise ValueError(f"guidance_interval={self.interval} is not an interval; use two times")
         least, greatest = self.interval
         if not math.isfinite(self.scale):
-            raise ValueError(f"guidance_scale={self.scale} is no number; use 4, or 0 for none")
+            raise ValueError(f"guidance_scale={self.scale} is not a number; use 4, or 0 for none")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale} is out of range; use 0 to 1")
         if not 0 <= least < greatest <= 1:

@@ -33,7 +33,7 @@ def p2_weight(schedule: CosineSchedule, t: Tensor, form: P2Form) -> Tensor:
             return (1 - alpha_bar) / (1 + alpha_bar)
         case "none":
             return alpha_bar.new_ones(alpha_bar.shape)
-    raise ValueError(f"p2={form!r} is no form of the weight; use 'paper', 'code' or 'none'")
+    raise ValueError(f"p2={form!r} is not a form of the weight; use 'paper', 'code' or 'none'")
 
 
 def noise_error(pred: Tensor, noise: Tensor) -> Tensor:

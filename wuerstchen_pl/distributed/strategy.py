@@ -17,9 +17,9 @@ from wuerstchen_pl.distributed.fsdp2 import full_tensor, shard_like
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Each process holds its part of weights, gradients, averages and optimizer.
+    """Each process holds its part of weights, gradients, EMA and optimizer state.
 
-    Lightning's own strategy writes averages and the rest of a checkpoint from one process only, and
+    Lightning's own strategy writes EMA weights and the rest of a checkpoint from one process only, and
     into a pickle. Whatever one wrote, the other reads, with any number of processes.
 
     Args:
@@ -50,7 +50,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a folder, or gather a file; or leave the writing to a ``PutOff``.
+        """Write a folder, or gather a file; or leave the writing to a ``DeferredSave``.
 
         Raises:
             OSError: if the disk is full or fails.

@@ -50,10 +50,12 @@ def data_from_yaml(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it names what is no data module, or a cache, which holds no images.
+        ValueError: if it names what is not a data module, or a cache, which holds no images.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; name a run's config.yaml, or its data alone")
+        raise FileNotFoundError(
+            f"{path} is not a file; name a run's config.yaml, or its data alone"
+        )
     config: Any = OmegaConf.to_container(OmegaConf.load(path))
     data = load.instantiate_allowed(
         config.get("data", config) if isinstance(config, dict) else config
@@ -75,7 +77,7 @@ def run_data(model: Path) -> Any:
 
     Raises:
         FileNotFoundError: if the run's folder lacks it.
-        ValueError: as of ``configured``.
+        ValueError: see ``configured``.
     """
     folder = load.find_checkpoint(model).parent.parent
     path = folder / "config.yaml"

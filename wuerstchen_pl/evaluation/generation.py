@@ -1,4 +1,4 @@
-"""Draws prompts into a folder: what is there is not drawn again, and several processes share."""
+"""Generates the images of prompts in a folder: existing ones are kept, and processes share the work."""
 
 import json
 import time
@@ -91,8 +91,8 @@ def _draw(
                 settings=settings,
             )
             for path, image in zip(paths, images, strict=True):
-                told = {"prompt": own[path].prompt, "seed": own[path].seed}
-                write_png(path, image, {**told, **facts})
+                prompt_facts = {"prompt": own[path].prompt, "seed": own[path].seed}
+                write_png(path, image, {**prompt_facts, **facts})
                 bar.update()
 
 

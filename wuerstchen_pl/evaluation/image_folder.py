@@ -104,7 +104,7 @@ def _prompts_of(path: Path) -> list[str]:
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))["prompts"]
         if not all(isinstance(prompt, str) for prompt in prompts):
-            raise TypeError("a prompt is no text")
+            raise TypeError("a prompt is not text")
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); name the prompts with prompts=") from error
     return prompts

@@ -118,7 +118,7 @@ def cached_features(
         return features(reference, network, "reference")
     name = f"{network.name}-{network.weights_sha256[:16]}-{reference.fingerprint()[:16]}"
     path = Path(cache_dir, f"{name.replace(' ', '')}.safetensors")
-    with suppress(OSError, SafetensorError, KeyError):  # none yet, or damaged: found anew
+    with suppress(OSError, SafetensorError, KeyError):  # none yet, or damaged: computed again
         return load_file(path)["features"]
     found = features(reference, network, "reference")
     with atomic_write(path) as temporary:

@@ -19,12 +19,12 @@ def read_prompts(path: str) -> list[str]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"prompts={path} is no file; give one with a prompt a line")
+        raise FileNotFoundError(f"prompts={path} is not a file; give one with a prompt a line")
     try:
         found = READERS.get(file.suffix, _lines)(file.read_text(encoding="utf-8-sig"))
         prompts = [" ".join(prompt.split()) for prompt in found]
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts={path} is no text in UTF-8: {error}") from error
+        raise ValueError(f"prompts={path} is not text in UTF-8: {error}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"prompts={path} cannot be read as {KINDS[file.suffix]}: {error!r}"

@@ -69,13 +69,13 @@ def write_report(
 
 def score_to_json(score: Score) -> dict[str, Any]:
     """A score without its images."""
-    told: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "value": score.value,
         "low": score.low,
         "high": score.high,
         "number": score.number,
     }
-    finite = {k: v if v is None or math.isfinite(v) else None for k, v in told.items()}
+    finite = {k: v if v is None or math.isfinite(v) else None for k, v in entry.items()}
     return finite | score.facts
 
 
@@ -122,9 +122,9 @@ def html_page(
     for name, each in of_images.items() if images is not None else ():
         assert images is not None
         order = sorted(range(len(each)), key=lambda number: -each[number])
-        for told, chosen in (("best", order[:NUM_EXAMPLES]), ("worst", order[::-1][:NUM_EXAMPLES])):
+        for rank, chosen in (("best", order[:NUM_EXAMPLES]), ("worst", order[::-1][:NUM_EXAMPLES])):
             figures = "".join(_figure(images, n, each[n], folder) for n in chosen)
-            parts.append(f"<h2>{told} by {html.escape(name)}</h2><div>{figures}</div>")
+            parts.append(f"<h2>{rank} by {html.escape(name)}</h2><div>{figures}</div>")
     style = f"<meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     return f"<!doctype html>{style}{''.join(parts)}\n"
 

@@ -35,9 +35,9 @@ class EvalTarget:
     facts: dict[str, Any]
     """That name it, for the report."""
     pipeline: CascadePipeline | None = None
-    """Draws; None if there is nothing to draw."""
+    """None if no image has to be generated."""
     stages: dict[str, Any] = field(default_factory=dict)
-    """As of ``denoisers``, for their losses."""
+    """See ``denoisers``, for their losses."""
     data: Any = None
     """The data module that they were trained on."""
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -150,9 +150,9 @@ def given_images(plan: EvaluationPlan) -> ImageFolder:
         prompts = [each.prompt for each in generation_requests(plan, None)[0]]
     judged = ImageFolder(Path(plan.images), prompts=prompts)
     if len(sizes := judged.sizes()) > 1:
-        told = " and ".join(f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
+        examples = " and ".join(f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
         warnings.warn(
-            f"{judged.key}={judged.path} holds images of {len(sizes)} sizes, {told} px among "
+            f"{judged.key}={judged.path} holds images of {len(sizes)} sizes, {examples} px among "
             "them; each is resized by its shorter side, and its middle is taken",
             stacklevel=2,
         )

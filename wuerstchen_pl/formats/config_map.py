@@ -90,7 +90,7 @@ def from_diffusers(kind: str, config: Mapping[str, Any], where: str) -> Config:
             f"{where} has hidden_act={config['hidden_act']!r}; only gelu and quick_gelu can be read"
         )
     if missing := sorted(theirs for theirs in scheme.names.values() if theirs not in config):
-        raise ValueError(f"{where} lacks {', '.join(missing)}; it is no {scheme.class_name}")
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it is not a {scheme.class_name}")
     found = {ours: config[theirs] for ours, theirs in scheme.names.items()}
     if any(value is None for value in found.values()):
         null = next(theirs for ours, theirs in scheme.names.items() if found[ours] is None)
@@ -161,7 +161,7 @@ def from_shapes(part: str, shapes: Shapes) -> Config:
     try:
         return finder[part](shapes)
     except KeyError as error:
-        raise ValueError(f"these are no weights of a {part}: {error} is missing") from None
+        raise ValueError(f"these are not weights of a {part}: {error} is missing") from None
 
 
 def _prior(shapes: Shapes) -> Config:

@@ -83,8 +83,8 @@ def read(path: Path, *, variant: str | None = None) -> Model:
                 own = name if name == "prior" else f"{'prior_' if alone else prefix}{name}"
                 model.parts[own] = _read_part(folder, f"{prefix}{name}", own, variant)
         _check_schedules(folder)
-        told = {ours: index[theirs] for ours, theirs in SETTINGS.items() if theirs in index}
-        model.settings |= validate_settings(told, str(folder / INDEX))
+        settings = {ours: index[theirs] for ours, theirs in SETTINGS.items() if theirs in index}
+        model.settings |= validate_settings(settings, str(folder / INDEX))
         if (folder / "compressor").is_dir():
             model.parts["compressor"] = _read_compressor(folder / "compressor")
     return model
@@ -130,9 +130,9 @@ def _with_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def _read_compressor(folder: Path) -> Part:
-    told, weights = folder / "config.json", find_weights(folder, "model")
+    config_file, weights = folder / "config.json", find_weights(folder, "model")
     tensors = read_safetensors(weights)
-    config = validate_config(load_json(told), "compressor", len(tensors), str(told))
+    config = validate_config(load_json(config_file), "compressor", len(tensors), str(config_file))
     return Part(config, _import_tensors(tensors, config, "upstream", str(weights)))
 
 

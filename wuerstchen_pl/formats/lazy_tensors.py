@@ -73,9 +73,9 @@ def _read_shards(index: Path) -> dict[str, LazyTensor]:
     try:
         shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(str(shard).endswith(".safetensors") for shard in shard_of.values()):
-            raise ValueError("its shards are no safetensors files")
+            raise ValueError("its shards are not safetensors files")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards: {error}") from error
+        raise ValueError(f"{index} is not an index of shards: {error}") from error
     shards: dict[str, dict[str, LazyTensor]] = {}
     for name in sorted(set(shard_of.values())):
         path = index.parent / Path(name).name  # a name with folders would lead elsewhere

@@ -62,7 +62,7 @@ COUNTS = ("depth", "num_blocks", "bottleneck_blocks", "levels")
 
 
 def validate_config(config: Any, part: str, num_tensors: int, where: str) -> dict[str, Any]:
-    """A stranger's config, which may build a network of that part's kind and do nothing else.
+    """An untrusted config, which may build a network of that part's kind and do nothing else.
 
     Files that it names are forgotten: weights are at hand, a tokenizer lies beside it.
 
@@ -72,8 +72,8 @@ def validate_config(config: Any, part: str, num_tensors: int, where: str) -> dic
     if not isinstance(config, dict) or config.get("_target_") not in [
         MODELS + kind for kind in KINDS[part]
     ]:
-        told = config.get("_target_") if isinstance(config, dict) else config
-        raise ValueError(f"{where} has _target_={told!r}, which is no {part}; it is not built")
+        target = config.get("_target_") if isinstance(config, dict) else config
+        raise ValueError(f"{where} has _target_={target!r}, which is not a {part}; it is not built")
     return _trusted(config, num_tensors, where)
 
 
@@ -83,7 +83,7 @@ def _trusted(node: Any, num_tensors: int, where: str) -> Any:
     if not isinstance(node, dict):
         return node
     if not str(node.get("_target_", MODELS)).startswith(MODELS):
-        raise ValueError(f"{where} has _target_={node['_target_']!r}, which is no network")
+        raise ValueError(f"{where} has _target_={node['_target_']!r}, which is not a network")
     found = {}
     for key, value in node.items():
         if key.startswith("_") and key != "_target_":
@@ -97,7 +97,7 @@ def _trusted(node: Any, num_tensors: int, where: str) -> Any:
 
 
 def validate_settings(settings: Any, where: str) -> dict[str, float]:
-    """A stranger's settings, if they are such and can be sampled with.
+    """Untrusted settings, if they are valid for sampling.
 
     Raises:
         ValueError: for another name, no number, or one that must be above 0 and is not.
@@ -107,8 +107,8 @@ def validate_settings(settings: Any, where: str) -> dict[str, float]:
         for key, value in settings.items()
     )
     if not fit:
-        told = ", ".join(SETTINGS)
-        raise ValueError(f"{where} has settings={settings}; use numbers for {told}, above 0")
+        names = ", ".join(SETTINGS)
+        raise ValueError(f"{where} has settings={settings}; use numbers for {names}, above 0")
     return {key: float(value) for key, value in settings.items()}
 
 
@@ -146,14 +146,16 @@ def _tokenizer(part: Part) -> dict[str, str]:
 
 
 def move_scale_to_config(part: Part) -> Part:
-    """A part whose scale of latents, if it has one, stands in its config and not in a tensor."""
+    """A part whose scale of latents, if it has one, is in its config and not in a tensor."""
     if SCALE not in part.tensors:
         return part
     tensors = dict(part.tensors)
-    scale, told = tensors.pop(SCALE).load(), part.config[SCALE]
-    if told is None or scale.new_tensor(told) != scale:  # 0.3764 is not quite what float32 holds
-        told = float(scale)
-    return Part({**part.config, SCALE: told}, tensors, part.tokenizer)
+    scale, config_scale = tensors.pop(SCALE).load(), part.config[SCALE]
+    if (
+        config_scale is None or scale.new_tensor(config_scale) != scale
+    ):  # 0.3764 is not quite what float32 holds
+        config_scale = float(scale)
+    return Part({**part.config, SCALE: config_scale}, tensors, part.tokenizer)
 
 
 def check_tensors(part: Part, where: str) -> None:
@@ -169,7 +171,7 @@ def check_tensors(part: Part, where: str) -> None:
 def compare_shapes(
     wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str
 ) -> None:
-    """Refuse another set of names and shapes than wanted; as of ``check``."""
+    """Refuse another set of names and shapes than wanted; see ``check``."""
     faults = []
     if missing := sorted(wanted.keys() - found.keys()):
         faults.append(f"missing: {', '.join(missing)}")
@@ -177,7 +179,7 @@ def compare_shapes(
         faults.append(f"unexpected: {', '.join(unexpected)}")
     shapes = sorted(n for n in wanted.keys() & found.keys() if wanted[n] != found[n])
     if shapes:
-        told = (f"{name} is {found[name]} and must be {wanted[name]}" for name in shapes)
-        faults.append(f"mis-shaped: {', '.join(told)}")
+        mismatches = (f"{name} is {found[name]} and must be {wanted[name]}" for name in shapes)
+        faults.append(f"mis-shaped: {', '.join(mismatches)}")
     if faults:
         raise ValueError(f"{where} does not fit; {'; '.join(faults)}")

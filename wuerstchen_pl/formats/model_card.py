@@ -81,14 +81,14 @@ def _row(path: Path, *, with_ema: bool) -> str:
 
 
 def _source(data: dict[str, Any]) -> str:
-    """The kind of data, and what it was told but for folders of this machine."""
+    """The kind of data and its arguments, without folders of this machine."""
     if not data:
         return UNKNOWN
     kind = data["_target_"].rpartition(".")[2]
-    told = [
+    described = [
         f"{k}={data[k]}" for k in ("urls", "name", "groups", "limit") if data.get(k) is not None
     ]
-    return f"{kind} ({', '.join(told)})" if told else kind
+    return f"{kind} ({', '.join(described)})" if described else kind
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -53,8 +53,8 @@ def _read_part(folder: Path) -> Part:
     weights = find_weights(folder, "model")
     files = folder / "tokenizer"
     tensors = read_safetensors(weights)
-    told = folder / "config.json"
-    config = validate_config(load_json(told), folder.name, len(tensors), str(told))
+    config_file = folder / "config.json"
+    config = validate_config(load_json(config_file), folder.name, len(tensors), str(config_file))
     part = Part(config, tensors, files if files.is_dir() else None)
     check_tensors(part, str(weights))
     return part
@@ -106,9 +106,9 @@ def load_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object; it is no config")
+        raise ValueError(f"{path} holds no object; it is not a config")
     return content
 
 

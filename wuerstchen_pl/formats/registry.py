@@ -35,7 +35,7 @@ def detect_format(path: Path) -> FormatName:
     if upstream.matches(path):
         return "upstream"
     raise ValueError(
-        f"{path} is no model: it has neither {native.MANIFEST} nor {diffusers.INDEX}, and none of "
+        f"{path} is not a model: it has neither {native.MANIFEST} nor {diffusers.INDEX}, and none of "
         "the authors' .pt files"
     )
 
@@ -83,7 +83,7 @@ def resolve_source(source: str, variant: str | None = None) -> Path:
     """A path as it is, or the folder into which a hub repository was downloaded.
 
     Raises:
-        FileNotFoundError: if it is no path, and cannot be downloaded.
+        FileNotFoundError: if it is not a path, and cannot be downloaded.
     """
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/")):
         return Path(source)
@@ -95,7 +95,7 @@ def resolve_source(source: str, variant: str | None = None) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{source} is no path, and could not be had from the hub: {reason}"
+            f"{source} is not a path, and could not be had from the hub: {reason}"
         ) from error
 
 

@@ -58,19 +58,19 @@ def read(path: Path) -> Model:
     model = Model()
     for file in [path] if path.is_file() else _files(path):
         content = read_pickle(file)
-        parts, told = _parts_of(content, file), content.get(CONFIG, {})
-        if not isinstance(told, dict):
-            raise ValueError(f"{file} has {CONFIG}={told!r}, which are no arguments")
+        parts, configs = _parts_of(content, file), content.get(CONFIG, {})
+        if not isinstance(configs, dict):
+            raise ValueError(f"{file} has {CONFIG}={configs!r}, which are not arguments")
         for part in parts:
             entry = next(name for name in PARTS[part] if isinstance(content.get(name), dict))
             where = f"{file}, {entry}"
-            model.parts[part] = _read_part(content[entry], part, told.get(part), where)
-        model.settings |= validate_settings(told.get("settings", {}), str(file))
+            model.parts[part] = _read_part(content[entry], part, configs.get(part), where)
+        model.settings |= validate_settings(configs.get("settings", {}), str(file))
     return model
 
 
 def _parts_of(content: dict[str, Any], file: Path) -> list[str]:
-    """Which parts the entries of a file are, told by a tensor that only they have."""
+    """Which parts the entries of a file are, detected by a tensor that only they have."""
     for part, sign in (
         ("vqgan", "vquantizer.codebook.weight"),
         ("prior", "projection.weight"),
@@ -87,7 +87,7 @@ def _read_part(
     state: dict[str, Tensor], part: str, config: dict[str, Any] | None, where: str
 ) -> Part:
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ValueError(f"{where} holds more than named tensors; it is no {part}")
+        raise ValueError(f"{where} holds more than named tensors; it is not a {part}")
     tensors = {name: in_memory(tensor) for name, tensor in state.items()}
     if config is None:
         found = {name: lazy.shape for name, lazy in tensors.items()}
@@ -120,13 +120,13 @@ def write(model: Model, path: Path) -> None:
         (STAGE_C, ("prior",)),
     ):
         content: dict[str, Any] = {}
-        told: dict[str, Any] = {"settings": model.settings}
+        configs: dict[str, Any] = {"settings": model.settings}
         for part in parts:
             if part in model.parts:
-                told[part], content[PARTS[part][0]] = _outward(model.parts[part])
+                configs[part], content[PARTS[part][0]] = _outward(model.parts[part])
         if content:
             path.mkdir(parents=True, exist_ok=True)
-            torch.save({**content, CONFIG: told}, path / name)
+            torch.save({**content, CONFIG: configs}, path / name)
 
 
 def _outward(part: Part) -> tuple[dict[str, Any], dict[str, Tensor]]:

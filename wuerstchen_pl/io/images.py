@@ -53,7 +53,9 @@ def decode_image(data: bytes, cover: tuple[int, int] | None = None) -> np.ndarra
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is large but below the limit is no one's fault
+            warnings.simplefilter(
+                "ignore"
+            )  # an image that is large, but below the limit, needs no warning
             img: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             orientation = img.getexif().get(EXIF_ORIENTATION, 1)
             if cover is not None:

@@ -183,7 +183,7 @@ class DiffNeXt(nn.Module):
         nn.init.zeros_(self.head.weight)
         for level in (*self.down, *self.up):
             if level.semantic_mapper is not None:
-                # unit variance; at the published 0.02 the net hears the latents late
+                # unit variance; at the published 0.02 the network starts to use the latents late
                 channels = level.semantic_mapper.in_channels
                 nn.init.normal_(level.semantic_mapper.weight, std=channels**-0.5)
             for block in level.blocks:
@@ -218,14 +218,14 @@ class DiffNeXt(nn.Module):
     def cache_conditioning(
         self, times: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
     ) -> list[CachedConditioning]:
-        """What each block needs of (T,) times to come and the rest, as of ``inputs``."""
+        """What each block needs of (T,) times to come and the rest, see ``inputs``."""
         blocks = [block for level in (*self.down, *self.up) for block in level.blocks]
         return cache_conditioning(blocks, self.inputs(times, semantic, text, size))
 
     def heads(
         self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
     ) -> tuple[Tensor, Tensor]:
-        """The two heads a and b, (B, C, H, W) float32 each; arguments as of ``step``."""
+        """The two heads a and b, (B, C, H, W) float32 each; arguments see ``step``."""
         x = F.pixel_unshuffle(xt.to(self.stem.weight.dtype), self.patch_size)
         x = self.stem_norm(self.stem(x.contiguous(memory_format=torch.channels_last)))
 

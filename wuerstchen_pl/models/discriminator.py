@@ -1,4 +1,4 @@
-"""Stage A's critic: a PatchGAN with spectral norm.
+"""Stage A's discriminator: a PatchGAN with spectral norm.
 
 Published as ``Discriminator`` in dome272/Wuerstchen (MIT). Here ``logits`` are before the sigmoid,
 so that the loss can take the logarithm safely.

@@ -116,8 +116,8 @@ class Paella(nn.Module):
     ) -> None:
         super().__init__()
         if not len(widths) == len(num_blocks) == len(num_heads):
-            told = f"{widths=}, {num_blocks=} and {num_heads=} differ in length"
-            raise ValueError(f"{told}; give one entry of each per level")
+            lengths = f"{widths=}, {num_blocks=} and {num_heads=} differ in length"
+            raise ValueError(f"{lengths}; give one entry of each per level")
         self.codebook_size, self.patch_size = codebook_size, patch_size
         self.cond_dim, self.text_dim, self.time_dim = cond_dim, text_dim, time_dim
         self.text_mapper = nn.Linear(text_dim, cond_dim) if text_dim is not None else None

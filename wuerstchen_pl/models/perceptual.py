@@ -33,7 +33,7 @@ class RandomFeatures(nn.Module):
     """LPIPS' form on a small convolutional network with fixed random weights; no download.
 
     Random convolutions keep local structure (edges, textures) and are a usable perceptual metric
-    (Ulyanov et al. 2018, arXiv 1711.10925, discuss the prior they carry). Distances are no LPIPS.
+    (Ulyanov et al. 2018, arXiv 1711.10925, discuss the prior they carry). Distances are not LPIPS.
 
     Args:
         widths: channels per layer; every layer after the first halves the resolution.

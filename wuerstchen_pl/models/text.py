@@ -32,7 +32,7 @@ class TextEncoder(nn.Module):
             ``.bin``), of which the text tower is taken; None starts from random weights.
 
     Raises:
-        FileNotFoundError: if ``weights`` is no file.
+        FileNotFoundError: if ``weights`` is not a file.
         ValueError: for another activation.
     """
 
@@ -81,7 +81,9 @@ class TextEncoder(nn.Module):
         state = {key.removeprefix("text."): value for key, value in state.items()}
         missing = sorted(own.keys() - state.keys())
         if missing:
-            raise ValueError(f"text_encoder.weights={path} lacks {missing[0]}; it is no CLIP model")
+            raise ValueError(
+                f"text_encoder.weights={path} lacks {missing[0]}; it is not a CLIP model"
+            )
         self.tower.load_state_dict({key: state[key] for key in own})
 
     def cut_off(self, caption: str) -> str:

@@ -30,7 +30,7 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: if the folder lacks them.
-        ValueError: if they are no tokenizer's.
+        ValueError: if they are not tokenizer's.
     """
 
     def __init__(self, *, context_length: int = 77, folder: str | None = None) -> None:
@@ -70,7 +70,7 @@ class Tokenizer:
 
 
 def _clean(text: str) -> str:
-    """What CLIPTokenizer does; open_clip would also mend mojibake and HTML entities."""
+    """What CLIPTokenizer does; open_clip would also repair mojibake and HTML entities."""
     return " ".join(unicodedata.normalize("NFC", text).split()).lower()
 
 
@@ -89,7 +89,7 @@ def _read_folder(folder: Path) -> Vocabulary:
         whole = {START, END, *more, *_added(folder)}
         return vocabulary, merges, sorted(whole, key=len, reverse=True)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder} is no tokenizer: {error}") from error
+        raise ValueError(f"{folder} is not a tokenizer: {error}") from error
 
 
 def _added(folder: Path) -> list[str]:
@@ -108,7 +108,7 @@ def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         return {**content["model"]["vocab"], **added}, [(first, second) for first, second in split]
     if not (vocabulary.is_file() and merges.is_file()):
         raise FileNotFoundError(
-            f"{folder} is no tokenizer: it has neither {whole.name} nor {vocabulary.name} with "
+            f"{folder} is not a tokenizer: it has neither {whole.name} nor {vocabulary.name} with "
             f"{merges.name}"
         )
     lines = merges.read_text(encoding="utf-8").splitlines()

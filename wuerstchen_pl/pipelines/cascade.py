@@ -260,7 +260,7 @@ class CascadePipeline:
         drawn = self.padded_size(height, width)
         if drawn != (height, width):
             warnings.warn(
-                f"{height} x {width} px is no step of {self.size_multiple}: {drawn[0]} x "
+                f"{height} x {width} px is not a step of {self.size_multiple}: {drawn[0]} x "
                 f"{drawn[1]} px are drawn, and cropped",
                 stacklevel=3,
             )

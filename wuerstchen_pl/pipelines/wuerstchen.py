@@ -122,7 +122,7 @@ class WuerstchenPipeline(CascadePipeline):
     def vary(
         self, image: ImageInput | Sequence[ImageInput], strength: float = 0.6, **options: Any
     ) -> Any:
-        """Draw images again, without a prompt or guidance; arguments as of ``image_to_image``."""
+        """Draw images again, without a prompt or guidance; arguments see ``image_to_image``."""
         prompts = [""] * len(to_tensor(image))
         return self.image_to_image(
             prompts, image, strength, **{"prior_guidance_scale": 0.0, **options}
@@ -136,13 +136,13 @@ class WuerstchenPipeline(CascadePipeline):
         strength: float = 1.0,
         **options: Any,
     ) -> Any:
-        """Draw a part of an image anew.
+        """Generate a part of an image again.
 
         Args:
             prompt: what to draw.
             image: one, as for ``encode``.
             mask: of its size, white (1) where to draw; outside, the image stays to the pixel.
-            strength: as of ``image_to_image``.
+            strength: see ``image_to_image``.
             options: further arguments of the pipeline.
 
         Raises:

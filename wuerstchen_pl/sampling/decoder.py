@@ -45,7 +45,7 @@ from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, encode_pro
 
 
 class DecoderSampler(StepState):
-    """Draws images from semantic latents.
+    """Samples images from semantic latents.
 
     Args:
         decoder: Stage B's denoiser.

@@ -61,7 +61,7 @@ def to_tensor(image: ImageInput | Sequence[ImageInput]) -> Tensor:
     """PIL images or tensors -> (B, 3, H, W) float32 in [0, 1]; what is transparent is white.
 
     Raises:
-        ValueError: if they are no images, or of several sizes, or no values in [0, 1].
+        ValueError: if they are not images, or of several sizes, or no values in [0, 1].
     """
     return _batch(image, channels=3)
 
@@ -70,7 +70,7 @@ def to_mask(image: ImageInput) -> Tensor:
     """A PIL image's lightness, or a tensor -> (B, 1, H, W) float32 in [0, 1].
 
     Raises:
-        ValueError: as of ``to_tensor``.
+        ValueError: see ``to_tensor``.
     """
     return _batch(image, channels=1)
 
@@ -88,8 +88,10 @@ def _tensor(part: ImageInput, channels: int) -> Tensor:
     if isinstance(part, Image.Image):
         return TF.to_tensor(part.convert("L") if channels == 1 else _on_white(part))[None]
     if not isinstance(part, Tensor) or part.ndim not in (3, 4) or part.shape[-3] != channels:
-        told = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-        raise ValueError(f"{told} is no image; give PIL's, or tensors (B, {channels}, H, W)")
+        description = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+        raise ValueError(
+            f"{description} is not an image; give PIL's, or tensors (B, {channels}, H, W)"
+        )
     values = part.float() if part.is_floating_point() else part.float() / 255
     if not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(

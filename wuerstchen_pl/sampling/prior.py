@@ -59,7 +59,7 @@ class InitLatents(NamedTuple):
 
 
 class PriorSampler(StepState):
-    """Draws semantic latents from text.
+    """Samples semantic latents from text.
 
     Args:
         prior: the denoiser.
@@ -147,7 +147,7 @@ class PriorSampler(StepState):
             image_embeddings: (B, S, h, w) or (1, S, h, w) semantic latents to start from, noised to
                 the time ``strength``.
             strength: in [0, 1]; 0 changes nothing of ``image_embeddings``.
-            mask: (B, 1, h, w) or (1, 1, h, w), 1 where ``image_embeddings`` are to be drawn anew.
+            mask: (B, 1, h, w) or (1, 1, h, w), 1 where ``image_embeddings`` are to be drawn again.
             callback: diffusers' deprecated callback (step, time, latents).
             callback_steps: steps between two calls of ``callback``.
             progress: show a progress bar.

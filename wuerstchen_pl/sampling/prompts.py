@@ -23,7 +23,7 @@ def check_num_images(number: int) -> int:
     """The number of images of each prompt.
 
     Raises:
-        ValueError: if it is no whole number from 1 on.
+        ValueError: if it is not a whole number from 1 on.
     """
     if not isinstance(number, int) or number < 1:
         raise ValueError(f"num_images_per_prompt={number} draws nothing; use 1 or more")
@@ -34,12 +34,12 @@ def as_list(prompt: str | Sequence[str], name: str = "prompt") -> list[str]:
     """One prompt or several -> a list.
 
     Raises:
-        ValueError: if there are none, or they are no text.
+        ValueError: if there are none, or they are not text.
     """
     found = [prompt] if isinstance(prompt, str) else prompt
     is_list = isinstance(found, list | tuple) and len(found) > 0
     if not is_list or not all(isinstance(text, str) for text in found):
-        raise ValueError(f"{name}={prompt!r} is no text; give a string or a list of them")
+        raise ValueError(f"{name}={prompt!r} is not text; give a string or a list of them")
     return list(found)
 
 

@@ -1,6 +1,6 @@
 """Random numbers of a training batch: functions of (seed, step, row), and of nothing else.
 
-So a run goes on exactly from any checkpoint, with no generator's state to keep, and two processes
+So a run resumes exactly from any checkpoint, with no generator's state to keep, and two processes
 with half a batch each draw what one draws with the whole. Those of validation are functions of the
 image's key: its losses are the same in every run, batch and process.
 """

@@ -1,7 +1,7 @@
 """Exponential moving average of a module's trainable parameters.
 
-Lightning's ``WeightAveraging`` is not used: it also copies frozen networks, averages integer buffers,
-does not support sharded weights, and stores raw and EMA weights swapped when validation raises.
+Lightning's ``WeightAveraging`` is not used: it also copies frozen networks, takes the mean of integer
+buffers, does not support sharded weights, and stores raw and EMA weights swapped when validation raises.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from wuerstchen_pl.distributed.fsdp2 import index_copy, shard_like, unsharded
 class EMA:
     """shadow <- shadow + (1 - d) (parameter - shadow), every ``every_steps`` optimizer steps.
 
-    Buffers are not averaged: batch-norm statistics are averages already, and a module with EMA
+    Buffers are not averaged: batch-norm statistics are running means already, and a module with EMA
     weights keeps its current ones. The shadow of a sharded parameter is sharded alike.
 
     Args:

@@ -24,7 +24,7 @@ class TimestepBins:
     def pop(self) -> Tensor:
         """(2, BANDS) sums and numbers of losses since the last time, to be added up over processes.
 
-        They begin anew.
+        They start at 0.
         """
         sums = self.sums.clone()
         self.sums.zero_()

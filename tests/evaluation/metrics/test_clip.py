@@ -109,7 +109,7 @@ def test_weights_that_are_damaged_or_run_code_are_refused_in_a_sentence(
         clip(name="ViT-B-32", weights=str(tmp_path / "weights.pt"))
     (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="is no CLIPModel of transformers"):
+    with pytest.raises(ValueError, match="is not a CLIPModel of transformers"):
         pickscore(weights=str(tmp_path))
 
 
@@ -125,21 +125,21 @@ def test_a_folder_that_is_no_clip_is_refused(published: Path, tmp_path: Path) ->
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
         pickscore(weights=str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes((published / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="is no CLIPModel of transformers: 'text_config'"):
+    with pytest.raises(ValueError, match="is not a CLIPModel of transformers: 'text_config'"):
         pickscore(weights=str(tmp_path))
     told = json.loads((published / "config.json").read_text())
     told["text_config"]["num_hidden_layers"] = 5
     (tmp_path / "config.json").write_text(json.dumps(told))
-    with pytest.raises(ValueError, match="is no CLIPModel of transformers"):
+    with pytest.raises(ValueError, match="is not a CLIPModel of transformers"):
         pickscore(weights=str(tmp_path))
-    with pytest.raises(ValueError, match=r"lm_head\.weight is no tensor of a CLIPModel"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not a tensor of a CLIPModel"):
         from_transformers({"lm_head.weight": torch.zeros(1)})
 
 
 def test_clip_models_and_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"clip\.name=ViT-X is no model of open_clip"):
+    with pytest.raises(ValueError, match=r"clip\.name=ViT-X is not a model of open_clip"):
         clip(name="ViT-X", weights="openai")
     with pytest.raises(
-        ValueError, match=r"clip\.weights=none is no file, and no tag of ViT-B-32; use"
+        ValueError, match=r"clip\.weights=none is not a file, and no tag of ViT-B-32; use"
     ):
         clip(name="ViT-B-32", weights="none")

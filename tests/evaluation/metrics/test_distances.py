@@ -168,7 +168,7 @@ def test_inception_that_cannot_be_had_is_said_in_a_sentence(
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(FileNotFoundError, match=r"name a file of them \(weights-inception.*random"):
         Inception()
-    with pytest.raises(FileNotFoundError, match="is no file; name Inception's"):
+    with pytest.raises(FileNotFoundError, match="is not a file; name Inception's"):
         Inception(weights=str(tmp_path / "none.pth"))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="holds no Inception-v3"):

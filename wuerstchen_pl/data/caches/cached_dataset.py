@@ -57,8 +57,8 @@ class CachedSource:
             self.manifest: dict[str, Any] = json.loads((self.root / MANIFEST).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"data.root={root!r} is no finished cache, as it has no {MANIFEST}: make it with "
-                "python -m wuerstchen_pl.cache, which goes on where it was stopped."
+                f"data.root={root!r} is not a finished cache, as it has no {MANIFEST}: make it with "
+                "python -m wuerstchen_pl.cache, which resumes where it was stopped."
             ) from error
         if self.manifest["preprocessing"] != PREPROCESSING:
             raise ValueError(
@@ -158,7 +158,7 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
 
 
 class CachedDataModule(ImageTextDataModule):
-    """Batches of a cache; the rest as of `ImageTextDataModule`.
+    """Batches of a cache; the rest see `ImageTextDataModule`.
 
     Args:
         root: the cache's folder.

@@ -13,7 +13,7 @@ from wuerstchen_pl.data.ordering.stream import DataStats
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Let a worker go on when its whole process group is told to stop: the run ends its step first.
+    """Keep a worker running when its process group gets a signal: the run finishes its step first.
 
     A worker ends with the process that started it.
     """
@@ -83,7 +83,7 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def counts(self) -> dict[str, float]:
-        """What was seen, dropped, bad and cropped away until now, by name; see `Ledger`."""
+        """What was seen, dropped, bad and cropped away until now, by name; see `DataStats`."""
         return dict(self.place.counts + self.found.counts)
 
     def _take_note(self, report: BatchReport) -> None:

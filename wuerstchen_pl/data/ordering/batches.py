@@ -176,13 +176,13 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> Snapshot:
         """Read a snapshot back, whatever the number of processes is now.
 
-        Shards that were added or taken away since make the pass begin anew, with a warning.
+        If shards were added or removed since, the epoch restarts, with a warning.
         """
         positions = [Position(*position) for position in state["positions"]]
         if state["shards"] != self._shards():
             warnings.warn(
                 "the shards are others than those of the checkpoint: its pass over the data begins "
-                "anew",
+                "again",
                 stacklevel=2,
             )
             last = max((position.epoch for position in positions), default=0)
@@ -193,7 +193,7 @@ class Batches:
         if state["global_batch"] != self.global_batch:
             warnings.warn(
                 f"the checkpoint was made with {state['global_batch']} samples a step, all "
-                f"processes together, and now they are {self.global_batch}: samples go on in their "
+                f"processes together, and now they are {self.global_batch}: samples continue in their "
                 "order, batches in another",
                 stacklevel=2,
             )
@@ -214,7 +214,7 @@ class Batches:
         ]
 
     def _found_again(self, pending: list[Any]) -> dict[Size, tuple[EpochSample, ...]]:
-        """Read samples back: of our shards, in our sizes, though the checkpoint be a stranger's."""
+        """Read samples back, checked against our shards and sizes: checkpoints are untrusted."""
         found: dict[Size, list[EpochSample]] = {}
         for (height, width), rows in pending:
             for stream, number, epoch, key, captions, (wide, high), rest in rows:

@@ -29,7 +29,7 @@ class Buckets:
         seed: of the draws of "paper".
 
     Raises:
-        ValueError: a size is no multiple, or an argument does not belong to the policy.
+        ValueError: a size is not a multiple, or an argument does not belong to the policy.
     """
 
     def __init__(

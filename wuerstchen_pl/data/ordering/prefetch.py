@@ -7,9 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from wuerstchen_pl.data.sources.source import ShardIndex, Source
 
 _THREADS = 4  # shards that are opened, or downloaded, at a time
-_MAX_BROKEN = (
-    8  # broken shards, with nothing read before, after which there is no point in going on
-)
+_MAX_BROKEN = 8  # broken shards, with nothing read before, after which a run stops
 IMAGE_HASH = "image_hash"
 """The fact that `hashes` adds."""
 
@@ -80,8 +78,8 @@ class ShardPrefetcher:
         opened = self.source.open(shard)
         for sample in opened.samples if self.hashes else ():
             try:
-                digest = hashlib.blake2b(self.source.read(sample), digest_size=7).digest()
+                image_hash = hashlib.blake2b(self.source.read(sample), digest_size=7).digest()
             except OSError:  # counted when its epoch comes
                 continue
-            sample.metadata[IMAGE_HASH] = int.from_bytes(digest)
+            sample.metadata[IMAGE_HASH] = int.from_bytes(image_hash)
         return opened

@@ -96,7 +96,7 @@ class DataStats:
                 found = f"; {more_bad} unreadable images" if more_bad else ""
                 raise ValueError(
                     f"{number} of {of} {kind} are bad, more than data.max_bad_fraction="
-                    f"{self.limit} ({self.summary()}{found}): mend the data, or raise "
+                    f"{self.limit} ({self.summary()}{found}): fix the data, or raise "
                     "data.max_bad_fraction."
                 )
 
@@ -106,7 +106,7 @@ class DataStats:
 
 
 def format_counts(counts: Counter[str]) -> str:
-    """Say in words what the counts of a `Ledger` are."""
+    """Say in words what the counts of a `DataStats` are."""
     parts = [f"{counts['seen']} samples read from {counts['shards']} shards"]
     for kind in ("dropped", "bad"):
         found = [
@@ -120,7 +120,7 @@ def format_counts(counts: Counter[str]) -> str:
 
 
 class Stream:
-    """Draws the samples of a group of shards for ever.
+    """Yields the samples of a group of shards, epoch after epoch.
 
     Args:
         opener: opens the shards.
@@ -170,7 +170,7 @@ class Stream:
         return EpochSample(self._window[self._place - 1], self._start[0])
 
     def others(self, count: int) -> list[EpochSample]:
-        """Return some samples of the window other than the one drawn last, for want of a better."""
+        """Return some samples of the window other than the one yielded last, if there is no better one."""
         size = len(self._window)
         places = [(self._place + i) % size for i in range(min(count, size - 1))]
         return [EpochSample(self._window[place], self._start[0]) for place in places]
@@ -193,7 +193,7 @@ class Stream:
         self._place = position.place
         if self._place > len(self._window):
             warnings.warn(
-                "there are fewer samples than when the checkpoint was made: the order goes on with "
+                "there are fewer samples than when the checkpoint was made: the order continues with "
                 "the next window",
                 stacklevel=2,
             )
@@ -259,7 +259,7 @@ class Stream:
 
 
 class Mixture:
-    """Draws from several streams, in proportion to weights.
+    """Samples from several streams, in proportion to weights.
 
     Args:
         streams: at least one.

@@ -102,7 +102,7 @@ class DownloadCache:
 
 
 def _download(address: str, partial: Path, most: int) -> None:
-    """Fetch an address; goes on behind what an attempt before has left, if the server can."""
+    """Download a URL; resumes an earlier attempt if the server supports it."""
     done = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:

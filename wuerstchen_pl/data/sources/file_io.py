@@ -1,4 +1,4 @@
-"""Files: stretches of them, read from the last few that stay open, and files written whole."""
+"""Byte ranges of files, read from the last few that stay open, and files written whole."""
 
 import os
 from functools import lru_cache

@@ -38,7 +38,7 @@ class Row:
 class FolderSource:
     """A `Source` over a folder, and the folders in it.
 
-    The captions stand in `metadata.jsonl` or `metadata.csv`, with a column `file_name` and a column
+    The captions are in `metadata.jsonl` or `metadata.csv`, with a column `file_name` and a column
     `text` (or caption, captions, prompt; a list is captions to draw from), as the hub's folders
     have them. Without a table, `a.txt` holds the caption of `a.jpg`, or of another image type.
 
@@ -59,7 +59,7 @@ class FolderSource:
         """
         if not self.root.is_dir():
             raise FileNotFoundError(
-                f"data.root={str(self.root)!r} is no folder: give the one your images are in."
+                f"data.root={str(self.root)!r} is not a folder: give the one your images are in."
             )
         if not self._listed():
             raise FileNotFoundError(
@@ -68,7 +68,7 @@ class FolderSource:
             )
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """Name the stretches of the folder."""
+        """Name the ranges of the folder."""
         if split == "val":
             return []
         return [ShardGroup(1.0, row_ranges(len(self._listed())))]
@@ -86,7 +86,7 @@ class FolderSource:
 
     def read(self, sample: Sample) -> bytes:
         """Return the encoded image of a sample."""
-        if not is_inside(sample.key):  # a name out of a stranger's checkpoint
+        if not is_inside(sample.key):  # a name from an untrusted checkpoint
             raise PermissionError(f"{sample.key!r} is outside of {self.root}")
         return (self.root / sample.key).read_bytes()
 
@@ -128,7 +128,7 @@ def _folder(root: str) -> FolderSource:
 
 
 def row_ranges(count: int) -> list[str]:
-    """Name the stretches of a list, each by its ends: of one that has grown the last is new."""
+    """Name the ranges of a list by their ends: if the list has grown, only the last is new."""
     starts = range(0, count, _STRETCH)
     return [f"{start:09d}-{min(start + _STRETCH, count):09d}" for start in starts]
 
@@ -158,7 +158,7 @@ def _of_table(table: Path) -> Iterator[Row]:
     Raises:
         ValueError: the first row that can be read lacks a column.
     """
-    # the mark that some editors begin a file with is no part of the first column's name
+    # the mark that some editors begin a file with is not a part of the first column's name
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = _of_csv(file) if table.suffix == ".csv" else _of_lines(file)
         checked = False

@@ -59,7 +59,7 @@ class HubDataset:
                 self._table(split)
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """Name the stretches of the table."""
+        """Name the ranges of the table."""
         name = self.splits[split]
         if name is None:
             return []
@@ -104,7 +104,7 @@ class HubDataset:
         )
 
     def _bytes(self, image: Any) -> bytes | None:
-        """Return an image's bytes, which stand in the table or in a file that came with it."""
+        """Return an image's bytes, which are in the table or in a file that came with it."""
         if image is None or image["bytes"] is not None:
             return None if image is None else image["bytes"]
         try:
@@ -115,7 +115,7 @@ class HubDataset:
             return None
 
     def _folders(self) -> list[Path]:
-        """Where a table's images may be: a stranger's could name any file of this machine."""
+        """Where a table's images may be: an untrusted table could name any file of this machine."""
         import datasets
         import huggingface_hub.constants as hub
 
@@ -162,7 +162,7 @@ class HubDataset:
         ):
             if column not in table.column_names:
                 raise ValueError(
-                    f"data.{key}={column!r} is no column of {self.name!r}: choose from "
+                    f"data.{key}={column!r} is not a column of {self.name!r}: choose from "
                     f"{', '.join(table.column_names)}."
                 )
         if not isinstance(table.features[self.image_column], datasets.Image):

@@ -24,12 +24,12 @@ class Entry(TypedDict):
 def entry_of(path: Path, samples: int) -> Entry:
     """Describe a shard that was just written."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "name": path.name,
         "samples": samples,
         "bytes": path.stat().st_size,
-        "sha256": digest,
+        "sha256": sha256,
     }
 
 

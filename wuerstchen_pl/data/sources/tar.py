@@ -83,7 +83,7 @@ def _groups(path: str, descriptor: int) -> tuple[dict[str, Members], list[str], 
     except OSError:
         raise
     except Exception as error:  # whatever a damaged header makes Python stumble over
-        return groups, repeated, f"it is no whole, uncompressed tar file ({error})"
+        return groups, repeated, f"it is not a whole, uncompressed tar file ({error})"
     # tarfile takes a damaged header in mid-file for the end and loses the rest in silence; a true
     # end is a block of zeros.
     block = os.pread(descriptor, tarfile.BLOCKSIZE, end)

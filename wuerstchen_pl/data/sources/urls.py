@@ -51,11 +51,11 @@ def _without_braces(pattern: str, key: str) -> list[str]:
     if pattern.startswith("pipe:"):  # a command may have braces of its own
         return [pattern]
     if _count(pattern) > _MOST:  # braceexpand would list them all before it gives the first
-        raise ValueError(f"{key}={pattern!r} names more than {_MOST:,} shards: mend its braces.")
+        raise ValueError(f"{key}={pattern!r} names more than {_MOST:,} shards: fix its braces.")
     try:
         return list(braceexpand(pattern))
     except ValueError as error:
-        raise ValueError(f"{key}={pattern!r} has a brace without its other: mend it.") from error
+        raise ValueError(f"{key}={pattern!r} has a brace without its other: fix it.") from error
 
 
 def _count(pattern: str) -> int:
@@ -75,7 +75,7 @@ def _count(pattern: str) -> int:
 
 
 def _product(part: str) -> int:
-    """The product of the counts that stand in a part in place of braces."""
+    """The product of the counts that are in a part in place of braces."""
     return math.prod(int(count) for count in part.split("\0")[1::2])
 
 

@@ -77,7 +77,9 @@ def clip(*, name: str, weights: str) -> Clip:
         FileNotFoundError: if the weights cannot be had.
     """
     if name not in open_clip.list_models():
-        raise ValueError(f"clip.name={name} is no model of open_clip; see open_clip.list_models()")
+        raise ValueError(
+            f"clip.name={name} is not a model of open_clip; see open_clip.list_models()"
+        )
     config = dict(open_clip.get_model_config(name) or {})
     text = config.get("text_cfg", {})
     if config.get("custom_text") or {"hf_tokenizer_name", "hf_model_name"} & text.keys():
@@ -87,18 +89,18 @@ def clip(*, name: str, weights: str) -> Clip:
     local = Path(weights).is_file()
     if not local and weights not in open_clip.list_pretrained_tags_by_model(name):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise ValueError(f"clip.weights={weights} is no file, and no tag of {name}; use {known}")
+        raise ValueError(f"clip.weights={weights} is not a file, and no tag of {name}; use {known}")
     path = Path(weights) if local else _tagged(name, weights)
-    told = {} if local else open_clip.get_pretrained_cfg(name, weights)
+    pretrained = {} if local else open_clip.get_pretrained_cfg(name, weights)
     try:
         net, transform = open_clip.create_model_from_pretrained(
             name,
             pretrained=str(path),
-            force_quick_gelu=bool(told.get("quick_gelu")),  # no tensor shows it
-            image_mean=told.get("mean"),
-            image_std=told.get("std"),
-            image_interpolation=told.get("interpolation"),
-            image_resize_mode=told.get("resize_mode"),
+            force_quick_gelu=bool(pretrained.get("quick_gelu")),  # no tensor shows it
+            image_mean=pretrained.get("mean"),
+            image_std=pretrained.get("std"),
+            image_interpolation=pretrained.get("interpolation"),
+            image_resize_mode=pretrained.get("resize_mode"),
             weights_only=True,
         )
     except Exception as error:  # torch's own text advises to load it all the same
@@ -128,7 +130,7 @@ def pickscore(*, weights: str) -> PickScore:
 
     Raises:
         FileNotFoundError: if it cannot be had.
-        ValueError: if it is no CLIPModel.
+        ValueError: if it is not a CLIPModel.
     """
     folder = Path(weights)
     if not folder.is_dir():
@@ -137,7 +139,7 @@ def pickscore(*, weights: str) -> PickScore:
             folder = Path(snapshot_download(weights, allow_patterns=wanted))
         except Exception as error:  # of requests or the hub's client
             raise FileNotFoundError(
-                f"pickscore.weights={weights} is no folder, and cannot be downloaded "
+                f"pickscore.weights={weights} is not a folder, and cannot be downloaded "
                 f"({type(error).__name__}); name a folder with config.json and model.safetensors"
             ) from error
     config, path = folder / "config.json", folder / "model.safetensors"
@@ -145,14 +147,14 @@ def pickscore(*, weights: str) -> PickScore:
         if not file.is_file():
             raise FileNotFoundError(f"pickscore.weights={weights} lacks {file.name}")
     try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        net, side = _network(told)
+        clip_config = json.loads(config.read_text(encoding="utf-8"))
+        net, side = _network(clip_config)
         net.load_state_dict(from_transformers(load_file(path)))
     except (
         ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError
     ) as error:  # fmt: skip
         raise ValueError(
-            f"pickscore.weights={weights} is no CLIPModel of transformers: "
+            f"pickscore.weights={weights} is not a CLIPModel of transformers: "
             f"{str(error).splitlines()[0]}"
         ) from error
     transform = image_transform(

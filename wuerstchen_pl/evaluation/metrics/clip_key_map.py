@@ -46,7 +46,7 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name in TURNED:
             found[TURNED[name]] = tensor.T.contiguous()
         elif layer is None:
-            raise ValueError(f"{name} is no tensor of a CLIPModel")
+            raise ValueError(f"{name} is not a tensor of a CLIPModel")
         elif layer[3].startswith("self_attn.") and layer[3] != "self_attn.out_proj":
             if layer[3] == "self_attn.q_proj":
                 parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
@@ -54,7 +54,7 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif layer[3] in OF_LAYER:
             found[f"{_block(layer)}.{OF_LAYER[layer[3]]}.{layer[4]}"] = tensor
         else:
-            raise ValueError(f"{name} is no tensor of a CLIPModel")
+            raise ValueError(f"{name} is not a tensor of a CLIPModel")
     return found
 
 

@@ -1,6 +1,6 @@
 """How far two sets of images are apart, by their features; torchmetrics' own computations.
 
-It takes features where it is told that images are features already.
+Features can be passed in place of images.
 """
 
 import warnings
@@ -47,7 +47,7 @@ class FrechetDistance:
 
 
 def check_enough(name: str, width: int, *numbers: int) -> None:
-    """Refuse sets that a distance cannot be told of.
+    """Refuse sets that are too small for a distance.
 
     A covariance of fewer images than features has no full rank, and the Frechet distance then
     says little; a kernel's takes two images.
@@ -63,9 +63,9 @@ def check_enough(name: str, width: int, *numbers: int) -> None:
     needed = 2 if name == "kid" else width + 1
     if min(numbers) < needed:
         instead = "" if name == "kid" else ", or use metric=[kid]"
-        told = " and ".join(map(str, numbers))
+        counts = " and ".join(map(str, numbers))
         raise ValueError(
-            f"metric={name} needs at least {needed} images on both sides, and there are {told}; "
+            f"metric={name} needs at least {needed} images on both sides, and there are {counts}; "
             f"give more{instead}"
         )
 

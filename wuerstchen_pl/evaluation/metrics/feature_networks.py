@@ -57,7 +57,9 @@ class Inception(nn.Module):
         super().__init__()
         path = Path(weights) if weights is not None else _downloaded(port.URL_INCEPTION_V3)
         if not path.is_file():
-            raise FileNotFoundError(f"fid_features.weights={weights} is no file; name Inception's")
+            raise FileNotFoundError(
+                f"fid_features.weights={weights} is not a file; name Inception's"
+            )
         self.weights_sha256 = atomic.sha256(path)
         outputs = ["2048", "logits_unbiased"]
         with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +107,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 class RandomConvFeatures(nn.Module):
     """Convolutions with fixed random weights: nothing to download, and a poor judge of meaning.
 
-    They see colors, edges and textures. Distances by them are no FID and compare with none.
+    They see colors, edges and textures. Distances by them are not FID and compare with none.
 
     Args:
         widths: channels of each layer, each of half the resolution of the one before.
