@@ -11,7 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.conftest import small
-from wuerstchen_pl.cli import explain, help_text, one_line_errors
+from wuerstchen_pl.cli import _with_full_key, explain, help_text, one_line_errors
 
 Program = Any
 
@@ -143,3 +143,19 @@ def test_submitit_launches_a_sweep(program: Program, tmp_path: Path) -> None:
     arguments.remove("stage.optimizer.lr=1e-3")
     assert program("train", "-m", "hydra/launcher=submitit_local", *arguments) == 0
     assert all(finished(tmp_path / "default/a" / number) for number in "01")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "report", "expected"),
+    [
+        ("keep=0 is too few", "keep=0 is too few\nfull_key: callbacks.checkpoints", True),
+        ("keep=0 is too few", "no report of a node", False),
+        ("callbacks.x=0 is bad", "callbacks.x=0 is bad\nfull_key: callbacks.checkpoints", False),
+        ("no such file", "no such file\nfull_key: callbacks.checkpoints", False),
+    ],
+)
+def test_an_argument_that_a_constructor_refused_gets_its_full_key(
+    sentence: str, report: str, expected: bool
+) -> None:
+    prefix = "callbacks.checkpoints." if expected else ""
+    assert _with_full_key(sentence, report) == prefix + sentence
