@@ -101,11 +101,11 @@ def test_every_recipe_belongs_to_an_experiment_and_a_stage() -> None:
 
 REFUSED = {
     "depht": ("stage.vqgan.depht", 3, "stage.vqgan.depht is not an argument of .*VQGAN"),
-    "root": ("surplus", 1, "surplus is read by nothing; remove it"),
-    "path": ("paths.surplus", "x", "paths.surplus is read by nothing"),
+    "root": ("surplus", 1, "surplus is not used; remove it"),
+    "path": ("paths.surplus", "x", "paths.surplus is not used"),
     "target": ("stage.ema._target_", "os.nothing", "stage.ema._target_=os.nothing is nothing"),
     "module": ("stage.ema._target_", "os.path", "stage.ema._target_=os.path is nothing"),
-    "number": ("stage.ema._target_", 3, "stage.ema._target_=3 is nothing that can be called"),
+    "number": ("stage.ema._target_", 3, "stage.ema._target_=3 cannot be imported or called"),
     "trainer": (
         "trainer.max_stepss",
         3,
@@ -177,7 +177,7 @@ COMMAND_LINES = {
     "key": (["stage=a", "stage.vqgan.widht=1"], "did you mean stage.vqgan.width?"),
     "not in YAML": (["stage=a", "trainer.benchmark=true"], "add it with +trainer.benchmark=..."),
     "nothing like it": (["stage=a", "zzz=1"], "zzz is not a key; remove it"),
-    "added": (["stage=a", "+zzz=1"], "zzz is read by nothing; remove it"),
+    "added": (["stage=a", "+zzz=1"], "zzz is not used; remove it"),
     "word": (["stage=c", "stage.prior.depth=abc"], "stage.prior.depth is 'abc', and must be int"),
     "empty": (["stage=a", "trainer.max_steps="], "trainer.max_steps is '', and must be int"),
     "interpolation": (["stage=a", "image_size=${no}"], "image_size: Interpolation key 'no' not"),

@@ -111,7 +111,7 @@ def test_a_second_ctrl_c_is_not_kept_waiting(
     signalled(monkeypatch, [signal.SIGINT, signal.SIGINT], step=3)
     assert run_program("train", arguments(cascade, tmp_path)) == 130
     signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones for good
-    assert "interrupted at step 3; ckpt=auto goes on" in capsys.readouterr().err
+    assert "interrupted at step 3; ckpt=auto resumes" in capsys.readouterr().err
     assert load.parse_step(load.find_checkpoint(tmp_path / "default/c")) == 2
 
 
