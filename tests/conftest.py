@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 
-from wuerstchen_pl import cache, convert, evaluate, export, sample, train
+from wuerstchen_pl import cache, convert, evaluate, export, interpolate, sample, train
 from wuerstchen_pl.data import __main__ as data
 
 SMALL_DATA = ("data.limit=24", "data.val_fraction=0.2", "data.batch_size=4")
@@ -56,6 +56,7 @@ PROGRAMS = {
     "evaluate": evaluate,
     "convert": convert,
     "export": export,
+    "interpolate": interpolate,
 }
 
 
