@@ -134,5 +134,5 @@ def test_published_arguments_are_found_in_the_shapes(part: str, config: dict[str
 
 
 def test_shapes_of_something_else_are_refused() -> None:
-    with pytest.raises(ValueError, match="no weights of a prior"):
+    with pytest.raises(ValueError, match="not weights of a prior"):
         config_map.from_shapes("prior", {"conv.weight": (1, 2)})
