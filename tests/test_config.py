@@ -103,8 +103,16 @@ REFUSED = {
     "depht": ("stage.vqgan.depht", 3, "stage.vqgan.depht is not an argument of .*VQGAN"),
     "root": ("surplus", 1, "surplus is not used; remove it"),
     "path": ("paths.surplus", "x", "paths.surplus is not used"),
-    "target": ("stage.ema._target_", "os.nothing", "stage.ema._target_=os.nothing cannot be imported or called"),
-    "module": ("stage.ema._target_", "os.path", "stage.ema._target_=os.path cannot be imported or called"),
+    "target": (
+        "stage.ema._target_",
+        "os.nothing",
+        "stage.ema._target_=os.nothing cannot be imported or called",
+    ),
+    "module": (
+        "stage.ema._target_",
+        "os.path",
+        "stage.ema._target_=os.path cannot be imported or called",
+    ),
     "number": ("stage.ema._target_", 3, "stage.ema._target_=3 cannot be imported or called"),
     "trainer": (
         "trainer.max_stepss",
