@@ -29,9 +29,9 @@ from wuerstchen_pl.checkpointing import load
 SMALL = (
     "stage=a", "stage.vqgan.width=16", "stage.vqgan.bottleneck_blocks=1",
     "stage.vqgan.codebook_size=16", "stage.discriminator.width=16", "stage.perceptual.widths=[4,8]",
-    "stage.codebook_restart_every_steps=10", "data.limit=48", "data.val_fraction=0.2", "data.batch_size=4",
-    "logger=csv", "callbacks.sample_grids=null", "trainer.accelerator=cpu", "checkpoint_every_steps=1",
-    "validate_every_steps=50", "ckpt=auto",
+    "stage.codebook_restart_every_steps=10", "data.limit=48", "data.val_fraction=0.2",
+    "data.batch_size=4", "logger=csv", "callbacks.sample_grids=null", "trainer.accelerator=cpu",
+    "checkpoint_every_steps=1", "validate_every_steps=50", "ckpt=auto",
 )  # fmt: skip
 COMPARED = ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step")
 

@@ -33,7 +33,7 @@ BANNED = {
     r"\bbetray": "is detected",
     r"for want of": "without",
     r"no one's fault|cannot lie|hears the latents|however many lives": "a plain statement",
-    r"read by nothing|stands in no|nothing that can be called": "unused, not in, cannot be imported",
+    r"read by nothing|stands in no|nothing that can be called": "not used, not in",
     r"(?<!there )(?<!There )\b(is|are|was|were) no (?!longer\b|more\b|less\b|fewer\b)": "is not a",
     # one word for one thing
     r"\bpictures?\b": "image",
@@ -43,8 +43,10 @@ BANNED = {
     r"\bdigests?\b(?!\()(?!_size)": "sha256, hash, cached conditioning",
     r"\bledgers?\b": "stats",
     # British spelling
-    r"\b\w*(optimis|quantis|normalis|initialis|minimis|maximis|rasteris|generalis|synchronis)\w*": "z",
-    r"\b\w*(colour|behaviour|favour|neighbour|licence|centre|labelled|cancelled|modelling)\w*": "US",
+    r"\b\w*(optimis|quantis|normalis|initialis|minimis|maximis)\w*": "z",
+    r"\b\w*(rasteris|generalis|synchronis)\w*": "z",
+    r"\b\w*(colour|behaviour|favour|neighbour)\w*": "or",
+    r"\b\w*(licence|centre|labelled|cancelled|modelling)\w*": "US",
     r"\blearnt\b|\bgrey\b": "learned, gray",
     # names that were replaced
     r"\b(put_off|PutOff|hand_over|in_parts|one_file|OneFile|BUILDABLE|refuse_foreign)\b": "renamed",

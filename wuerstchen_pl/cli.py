@@ -203,7 +203,8 @@ def _composition(error: BaseException) -> str | None:
         return f"{group}={name} is unknown; choose from {known}"
     if isinstance(error, ConfigCompositionException) and str(error).startswith("You must specify"):
         group = str(error).split("'")[1]
-        return f"{group} is missing; choose {' or '.join(f'{group}={c}' for c in group_choices(group))}"
+        choices = " or ".join(f"{group}={choice}" for choice in group_choices(group))
+        return f"{group} is missing; choose {choices}"
     if str(error).startswith("Error resolving interpolation"):
         name = str(error).split("'")[1]
         return f"{name} names a config: what it is made of cannot be swept; run once for each value"

@@ -47,7 +47,8 @@ def run(cfg: DictConfig) -> None:
     settings: SamplingConfig = hydra.utils.instantiate(cfg.sample, _convert_="all")
     if not 1 <= cfg.num_images_per_prompt <= MAX_IMAGES:
         raise ValueError(
-            f"num_images_per_prompt={cfg.num_images_per_prompt} is out of range; use 1 to {MAX_IMAGES}"
+            f"num_images_per_prompt={cfg.num_images_per_prompt} is out of range; "
+            f"use 1 to {MAX_IMAGES}"
         )
     if not 0 <= cfg.seed < 2**63 - MAX_IMAGES:
         raise ValueError(f"seed={cfg.seed} is out of range; use 0 to {2**63 - MAX_IMAGES - 1}")

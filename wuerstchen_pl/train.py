@@ -158,8 +158,8 @@ def check_ranges(cfg: DictConfig) -> None:
     sharded = strategy == f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__qualname__}"
     if sharded and cfg.stage.optimizer._target_.startswith("bitsandbytes"):
         raise ValueError(
-            "optimizer@stage.optimizer=adamw_8bit does not support sharded weights; use trainer=ddp, or "
-            "optimizer@stage.optimizer=adamw, whose state is sharded too"
+            "optimizer@stage.optimizer=adamw_8bit does not support sharded weights; use "
+            "trainer=ddp, or optimizer@stage.optimizer=adamw, whose state is sharded too"
         )
     for key in ("validate_every_steps", "checkpoint_every_steps"):
         if cfg[key] < 1:
@@ -239,8 +239,8 @@ def check_cache(stage: "Stage", data: L.LightningDataModule) -> None:
         if current.get(name) != value:
             raise ValueError(
                 f"data.root is a cache made with {name} {value[:12]}, and this run has "
-                f"{current.get(name, 'none')[:12]}; make it again with python -m wuerstchen_pl.cache, "
-                f"or name the {name} that it was made with"
+                f"{current.get(name, 'none')[:12]}; make it again with python -m "
+                f"wuerstchen_pl.cache, or name the {name} that it was made with"
             )
 
 

@@ -113,8 +113,9 @@ def test_the_logged_loss_is_the_mean_over_micro_batches(name: str, batch: Batch)
 
     stage.log_means = collecting  # type: ignore[method-assign]
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=1, accumulate_grad_batches=4, log_every_n_steps=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", max_steps=1, accumulate_grad_batches=4, log_every_n_steps=1,
+        logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     batches: list[Batch] = [{**batch, "image": batch["image"] * k / 4} for k in (1, 2, 3, 4)]
     trainer.fit(stage, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]

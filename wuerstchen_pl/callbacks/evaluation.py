@@ -62,13 +62,13 @@ class EvaluationCallback(L.Callback):
         self._seen_step = trainer.global_step
         if not isinstance(pl_module, StageC):
             raise ValueError(
-                "callbacks=with_evaluation draws images, which takes Stage C; use callbacks=default "
-                "for stage=a and stage=b"
+                "callbacks=with_evaluation draws images, which takes Stage C; use "
+                "callbacks=default for stage=a and stage=b"
             )
         if hasattr(trainer.datamodule, "made_with") and self.plan.of_data:  # type: ignore[attr-defined]
             raise ValueError(
-                "callbacks=with_evaluation compares with training images, which data=cached has none "
-                "of; name a folder with callbacks.evaluation.plan.reference and a file with "
+                "callbacks=with_evaluation compares with training images, which data=cached has "
+                "none of; name a folder with callbacks.evaluation.plan.reference and a file with "
                 "callbacks.evaluation.plan.prompts"
             )
         subject = EvalTarget(facts={}, data=trainer.datamodule)  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ class EvaluationCallback(L.Callback):
                 logger.log_metrics(found, step - 1)
 
     def _evaluated(self, trainer: L.Trainer, stage: Any) -> dict[str, Score] | None:
-        """The scores; None, with a warning, if the evaluation fails: that does not end a training."""
+        """The scores; None, with a warning, if the evaluation fails: the training continues."""
         folder = self.folder / f"step{trainer.global_step:07d}"
         if trainer.is_global_zero:  # of a run before, of other weights
             shutil.rmtree(folder, ignore_errors=True)

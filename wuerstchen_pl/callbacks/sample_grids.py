@@ -64,7 +64,7 @@ class SampleGrids(L.Callback):
             self._rows = first_rows(batch, self.num_images)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Render the grid once the raw weights are back; all processes, as weights may be sharded."""
+        """Render the grid with the raw weights; on all processes: weights may be sharded."""
         rows, self._rows = self._rows, None
         if rows is None:
             return

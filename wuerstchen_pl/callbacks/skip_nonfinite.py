@@ -83,8 +83,8 @@ class SkipNonFiniteGrads(L.Callback):
         if self._in_a_row >= self.max_in_a_row:
             raise ValueError(
                 f"{self._in_a_row} steps in a row had non-finite gradients, up to step "
-                f"{trainer.global_step}; {_last_checkpoint(trainer)}. Lower stage.optimizer.lr, set "
-                "trainer.gradient_clip_val=1.0, or train with trainer.precision=32-true"
+                f"{trainer.global_step}; {_last_checkpoint(trainer)}. Lower stage.optimizer.lr, "
+                "set trainer.gradient_clip_val=1.0, or train with trainer.precision=32-true"
             )
 
 

@@ -110,7 +110,7 @@ class _OperationCounter(TorchDispatchMode):
 
 @contextmanager
 def _without_side_effects(module: L.LightningModule) -> Iterator[None]:
-    """Restore buffers, random state and accumulated losses after the block, and log nothing in it."""
+    """Restore buffers, random state and accumulated losses after the block; log nothing in it."""
     before = {name: b.detach().clone() for name, b in module.named_buffers()}
     log_methods = ("log", "log_dict")
     overridden = {name: vars(module).pop(name) for name in log_methods if name in vars(module)}

@@ -1,7 +1,7 @@
 """Checkpoints of runs: find one, verify it, and build the stage in it.
 
-A checkpoint may come from an untrusted source. It is read with ``weights_only=True``, and the classes
-that its config names are built only if they are in ``ALLOWED_TARGETS``.
+A checkpoint may come from an untrusted source. It is read with ``weights_only=True``, and the
+classes that its config names are built only if they are in ``ALLOWED_TARGETS``.
 """
 
 import logging
@@ -176,7 +176,8 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
     trained = trained_stage(content)
     if trained != stage:
         raise ValueError(
-            f"{path} contains stage={trained}, but stage={stage} is needed; name one of stage={stage}"
+            f"{path} contains stage={trained}, but stage={stage} is needed; "
+            f"name one of stage={stage}"
         )
     return build_stage(path, content, ema=ema)
 

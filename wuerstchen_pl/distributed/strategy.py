@@ -19,12 +19,12 @@ from wuerstchen_pl.distributed.fsdp2 import full_tensor, shard_like
 class FSDP2Strategy(ModelParallelStrategy):
     """Each process holds its part of weights, gradients, EMA and optimizer state.
 
-    Lightning's own strategy writes EMA weights and the rest of a checkpoint from one process only, and
-    into a pickle. Whatever one wrote, the other reads, with any number of processes.
+    Lightning's own strategy writes EMA weights and the rest of a checkpoint from one process only,
+    and into a pickle. Whatever one wrote, the other reads, with any number of processes.
 
     Args:
-        sharded_checkpoint: write checkpoints as folders to which each process adds what it holds; False
-            gathers them into one file.
+        sharded_checkpoint: write checkpoints as folders to which each process adds what it holds;
+            False gathers them into one file.
     """
 
     def __init__(self, *, sharded_checkpoint: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Generates the images of prompts in a folder: existing ones are kept, and processes share the work."""
+"""Generates the images of prompts in a folder; existing ones are kept, processes share the work."""
 
 import json
 import time

@@ -35,8 +35,8 @@ def detect_format(path: Path) -> FormatName:
     if upstream.matches(path):
         return "upstream"
     raise ValueError(
-        f"{path} is not a model: it has neither {native.MANIFEST} nor {diffusers.INDEX}, and none of "
-        "the authors' .pt files"
+        f"{path} is not a model: it has neither {native.MANIFEST} nor {diffusers.INDEX}, and none "
+        "of the authors' .pt files"
     )
 
 

@@ -1,7 +1,7 @@
 """Files and folders that survive a kill or a power cut whole, and whose damage is detected.
 
-``atomic_write`` is for any file. ``commit`` is for checkpoints: it also forces the data to the disk and
-writes a sidecar with the sha256 of each file, in the format of ``sha256sum --check``.
+``atomic_write`` is for any file. ``commit`` is for checkpoints: it also forces the data to the disk
+and writes a sidecar with the sha256 of each file, in the format of ``sha256sum --check``.
 """
 
 import hashlib
@@ -71,8 +71,8 @@ def commit(temporary: Path, path: Path) -> None:
     """Rename a file or folder to ``path``, durably, and write its sidecar.
 
     Where ``path`` is a file already, the sidecar lists the old hash and the new one while the file
-    is replaced: whenever the process is killed, what is there is intact. A folder cannot be replaced
-    at once: the old one is removed first.
+    is replaced: whenever the process is killed, what is there is intact. A folder cannot be
+    replaced at once: the old one is removed first.
 
     Raises:
         OSError: if the disk is full or fails; ``path`` is then as it was, or its replacement.

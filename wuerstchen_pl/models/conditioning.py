@@ -1,8 +1,8 @@
 """What a denoiser's blocks read besides the latents, and what they need of it.
 
-What does not depend on the latents is digested apart: ``Block.conditioning`` makes of a block's inputs
-what its forward pass needs of them. Training leaves that to the forward pass, block by block;
-sampling does it once for all steps.
+What does not depend on the latents is digested apart: ``Block.conditioning`` makes of a block's
+inputs what its forward pass needs of them. Training leaves that to the forward pass, block by
+block; sampling does it once for all steps.
 
 Letters: B batch, T steps to come, C channels of a block, L tokens, D width of the text, E channels
 of the semantic latents.

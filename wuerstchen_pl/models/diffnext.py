@@ -249,7 +249,7 @@ class DiffNeXt(nn.Module):
     def predict_noise(
         self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, H, W) noised latents, and each block's inputs or conditioning -> the noise, float32.
+        """(B, C, H, W) noised latents, each block's inputs or conditioning -> the noise, float32.
 
         Conditions of k B rows give k predictions of each, (k B, C, H, W).
         """

@@ -113,7 +113,7 @@ class ResBlock(nn.Module):
     def forward(
         self, x: Tensor, skip: Tensor | None = None, semantic_proj: Tensor | None = None
     ) -> Tensor:
-        """(B, C, H, W), (B, skip_channels, H, W) and ``semantic_proj`` of the latents -> (B, C, H, W)."""
+        """(B, C, H, W), (B, skip_channels, H, W), projected latents -> (B, C, H, W)."""
         h = self.norm(self.depthwise(x))
         if skip is not None:
             h = torch.cat([h, tile_batch(skip.to(h.dtype), h)], dim=1)

@@ -82,7 +82,7 @@ class Prior(nn.Module):
     def predict_noise(
         self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, h, w) noised latents, and each block's inputs or conditioning -> the noise, float32.
+        """(B, C, h, w) noised latents, each block's inputs or conditioning -> the noise, float32.
 
         Conditions of k B rows give k predictions of each, (k B, C, h, w).
         """

@@ -77,7 +77,7 @@ class UNet(nn.Module):
     def predict_noise(
         self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, h, w) noised latents, and each block's inputs or conditioning -> the noise, float32."""
+        """(B, C, h, w) noised latents, each block's inputs or conditioning -> noise, float32."""
         return self.net.predict_noise(xt, given)
 
     def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:

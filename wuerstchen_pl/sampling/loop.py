@@ -1,4 +1,4 @@
-"""The denoising loop of Stages B and C: cached conditioning, guidance, callbacks, a progress bar."""
+"""The denoising loop of Stages B and C: cached conditioning, guidance, callbacks, progress bar."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +58,8 @@ class StepState:
     """What a callback may read and change while a sampler runs, named as in diffusers.
 
     Set ``_guidance_scale`` to change the guidance from the next step on (1 or less turns it off;
-    it cannot be turned on in a run that started without), and ``_interrupt`` to stop after this step.
+    it cannot be turned on in a run that started without), and ``_interrupt`` to stop after this
+    step.
     """
 
     _guidance_scale: float = 0.0

@@ -180,10 +180,16 @@ class PriorSampler(StepState):
         shape = (rows, self.prior.latent_channels, *self.latent_size(height, width))
         params = replace(params, generator=resolve_generator(seed, generator, rows))
         noise = initial_noise(shape, latents, params.generator, text.device)
-        init = None if image_embeddings is None else InitLatents(
-            self.scaling.normalize(expand_rows(image_embeddings.to(noise), shape, "image_embeddings")),
-            None if mask is None else expand_rows(mask.to(noise), (rows, 1, *shape[2:]), "mask"),
-        )  # fmt: skip
+        init = None
+        if image_embeddings is not None:
+            init = InitLatents(
+                self.scaling.normalize(
+                    expand_rows(image_embeddings.to(noise), shape, "image_embeddings")
+                ),
+                None
+                if mask is None
+                else expand_rows(mask.to(noise), (rows, 1, *shape[2:]), "mask"),
+            )
         latents = self._denoise(noise, text, init, params)
         semantic = self.scaling.denormalize(latents)
         output = semantic.cpu().numpy() if output_type == "np" else semantic

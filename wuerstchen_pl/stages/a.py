@@ -195,7 +195,7 @@ class StageA(Stage):
         self.ema.overwrite_rows("vqgan.quantizer.codebook.weight", dead, rows)
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
-        """(N, C) per process -> the rows of all, as many of each as the process with the fewest has."""
+        """(N, C) per process -> the rows of all, equally many of each, the fewest that one has."""
         num_rows = torch.tensor(len(rows), device=rows.device)
         fewest = int(self.trainer.strategy.reduce(num_rows, reduce_op="min"))
         return cast(Tensor, self.all_gather(rows[:fewest])).view(-1, rows.shape[1])

@@ -252,7 +252,7 @@ class StageB(Stage):
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
-        """Original, noised, x0 in one step (EMA), sample with raw weights, sample with EMA weights."""
+        """Original, noised, x0 in one step (EMA), samples with raw and with EMA weights."""
         images, captions = batch["image"], batch["caption"]
         rows, size = len(images), (images.shape[-2], images.shape[-1])
         x0 = self.stage_a.encode(images)

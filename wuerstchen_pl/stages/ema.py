@@ -1,7 +1,8 @@
 """Exponential moving average of a module's trainable parameters.
 
-Lightning's ``WeightAveraging`` is not used: it also copies frozen networks, takes the mean of integer
-buffers, does not support sharded weights, and stores raw and EMA weights swapped when validation raises.
+Lightning's ``WeightAveraging`` is not used: it also copies frozen networks, takes the mean of
+integer buffers, does not support sharded weights, and stores raw and EMA weights swapped when
+validation raises.
 """
 
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ class EMA:
         decay: d, in [0, 1); 0.9999 is usual, the published code has 0.9 every 100 steps.
         every_steps: optimizer steps between two updates.
         start_step: optimizer steps before the first update, which copies the parameters.
-        warmup: use d = min(decay, (1 + n) / (10 + n)) at update n, so that runs of any length forget
-            the random initialization; False uses d = decay from the second update on.
+        warmup: use d = min(decay, (1 + n) / (10 + n)) at update n, so that runs of any length
+            forget the random initialization; False uses d = decay from the second update on.
         device: "cpu" keeps the shadow in host memory: 4 bytes per parameter less on the device, and
             as many to copy at every update.
 
@@ -54,7 +55,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Count one optimizer step of ``module``, and average its parameters if an update is due."""
+        """Count one optimizer step of ``module``; average its parameters if an update is due."""
         self.num_steps += 1
         if self.num_steps <= self.start_step or self.num_steps % self.every_steps:
             return

@@ -11,7 +11,7 @@ FrozenPrecision = Literal["float32", "bfloat16"]
 
 
 class FrozenModules(dict[str, nn.Module | None]):
-    """Networks by name, in eval mode and without gradients; None for an optional one that is absent.
+    """Networks by name, in eval mode, without gradients; None for an optional one that is absent.
 
     A plain dict, so that ``nn.Module`` does not register what is in it: a frozen network appears in
     no checkpoint, optimizer or EMA.

@@ -1,7 +1,7 @@
 """The paper's baseline: a latent diffusion model in Stage A's latents (section 4).
 
-The same objective, text conditioning, EMA and sampling as Stage C, in latents as large as those that
-Stage B decodes to. What differs is the compression.
+The same objective, text conditioning, EMA and sampling as Stage C, in latents as large as those
+that Stage B decodes to. What differs is the compression.
 """
 
 from collections.abc import Callable, Sequence

@@ -107,8 +107,8 @@ def check_weight_files(frozen: Mapping[str, nn.Module], recorded: Mapping[str, S
         expected = recorded.get(name, source)["sha256"]
         if source["sha256"] != expected:
             raise ValueError(
-                f"stage.{name}.weights={source['path']} has sha256 {source['sha256'][:12]}, but the "
-                f"checkpoint was trained with {expected[:12]}; restore that file"
+                f"stage.{name}.weights={source['path']} has sha256 {source['sha256'][:12]}, but "
+                f"the checkpoint was trained with {expected[:12]}; restore that file"
             )
 
 

@@ -131,7 +131,7 @@ class Stage(L.LightningModule):
         }
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then update the EMA: not in a batch hook, so that no checkpoint comes in between."""
+        """Step, then update the EMA: in no batch hook, so that no checkpoint comes in between."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self)
         self.after_step(self.global_step + 1)

@@ -1,4 +1,4 @@
-"""Noise prediction in a frozen autoencoder's latents, conditioned on text: Stage C and the baseline."""
+"""Text-conditional noise prediction in a frozen autoencoder's latents: Stage C and the baseline."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence

@@ -57,8 +57,8 @@ class CachedSource:
             self.manifest: dict[str, Any] = json.loads((self.root / MANIFEST).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"data.root={root!r} is not a finished cache, as it has no {MANIFEST}: make it with "
-                "python -m wuerstchen_pl.cache, which resumes where it was stopped."
+                f"data.root={root!r} is not a finished cache, as it has no {MANIFEST}: make it "
+                "with python -m wuerstchen_pl.cache, which resumes where it was stopped."
             ) from error
         if self.manifest["preprocessing"] != PREPROCESSING:
             raise ValueError(

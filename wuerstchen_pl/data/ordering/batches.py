@@ -193,8 +193,8 @@ class Batches:
         if state["global_batch"] != self.global_batch:
             warnings.warn(
                 f"the checkpoint was made with {state['global_batch']} samples a step, all "
-                f"processes together, and now they are {self.global_batch}: samples continue in their "
-                "order, batches in another",
+                f"processes together, and now they are {self.global_batch}: samples continue in "
+                "their order, batches in another",
                 stacklevel=2,
             )
         return Snapshot(

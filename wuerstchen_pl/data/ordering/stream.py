@@ -170,7 +170,7 @@ class Stream:
         return EpochSample(self._window[self._place - 1], self._start[0])
 
     def others(self, count: int) -> list[EpochSample]:
-        """Return some samples of the window other than the one yielded last, if there is no better one."""
+        """Return samples of the window other than the one yielded last."""
         size = len(self._window)
         places = [(self._place + i) % size for i in range(min(count, size - 1))]
         return [EpochSample(self._window[place], self._start[0]) for place in places]
@@ -193,8 +193,8 @@ class Stream:
         self._place = position.place
         if self._place > len(self._window):
             warnings.warn(
-                "there are fewer samples than when the checkpoint was made: the order continues with "
-                "the next window",
+                "there are fewer samples than when the checkpoint was made: the order continues "
+                "with the next window",
                 stacklevel=2,
             )
 

@@ -90,7 +90,8 @@ def _downloaded(url: str) -> Path:
     except (URLError, OSError) as error:
         raise FileNotFoundError(
             f"Inception's weights cannot be downloaded ({error}); name a file of them "
-            f"({url.rpartition('/')[2]}) with fid_features.weights=, or measure with fid_features=random"
+            f"({url.rpartition('/')[2]}) with fid_features.weights=, or measure with "
+            "fid_features=random"
         ) from error
     return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
 
