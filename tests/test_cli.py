@@ -1,6 +1,7 @@
 """How the programs fail, help and sweep."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.conftest import small
-from wuerstchen_pl.cli import _with_full_key, explain, help_text, one_line_errors
+from wuerstchen_pl.cli import _with_full_key, explain, help_text, one_line_errors, one_line_logs
 
 Program = Any
 
@@ -159,3 +160,15 @@ def test_an_argument_that_a_constructor_refused_gets_its_full_key(
 ) -> None:
     prefix = "callbacks.checkpoints." if expected else ""
     assert _with_full_key(sentence, report) == prefix + sentence
+
+
+def test_log_records_of_the_package_are_shown_while_a_program_runs(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    logger = logging.getLogger("wuerstchen_pl.anything")
+    logger.info("before")
+    with one_line_logs():
+        logger.info("%d samples", 3)
+        logging.getLogger("another.library").info("chatter")
+    logger.info("after")
+    assert capsys.readouterr().err == "3 samples\n"

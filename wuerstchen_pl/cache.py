@@ -6,6 +6,7 @@ was stopped. With several processes, ``torchrun --nproc-per-node=8 -m wuerstchen
 each does a part.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from wuerstchen_pl.data.caches.cached_dataset import MANIFEST, PREPROCESSING
 from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
 from wuerstchen_pl.data.output_guard import claim_output
 from wuerstchen_pl.models.fingerprint import encoder_fingerprints
+
+logger = logging.getLogger(__name__)
 
 KNOWN_KEYS: Mapping[str, Any] = {
     **TRAIN_KEYS,
@@ -118,13 +121,14 @@ def run(cfg: DictConfig) -> None:
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )
-    print(data.splits.stats.summary())
+    logger.info("%s", data.splits.stats.summary())
     if missing:
-        print(
-            f"{len(missing)} shards are missing, such as {missing[0]}: they cannot be read, or "
-            "other processes are still at them; run the same again to resume, with one process to "
-            "finish without them"
-        )
+        logger.warning(
+            "%d shards are missing, such as %s: they cannot be read, or other processes are still "
+            "working on them; run the same command again to resume, with one process to finish "
+            "without them",
+            len(missing), missing[0],
+        )  # fmt: skip
     if (folder / MANIFEST).is_file():
         print(f"train with data=cached data.root={cfg.out}")
 

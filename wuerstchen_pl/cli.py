@@ -7,6 +7,7 @@ traceback instead.
 import difflib
 import functools
 import inspect
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wuerstchen_pl.config import accepts_argument
 
@@ -51,7 +53,7 @@ def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Call
     @functools.wraps(run)
     def guarded(cfg: DictConfig) -> float | None:
         # Hydra would announce an exception of its task in a line of its own, but lets an exit pass.
-        with _environment(None), one_line_errors(), one_line_warnings():
+        with _environment(None), one_line_errors(), one_line_warnings(), one_line_logs():
             return run(cfg)
 
     composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)
@@ -60,7 +62,8 @@ def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Call
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(config_name, inspect.getdoc(inspect.getmodule(run)) or ""))
         elif os.environ.get(_TRACEBACKS) == "1":
-            composed(run)()
+            with one_line_logs():
+                composed(run)()
         else:  # Hydra then hands errors of composition on, and does not print them
             with _environment("1"), one_line_errors():
                 composed(guarded)()
@@ -157,6 +160,21 @@ def one_line_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+@contextmanager
+def one_line_logs() -> Iterator[None]:
+    """Write the package's log records, from INFO on, to stderr; above a progress bar."""
+    logger, handler = logging.getLogger(_PACKAGE.name), logging.StreamHandler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def explain(error: BaseException) -> str:

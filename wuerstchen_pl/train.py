@@ -43,7 +43,7 @@ def run(cfg: DictConfig) -> float:
     output_dir = check_output_dir(cfg.paths.output_dir)
     resume = find_resume(cfg.ckpt, output_dir)
     if resume is not None and load.parse_step(resume) >= cfg.trainer.max_steps >= 0:
-        print(f"{output_dir} is finished, at step {load.parse_step(resume)}")
+        logger.info("%s is finished, at step %d", output_dir, load.parse_step(resume))
         return float("nan")
     _quieten()
     L.seed_everything(cfg.seed, workers=True, verbose=False)

@@ -287,7 +287,7 @@ def test_what_cannot_fit_is_refused_before_its_first_step(
     monkeypatch.setattr(memory_estimate, "device_memory", lambda *_: 1000)
     assert run_program("train", [*arguments(cascade, tmp_path), *told]) == code
     said = capsys.readouterr()
-    assert "memory, GB of 0.0: weights" in said.out
+    assert "memory, GB of 0.0: weights" in said.err
     assert ("or check_memory=false to try it" in said.err) == bool(code)
 
 

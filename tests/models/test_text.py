@@ -17,7 +17,7 @@ def encoder() -> TextEncoder:
 
 
 def test_captions_are_padded_with_the_end_token(encoder: TextEncoder) -> None:
-    ids = encoder.tokenizer(CAPTIONS)
+    ids, _ = encoder.tokenizer(CAPTIONS)
     for row, caption in zip(ids, CAPTIONS, strict=True):
         used = len(encoder.tokenizer.encode(caption)) + 2
         assert int(row[0]) == END_OF_TEXT - 1
@@ -29,7 +29,7 @@ def test_captions_are_padded_with_the_end_token(encoder: TextEncoder) -> None:
 
 @torch.no_grad()
 def test_states_of_words_equal_open_clips(encoder: TextEncoder) -> None:
-    ids = encoder.tokenizer(CAPTIONS)
+    ids, _ = encoder.tokenizer(CAPTIONS)
     tower = _build_text_tower(32, CLIPTextCfg(width=32, heads=4, layers=2))
     tower.load_state_dict({**encoder.tower.state_dict(), "text_projection": torch.zeros(32, 32)})
     tower.output_tokens = True
@@ -42,13 +42,13 @@ def test_states_of_words_equal_open_clips(encoder: TextEncoder) -> None:
 
 @torch.no_grad()
 def test_padding_is_masked_as_a_key(encoder: TextEncoder) -> None:
-    ids = encoder.tokenizer(["a red heart"])
-    before = encoder.encode(ids)
+    ids, mask = encoder.tokenizer(["a red heart"])
+    before = encoder.encode(ids, mask)
     # With padding masked, a padded position sees the caption alone: positions behind it that are
     # given another position embedding do not change it.
     with torch.no_grad():
         encoder.tower.positional_embedding[20, ::2] += 10
-    after = encoder.encode(ids)
+    after = encoder.encode(ids, mask)
     encoder.tower.positional_embedding.data[20, ::2] -= 10
     torch.testing.assert_close(before[0, 21:], after[0, 21:])
     assert (before[0, 20] - after[0, 20]).abs().max() > 0.1
@@ -85,7 +85,7 @@ def test_prompts_that_cannot_be_read_are_refused(
 def test_the_end_of_a_long_caption_is_told(encoder: TextEncoder) -> None:
     assert encoder.cut_off("word " * 75) == ""
     assert encoder.cut_off("word " * 75 + "red heart") == "red heart"
-    kept, whole = encoder.tokenizer(["word " * 75 + "red heart", "word " * 75])
+    (kept, whole), _ = encoder.tokenizer(["word " * 75 + "red heart", "word " * 75])
     assert torch.equal(kept, whole)
 
 

@@ -1,6 +1,7 @@
 """Our pipeline against diffusers' own: the same weights, the same generator, the same image."""
 
 import inspect
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -282,15 +283,37 @@ def test_open_clips_vocabulary_is_written_as_transformers_reads_it(tmp_path: Pat
     for text in CAPTIONS:
         expected = theirs(
             [text], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-        ).input_ids
+        )
         for tokenizer in (ours, *(Tokenizer(folder=str(tmp_path / f)) for f in ("", "whole"))):
-            assert torch.equal(tokenizer([text]), expected), text
+            ids, mask = tokenizer([text])
+            assert torch.equal(ids, expected.input_ids), text
+            assert torch.equal(mask, expected.attention_mask.bool()), text
+
+
+def test_random_text_is_tokenized_as_by_transformers(tmp_path: Path) -> None:
+    """Strings of what the two could read differently: spaces, cases, accents, special tokens."""
+    write_vocabulary(tmp_path)
+    theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
+    pieces = [
+        *"aB9 !'<|>\u03a3\u03c3e\u0301\x1c\x85\u00a0\u200b\t\n\u1e9e\u0130\u0661\u3000\ufb01\U0001f43b",
+        "<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "'s", "'LL",
+    ]  # fmt: skip
+    rng = random.Random(0)
+    for _ in range(500):
+        text = "".join(rng.choices(pieces, k=rng.randint(0, 14)))
+        expected = theirs([text], padding="max_length", max_length=77, truncation=True)
+        ids, mask = ours([text])
+        assert ids.tolist() == expected.input_ids, repr(text)
+        assert mask.long().tolist() == expected.attention_mask, repr(text)
 
 
 CAPTIONS = [
     "", "a red heart", "A Bear's  42 ducks!!! & <b>&amp;</b>", "don't we'll I'VE it'd",
     "na\u00efve caf\u00e9 \u718a\u732b \U0001f43b", "\u2116 \u00bd \u0130stanbul \u00df",
     "e\u0301 \u201cquotes\u201d \u2026 \u2014", "tab\tnew\nline   ", "word " * 100, "x" * 300,
+    "\u039f\u0394\u039f\u03a3 \u03a3\u03a3", "a\x1cb\x1d \x1e\x1f c\x85d\u2003e", "\u0130\u1e9e",
+    "<|ENDOFTEXT|> <|StartOfText|>", "wow!<|endoftext|>!? more", "<|endoftext|>",
+    "a<|startoftext|>b <|endoftext|><|endoftext|>", "<|endoftext|> word" * 60,
 ]  # fmt: skip
 
 WITHOUT = """

@@ -1,9 +1,11 @@
 """What the data gave, and what was left out of them and why, at the end of an epoch."""
 
+import logging
 import time
 
 import lightning as L
-from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 
 class DataReport(L.Callback):
@@ -44,4 +46,4 @@ class DataReport(L.Callback):
             return
         self._shown_at, self._shown = now, total
         parts = ", ".join(f"{number:.0f} {name}" for name, number in sorted(left_out.items()))
-        tqdm.write(f"data: {counts['seen']:.0f} samples seen; left out: {parts}")
+        logger.info("data: %.0f samples seen; left out: %s", counts["seen"], parts)

@@ -1,16 +1,18 @@
 """The memory that training takes on each device, reported before the first step."""
 
+import logging
 import os
 from collections.abc import Iterable
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.step_profile import profile_step_once
 from wuerstchen_pl.stages.stage import Stage
+
+logger = logging.getLogger(__name__)
 
 GB = 1e9
 
@@ -48,10 +50,10 @@ class MemoryEstimate(L.Callback):
         room = len(batch["caption"]) + int((there - total) // max(1, of_sample))
         if trainer.is_global_zero:
             parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in needed.items())
-            tqdm.write(
-                f"memory, GB of {there / GB:.1f}: {parts}; in all {total / GB:.2f}; "
-                f"room for {max(0, room)} samples at once"
-            )
+            logger.info(
+                "memory, GB of %.1f: %s; total %.2f; room for %d samples at once",
+                there / GB, parts, total / GB, max(0, room),
+            )  # fmt: skip
         # all together, as one that stopped would leave the others waiting
         short = torch.tensor(float(total > there), device=pl_module.device)
         if self.refuse and float(trainer.strategy.reduce(short, reduce_op="max")):

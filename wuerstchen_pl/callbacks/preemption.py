@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: it finishes its step and saves, and can be resumed."""
 
+import logging
 import signal
 from types import FrameType
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from tqdm import tqdm
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what kill, torchrun and Slurm send; what Slurm sends by ``--signal=USR1@300``."""
@@ -48,7 +50,7 @@ class PreemptionHandler(L.Callback):
         if self._received == signum == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = signum
-        tqdm.write(f"{signal.Signals(signum).name}: this step is ended and saved")
+        logger.info("%s: finishing and saving this step", signal.Signals(signum).name)
 
     def on_train_batch_end(
         self,

@@ -21,7 +21,7 @@ def encoder_fingerprints(stage: str, *, encoder: Any, text_encoder: Any | None) 
     """
     found = {"stage": stage, "encoder": network_fingerprint(encoder.encoding)}
     if text_encoder is not None:
-        tokens = text_encoder.tokenizer([_PROBE]).tolist()
+        tokens = text_encoder.tokenizer([_PROBE])[0].tolist()
         found["text_encoder"] = network_fingerprint(text_encoder, said=str(tokens))
     return found
 

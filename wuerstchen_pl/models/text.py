@@ -90,21 +90,21 @@ class TextEncoder(nn.Module):
         """The end of a caption that is too long to be read, or nothing."""
         return self.tokenizer.decode(self.tokenizer.encode(caption)[self.context_length - 2 :])
 
-    def encode(self, ids: Tensor) -> Tensor:
-        """(B, L) padded ids -> (B, L, D) states after the last norm."""
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) ids and (B, L) mask, false for padding -> (B, L, D) states after the last norm."""
         tower, length = self.tower, ids.shape[1]
         ids = ids.to(tower.token_embedding.weight.device)
         x = tower.token_embedding(ids) + tower.positional_embedding[:length]
         hidden = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
-        hidden = hidden | _after_end(ids, self.tokenizer.end)[:, None, :]
-        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=ids.device)
-        mask = mask.masked_fill(hidden, float("-inf"))
-        x = tower.transformer(x, attn_mask=mask.repeat_interleave(self.num_heads, dim=0))
+        hidden = hidden | ~mask.to(ids.device)[:, None, :]
+        bias = torch.zeros(hidden.shape, dtype=x.dtype, device=ids.device)
+        bias = bias.masked_fill(hidden, float("-inf"))
+        x = tower.transformer(x, attn_mask=bias.repeat_interleave(self.num_heads, dim=0))
         return tower.ln_final(x)
 
     def forward(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (B, L, D) states."""
-        return self.encode(self.tokenizer(captions))
+        return self.encode(*self.tokenizer(captions))
 
     def check(self, prompt: str) -> None:
         """Refuse a prompt that the encoder cannot read.
@@ -117,9 +117,3 @@ class TextEncoder(nn.Module):
             raise ValueError(f"prompt={shown} holds a control character; remove it")
         if not any(c.isalnum() for c in prompt):
             raise ValueError(f"prompt={shown} holds no word; describe the image in words")
-
-
-def _after_end(ids: Tensor, end: int) -> Tensor:
-    """(B, L) true behind the first end token. The pad id will not do: it may be the end's."""
-    is_end = ids == end
-    return is_end.cumsum(dim=1) - is_end.long() > 0

@@ -11,7 +11,8 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# \p{White_Space}, not \s: Python also counts the separators 0x1c to 0x1f as white space
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\p{White_Space}\p{L}\p{N}]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
 FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
@@ -30,7 +31,7 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: if the folder lacks them.
-        ValueError: if they are not tokenizer's.
+        ValueError: if they are not those of a tokenizer.
     """
 
     def __init__(self, *, context_length: int = 77, folder: str | None = None) -> None:
@@ -46,32 +47,52 @@ class Tokenizer:
             self.bpe.bpe_ranks = {pair: rank for rank, pair in enumerate(merges)}
             self.bpe.decoder = {i: token for token, i in vocabulary.items()}
             pad = _pad_token(Path(folder)) or END
+        added = [token for token in added if token not in (START, END)]
         self.bpe.cache = {token: token for token in added}
-        self.bpe.pat = re.compile("|".join([*(re.escape(token) for token in added), WORDS]))
+        words = "|".join([*(re.escape(token) for token in added), WORDS])
+        special = f"{re.escape(START)}|{re.escape(END)}"
+        self.bpe.pat = re.compile(words)
+        self._special, self._words = re.compile(f"({special})"), re.compile(f"{special}|{words}")
         self.start, self.end = self.bpe.encoder[START], self.bpe.encoder[END]
         self.pad = self.bpe.encoder[pad]
         self.size = 1 + max(self.bpe.encoder.values())
 
     def encode(self, caption: str) -> list[int]:
-        """All tokens of a caption, without start and end."""
-        return self.bpe.encode(caption)
+        """All tokens of a caption, without the start and end that `__call__` adds."""
+        ids: list[int] = []
+        for piece in self._special.split(caption):  # before lower-casing, as transformers does
+            if self._special.fullmatch(piece):
+                ids.append(self.bpe.encoder[piece])
+            else:  # a special token in capitals is text, but its ends separate words
+                for word in self._words.findall(_clean(piece)):
+                    ids += self.bpe.encode(word)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Tokens -> text."""
         return self.bpe.decode(ids).strip()
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> (B, L) int64, padded; too long ones are cut, and keep their end token."""
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> ids, (B, L) int64, and mask, (B, L) bool, false for padding.
+
+        Captions that are too long are cut, and keep their end token.
+        """
         ids = torch.full((len(captions), self.context_length), self.pad)
-        for row, caption in zip(ids, captions, strict=True):
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, caption in enumerate(captions):
             kept = [self.start, *self.encode(caption)[: self.context_length - 2], self.end]
-            row[: len(kept)] = torch.tensor(kept)
-        return ids
+            ids[row, : len(kept)] = torch.tensor(kept)
+            mask[row, : len(kept)] = True
+        return ids, mask
 
 
 def _clean(text: str) -> str:
-    """What CLIPTokenizer does; open_clip would also repair mojibake and HTML entities."""
-    return " ".join(unicodedata.normalize("NFC", text).split()).lower()
+    """What CLIPTokenizer does; open_clip would also repair mojibake and HTML entities.
+
+    Each character is lower-cased alone: Python's ``lower`` writes a Greek final sigma.
+    """
+    text = re.sub(r"\p{White_Space}+", " ", unicodedata.normalize("NFC", text))
+    return "".join(character.lower() for character in text)
 
 
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]], list[str]]

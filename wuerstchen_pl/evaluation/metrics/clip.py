@@ -45,7 +45,8 @@ class Clip(nn.Module):
         device = next(self.net.parameters()).device
         seen = torch.stack([self.transform(image) for image in images]).to(device)
         distinct = list(dict.fromkeys(texts))
-        read: Any = self.net.encode_text(self.tokenizer(distinct).to(device))  # type: ignore[operator]
+        ids, _ = self.tokenizer(distinct)
+        read: Any = self.net.encode_text(ids.to(device))  # type: ignore[operator]
         image_embeds = F.normalize(self.net.encode_image(seen), dim=-1)  # type: ignore[operator]
         text_embeds = F.normalize(read, dim=-1)[[distinct.index(text) for text in texts]]
         return (image_embeds * text_embeds).sum(dim=-1).float().cpu()
