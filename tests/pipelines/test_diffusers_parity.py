@@ -295,7 +295,7 @@ def test_random_text_is_tokenized_as_by_transformers(tmp_path: Path) -> None:
     write_vocabulary(tmp_path)
     theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
     pieces = [
-        *"aB9 !'<|>\u03a3\u03c3e\u0301\x1c\x85\u00a0\u200b\t\n\u1e9e\u0130\u0661\u3000\ufb01\U0001f43b",
+        *"aB9 !'<|>\u03a3\u03c3e\u0301\x1c\x85\u00a0\u200b\t\n\u1e9e\u0130\u0661\u3000\ufb01",
         "<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "'s", "'LL",
     ]  # fmt: skip
     rng = random.Random(0)

@@ -50,7 +50,7 @@ def wanted(folder: Path) -> torch.Tensor:
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     pixels = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     seen = pixels(size={"shortest_edge": 32}, crop_size=32)(IMAGES, return_tensors="pt")
-    ids = Tokenizer()(TEXTS)
+    ids, _ = Tokenizer()(TEXTS)
     with torch.no_grad():
         return model(input_ids=ids, pixel_values=seen["pixel_values"]).logits_per_image
 
