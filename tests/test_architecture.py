@@ -54,10 +54,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed.strategy": {"distributed", "checkpointing"},
     "checkpointing": {"io"},
     "models": {"distributed.sync_batchnorm"},
-    "data": {"batch", "io", "distributed.launch"},
+    "data": {"batch", "io", "distributed.launch", "distributed.counters"},
     "data.sources": {"io"},
     "data.ordering": {"data.sources", "io"},
-    "data.loading": {"batch", "data.sources", "data.ordering", "io"},
+    "data.loading": {"batch", "data.sources", "data.ordering", "io", "distributed.counters"},
     "data.caches": {
         "batch",
         "data.sources",

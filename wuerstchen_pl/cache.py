@@ -7,7 +7,6 @@ each does a part.
 """
 
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from wuerstchen_pl.data.caches.build_cache import build_cache
 from wuerstchen_pl.data.caches.cached_dataset import MANIFEST, PREPROCESSING
 from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
 from wuerstchen_pl.data.output_guard import claim_output
+from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.models.fingerprint import encoder_fingerprints
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Encoders:
 
     def __init__(
         self, *, stage: str, encoder: Any, text_encoder: nn.Module | None, dtype: torch.dtype,
-        device: str,
+        device: torch.device,
     ) -> None:  # fmt: skip
         self.stage, self.dtype, self.device = stage, dtype, device
         self.encoder = encoder.to(device)
@@ -88,13 +88,12 @@ def run(cfg: DictConfig) -> None:
     check_ranges(cfg, stage)
     folder = check_output_dir(cfg.out)
     data: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     encoders = Encoders(
         stage=stage,
         encoder=hydra.utils.instantiate(cfg.stage["stage_a" if stage == "b" else "stage_b"]),
         text_encoder=hydra.utils.instantiate(cfg.stage.text_encoder) if cfg.text else None,
         dtype=getattr(torch, cfg.dtype),
-        device=cfg.device or cuda,
+        device=resolve_device(cfg.device),
     )
     data.prepare_data()
     data.setup()
@@ -111,6 +110,7 @@ def run(cfg: DictConfig) -> None:
         "data": {key: value for key, value in source.items() if key not in RUNTIME_KEYS},
     }
     claim_output(folder, settings, key="out")
+    launched = DistInfo.from_env()
     missing = build_cache(
         data,
         encoders,
@@ -118,8 +118,8 @@ def run(cfg: DictConfig) -> None:
         settings=settings,
         crops=cfg.crops,
         shard_mb=cfg.shard_mb,
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        rank=launched.rank,
+        world_size=launched.world_size,
     )
     logger.info("%s", data.splits.stats.summary())
     if missing:

@@ -140,6 +140,17 @@ def test_two_processes_train_what_one_does(runs: Path, name: str, stage: str) ->
         assert theirs[key] == pytest.approx(value, rel=ALIKE, abs=ALIKE), key
 
 
+@pytest.mark.parametrize(("name", "stage"), CASES)
+def test_a_checkpoint_counts_the_samples_of_all_processes(
+    runs: Path, name: str, stage: str
+) -> None:
+    """Whatever strategy wrote it, and also after a resume with another number of processes."""
+    one, two = (end_of(runs / each / "default" / stage) for each in ("one", name))
+    mine, theirs = (content["ImageTextDataModule"]["found"] for content in (one, two))
+    assert mine["pixels"] > mine["pixels/kept"] > 0
+    assert theirs == mine
+
+
 @pytest.mark.parametrize("stage", "abc")
 def test_the_comparison_sees_ten_steps(runs: Path, stage: str) -> None:
     run = runs / "one/default" / stage

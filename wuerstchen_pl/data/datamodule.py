@@ -21,6 +21,7 @@ from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.ordering.splits import Splits
 from wuerstchen_pl.data.ordering.stream import DataStats, Mixture, Stream
 from wuerstchen_pl.data.sources.source import Holdout, Source, Split
+from wuerstchen_pl.distributed.launch import DistInfo
 
 RUNTIME_KEYS = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
 """Keys of the data that change nothing in what is made of them."""
@@ -152,7 +153,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the endless order of the training split, cut into epochs of equal length."""
-        rank, world_size = _place()
+        rank, world_size = DistInfo.from_process_group()
         stats = DataStats(show=rank == 0, limit=self.max_bad_fraction)
         groups = self.source.groups("train")
         streams = [
@@ -202,7 +203,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
         Always the same, cropped in the center; `alone` takes all, however many processes there are.
         """
-        rank, world_size = (0, 1) if alone else _place()
+        rank, world_size = DistInfo() if alone else DistInfo.from_process_group()
         requests = sequential_batches(
             self.splits.first[split],
             self.buckets,
@@ -214,7 +215,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
     @property
     def counts(self) -> dict[str, float]:
-        """What training has seen, dropped, found bad and cropped away, by name; see `DataStats`."""
+        """What all processes have seen, dropped, found bad and cropped away; see `DataStats`."""
         return {} if self._loader is None else self._loader.counts
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,10 +258,3 @@ def cpu_count() -> int:
     # not known on every system
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _place() -> tuple[int, int]:
-    """Return (rank, number of processes)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -1,7 +1,7 @@
 """Loaders: workers build the batches that an order asks for; the order's place is the state."""
 
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport
 from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, Snapshot
 from wuerstchen_pl.data.ordering.stream import DataStats
+from wuerstchen_pl.distributed.counters import sum_counters
 
 
 def ignore_stop_signals(worker: int) -> None:
@@ -63,8 +64,10 @@ class ResumableLoader(DataLoader[Any]):
         self.batches_per_epoch = batches_per_epoch
         self.max_bad_fraction = max_bad_fraction
         self.place = batches.snapshot()
-        # What workers found; what the order counts is in `place`.
-        self.found = DataStats()
+        # What this process's workers counted, after what all had counted before a resume; what
+        # the order counts is in `place`.
+        self.worker_stats = DataStats()
+        self.counts_before: Counter[str] = Counter()
         super().__init__(dataset, batch_size=None, sampler=self.plan, **options)
 
     def __len__(self) -> int:
@@ -83,31 +86,41 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def counts(self) -> dict[str, float]:
-        """What was seen, dropped, bad and cropped away until now, by name; see `DataStats`."""
-        return dict(self.place.counts + self.found.counts)
+        """What all processes saw, dropped, found bad and cropped away, by name; see `DataStats`.
+
+        Every process has to ask for it.
+        """
+        return dict(self.place.counts + self._worker_counts())
+
+    def _worker_counts(self) -> Counter[str]:
+        return self.counts_before + sum_counters(self.worker_stats.counts)
 
     def _take_note(self, report: BatchReport) -> None:
-        self.found.counts["pixels"] += round(report.pixels)
-        self.found.counts["pixels/kept"] += round(report.kept)
+        self.worker_stats.counts["pixels"] += round(report.pixels)
+        self.worker_stats.counts["pixels/kept"] += round(report.kept)
         for bad in report.bad:
-            self.found.note_bad(bad)
+            self.worker_stats.note_bad(bad)
         planned = DataStats(limit=self.max_bad_fraction)
         planned.counts = self.place.counts
-        found = sum(n for name, n in self.found.counts.items() if name.startswith("bad/"))
-        # this rank's; the others are taken to find as many
-        planned.check(more_bad=found * self.batches.world_size)
+        before, own = (_num_bad(c) for c in (self.counts_before, self.worker_stats.counts))
+        # the other processes are assumed to find as many as this one: no communication per batch
+        planned.check(more_bad=before + own * self.batches.world_size)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the order is, in plain values."""
-        return {**self.batches.state_dict(self.place), "found": dict(self.found.counts)}
+        """Return the position in the order and the counts, in plain values; on every process."""
+        return {**self.batches.state_dict(self.place), "found": dict(self._worker_counts())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
         self.place = self.batches.load_state_dict(state)
-        self.found.counts.clear()
-        self.found.counts.update(state["found"])
+        self.worker_stats.counts.clear()
+        self.counts_before = Counter(state["found"])
+
+
+def _num_bad(counts: Counter[str]) -> int:
+    return sum(number for name, number in counts.items() if name.startswith("bad/"))
 
 
 class OnceLoader(DataLoader[Any]):
@@ -128,7 +141,7 @@ class OnceLoader(DataLoader[Any]):
         stats: DataStats | None = None,
         **options: Any,
     ) -> None:
-        self.found = stats or DataStats()
+        self.stats = stats or DataStats()
         super().__init__(dataset, batch_size=None, sampler=requests, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -139,5 +152,5 @@ class OnceLoader(DataLoader[Any]):
         """Yield each batch with what its worker says of it."""
         for batch, report in super().__iter__():
             for bad in report.bad:
-                self.found.note_bad(bad)
+                self.stats.note_bad(bad)
             yield batch, report
