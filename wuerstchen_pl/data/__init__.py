@@ -1,1 +1,1 @@
-"""Captioned images, from wherever they are to batches: `sources` -> `order` -> `loading`."""
+"""Captioned images, from their storage to batches: `sources` -> `ordering` -> `loading`."""

@@ -1,7 +1,7 @@
-"""A folder that a program fills over several runs, and whose it is.
+"""Guards an output folder that several runs of a program fill.
 
-The settings that a result depends on are in the folder from the beginning, so that no later run
-resumes with others.
+The settings that the result depends on are stored in the folder first, so that no later run resumes
+with different ones.
 """
 
 import json
@@ -14,34 +14,34 @@ _SETTINGS = ".settings.json"
 
 
 def claim_output(folder: Path, settings: dict[str, Any], *, key: str) -> None:
-    """Make a folder that of a result with these settings, or make sure that it is.
+    """Claim a new or empty folder for these settings, or check that an earlier run did.
 
     Args:
-        folder: a new one, or one that an earlier run with the same settings began.
-        settings: what the result depends on, in plain values.
-        key: of the config, which names the folder.
+        folder: a new folder, or one that an earlier run with the same settings began.
+        settings: what the result depends on, as JSON values.
+        key: the config key that errors name.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the folder has other contents or other settings.
     """
-    written = json.loads(json.dumps(settings))
-    mark = folder / _SETTINGS
+    new = json.loads(json.dumps(settings))
+    marker = folder / _SETTINGS
     folder.mkdir(parents=True, exist_ok=True)
-    if not mark.is_file():
-        others = [path for path in folder.iterdir() if not path.name.startswith(mark.stem)]
-        if others and not mark.is_file():  # else another process has just made it ours
-            raise ValueError(f"{key}={str(folder)!r} holds something else: choose a new folder.")
-        write_text(mark, json.dumps(written))
+    if not marker.is_file():
+        existing = [path for path in folder.iterdir() if not path.name.startswith(marker.stem)]
+        if existing and not marker.is_file():  # another process may have just claimed it
+            raise ValueError(f"{key}={str(folder)!r} contains other files; use a new folder.")
+        write_text(marker, json.dumps(new))
         return
     try:
-        before: dict[str, Any] = dict(json.loads(mark.read_text("utf-8")))
+        old: dict[str, Any] = dict(json.loads(marker.read_text("utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{key}={str(folder)!r} has a damaged {_SETTINGS}, which says what it was made of: "
-            "choose another folder, or delete that one."
+            f"{key}={str(folder)!r} has a damaged {_SETTINGS}, which records its settings; "
+            "use another folder, or delete that one."
         ) from error
-    if other := sorted(k for k in {**before, **written} if before.get(k) != written.get(k)):
+    if changed := sorted(k for k in {**old, **new} if old.get(k) != new.get(k)):
         raise ValueError(
-            f"{key}={str(folder)!r} was begun with {other[0]}={before.get(other[0])!r}, and now "
-            f"it is {written.get(other[0])!r}: choose another folder, or delete that one."
+            f"{key}={str(folder)!r} was begun with {changed[0]}={old.get(changed[0])!r}, but now it "
+            f"is {new.get(changed[0])!r}; use another folder, or delete that one."
         )

@@ -1,1 +1,1 @@
-"""Where images are: each kind lists its shards, what a shard holds, and reads an image."""
+"""Storage backends: each lists its shards, indexes a shard's samples, and reads an image."""

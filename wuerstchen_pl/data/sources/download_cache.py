@@ -1,7 +1,7 @@
-"""Shards that are elsewhere: each is brought into a folder when it is opened, and kept for a while.
+"""Remote shards: each is downloaded into a cache folder when it is opened; old ones are evicted.
 
-A shard from the web is then read like one on disk, at random and again after a restart. The folder
-may be shared by all processes of a machine: a file appears in it whole, or not at all.
+A downloaded shard supports random access, and survives restarts. The folder may be shared by all
+processes of a machine: files appear in it atomically.
 """
 
 import errno
@@ -16,24 +16,22 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-_TIMEOUT = 30.0  # seconds without a byte
-_LEAST_RATE = 10_000  # bytes a second
+_TIMEOUT = 30.0  # seconds without receiving a byte
+_MIN_RATE = 10_000  # bytes per second
 _CHUNK = 1 << 20
-_OWN = re.compile(r"[0-9a-f]{24}\.tar")  # names that we give
-_LASTING = frozenset(
-    {400, 401, 403, 404, 405, 410}
-)  # statuses that will not change by asking again
+_CACHED_NAME = re.compile(r"[0-9a-f]{24}\.tar")  # file names that this cache creates
+_PERMANENT_STATUSES = frozenset({400, 401, 403, 404, 405, 410})  # a retry would not help
 
 
 class DownloadCache:
-    """A folder of shards by address.
+    """A folder of downloaded shards, keyed by URL.
 
     Args:
-        folder: where they are kept.
-        keep_bytes: the oldest ones beyond this many bytes are removed, to be fetched again when
-            they are wanted; one that alone is larger is not taken.
-        attempts: how often a shard is asked for.
-        wait: seconds before the second attempt; they double with each.
+        folder: the cache folder.
+        keep_bytes: size limit; the oldest shards beyond it are removed, and downloaded again when
+            needed. A single shard larger than this is an error.
+        attempts: maximum number of download attempts per shard.
+        wait: seconds before the second attempt; doubles with each further one.
     """
 
     def __init__(
@@ -42,96 +40,99 @@ class DownloadCache:
         self.folder, self.keep_bytes = Path(folder), keep_bytes
         self.attempts, self.wait = attempts, wait
 
-    def path(self, address: str) -> str:
-        """Return the local file of a shard, which is fetched if it is not there.
+    def path(self, url: str) -> str:
+        """Return the local path of a shard, downloading it if it is not cached.
 
         Raises:
-            OSError: it cannot be had.
+            OSError: the shard cannot be fetched.
         """
-        target = self.folder / f"{hashlib.sha256(address.encode()).hexdigest()[:24]}.tar"
+        target = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}.tar"
         if target.exists():
             return str(target)
         self.folder.mkdir(parents=True, exist_ok=True)
         with target.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
-                if not target.exists():  # else another process was faster
-                    self._bring(address, target)
+                if not target.exists():  # another process may have been faster
+                    self._fetch_to(url, target)
             finally:
-                # closing would not do: a worker forked meanwhile holds the file open as well
+                # Closing is not enough: a worker forked meanwhile also has the file open.
                 fcntl.flock(lock, fcntl.LOCK_UN)
         return str(target)
 
-    def _bring(self, address: str, target: Path) -> None:
+    def _fetch_to(self, url: str, target: Path) -> None:
         partial = target.with_suffix(".partial")
         try:
-            self._fetch(address, partial)
+            self._fetch(url, partial)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
-        self._make_room(target)
+        self._evict(keep=target)
 
-    def _fetch(self, address: str, partial: Path) -> None:
-        if address.startswith("pipe:"):
-            _run(address.removeprefix("pipe:"), partial)
+    def _fetch(self, url: str, partial: Path) -> None:
+        if url.startswith("pipe:"):
+            _run_command(url.removeprefix("pipe:"), partial)
             return
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
-                _download(address, partial, self.keep_bytes)
+                _download(url, partial, self.keep_bytes)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 status = getattr(error, "code", None)
-                lasting = status in _LASTING or getattr(error, "errno", None) == errno.EFBIG
-                if lasting or attempt == self.attempts - 1:
-                    tried = f" after {attempt + 1} attempts" if attempt else ""
+                too_large = getattr(error, "errno", None) == errno.EFBIG
+                permanent = status in _PERMANENT_STATUSES or too_large
+                if permanent or attempt == self.attempts - 1:
+                    tries = f" after {attempt + 1} attempts" if attempt else ""
                     reason = str(error) or type(error).__name__
-                    raise OSError(f"it cannot be fetched{tried}: {reason}") from error
+                    raise OSError(f"cannot be fetched{tries}: {reason}") from error
             else:
                 return
 
-    def _make_room(self, newest: Path) -> None:
-        own = (path for path in self.folder.glob("*.tar") if _OWN.fullmatch(path.name))
-        found = sorted(own, key=_age)
-        total = sum(map(_size, found))
-        for path in found:
-            if total <= self.keep_bytes or path == newest:
+    def _evict(self, keep: Path) -> None:
+        cached = (p for p in self.folder.glob("*.tar") if _CACHED_NAME.fullmatch(p.name))
+        oldest_first = sorted(cached, key=_mtime)
+        total = sum(map(_size, oldest_first))
+        for path in oldest_first:
+            if total <= self.keep_bytes or path == keep:
                 break
             total -= _size(path)
             path.unlink(missing_ok=True)
 
 
-def _download(address: str, partial: Path, most: int) -> None:
+def _download(url: str, partial: Path, max_bytes: int) -> None:
     """Download a URL; resumes an earlier attempt if the server supports it."""
-    done = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-        resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
-        length = answer.headers.get("Content-Length")
+    offset = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
+        length = response.headers.get("Content-Length")
         received, start = 0, time.monotonic()
         with partial.open("ab" if resumed else "wb") as file:
-            while chunk := answer.read1(_CHUNK):
+            while chunk := response.read1(_CHUNK):
                 received += file.write(chunk)
-                if received > most:  # else one that never ends would fill the disk
-                    raise OSError(errno.EFBIG, "it is larger than data.download_gb")
+                if received > max_bytes:  # an endless response would fill the disk
+                    raise OSError(errno.EFBIG, "larger than data.download_gb")
                 elapsed = time.monotonic() - start
-                if elapsed > _TIMEOUT and received < _LEAST_RATE * elapsed:
-                    raise TimeoutError(f"{received} bytes in {elapsed:.0f} s are too slow")
+                if elapsed > _TIMEOUT and received < _MIN_RATE * elapsed:
+                    raise TimeoutError(f"too slow: {received} bytes in {elapsed:.0f} s")
     if length is not None and received < int(length):
-        raise ConnectionError(f"the connection broke after {received} of {length} bytes")
-    if length is None and not _ends_like_a_tar(partial):
-        raise ConnectionError(f"the connection broke after {received} bytes")
+        raise ConnectionError(f"connection closed after {received} of {length} bytes")
+    if length is None and not _has_tar_end(partial):
+        raise ConnectionError(f"connection closed after {received} bytes")
 
 
-def _run(command: str, partial: Path) -> None:
+def _run_command(command: str, partial: Path) -> None:
     with partial.open("wb") as file:
-        done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, check=False)
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [""]
-        raise OSError(f"its command failed with status {done.returncode}: {lines[-1]}")
+        result = subprocess.run(
+            command, shell=True, stdout=file, stderr=subprocess.PIPE, check=False
+        )
+    if result.returncode:
+        lines = result.stderr.decode(errors="replace").strip().splitlines() or [""]
+        raise OSError(f"command failed with status {result.returncode}: {lines[-1]}")
 
 
-def _ends_like_a_tar(path: Path) -> bool:
+def _has_tar_end(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1024))
         return file.read() == bytes(1024)
@@ -141,5 +142,5 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _age(path: Path) -> float:
+def _mtime(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0

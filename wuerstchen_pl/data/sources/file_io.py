@@ -1,13 +1,13 @@
-"""Byte ranges of files, read from the last few that stay open, and files written whole."""
+"""Reads byte ranges of files through a small cache of open file descriptors."""
 
 import os
 from functools import lru_cache
 
-_MAX_OPEN = 64  # well below the usual limit of 1,024 open files, per worker
+_MAX_OPEN = 64  # per worker; well below the usual limit of 1,024 open files
 
 
 class _Descriptor:
-    """An open file, closed when nobody uses it any more: neither the cache nor another thread."""
+    """An open file, closed once neither the cache nor a thread refers to it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -18,23 +18,23 @@ class _Descriptor:
 
 
 class OpenFiles:
-    """Bytes of local files by path, offset and size."""
+    """Reads local files by path, offset and size."""
 
     def __init__(self) -> None:
         self._open = lru_cache(maxsize=_MAX_OPEN)(_Descriptor)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Return `size` bytes from `offset` on.
+        """Return `size` bytes starting at `offset`.
 
         Raises:
-            OSError: the file is not there, or ends before.
+            OSError: the file is missing or too short.
         """
         file = self._open(path)
         data = os.pread(file.number, size, offset)
         if len(data) != size:
-            raise OSError(f"{path} became shorter after it was indexed")
+            raise OSError(f"{path} was truncated after it was indexed")
         return data
 
     def __reduce__(self) -> tuple[type["OpenFiles"], tuple[()]]:
-        # A file descriptor means nothing in another process.
+        # File descriptors are not valid in another process.
         return OpenFiles, ()

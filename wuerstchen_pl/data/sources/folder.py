@@ -1,4 +1,4 @@
-"""A folder of images with captions: beside them in `.txt` files, or in one table."""
+"""A folder of images, captioned by a `.txt` file per image or by one table."""
 
 import csv
 import json
@@ -15,32 +15,32 @@ from wuerstchen_pl.io.images import IMAGE_SUFFIXES, upright_size
 TABLES = ("metadata.jsonl", "metadata.csv")
 _PATH_COLUMNS = ("file_name", "file", "image", "path")
 _CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
-_STRETCH = 5_000  # images that make a shard
+_SHARD_ROWS = 5_000  # images per shard
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An image that is listed, or what is wrong with a line of a table.
+    """A listed image, or an unusable row of the table.
 
     Attributes:
-        path: in the folder; of a line that is wrong, where it is.
-        caption: one, or a list of them; None looks for a file beside the image.
-        metadata: what else the table says.
-        wrong: why it cannot be used.
+        path: relative to the folder; for an unusable row, its location in the table.
+        caption: a caption or a list of captions; None reads the `.txt` file beside the image.
+        metadata: all columns of the table row.
+        error: why the row cannot be used; empty for a usable one.
     """
 
     path: str
     caption: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
-    wrong: str = ""
+    error: str = ""
 
 
 class FolderSource:
-    """A `Source` over a folder, and the folders in it.
+    """A `Source` over a folder and its subfolders.
 
-    The captions are in `metadata.jsonl` or `metadata.csv`, with a column `file_name` and a column
-    `text` (or caption, captions, prompt; a list is captions to draw from), as the hub's folders
-    have them. Without a table, `a.txt` holds the caption of `a.jpg`, or of another image type.
+    Captions come from `metadata.jsonl` or `metadata.csv`, with the columns `file_name` and `text`
+    (or caption, captions, prompt; of a list, training draws one), as in the Hub's image folders.
+    Without a table, `a.txt` holds the caption of `a.jpg` (or another image suffix).
 
     Args:
         root: the folder.
@@ -51,54 +51,55 @@ class FolderSource:
         self._rows: list[Row] | None = None
 
     def prepare(self) -> None:
-        """Check that there is something.
+        """Check that the folder contains images.
 
         Raises:
-            FileNotFoundError: there is no such folder, or no image in it.
+            FileNotFoundError: the folder does not exist or contains no image.
             ValueError: its table lacks a column.
         """
         if not self.root.is_dir():
             raise FileNotFoundError(
-                f"data.root={str(self.root)!r} is not a folder: give the one your images are in."
+                f"data.root={str(self.root)!r} is not a folder; use the folder of your images."
             )
-        if not self._listed():
+        if not self._all_rows():
             raise FileNotFoundError(
-                f"data.root={str(self.root)!r} holds no image ({', '.join(IMAGE_SUFFIXES)}): give "
-                "the folder your images are in."
+                f"data.root={str(self.root)!r} contains no images ({', '.join(IMAGE_SUFFIXES)}); "
+                "use the folder of your images."
             )
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """Name the ranges of the folder."""
+        """List the shards, which are row ranges; there is no validation split."""
         if split == "val":
             return []
-        return [ShardGroup(1.0, row_ranges(len(self._listed())))]
+        return [ShardGroup(1.0, row_ranges(len(self._all_rows())))]
 
     def open(self, shard: str) -> ShardIndex:
-        """List the samples of a stretch; reads the head of each image."""
+        """Index the samples of a row range; reads the header of each image."""
         samples, bad = [], []
-        for row in self._listed()[slice(*parse_range(shard))]:
-            found = self._sample(shard, row)
-            if isinstance(found, Sample):
-                samples.append(found)
+        for row in self._all_rows()[slice(*parse_range(shard))]:
+            result = self._sample(shard, row)
+            if isinstance(result, Sample):
+                samples.append(result)
             else:
-                bad.append(SampleError(found, str(self.root / row.path)))
+                bad.append(SampleError(result, str(self.root / row.path)))
         return ShardIndex(samples, bad)
 
     def read(self, sample: Sample) -> bytes:
         """Return the encoded image of a sample."""
-        if not is_inside(sample.key):  # a name from an untrusted checkpoint
-            raise PermissionError(f"{sample.key!r} is outside of {self.root}")
+        if not is_inside(sample.key):  # the key may come from an untrusted checkpoint
+            raise PermissionError(f"{sample.key!r} is outside {self.root}")
         return (self.root / sample.key).read_bytes()
 
     def _sample(self, shard: str, row: Row) -> Sample | str:
+        """Build the sample of a row, or return the reason it cannot be used."""
         path = self.root / row.path
         try:
-            if row.wrong or not path.is_file():
-                return row.wrong or "no image"
+            if row.error or not path.is_file():
+                return row.error or "no image"
             caption = path.with_suffix(".txt").read_text("utf-8") if row.caption is None else ""
         except UnicodeDecodeError:
             return "caption is not UTF-8"
-        except OSError:  # a name may be too long to be one
+        except OSError:  # includes names that are too long
             return "no caption" if row.caption is None else "no image"
         captions = (caption.strip(),) if row.caption is None else parse_captions(row.caption)
         if not captions:
@@ -106,20 +107,20 @@ class FolderSource:
         size = upright_size(str(path))
         if size is None:
             return "unreadable image"
-        place = 0, path.stat().st_size
+        byte_range = 0, path.stat().st_size
         metadata = parse_scores(row.metadata)
         return Sample(
-            row.path, captions, *size, shard, *place, group_key=row.path, metadata=metadata
+            row.path, captions, *size, shard, *byte_range, group_key=row.path, metadata=metadata
         )
 
-    def _listed(self) -> list[Row]:
+    def _all_rows(self) -> list[Row]:
         if self._rows is None:
             tables = [self.root / name for name in TABLES if (self.root / name).is_file()]
-            self._rows = list(_of_table(tables[0])) if tables else list(_of_files(self.root))
+            self._rows = list(_table_rows(tables[0])) if tables else list(_image_rows(self.root))
         return self._rows
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Workers read by name, and need no list.
+        # Workers read by path and do not need the rows.
         return _folder, (str(self.root),)
 
 
@@ -128,23 +129,23 @@ def _folder(root: str) -> FolderSource:
 
 
 def row_ranges(count: int) -> list[str]:
-    """Name the ranges of a list by their ends: if the list has grown, only the last is new."""
-    starts = range(0, count, _STRETCH)
-    return [f"{start:09d}-{min(start + _STRETCH, count):09d}" for start in starts]
+    """Name ranges of `count` rows, as START-END; growth renames only the last range."""
+    starts = range(0, count, _SHARD_ROWS)
+    return [f"{start:09d}-{min(start + _SHARD_ROWS, count):09d}" for start in starts]
 
 
-def parse_range(stretch: str) -> tuple[int, int]:
-    """Return the first place of a stretch, and the one behind its last."""
-    start, _, end = stretch.partition("-")
+def parse_range(row_range: str) -> tuple[int, int]:
+    """Return (start, end) of a row range; the end is exclusive."""
+    start, _, end = row_range.partition("-")
     return int(start), int(end)
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path leads nowhere but down."""
+    """Whether a relative path stays inside its root folder."""
     return not os.path.isabs(path) and ".." not in Path(path).parts
 
 
-def _of_files(root: Path) -> Iterator[Row]:
+def _image_rows(root: Path) -> Iterator[Row]:
     for folder, folders, names in os.walk(root):
         folders.sort()
         for name in sorted(names):
@@ -152,38 +153,38 @@ def _of_files(root: Path) -> Iterator[Row]:
                 yield Row(os.path.relpath(os.path.join(folder, name), root))
 
 
-def _of_table(table: Path) -> Iterator[Row]:
-    """Read a table's rows; what is wrong with one is said in its place.
+def _table_rows(table: Path) -> Iterator[Row]:
+    """Yield a table's rows; an unusable one has its `error` set.
 
     Raises:
-        ValueError: the first row that can be read lacks a column.
+        ValueError: the first readable row lacks a column.
     """
-    # the mark that some editors begin a file with is not a part of the first column's name
+    # utf-8-sig: a byte order mark is not part of the first column's name.
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = _of_csv(file) if table.suffix == ".csv" else _of_lines(file)
+        rows = _csv_rows(file) if table.suffix == ".csv" else _jsonl_rows(file)
         checked = False
         for number, row in enumerate(rows, start=1):
             where = f"{table.name}, row {number}"
             if row is None:
-                yield Row(where, wrong="unreadable row")
+                yield Row(where, error="unreadable row")
                 continue
             path = next((row[name] for name in _PATH_COLUMNS if row.get(name)), None)
             column = next((name for name in _CAPTION_COLUMNS if name in row), None)
             if not checked and (path is None or column is None):
                 missing = _PATH_COLUMNS if path is None else _CAPTION_COLUMNS
                 raise ValueError(
-                    f"row {number} of {table} has no {' or '.join(missing)}: name a column so."
+                    f"row {number} of {table} has no {' or '.join(missing)}; add such a column."
                 )
             checked = True
             if not isinstance(path, str):
-                yield Row(where, wrong="no image")
+                yield Row(where, error="no image")
             elif not is_inside(path):
-                yield Row(f"{where}: {path}", wrong="image outside of the folder")
+                yield Row(f"{where}: {path}", error="image outside of the folder")
             else:
                 yield Row(path, "" if column is None else row[column] or "", row)
 
 
-def _of_csv(file: TextIO) -> Iterator[dict[str, Any] | None]:
+def _csv_rows(file: TextIO) -> Iterator[dict[str, Any] | None]:
     rows = csv.DictReader(file)
     while True:
         try:
@@ -194,7 +195,7 @@ def _of_csv(file: TextIO) -> Iterator[dict[str, Any] | None]:
             yield None
 
 
-def _of_lines(lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
+def _jsonl_rows(lines: Iterable[str]) -> Iterator[dict[str, Any] | None]:
     for line in filter(str.strip, lines):
         try:
             row = json.loads(line)

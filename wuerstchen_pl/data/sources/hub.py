@@ -1,4 +1,4 @@
-"""A data set of the Hugging Face hub, or of its library's format on disk."""
+"""A dataset of the Hugging Face Hub, or one saved on disk by the `datasets` library."""
 
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,17 @@ from wuerstchen_pl.io.images import upright_size
 class HubDataset:
     """A `Source` over a table with a column of images and one of captions.
 
-    Needs the package `datasets`: pip install 'wuerstchen_pl[hf]'. Code that comes with a data set
+    Needs the package `datasets`: pip install 'wuerstchen_pl[hf]'. Code that comes with a dataset
     is never run.
 
     Args:
-        name: on the hub, or the path of a folder that `datasets` reads or has saved.
-        config: of a data set that has several.
-        split: of its training rows.
-        val_split: of rows for validation; None holds them out of `split`.
-        image_column: images.
-        caption_column: a caption, or a list of captions of which one is drawn.
-        revision: of the hub.
+        name: dataset name on the Hub, or the path of a folder that `datasets` can load.
+        config: name of the dataset configuration, if there are several.
+        split: split for training.
+        val_split: split for validation; None holds validation samples out of `split`.
+        image_column: column of the images.
+        caption_column: column of the captions, or of lists of captions to draw one from.
+        revision: git revision on the Hub.
     """
 
     def __init__(
@@ -47,35 +47,35 @@ class HubDataset:
         self._tables: dict[str, Any] = {}
 
     def prepare(self) -> None:
-        """Download what is not here, and look for the columns.
+        """Download what is missing, and check the columns.
 
         Raises:
-            FileNotFoundError: there is no such data set or split.
+            FileNotFoundError: the dataset or split does not exist.
             ModuleNotFoundError: the package `datasets` is not installed.
-            ValueError: a column is missing, or its kind is wrong.
+            ValueError: a column is missing or has the wrong type.
         """
         for split in self.splits.values():
             if split is not None:
                 self._table(split)
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """Name the ranges of the table."""
+        """List the shards, which are row ranges of the table."""
         name = self.splits[split]
         if name is None:
             return []
-        return [ShardGroup(1.0, [f"{name}:{of}" for of in row_ranges(len(self._table(name)))])]
+        return [ShardGroup(1.0, [f"{name}:{r}" for r in row_ranges(len(self._table(name)))])]
 
     def open(self, shard: str) -> ShardIndex:
-        """List the samples of a stretch; reads its images' bytes once."""
-        split, _, stretch = shard.rpartition(":")
+        """Index the samples of a row range; reads all bytes of its images."""
+        split, _, row_range = shard.rpartition(":")
         table = self._table(split)
         samples, bad = [], []
-        for number in range(*parse_range(stretch)):
-            found = self._sample(shard, number, table)
-            if isinstance(found, Sample):
-                samples.append(found)
+        for number in range(*parse_range(row_range)):
+            result = self._sample(shard, number, table)
+            if isinstance(result, Sample):
+                samples.append(result)
             else:
-                bad.append(SampleError(found, f"{self.name}, row {number} of {split}"))
+                bad.append(SampleError(result, f"{self.name}, row {number} of {split}"))
         return ShardIndex(samples, bad)
 
     def read(self, sample: Sample) -> bytes:
@@ -87,6 +87,7 @@ class HubDataset:
         return data
 
     def _sample(self, shard: str, number: int, table: Any) -> Sample | str:
+        """Build the sample of a row, or return the reason it cannot be used."""
         row = table[number]
         data = self._bytes(row[self.image_column])
         if data is None:
@@ -98,24 +99,24 @@ class HubDataset:
         if size is None:
             return "unreadable image"
         key = f"{number:09d}"
-        place = number, len(data)
+        row_and_size = number, len(data)
         return Sample(
-            key, captions, *size, shard, *place, group_key=key, metadata=parse_scores(row)
+            key, captions, *size, shard, *row_and_size, group_key=key, metadata=parse_scores(row)
         )
 
     def _bytes(self, image: Any) -> bytes | None:
-        """Return an image's bytes, which are in the table or in a file that came with it."""
+        """Return an image's bytes, from the table or from a file of the dataset."""
         if image is None or image["bytes"] is not None:
             return None if image is None else image["bytes"]
         try:
             path = Path(image["path"] or "").resolve()
-            own = any(path.is_relative_to(folder) for folder in self._folders())
-            return path.read_bytes() if own and path.is_file() else None
-        except (OSError, ValueError, RuntimeError):  # a name may hold what no name can
+            allowed = any(path.is_relative_to(folder) for folder in self._allowed_folders())
+            return path.read_bytes() if allowed and path.is_file() else None
+        except (OSError, ValueError, RuntimeError):  # an invalid path, as one with a NUL character
             return None
 
-    def _folders(self) -> list[Path]:
-        """Where a table's images may be: an untrusted table could name any file of this machine."""
+    def _allowed_folders(self) -> list[Path]:
+        """Folders that images are read from: an untrusted table could name any local file."""
         import datasets
         import huggingface_hub.constants as hub
 
@@ -132,13 +133,13 @@ class HubDataset:
             import datasets
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "data=hf needs the package datasets: pip install 'wuerstchen_pl[hf]'."
+                "data=hf needs the package datasets; run pip install 'wuerstchen_pl[hf]'."
             ) from error
         saved = Path(self.name).expanduser()
         try:
             if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():
-                found = datasets.load_from_disk(str(saved))
-                table = found[split] if isinstance(found, datasets.DatasetDict) else found
+                loaded = datasets.load_from_disk(str(saved))
+                table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
             else:
                 table = datasets.load_dataset(
                     self.name, self.config, split=split, revision=self.revision
@@ -146,11 +147,11 @@ class HubDataset:
         except (OSError, ValueError, KeyError, ConnectionError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FileNotFoundError(
-                f"data.name={self.name!r} with data.split={split!r} cannot be loaded ({first}): "
-                "check the name, or give the path of a folder."
+                f"data.name={self.name!r} with data.split={split!r} cannot be loaded ({first}); "
+                "check the name, or use the path of a folder."
             ) from error
         self._check_columns(table, datasets)
-        # others would be decoded as well, and may name files and addresses
+        # Other columns would be decoded too, and may refer to files and URLs.
         metadata = [name for name in SCORE_COLUMNS if name in table.column_names]
         table = table.select_columns([self.image_column, self.caption_column, *metadata])
         return table.cast_column(self.image_column, datasets.Image(decode=False))
@@ -162,17 +163,17 @@ class HubDataset:
         ):
             if column not in table.column_names:
                 raise ValueError(
-                    f"data.{key}={column!r} is not a column of {self.name!r}: choose from "
+                    f"data.{key}={column!r} is not a column of {self.name!r}; choose from "
                     f"{', '.join(table.column_names)}."
                 )
         if not isinstance(table.features[self.image_column], datasets.Image):
             raise ValueError(
-                f"data.image_column={self.image_column!r} of {self.name!r} holds no images but "
-                f"{table.features[self.image_column]}: name the column that does."
+                f"data.image_column={self.image_column!r} of {self.name!r} contains no images but "
+                f"{table.features[self.image_column]}; use the column of the images."
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker maps the table from disk itself.
+        # Each worker memory-maps the table from disk itself.
         return _hub, (self.__dict__ | {"_tables": {}},)
 
 

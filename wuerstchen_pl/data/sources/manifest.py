@@ -1,4 +1,4 @@
-"""`shards.json`: what a folder of shards should hold, so that a loss does not go unseen."""
+"""`shards.json`: the expected contents of a folder of shards, so that losses are detected."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ NAME = "shards.json"
 
 
 class Entry(TypedDict):
-    """One shard: its file's name, how many samples it holds, its bytes and their sha256."""
+    """One shard: file name, number of samples, size in bytes and sha256."""
 
     name: str
     samples: int
@@ -22,7 +22,7 @@ class Entry(TypedDict):
 
 
 def entry_of(path: Path, samples: int) -> Entry:
-    """Describe a shard that was just written."""
+    """Return the manifest entry of a shard that was just written."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -34,12 +34,12 @@ def entry_of(path: Path, samples: int) -> Entry:
 
 
 def write(folder: Path, shards: Iterable[Entry], **more: Any) -> None:
-    """Write the manifest of a folder, whole or not at all."""
+    """Write the manifest of a folder atomically, with additional top-level keys `more`."""
     write_text(folder / NAME, json.dumps({**more, "shards": list(shards)}, indent=2) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder, or None where there is none that can be read."""
+    """Return the manifest of a folder, or None if it is missing or unreadable."""
     try:
         return _read(folder / NAME, (folder / NAME).stat().st_mtime_ns)
     except (OSError, ValueError, RecursionError):
@@ -47,10 +47,10 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, changed_ns: int) -> dict[str, Any] | None:
+def _read(path: Path, mtime_ns: int) -> dict[str, Any] | None:
     content = json.loads(path.read_text("utf-8"))
-    listed = content.get("shards") if isinstance(content, dict) else None
-    if not isinstance(listed, list) or not all(_is_entry(entry) for entry in listed):
+    entries = content.get("shards") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
         return None
     return content
 
@@ -62,8 +62,8 @@ def _is_entry(entry: Any) -> bool:
     )
 
 
-def expected(shard: str) -> int | None:
-    """Return how many samples the manifest beside a local shard says it holds, or None."""
+def expected_samples(shard: str) -> int | None:
+    """Return a local shard's number of samples from the manifest beside it, or None."""
     path = Path(shard)
-    listed = (read(path.parent) or {}).get("shards", ())
-    return next((entry["samples"] for entry in listed if entry["name"] == path.name), None)
+    entries = (read(path.parent) or {}).get("shards", ())
+    return next((entry["samples"] for entry in entries if entry["name"] == path.name), None)

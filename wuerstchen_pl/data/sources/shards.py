@@ -1,4 +1,4 @@
-"""WebDataset shards, on a disk or on the web, as img2dataset writes them."""
+"""WebDataset shards, local or remote, in img2dataset's layout."""
 
 from pathlib import Path
 
@@ -19,19 +19,18 @@ from wuerstchen_pl.data.sources.urls import (
 class ShardSource:
     """A `Source` over tar files.
 
-    A shard that is on the web is downloaded whole when it is opened, in the background, by each
-    machine once.
+    A remote shard is downloaded whole, in the background, when it is opened; once per machine.
 
     Args:
         urls: the training shards: a tar file, a folder, a list file, a brace pattern, an http(s)
-            address, or a list of these.
-        val_urls: shards for validation; None holds them out of `urls`.
-        allow_pipe: take "pipe:COMMAND" too, and run it in a shell.
-        download_dir: folder for shards from elsewhere.
-        download_gb: how many gigabytes of them are kept.
+            URL, or a list of these.
+        val_urls: validation shards; None holds validation samples out of `urls`.
+        allow_pipe: allow "pipe:COMMAND", which runs the command in a shell.
+        download_dir: folder for downloaded shards.
+        download_gb: size limit of that folder in gigabytes.
 
     Raises:
-        ValueError: an address cannot be read, or would run a command unasked.
+        ValueError: a URL is not supported, or would run a command without `allow_pipe`.
     """
 
     def __init__(
@@ -46,31 +45,33 @@ class ShardSource:
         self.urls: dict[Split, Urls | None] = {"train": urls, "val": val_urls}
         self.allow_pipe = allow_pipe
         self.downloads = DownloadCache(folder=download_dir, keep_bytes=round(download_gb * 1e9))
-        for key, given in (("data.urls", urls), ("data.val_urls", val_urls)):
-            for pattern in [given] if isinstance(given, str) else given or ():
+        for key, patterns in (("data.urls", urls), ("data.val_urls", val_urls)):
+            for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
                 reject_url(pattern, key=key, allow_pipe=allow_pipe)
         self._names: dict[Split, list[str]] = {}
         self._files = OpenFiles()
 
     def prepare(self) -> None:
-        """Check that there are shards; those on the web are met when their epoch comes."""
+        """Check that there are local shards; remote ones are checked when they are opened."""
         check_any_exists(self._shards("train"), key="data.urls")
         if self.urls["val"] is not None:
             check_any_exists(self._shards("val"), key="data.val_urls")
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """Name the shards of a split."""
+        """List the shards of a split."""
         return [] if self.urls[split] is None else [ShardGroup(1.0, self._shards(split))]
 
     def open(self, shard: str) -> ShardIndex:
-        """Index a shard, which is fetched if it is not here."""
+        """Index a shard; a remote one is downloaded first."""
         try:
             path = self._path(shard)
         except OSError as error:
             return ShardIndex(
                 [], [SampleError("unreachable shard", f"{shard}: {error}")], broken=True
             )
-        return index_tar(path, shard, None if is_remote(shard) else manifest.expected(shard))
+        return index_tar(
+            path, shard, None if is_remote(shard) else manifest.expected_samples(shard)
+        )
 
     def read(self, sample: Sample) -> bytes:
         """Return the encoded image of a sample."""
@@ -78,7 +79,7 @@ class ShardSource:
 
     def _path(self, shard: str) -> str:
         if not self.allow_pipe and shard.startswith("pipe:"):
-            raise PermissionError(f"{shard!r} would run a command, and data.allow_pipe is false")
+            raise PermissionError(f"{shard!r} would run a command, but data.allow_pipe is false")
         return self.downloads.path(shard) if is_remote(shard) else shard
 
     def _shards(self, split: Split) -> list[str]:
@@ -91,6 +92,6 @@ class ShardSource:
 
 
 def folder_shards(folder: Path) -> list[str]:
-    """Name the shards of a folder, as its manifest lists them."""
-    listed = (manifest.read(folder) or {}).get("shards", ())
-    return [str(folder / entry["name"]) for entry in listed]
+    """List the shards of a folder, from its manifest."""
+    entries = (manifest.read(folder) or {}).get("shards", ())
+    return [str(folder / entry["name"]) for entry in entries]

@@ -1,7 +1,7 @@
-"""What a set of captioned images looks like to the rest of the package: `Sample` and `Source`.
+"""The interface of a set of captioned images: `Sample` and `Source`.
 
-A source is a list of shards, and a shard, once opened, a list of samples. A tar file is a shard; so
-is a stretch of a folder or of a table. Nothing needs to know all samples at once.
+A source is a list of shards, and a shard, once opened, a list of samples. A shard is a tar file, or
+a range of rows of a folder or table. The full list of samples is never needed at once.
 """
 
 import hashlib
@@ -16,18 +16,18 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One captioned image, known without decoding it.
+    """One captioned image, described without decoding it.
 
     Attributes:
-        key: its name, unique within its shard.
-        captions: its texts, at least one; training draws one of them.
-        width: of the image as it is stored, upright, in pixels.
-        height: of the image as it is stored, upright, in pixels.
+        key: name, unique within its shard.
+        captions: at least one caption; training draws one of them.
+        width: width in pixels of the stored image, after EXIF orientation.
+        height: height in pixels of the stored image, after EXIF orientation.
         shard: name of its shard, as the source lists it.
-        offset: where in the shard the image's bytes begin, or the number of its row.
-        size: how many bytes they are, where the shard is a file that holds many.
-        group_key: what must not straddle training and validation; the key, if nothing else.
-        metadata: what metadata say of it, by the names in FACTS.
+        offset: byte offset of the image in the shard, or the number of its row.
+        size: size of the encoded image in bytes, where known.
+        group_key: samples with the same one are in the same split; usually the key.
+        metadata: scores by the names in `SCORE_COLUMNS`, and what a source adds.
     """
 
     key: str
@@ -42,18 +42,18 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """Its shard and key: what no other sample has."""
+        """Shard and key, unique within the source."""
         return f"{self.shard}/{self.key}"
 
     @property
     def identity(self) -> str:
-        """The same without the folder that its shard lies in: chance is made of it."""
+        """The name without the shard's folder; seeds random choices, so data may be moved."""
         return f"{base_name(self.shard)}/{self.key}"
 
 
 @dataclass(frozen=True, slots=True)
 class SampleError:
-    """Something that cannot be used, and is counted."""
+    """Something that cannot be used: the reason, its location and how many samples it affects."""
 
     reason: str
     where: str
@@ -62,12 +62,12 @@ class SampleError:
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """What a shard holds.
+    """The contents of a shard.
 
     Attributes:
-        samples: the complete ones, in the shard's order.
-        bad: what else was there, or should have been.
-        broken: whether the shard as a whole is absent, damaged or cut short.
+        samples: the usable samples, in the shard's order.
+        bad: unusable and missing samples.
+        broken: whether the shard itself is missing, damaged or truncated.
     """
 
     samples: list[Sample]
@@ -76,7 +76,7 @@ class ShardIndex:
 
 
 class ShardGroup(NamedTuple):
-    """Shards that are shuffled together; a mixture has several groups."""
+    """Shards that are shuffled together, with their sampling weight; a mixture has several."""
 
     weight: float
     shards: list[str]
@@ -85,70 +85,70 @@ class ShardGroup(NamedTuple):
 class Source(Protocol):
     """Captioned images in shards.
 
-    It travels to spawned workers, so it must be picklable. Shards and their samples come in the
-    same order in every process and run: the order of batches is made of that.
+    It is sent to spawned workers, so it must be picklable. Shards and their samples must come in
+    the same order in every process and run, as the order of batches is derived from it.
     """
 
     def prepare(self) -> None:
-        """Make the data ready on disk; called in one process per machine; instant when ready."""
+        """Prepare the data on disk; called in one process per machine; fast if already prepared."""
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """Name the shards of a split; none for "val" if that is held out of "train"."""
+        """List the shards of a split; empty for "val" if it is held out of "train"."""
 
     def open(self, shard: str) -> ShardIndex:
-        """List what a shard holds; does not raise for what is damaged, but reports it."""
+        """Index a shard; damage is reported in the result, not raised."""
 
     def read(self, sample: Sample) -> bytes:
         """Return the encoded image of a sample.
 
         Raises:
-            OSError: it is not there, or not any more.
+            OSError: it cannot be read.
         """
 
 
 def base_name(shard: str) -> str:
-    """A shard's name without the folder, so that data may move between a run and its resumption."""
+    """A shard's name without its folder, so that a run can resume after the data were moved."""
     return shard.rpartition("/")[2]
 
 
 def name_digest(name: str) -> bytes:
-    """32 bytes that are a function of a name, the same in every process and run."""
-    # not hash(), which differs from process to process; names of files need not be UTF-8
+    """Return the sha256 of a name (32 bytes), the same in every process and run."""
+    # Not hash(), which differs between processes. File names need not be UTF-8.
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
 def unit_hash(name: str) -> float:
-    """Map a name to [0, 1)."""
+    """Hash a name to [0, 1)."""
     return int.from_bytes(name_digest(name)[:7]) / 2**56
 
 
 def permutation(length: int, name: str) -> list[int]:
-    """Return a random order of `length` items, a function of `name`."""
+    """Return a random permutation of `length` items, seeded by `name`."""
     seed = int.from_bytes(name_digest(name)[:7])
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class Holdout:
-    """Which samples validation keeps for itself: by hash, so that a place never depends on others.
+    """The held-out set: samples selected by a hash, independently of one another.
 
     Args:
-        fraction: expected share of the group_keys that is kept, in [0, 1).
-        group_keys: of the first shards; one of them is kept if the fraction is above 0 but chooses
-            none, so that a small set still validates.
+        fraction: expected share of the group keys to hold out, in [0, 1).
+        group_keys: group keys of the first shards; if the fraction is above 0 but selects none of
+            them, one is held out, so that a small set still has validation samples.
 
     Raises:
-        ValueError: `fraction` is out of its range.
+        ValueError: `fraction` is out of range.
     """
 
     def __init__(self, fraction: float, group_keys: Sequence[str] = ()) -> None:
         if not 0 <= fraction < 1:
             raise ValueError(
-                f"data.val_fraction is {fraction}, but it is the share kept for validation: "
-                "give a number from 0 up to, not including, 1."
+                f"data.val_fraction={fraction} is out of range; use the share of samples to hold out, "
+                "at least 0 and less than 1."
             )
         self.fraction = fraction
         self.extra: str | None = None
-        if fraction > 0 and group_keys and not any(unit_hash(f) < fraction for f in group_keys):
+        if fraction > 0 and group_keys and not any(unit_hash(k) < fraction for k in group_keys):
             self.extra = min(group_keys, key=unit_hash)
 
     def __contains__(self, sample: Sample) -> bool:
