@@ -1,6 +1,6 @@
-"""The choices of `data=...`: for each kind of source, what makes a data module of it.
+"""Targets of `data=...`: for each kind of source, a function that builds its data module.
 
-What a function does not take itself goes to `ImageTextDataModule`, as `config.KEYWORDS_GO_TO` says.
+Other keyword arguments are passed to `ImageTextDataModule`; see `config.KEYWORDS_GO_TO`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ def shards(
     val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of WebDataset shards; the first five see `ShardSource`, the sixth of the module.
+    """Build batches of WebDataset shards; see `ShardSource` for the first five arguments.
 
     Raises:
-        ValueError: both val_urls and val_fraction say what validation uses.
+        ValueError: both val_urls and val_fraction are set.
     """
     source = ShardSource(
         urls=urls,
@@ -43,7 +43,7 @@ def shards(
 
 
 def folder(*, root: str, **loading: Any) -> ImageTextDataModule:
-    """Batches of a folder of images; `root` see `Folder`."""
+    """Build batches of a folder of images; see `FolderSource` for `root`."""
     return ImageTextDataModule(source=FolderSource(root=root), **loading)
 
 
@@ -59,10 +59,10 @@ def hf(
     val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of a data set of the hub; the first seven see `HubDataset`, then of the module.
+    """Build batches of a dataset of the Hub; see `HubDataset` for the first seven arguments.
 
     Raises:
-        ValueError: both val_split and val_fraction say what validation uses.
+        ValueError: both val_split and val_fraction are set.
     """
     source = HubDataset(
         name=name,
@@ -85,7 +85,7 @@ def openmoji(
     limit: int | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of OpenMoji's drawings; the first four see `OpenMoji`."""
+    """Build batches of OpenMoji drawings; see `OpenMoji` for the first four arguments."""
     source = OpenMoji(root=root, image_size=image_size, groups=groups, limit=limit)
     return ImageTextDataModule(source=source, image_size=image_size, **loading)
 
@@ -96,17 +96,17 @@ def mix(
     weights: Mapping[str, float] | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Batches of several sources; the first two see `Mix`."""
+    """Build batches of several sources; see `Mix` for the first two arguments."""
     return ImageTextDataModule(source=Mix(sources=sources, weights=weights), **loading)
 
 
-def _held_out(key: str, own: Any, val_fraction: float | None, *, default: float) -> float:
-    """Return the share that validation keeps of the training samples."""
-    if own is None:
+def _held_out(key: str, val_data: Any, val_fraction: float | None, *, default: float) -> float:
+    """Return the share of the training samples to hold out for validation."""
+    if val_data is None:
         return default if val_fraction is None else val_fraction
     if val_fraction:
         raise ValueError(
-            f"data.{key}={own!r} and data.val_fraction={val_fraction} both say what validation "
-            "uses: set one of them."
+            f"data.{key}={val_data!r} and data.val_fraction={val_fraction} both set the validation "
+            "data; set only one of them."
         )
     return 0.0

@@ -1,4 +1,4 @@
-"""An image of how wide and how large a set's images are."""
+"""Plots histograms of the aspect ratios and sizes of a set of images."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _BAR, _MARK, _INK = (70, 110, 180), (200, 80, 60), (40, 40, 40)
 
 
 def plot_histograms(sizes: Sequence[tuple[int, int]], buckets: Sequence[Size]) -> Image.Image:
-    """Draw two histograms: of width / height, with the buckets' ratios marked, and of sides.
+    """Plot two histograms: aspect ratios, with the buckets marked, and shorter sides.
 
     Args:
         sizes: (width, height) of each image.
@@ -41,28 +41,28 @@ def _chart(
     labels: Sequence[tuple[float, str]],
     marks: Sequence[float],
 ) -> Image.Image:
-    """Draw one histogram; what lies outside of the span is in its first and last bars."""
+    """Plot one histogram; values outside the span are clipped to it."""
     img = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     pen, font = ImageDraw.Draw(img), ImageFont.load_default(size=12)
     counts, _ = np.histogram(values.clip(*span), bins=48, range=span)
     floor, ceiling = _HEIGHT - _BOTTOM, 26
-    across, most = _WIDTH - _LEFT - 16, max(1, int(counts.max()))
+    plot_width, max_count = _WIDTH - _LEFT - 16, max(1, int(counts.max()))
 
     def x_of(value: float) -> float:
-        return _LEFT + (value - span[0]) / (span[1] - span[0]) * across
+        return _LEFT + (value - span[0]) / (span[1] - span[0]) * plot_width
 
     for i, count in enumerate(counts):
-        top = floor - (floor - ceiling) * count / most
-        start = _LEFT + across * i / len(counts)
-        pen.rectangle([start, top, start + across / len(counts) - 1, floor], fill=_BAR)
+        top = floor - (floor - ceiling) * count / max_count
+        start = _LEFT + plot_width * i / len(counts)
+        pen.rectangle([start, top, start + plot_width / len(counts) - 1, floor], fill=_BAR)
     for mark in marks:
         pen.line([x_of(mark), ceiling, x_of(mark), floor], fill=_MARK)
-    pen.line([_LEFT, floor, _LEFT + across, floor], fill=_INK)
+    pen.line([_LEFT, floor, _LEFT + plot_width, floor], fill=_INK)
     for value, label in labels:
         if span[0] <= value <= span[1]:
             pen.line([x_of(value), floor, x_of(value), floor + 4], fill=_INK)
             pen.text((x_of(value), floor + 6), label, fill=_INK, font=font, anchor="mt")
     pen.text((_LEFT, 6), title, fill=_INK, font=font)
-    pen.text((_LEFT - 6, ceiling), str(most), fill=_INK, font=font, anchor="rm")
+    pen.text((_LEFT - 6, ceiling), str(max_count), fill=_INK, font=font, anchor="rm")
     pen.text((_LEFT - 6, floor), "0", fill=_INK, font=font, anchor="rm")
     return img

@@ -42,6 +42,6 @@ def claim_output(folder: Path, settings: dict[str, Any], *, key: str) -> None:
         ) from error
     if changed := sorted(k for k in {**old, **new} if old.get(k) != new.get(k)):
         raise ValueError(
-            f"{key}={str(folder)!r} was begun with {changed[0]}={old.get(changed[0])!r}, but now it "
-            f"is {new.get(changed[0])!r}; use another folder, or delete that one."
+            f"{key}={str(folder)!r} was begun with {changed[0]}={old.get(changed[0])!r}, but now "
+            f"it is {new.get(changed[0])!r}; use another folder, or delete that one."
         )

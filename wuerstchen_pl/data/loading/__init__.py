@@ -1,1 +1,1 @@
-"""From the names of samples to tensors, in worker processes."""
+"""Loads batches of image tensors from sample names, in worker processes."""

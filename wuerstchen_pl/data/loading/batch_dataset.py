@@ -1,13 +1,13 @@
-"""What a worker does: from a `Request` to a batch of crops, with what could not be read left out.
+"""Builds, in a worker, the batch of crops that a `BatchSpec` describes, without unreadable images.
 
-A batch is a dict, and every batch has one size, its bucket:
+A batch is a dict; all its images have the size of one bucket:
 
-    image    (B, 3, H, W) float32 in [0, 1], RGB
-    caption  list of B str
-    key      list of B str, the samples' names
-    counts   False if another process has the same samples, as some have at the end of a split
+    image      (B, 3, H, W) float32 in [0, 1], RGB
+    caption    list of B str
+    key        list of B str, the samples' keys
+    is_unique  False if another process has the same samples, as at the end of a validation split
 
-B is the batch size, less the images that epoch out unreadable.
+B is the batch size, minus the number of unreadable images.
 """
 
 import math
@@ -30,13 +30,13 @@ Batch = dict[str, Any]
 
 @dataclass(slots=True)
 class BatchReport:
-    """What a worker says of a batch.
+    """A worker's statistics of one batch.
 
     Attributes:
         bad: images that could not be read.
-        rows: which rows of the request could be.
-        pixels: of all images, before they were cropped, as they were decoded.
-        kept: how many of these pixels the crops show.
+        rows: indices of the readable rows of the request.
+        pixels: total pixels of all decoded images before cropping.
+        kept: number of these pixels inside the crops.
     """
 
     bad: list[SampleError] = field(default_factory=list)
@@ -46,14 +46,14 @@ class BatchReport:
 
 
 class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
-    """Builds the batch that a `Request` asks for.
+    """Builds the batch of a `BatchSpec`.
 
     Args:
-        source: where the bytes come from.
-        seed: of the crops and of the choice of captions.
-        crop: how training crops.
-        keep_decoded: keep each image, decoded, in this process's memory.
-        crop_share: of the sides of the greatest crop.
+        source: where the encoded images are read from.
+        seed: random seed of the crops and caption choices.
+        crop: how training images are cropped.
+        keep_decoded: cache every decoded image in this process's memory.
+        crop_share: side of a crop relative to the largest possible one, in (0, 1].
     """
 
     def __init__(
@@ -61,19 +61,19 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
     ) -> None:
         self.source, self.seed, self.crop = source, seed, crop
         self.crop_share = crop_share
-        self._kept: dict[str, np.ndarray] | None = {} if keep_decoded else None
+        self._decoded_images: dict[str, np.ndarray] | None = {} if keep_decoded else None
 
     def __getitem__(self, request: BatchSpec) -> tuple[Batch, BatchReport]:
         report = BatchReport()
         rows = self._rows(request.size, request.rows, report)
-        # A batch that were empty on one rank only would leave the others waiting.
-        for other in request.fallback or ():
-            rows = rows or self._rows(request.size, (other,), report)
+        # An empty batch on a single rank would leave the other ranks waiting.
+        for substitute in request.fallback or ():
+            rows = rows or self._rows(request.size, (substitute,), report)
         if not rows and request.fallback is not None:
-            names = ", ".join(drawn.sample.name for drawn in request.rows[:3])
+            names = ", ".join(row.sample.name for row in request.rows[:3])
             raise ValueError(
-                f"no image of a batch can be read ({names} and so on; {report.bad[0].where}): "
-                "look at them with python -m wuerstchen_pl.data check full=true."
+                f"no image of a batch can be read ({names}, ...; {report.bad[0].where}); "
+                "inspect the data with python -m wuerstchen_pl.data check full=true."
             )
         height, width = request.size
         images = torch.empty(len(rows), height, width, 3, dtype=torch.uint8)
@@ -88,44 +88,45 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         return batch, report
 
     def _rows(
-        self, size: Size, drawn: tuple[EpochSample, ...], report: BatchReport
+        self, size: Size, epoch_samples: tuple[EpochSample, ...], report: BatchReport
     ) -> list[tuple[np.ndarray, str, str]]:
+        """Return (crop, caption, key) of each readable sample."""
         rows = []
-        for number, (sample, epoch) in enumerate(drawn):
+        for number, (sample, epoch) in enumerate(epoch_samples):
             try:
-                img = self._decoded(sample, size)
+                img = self._decode(sample, size)
             except OSError as error:
                 report.bad.append(SampleError("unreadable image", f"{sample.name}: {error}"))
                 continue
             report.rows.append(number)
-            place, choice = self._chance(sample, epoch)
+            position, caption_choice = self._random_choices(sample, epoch)
             if epoch >= 0 and self.crop == "saliency":
-                place = salient_position(img, size)
+                position = salient_position(img, size)
             height, width = img.shape[:2]
-            box = crop_box(height, width, size, place, self.crop_share)
+            box = crop_box(height, width, size, position, self.crop_share)
             report.pixels += height * width
             report.kept += (box[2] - box[0]) * (box[3] - box[1])
-            caption = sample.captions[int(choice * len(sample.captions))]
+            caption = sample.captions[int(caption_choice * len(sample.captions))]
             rows.append((resize(img, box, size), caption, sample.key))
         return rows
 
-    def _decoded(self, sample: Sample, size: Size) -> np.ndarray:
-        if self._kept is None:
+    def _decode(self, sample: Sample, size: Size) -> np.ndarray:
+        if self._decoded_images is None:
             height, width = (math.ceil(side / self.crop_share) for side in size)
             return decode_image(self.source.read(sample), cover=(height, width))
-        if sample.name not in self._kept:
-            self._kept[sample.name] = decode_image(self.source.read(sample))
-        return self._kept[sample.name]
+        if sample.name not in self._decoded_images:
+            self._decoded_images[sample.name] = decode_image(self.source.read(sample))
+        return self._decoded_images[sample.name]
 
-    def _chance(self, sample: Sample, epoch: int) -> tuple[tuple[float, float], float]:
-        """Draw the place of a crop and the choice of a caption, all in [0, 1)."""
+    def _random_choices(self, sample: Sample, epoch: int) -> tuple[tuple[float, float], float]:
+        """Draw the (top, left) position of the crop and the caption choice, all in [0, 1)."""
         if epoch < 0:
             return CENTER, 0.0
-        top, left, choice = hash_uniforms(f"{self.seed}/{epoch}/{sample.identity}", 3)
-        return (CENTER if self.crop == "center" else (top, left)), choice
+        top, left, caption_choice = hash_uniforms(f"{self.seed}/{epoch}/{sample.identity}", 3)
+        return (CENTER if self.crop == "center" else (top, left)), caption_choice
 
 
 def hash_uniforms(name: str, count: int) -> list[float]:
-    """Draw up to 8 numbers in [0, 1), a function of `name`."""
-    drawn = name_digest(name)
-    return [int.from_bytes(drawn[4 * i : 4 * i + 4]) / 2**32 for i in range(count)]
+    """Return up to 8 pseudorandom numbers in [0, 1), a function of `name`."""
+    random_bytes = name_digest(name)
+    return [int.from_bytes(random_bytes[4 * i : 4 * i + 4]) / 2**32 for i in range(count)]

@@ -1,4 +1,4 @@
-"""Loaders: workers build the batches that an order asks for; the order's place is the state."""
+"""Data loaders: workers build the ordered batches; the position in the order is the state."""
 
 import signal
 from collections import Counter, deque
@@ -14,16 +14,16 @@ from wuerstchen_pl.distributed.counters import sum_counters
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Keep a worker running when its process group gets a signal: the run finishes its step first.
+    """Let a worker survive signals to its process group, so that the run can finish its step.
 
-    A worker ends with the process that started it.
+    A worker exits with the process that started it.
     """
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class BatchSampler:
-    """A sampler: requests of an order up to batch `stop`, each with a snapshot of what follows."""
+    """Yields batch specs up to batch `stop`; records a snapshot of the order after each."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -38,17 +38,17 @@ class BatchSampler:
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose state is the place in the order behind the last batch that it delivered.
+    """A loader whose state is the position in the order after the last batch that it yielded.
 
-    Each iteration runs to the end of the epoch that this place lies in. The state is the same on
-    every rank and whatever the number of workers: Lightning stores rank 0's.
+    Each iteration runs to the end of the current epoch. The state is the same on every rank and for
+    any number of workers: Lightning stores that of rank 0.
 
     Args:
-        dataset: builds batches, with a `Report` each.
-        batches: the order.
-        batches_per_epoch: length of an epoch; what is left over moves to the next one.
-        max_bad_fraction: share of bad samples, or broken shards, above which it stops.
-        options: of torch's DataLoader.
+        dataset: builds each batch and its `BatchReport`.
+        batches: the endless order of batches.
+        batches_per_epoch: length of an epoch; remaining samples move to the next one.
+        max_bad_fraction: share of bad samples, or broken shards, above which an error is raised.
+        options: options of torch's DataLoader.
     """
 
     def __init__(
@@ -60,61 +60,63 @@ class ResumableLoader(DataLoader[Any]):
         max_bad_fraction: float,
         **options: Any,
     ) -> None:
-        self.batches, self.plan = batches, BatchSampler(batches)
+        self.batches, self.specs = batches, BatchSampler(batches)
         self.batches_per_epoch = batches_per_epoch
         self.max_bad_fraction = max_bad_fraction
-        self.place = batches.snapshot()
-        # What this process's workers counted, after what all had counted before a resume; what
-        # the order counts is in `place`.
+        self.position = batches.snapshot()
+        # Counts of this process's workers, and those of all processes before a resume. The counts
+        # of the order are in `position`.
         self.worker_stats = DataStats()
         self.counts_before: Counter[str] = Counter()
-        super().__init__(dataset, batch_size=None, sampler=self.plan, **options)
+        super().__init__(dataset, batch_size=None, sampler=self.specs, **options)
 
     def __len__(self) -> int:
-        # Always that of a whole epoch; without it Lightning saves the state one batch too late.
+        # Always of a full epoch; without a length Lightning saves the state one batch too late.
         return self.batches_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # Nothing happens before the first batch is asked for: Lightning makes iterators early.
-        self.batches.restore(self.place)
-        self.plan.snapshots.clear()
-        self.plan.stop = (self.place.batches // len(self) + 1) * len(self)
+        # A generator, so nothing happens until the first batch: Lightning creates iterators early.
+        self.batches.restore(self.position)
+        self.specs.snapshots.clear()
+        self.specs.stop = (self.position.batches // len(self) + 1) * len(self)
         for batch, report in super().__iter__():
-            self.place = self.plan.snapshots.popleft()
-            self._take_note(report)
+            self.position = self.specs.snapshots.popleft()
+            self._record(report)
             yield batch
 
     @property
     def counts(self) -> dict[str, float]:
-        """What all processes saw, dropped, found bad and cropped away, by name; see `DataStats`.
+        """Counts over all processes, by name; see `DataStats`.
 
-        Every process has to ask for it.
+        A collective operation: every process must access it.
         """
-        return dict(self.place.counts + self._worker_counts())
+        return dict(self.position.counts + self._worker_counts())
 
     def _worker_counts(self) -> Counter[str]:
         return self.counts_before + sum_counters(self.worker_stats.counts)
 
-    def _take_note(self, report: BatchReport) -> None:
+    def _record(self, report: BatchReport) -> None:
         self.worker_stats.counts["pixels"] += round(report.pixels)
         self.worker_stats.counts["pixels/kept"] += round(report.kept)
         for bad in report.bad:
             self.worker_stats.note_bad(bad)
-        planned = DataStats(limit=self.max_bad_fraction)
-        planned.counts = self.place.counts
-        before, own = (_num_bad(c) for c in (self.counts_before, self.worker_stats.counts))
-        # the other processes are assumed to find as many as this one: no communication per batch
-        planned.check(more_bad=before + own * self.batches.world_size)
+        stats = DataStats(limit=self.max_bad_fraction)
+        stats.counts = self.position.counts
+        bad_before, local_bad = (
+            _num_bad(c) for c in (self.counts_before, self.worker_stats.counts)
+        )
+        # Assume the same number on each process, to avoid communication at every batch.
+        stats.check(more_bad=bad_before + local_bad * self.batches.world_size)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the order and the counts, in plain values; on every process."""
-        return {**self.batches.state_dict(self.place), "found": dict(self._worker_counts())}
+        """Return the position in the order and the counts; call it on every process."""
+        return {**self.batches.state_dict(self.position), "found": dict(self._worker_counts())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
-        self.place = self.batches.load_state_dict(state)
+        """Resume from the position of `state`."""
+        self.position = self.batches.load_state_dict(state)
         self.worker_stats.counts.clear()
         self.counts_before = Counter(state["found"])
 
@@ -124,13 +126,13 @@ def _num_bad(counts: Counter[str]) -> int:
 
 
 class OnceLoader(DataLoader[Any]):
-    """A loader of a list of requests, each time the same.
+    """A loader of a fixed list of batch specs.
 
     Args:
-        dataset: builds batches, with a `Report` each.
-        requests: one for each batch.
-        stats: counts what cannot be read; None makes one.
-        options: of torch's DataLoader.
+        dataset: builds each batch and its `BatchReport`.
+        requests: one spec per batch.
+        stats: counts unreadable samples; None creates new stats.
+        options: options of torch's DataLoader.
     """
 
     def __init__(
@@ -145,11 +147,11 @@ class OnceLoader(DataLoader[Any]):
         super().__init__(dataset, batch_size=None, sampler=requests, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch, _ in self.reported():
+        for batch, _ in self.with_reports():
             yield batch
 
-    def reported(self) -> Iterator[tuple[Batch, BatchReport]]:
-        """Yield each batch with what its worker says of it."""
+    def with_reports(self) -> Iterator[tuple[Batch, BatchReport]]:
+        """Yield each batch with its worker's report."""
         for batch, report in super().__iter__():
             for bad in report.bad:
                 self.stats.note_bad(bad)

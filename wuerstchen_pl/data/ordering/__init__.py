@@ -1,1 +1,1 @@
-"""Which sample comes when: shuffling, filters, buckets, ranks, and the place to resume from."""
+"""The order of samples: shuffling, filters, buckets, ranks, and the position to resume from."""

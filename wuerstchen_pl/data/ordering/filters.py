@@ -1,4 +1,4 @@
-"""Which samples to train on, said in YAML and never in code; each filter counts what it drops."""
+"""Selects the samples to train on, configured in YAML; dropped samples are counted per filter."""
 
 import dataclasses
 import unicodedata
@@ -12,31 +12,31 @@ SCRIPTS = (
     *("georgian", "greek", "gujarati", "hangul", "hebrew", "hiragana", "katakana", "khmer"),
     *("latin", "myanmar", "tamil", "telugu", "thai", "tibetan"),
 )
-"""First words of Unicode's names of letters."""
+"""The first word of the Unicode names of letters, in lower case."""
 
 
 class Filters:
     """Drops samples by their metadata; a filter that is None drops nothing.
 
-    A score that a sample lacks counts as failing its filter, under a name of its own. Caption
-    filters look at each caption; a sample is dropped when none is left.
+    A sample without a score fails the filter of that score, and is counted separately, such as
+    "no punsafe". Caption filters apply to each caption; a sample is dropped if none passes.
 
     Args:
-        min_size: least shorter side in pixels.
-        max_size: greatest longer side in pixels.
-        max_ratio: greatest longer side over shorter side.
-        max_pwatermark: greatest probability of a watermark (LAION: 0.5).
-        max_punsafe: greatest probability of being unsafe (LAION: 0.99).
-        min_aesthetic: least aesthetic score (LAION: 5.0).
-        min_words: least number of words of a caption.
-        max_words: greatest number of words of a caption.
-        scripts: names out of SCRIPTS; more than half of a caption's letters must be of these.
-        forbidden_words: a caption that holds one of them is dropped, in whatever case.
-        deduplicate: drop an image whose bytes equal those of one that came before it in the run;
-            about 120 bytes of memory and 25 of each checkpoint per image.
+        min_size: minimum shorter side in pixels.
+        max_size: maximum longer side in pixels.
+        max_ratio: maximum ratio of longer to shorter side.
+        max_pwatermark: maximum probability of a watermark (LAION: 0.5).
+        max_punsafe: maximum probability of being unsafe (LAION: 0.99).
+        min_aesthetic: minimum aesthetic score (LAION: 5.0).
+        min_words: minimum number of words in a caption.
+        max_words: maximum number of words in a caption.
+        scripts: names from SCRIPTS; more than half of a caption's letters must be in these.
+        forbidden_words: a caption that contains one of these is dropped; case-insensitive.
+        deduplicate: drop an image with the same bytes as an earlier one of the run; takes about
+            120 bytes of memory and 25 bytes of each checkpoint per image.
 
     Raises:
-        ValueError: a script is unknown, or a least number exceeds its greatest.
+        ValueError: a script is unknown, or a minimum exceeds its maximum.
     """
 
     def __init__(
@@ -56,18 +56,19 @@ class Filters:
     ) -> None:
         if unknown := sorted(set(scripts or ()) - set(SCRIPTS)):
             raise ValueError(
-                f"data.filters.scripts names {unknown[0]!r}: choose from {', '.join(SCRIPTS)}."
+                f"data.filters.scripts contains {unknown[0]!r}; choose from {', '.join(SCRIPTS)}."
             )
-        for least, most in (("min_size", "max_size"), ("min_words", "max_words")):
-            low, high = locals()[least], locals()[most]
+        for minimum, maximum in (("min_size", "max_size"), ("min_words", "max_words")):
+            low, high = locals()[minimum], locals()[maximum]
             if low is not None and high is not None and low > high:
                 raise ValueError(
-                    f"data.filters.{least}={low} exceeds data.filters.{most}={high}: nothing can "
-                    "pass; raise the greatest or lower the least."
+                    f"data.filters.{minimum}={low} exceeds data.filters.{maximum}={high}; raise the "
+                    "maximum or lower the minimum."
                 )
         if max_ratio is not None and max_ratio < 1:
             raise ValueError(
-                f"data.filters.max_ratio is {max_ratio}, longer over shorter side: give 1 or more."
+                f"data.filters.max_ratio={max_ratio} (longer / shorter side) is out of range; use 1 or "
+                "more."
             )
         self.min_size, self.max_size, self.max_ratio = min_size, max_size, max_ratio
         self.max_pwatermark, self.max_punsafe = max_pwatermark, max_punsafe
@@ -78,7 +79,7 @@ class Filters:
         self.deduplicate = deduplicate
 
     def apply(self, sample: Sample) -> Sample | str:
-        """Return the sample, with the captions that pass, or the name of the filter it fails."""
+        """Return the sample with only its passing captions, or the name of the filter it fails."""
         failed = self._by_shape(sample) or self._by_scores(sample)
         if failed:
             return failed
@@ -128,20 +129,20 @@ class Filters:
             return "max_words"
         if self.scripts is not None and not _mostly(caption, self.scripts):
             return "scripts"
-        if self.forbidden_words and self.forbidden_words & set(_bare(words)):
+        if self.forbidden_words and self.forbidden_words & set(_normalized(words)):
             return "forbidden_words"
         return None
 
 
-def _bare(words: Iterable[str]) -> Iterable[str]:
-    """Words in one case, as they are and without what stands around them."""
+def _normalized(words: Iterable[str]) -> Iterable[str]:
+    """Yield each word in lower case, with and without surrounding punctuation."""
     for word in map(str.casefold, words):
         yield word
         yield word.strip(".,;:!?\"'()[]{}")
 
 
 def _mostly(caption: str, scripts: frozenset[str]) -> bool:
-    """Whether more than half of the letters are of these scripts; a caption without any passes."""
+    """Whether more than half of the letters are in `scripts`; true without any letter."""
     letters = [_script(char) for char in caption if char.isalpha()]
     return not letters or 2 * sum(script in scripts for script in letters) > len(letters)
 

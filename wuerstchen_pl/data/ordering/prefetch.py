@@ -1,4 +1,4 @@
-"""Opens the shards of a source: ahead of time in the background, and the first ones just once."""
+"""Opens the shards of a source, ahead of time in the background; caches those of a small set."""
 
 import hashlib
 from collections.abc import Iterable
@@ -6,50 +6,50 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from wuerstchen_pl.data.sources.source import ShardIndex, Source
 
-_THREADS = 4  # shards that are opened, or downloaded, at a time
-_MAX_BROKEN = 8  # broken shards, with nothing read before, after which a run stops
+_THREADS = 4  # shards that are opened or downloaded concurrently
+_MAX_BROKEN = 8  # broken shards, before any sample was read, that stop the run
 IMAGE_HASH = "image_hash"
-"""The fact that `hashes` adds."""
+"""The metadata key that `hashes` adds."""
 
 
 class ShardPrefetcher:
-    """Lists what shards hold.
+    """Opens shards, in the background where possible.
 
     Args:
-        source: whose shards.
-        keep: shards that hold at most this many samples in all stay open, so that a small set is
-            read once.
-        hashes: add each image's hash to its metadata, which reads all of its bytes.
+        source: source of the shards.
+        keep: cache shards of at most this many samples in total, so that a small set is indexed
+            once.
+        hashes: add the hash of each image to its metadata, which reads all image bytes.
     """
 
     def __init__(self, source: Source, *, keep: int, hashes: bool = False) -> None:
         self.source = source
         self.keep = keep
         self.hashes = hashes
-        self._kept: dict[str, ShardIndex] = {}
-        self._room = keep
-        self._broken: list[str] | None = []  # None once there was a sample
-        self._coming: dict[str, Future[ShardIndex]] = {}
+        self._cache: dict[str, ShardIndex] = {}
+        self._cache_room = keep
+        self._broken: list[str] | None = []  # None once a sample was read
+        self._pending: dict[str, Future[ShardIndex]] = {}
         self._threads: ThreadPoolExecutor | None = None
 
     def open(self, shard: str) -> ShardIndex:
-        """List what a shard holds; waits if it is being opened.
+        """Return the index of a shard; waits if it is being opened.
 
         Raises:
-            ValueError: the first shards that were asked for are all broken.
+            ValueError: the first shards are all broken.
         """
-        if shard in self._kept:
-            return self._kept[shard]
-        coming = self._coming.pop(shard, None)
-        opened = self._open(shard) if coming is None else coming.result()
-        # a broken one may be whole when it is asked for again
-        if len(opened.samples) <= self._room and not opened.broken:
-            self._room -= len(opened.samples)
-            self._kept[shard] = opened
-        self._check_hope(shard, opened)
+        if shard in self._cache:
+            return self._cache[shard]
+        future = self._pending.pop(shard, None)
+        opened = self._open(shard) if future is None else future.result()
+        # A broken shard may be readable the next time.
+        if len(opened.samples) <= self._cache_room and not opened.broken:
+            self._cache_room -= len(opened.samples)
+            self._cache[shard] = opened
+        self._check_broken(shard, opened)
         return opened
 
-    def _check_hope(self, shard: str, opened: ShardIndex) -> None:
+    def _check_broken(self, shard: str, opened: ShardIndex) -> None:
         if opened.samples:
             self._broken = None
         elif self._broken is not None and opened.broken:
@@ -58,28 +58,28 @@ class ShardPrefetcher:
             if len(self._broken) == _MAX_BROKEN:
                 raise ValueError(
                     f"none of the first {_MAX_BROKEN} shards can be read ({self._broken[0]}; "
-                    f"{self._broken[1]}; ...): look at where data says they are."
+                    f"{self._broken[1]}; ...); check the location of the data."
                 )
 
     def expect(self, shards: Iterable[str]) -> None:
-        """Begin to open shards that will be asked for."""
+        """Start opening shards that will be needed soon."""
         self._threads = self._threads or ThreadPoolExecutor(_THREADS)
         for shard in shards:
-            if shard not in self._kept and shard not in self._coming:
-                self._coming[shard] = self._threads.submit(self._open, shard)
+            if shard not in self._cache and shard not in self._pending:
+                self._pending[shard] = self._threads.submit(self._open, shard)
 
     def close(self) -> None:
-        """Give up what was only expected."""
+        """Cancel the pending shards and stop the threads."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
-        self._threads, self._coming = None, {}
+        self._threads, self._pending = None, {}
 
     def _open(self, shard: str) -> ShardIndex:
         opened = self.source.open(shard)
         for sample in opened.samples if self.hashes else ():
             try:
                 image_hash = hashlib.blake2b(self.source.read(sample), digest_size=7).digest()
-            except OSError:  # counted when its epoch comes
+            except OSError:  # counted when it is decoded
                 continue
             sample.metadata[IMAGE_HASH] = int.from_bytes(image_hash)
         return opened

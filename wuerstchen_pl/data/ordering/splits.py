@@ -1,4 +1,4 @@
-"""What of a source is for training, and what for validation; who goes through it shard by shard."""
+"""Splits a source into training and validation samples, after opening its first shards."""
 
 from collections import Counter
 from itertools import zip_longest
@@ -19,28 +19,28 @@ from wuerstchen_pl.data.sources.source import (
     permutation,
 )
 
-_AHEAD = 4  # shards that are opened before they are needed
+_AHEAD = 4  # shards opened in the background
 
 
 class Splits:
-    """The two splits of a source, as far as they can be known by opening its first shards.
+    """The training and validation splits of a source, from the first window of samples of each.
 
     Args:
-        source: ready on disk.
-        filters: what is dropped.
-        buckets: the sizes of batches.
-        max_upscale: an image that had to be enlarged further is dropped; None takes all.
-        val_fraction: share that validation keeps of a source without a validation split.
-        window: samples up to which shards are opened.
-        max_bad_fraction: limit of the stats.
+        source: a prepared source.
+        filters: filters to apply.
+        buckets: the possible sizes of batches.
+        max_upscale: images that would be upscaled more are dropped; None keeps all.
+        val_fraction: share to hold out of a source without a validation split.
+        window: number of samples up to which shards are opened.
+        max_bad_fraction: share of bad samples or shards above which `samples_of` raises.
 
     Attributes:
-        opener: opens the shards; those that fit in the window stay open.
-        holdout: tells what validation keeps.
-        first: for each split the samples of the first shards, of a small set all.
-        epoch_samples: how many training samples there are: exact when all shards are open, else
-            the others are taken to hold as many on average.
-        stats: counts what `samples_of` sees and leaves out.
+        opener: opens the shards; those that fit in the window stay cached.
+        holdout: the samples held out for validation.
+        first_window: for each split the samples of the first shards; all of a small set.
+        epoch_samples: number of training samples: exact if all shards were opened, otherwise
+            extrapolated from the opened ones.
+        stats: counts of `samples_of`.
     """
 
     def __init__(
@@ -58,37 +58,38 @@ class Splits:
         self.max_upscale, self.window = max_upscale, window
         self.opener = ShardPrefetcher(source, keep=window, hashes=filters.deduplicate)
         self.stats = DataStats(limit=max_bad_fraction)
-        self._first_with: dict[float, str] = {}
-        shards, own = self.shards("train"), self.shards("val")
-        found, opened = self._first_window(shards)
-        self.holdout = Holdout(0 if own else val_fraction, [s.group_key for s in found])
-        kept = [s for s in found if s in self.holdout]
-        self.first: dict[Split, list[Sample]] = {
-            "train": [s for s in found if s not in self.holdout],
-            "val": self._first_window(own)[0] if own else kept,
+        self._first_by_hash: dict[float, str] = {}
+        train_shards, val_shards = self.shards("train"), self.shards("val")
+        samples, num_opened = self._read_window(train_shards)
+        self.holdout = Holdout(0 if val_shards else val_fraction, [s.group_key for s in samples])
+        held_out = [s for s in samples if s in self.holdout]
+        self.first_window: dict[Split, list[Sample]] = {
+            "train": [s for s in samples if s not in self.holdout],
+            "val": self._read_window(val_shards)[0] if val_shards else held_out,
         }
-        self.epoch_samples = round(len(self.first["train"]) / max(1, opened) * len(shards))
-        self._agree()
+        num_train = len(self.first_window["train"])
+        self.epoch_samples = round(num_train / max(1, num_opened) * len(train_shards))
+        self._broadcast_from_rank_zero()
 
-    def _agree(self) -> None:
-        """Take rank 0's findings: one that could not reach a shard would take other steps."""
+    def _broadcast_from_rank_zero(self) -> None:
+        """Use rank 0's result: a rank that missed a shard would take another number of steps."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            findings: list[Any] = [(self.first["val"], self.epoch_samples)]
-            torch.distributed.broadcast_object_list(findings, src=0)
-            self.first["val"], self.epoch_samples = findings[0]
+            shared: list[Any] = [(self.first_window["val"], self.epoch_samples)]
+            torch.distributed.broadcast_object_list(shared, src=0)
+            self.first_window["val"], self.epoch_samples = shared[0]
 
     def shards(self, split: Split) -> list[str]:
-        """Name the shards of a split; of several groups in turn, so that all are met early."""
-        epochs = zip_longest(*(group.shards for group in self.source.groups(split)))
-        return [shard for epoch in epochs for shard in epoch if shard is not None]
+        """List the shards of a split, alternating between groups so that each is covered early."""
+        rounds = zip_longest(*(group.shards for group in self.source.groups(split)))
+        return [shard for one_round in rounds for shard in one_round if shard is not None]
 
     def samples_of(self, opened: ShardIndex) -> list[Sample]:
-        """List what training takes of an opened shard, and count."""
+        """List the training samples of an opened shard, and update the stats."""
         self.stats.counts["shards"] += 1
         self.stats.counts["shards/broken"] += opened.broken
         for bad in opened.bad:
             self.stats.note_bad(bad)
-        found = []
+        kept = []
         for sample in opened.samples:
             if sample in self.holdout:
                 continue
@@ -99,39 +100,41 @@ class Splits:
             if isinstance(passed, str):
                 self.stats.counts[f"dropped/{passed}"] += 1
             else:
-                found.append(passed)
+                kept.append(passed)
         self.stats.check(of_shards=len(self.shards("train")))
-        return found
+        return kept
 
     def _is_duplicate(self, sample: Sample) -> bool:
-        image = sample.metadata.get(IMAGE_HASH)
-        return image is not None and self._first_with.setdefault(image, sample.name) != sample.name
+        image_hash = sample.metadata.get(IMAGE_HASH)
+        if image_hash is None:
+            return False
+        return self._first_by_hash.setdefault(image_hash, sample.name) != sample.name
 
-    def _first_window(self, shards: list[str]) -> tuple[list[Sample], int]:
-        """Return what passes of the first shards, as many as a window takes, and their number."""
-        # Any shards, and not the first ones: what a list lacks is often missing in a row.
+    def _read_window(self, shards: list[str]) -> tuple[list[Sample], int]:
+        """Open shards up to a window; return their passing samples and the number of shards."""
+        # Random shards instead of the first ones: missing shards are often consecutive.
         order = permutation(len(shards), "first")
-        found: dict[int, list[Sample]] = {}
-        held = 0
-        for place, number in enumerate(order):
-            if held >= self.window:
+        passing: dict[int, list[Sample]] = {}
+        num_samples = 0
+        for i, number in enumerate(order):
+            if num_samples >= self.window:
                 break
-            self.opener.expect(shards[i] for i in order[place : place + _AHEAD])
+            self.opener.expect(shards[j] for j in order[i : i + _AHEAD])
             samples = self.opener.open(shards[number]).samples
-            held += len(samples)
+            num_samples += len(samples)
             passed = map(self._passing, samples)
-            found[number] = [sample for sample in passed if isinstance(sample, Sample)]
-        listed = [sample for number in sorted(found) for sample in found[number]]
-        if held >= self.window and not listed:
+            passing[number] = [sample for sample in passed if isinstance(sample, Sample)]
+        listed = [sample for number in sorted(passing) for sample in passing[number]]
+        if num_samples >= self.window and not listed:
             dropped = Counter(str(self._passing(s)) for s in samples).most_common(1)[0][0]
             raise ValueError(
-                f"of the first {held} samples none passes data.filters and data.max_upscale, most "
-                f"for {dropped}: lower what they ask."
+                f"none of the first {num_samples} samples passes data.filters and data.max_upscale "
+                f"(most often because of {dropped}); relax these."
             )
-        return listed, len(found)
+        return listed, len(passing)
 
     def _passing(self, sample: Sample) -> Sample | str:
-        """Return a sample as the filters leave it, or what drops it."""
+        """Return the filtered sample, or the name of the filter that drops it."""
         passed = self.filters.apply(sample)
         if isinstance(passed, Sample) and self.max_upscale:
             return "max_upscale" if self.buckets.enlargement(passed) > self.max_upscale else passed

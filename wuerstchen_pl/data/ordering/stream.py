@@ -1,9 +1,9 @@
-"""The endless order in which the samples of a source come: shuffled, filtered, and resumable.
+"""The endless order of a source's samples: shuffled, filtered and resumable.
 
-Pass after pass over the shards, each in an order of its own. Shards are opened until a window holds
-`shuffle_samples`, and the window is shuffled: a set that fits in one is shuffled perfectly, and of
-a greater one nothing but a window is ever in memory. A position is three numbers, so that a run
-resumes wherever it was by opening one window.
+Each epoch visits the shards in a different order. Shards are opened until a window contains
+`shuffle_samples`, and the window is shuffled: a set that fits in one window is shuffled perfectly,
+and of a larger one only a window is in memory. A position is three numbers, so a run resumes
+anywhere by opening one window.
 """
 
 import warnings
@@ -22,42 +22,42 @@ from wuerstchen_pl.data.sources.source import (
     unit_hash,
 )
 
-_EXAMPLES = 3  # of each kind of bad data that are shown
-_AHEAD = 8  # shards that are opened in the background at most
-_ENOUGH_SAMPLES, _ENOUGH_SHARDS = 1000, 20  # before a share of bad ones says anything
+_EXAMPLES = 3  # warnings per kind of bad data
+_AHEAD = 8  # maximum number of shards opened in the background
+_ENOUGH_SAMPLES, _ENOUGH_SHARDS = 1000, 20  # minimum counts for a meaningful share of bad ones
 
 
 class EpochSample(NamedTuple):
-    """A sample, and the pass over its group that it came in."""
+    """A sample, and the epoch of its shard group that it belongs to."""
 
     sample: Sample
     epoch: int
 
 
 class Position(NamedTuple):
-    """Where a stream is.
+    """The position of a stream.
 
     Attributes:
-        epoch: number of the pass.
-        shard: number, within the order of that pass, of the window's first shard.
-        place: how many samples of the window have been drawn.
+        epoch: number of the epoch.
+        shard: index of the window's first shard in the order of that epoch.
+        offset: number of samples drawn from the window.
     """
 
     epoch: int = 0
     shard: int = 0
-    place: int = 0
+    offset: int = 0
 
 
 class DataStats:
-    """Counts what was seen, dropped and bad, and shows the first examples of what is bad.
+    """Counts seen, dropped and bad samples, and warns with the first examples of bad ones.
 
     Args:
-        show: whether to show examples.
-        limit: share of bad samples, or of broken shards, at which `check` stops the run.
+        show: whether to warn with examples.
+        limit: share of bad samples, or of broken shards, above which `check` raises.
 
     Attributes:
-        counts: "seen", "dropped/<filter>", "bad/<reason>", "shards", "shards/broken" and what the
-            workers add.
+        counts: "seen", "dropped/<filter>", "bad/<reason>", "shards", "shards/broken" and those of
+            the workers.
     """
 
     def __init__(self, *, show: bool = True, limit: float = 1.0) -> None:
@@ -67,22 +67,22 @@ class DataStats:
         self._shown: Counter[str] = Counter()
 
     def note_bad(self, bad: SampleError) -> None:
-        """Count something bad, and show it if it is one of the first of its kind."""
+        """Count bad samples, and warn if they are among the first of their kind."""
         self.counts[f"bad/{bad.reason}"] += bad.count
         self._shown[bad.reason] += 1
         if self.show and self._shown[bad.reason] <= _EXAMPLES:
-            more = " (further ones are only counted)" * (self._shown[bad.reason] == _EXAMPLES)
-            warnings.warn(f"left out, {bad.reason}: {bad.where}{more}", stacklevel=2)
+            suffix = " (further ones are only counted)" * (self._shown[bad.reason] == _EXAMPLES)
+            warnings.warn(f"skipped, {bad.reason}: {bad.where}{suffix}", stacklevel=2)
 
     def check(self, *, more_bad: int = 0, of_shards: int = 0) -> None:
-        """Stop a run whose data are bad beyond the limit.
+        """Raise if the share of bad data exceeds the limit.
 
         Args:
-            more_bad: samples found bad elsewhere, that were counted as seen here.
-            of_shards: how many shards there are: of a few, one may be broken.
+            more_bad: bad samples counted elsewhere, which are counted as seen here.
+            of_shards: total number of shards; broken ones are ignored if there are only a few.
 
         Raises:
-            ValueError: with a summary.
+            ValueError: the limit is exceeded; the message includes a summary.
         """
         bad = sum(n for name, n in self.counts.items() if name.startswith("bad/"))
         shares = {
@@ -91,31 +91,31 @@ class DataStats:
         }
         if of_shards < _ENOUGH_SHARDS:
             del shares["shards"]
-        for kind, (number, of, enough) in shares.items():
-            if of >= enough and number > self.limit * of:
-                found = f"; {more_bad} unreadable images" if more_bad else ""
+        for kind, (number, total, enough) in shares.items():
+            if total >= enough and number > self.limit * total:
+                unreadable = f"; {more_bad} unreadable images" if more_bad else ""
                 raise ValueError(
-                    f"{number} of {of} {kind} are bad, more than data.max_bad_fraction="
-                    f"{self.limit} ({self.summary()}{found}): fix the data, or raise "
+                    f"{number} of {total} {kind} are bad, more than data.max_bad_fraction="
+                    f"{self.limit} ({self.summary()}{unreadable}); fix the data, or raise "
                     "data.max_bad_fraction."
                 )
 
     def summary(self) -> str:
-        """Say in words what the counts are."""
+        """Format the counts as text."""
         return format_counts(self.counts)
 
 
 def format_counts(counts: Counter[str]) -> str:
-    """Say in words what the counts of a `DataStats` are."""
+    """Format the counts of a `DataStats` as text."""
     parts = [f"{counts['seen']} samples read from {counts['shards']} shards"]
     for kind in ("dropped", "bad"):
-        found = [
+        items = [
             f"{n} {name.partition('/')[2]}"
             for name, n in sorted(counts.items())
             if name.startswith(f"{kind}/")
         ]
-        if found:
-            parts.append(f"{kind}: {', '.join(found)}")
+        if items:
+            parts.append(f"{kind}: {', '.join(items)}")
     return "; ".join(parts)
 
 
@@ -124,15 +124,15 @@ class Stream:
 
     Args:
         opener: opens the shards.
-        shards: their names.
-        seed: of the order.
-        shuffle_samples: least size of a window, unless a pass ends.
-        filters: what to drop.
-        holdout: what validation keeps.
-        stats: counts.
+        shards: names of the shards.
+        seed: random seed of the order.
+        shuffle_samples: minimum size of a window, except the last one of an epoch.
+        filters: filters to apply.
+        holdout: samples to exclude for validation.
+        stats: counts to update.
 
     Raises:
-        ValueError: a whole pass holds nothing to train on.
+        ValueError: a full epoch yields no sample.
     """
 
     def __init__(
@@ -150,83 +150,86 @@ class Stream:
         self.shuffle_samples, self.filters = shuffle_samples, filters
         self.holdout, self.stats = holdout, stats
         self._numbers = {shard: number for number, shard in enumerate(shards)}
-        # Image hash -> hash of the place of the sample that first had it.
-        self.first_with: dict[int, int] = {}
+        # Image hash -> hash of the first sample with that image.
+        self.first_by_hash: dict[int, int] = {}
         self._order: tuple[int, list[int]] = (-1, [])
         self._window: list[Sample] = []
-        self._start = (0, 0)  # epoch and shard where the window begins
-        self._end = 0  # shard where it ends
-        self._place = 0
-        self._found_any = False  # in this pass
+        self._start = (0, 0)  # epoch and first shard of the window
+        self._end = 0  # end of the window's shards, exclusive
+        self._offset = 0
+        self._epoch_has_samples = False
 
     def __iter__(self) -> Iterator[EpochSample]:
         return self
 
     def __next__(self) -> EpochSample:
-        # greater than that if the data have become fewer since the position was noted
-        while self._place >= len(self._window):
+        # It may exceed the length after `seek`, if the data have shrunk since.
+        while self._offset >= len(self._window):
             self._advance()
-        self._place += 1
-        return EpochSample(self._window[self._place - 1], self._start[0])
+        self._offset += 1
+        return EpochSample(self._window[self._offset - 1], self._start[0])
 
-    def others(self, count: int) -> list[EpochSample]:
-        """Return samples of the window other than the one yielded last."""
+    def other_samples(self, count: int) -> list[EpochSample]:
+        """Return up to `count` samples of the window, without the last yielded one."""
         size = len(self._window)
-        places = [(self._place + i) % size for i in range(min(count, size - 1))]
-        return [EpochSample(self._window[place], self._start[0]) for place in places]
+        indices = [(self._offset + i) % size for i in range(min(count, size - 1))]
+        return [EpochSample(self._window[index], self._start[0]) for index in indices]
 
     @property
     def position(self) -> Position:
-        """Where the stream is; behind the last sample of a window, before the next one."""
-        if self._window and self._place >= len(self._window):
+        """The current position; at the end of a window that of the start of the next one."""
+        if self._window and self._offset >= len(self._window):
             return Position(self._start[0], self._end)
-        return Position(*self._start, self._place)
+        return Position(*self._start, self._offset)
 
     def seek(self, position: Position) -> None:
-        """Go to a position, counting nothing; opens one window."""
+        """Move to a position without updating the stats; opens at most one window."""
         if self.position == position and (self._window or position == Position()):
             return
         self._start = position[:2]
-        self._window, self._end, self._found_any = [], position.shard, True
-        if position.place:
+        self._window, self._end, self._epoch_has_samples = [], position.shard, True
+        if position.offset:
             self._fill(DataStats(show=False))
-        self._place = position.place
-        if self._place > len(self._window):
+        self._offset = position.offset
+        if self._offset > len(self._window):
             warnings.warn(
-                "there are fewer samples than when the checkpoint was made: the order continues "
-                "with the next window",
+                "there are fewer samples than when the checkpoint was saved; resuming at the next "
+                "window",
                 stacklevel=2,
             )
 
     def _advance(self) -> None:
-        """Fill the next window, which may epoch out empty."""
+        """Fill the next window, which may turn out empty."""
         epoch = self._start[0]
         if self._end >= len(self.shards):
-            if not self._found_any:
-                raise ValueError(f"data holds nothing to train on ({self.stats.summary()}).")
-            epoch, self._end, self._found_any = epoch + 1, 0, False
-        self._start, self._place = (epoch, self._end), 0
+            if not self._epoch_has_samples:
+                raise ValueError(
+                    f"there is nothing to train on ({self.stats.summary()}); check data and "
+                    "data.filters."
+                )
+            epoch, self._end, self._epoch_has_samples = epoch + 1, 0, False
+        self._start, self._offset = (epoch, self._end), 0
         self._fill(self.stats)
-        self._found_any |= bool(self._window)
+        self._epoch_has_samples |= bool(self._window)
 
     def _fill(self, stats: DataStats) -> None:
         epoch, first = self._start
-        order = self._order_of(epoch)
+        order = self._shard_order(epoch)
         names = [self.shards[i] for i in order]
         kept: list[Sample] = []
-        held, self._end = 0, first
-        # counted before the filters: a strict one makes windows smaller, not longer in coming
-        while self._end < len(names) and held < self.shuffle_samples:
+        num_samples, self._end = 0, first
+        # Counted before filtering: strict filters give smaller windows, not more shards to open.
+        while self._end < len(names) and num_samples < self.shuffle_samples:
             opened = self.opener.open(names[self._end])
-            held += len(opened.samples)
+            num_samples += len(opened.samples)
             kept += self._samples(opened, stats)
             self._end += 1
-        mixed = permutation(len(kept), f"{self.seed}/window/{epoch}/{first}")
-        self._window = [kept[i] for i in mixed]
-        # As many shards as this window took will be wanted next.
+        shuffled = permutation(len(kept), f"{self.seed}/window/{epoch}/{first}")
+        self._window = [kept[i] for i in shuffled]
+        # The next window will need about as many shards.
         self.opener.expect(names[self._end : self._end + min(self._end - first, _AHEAD)])
 
-    def _order_of(self, epoch: int) -> list[int]:
+    def _shard_order(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
             self._order = epoch, permutation(len(self.shards), f"{self.seed}/shards/{epoch}")
         return self._order[1]
@@ -250,21 +253,21 @@ class Stream:
         stats.check(of_shards=len(self.shards))
 
     def _is_duplicate(self, sample: Sample) -> bool:
-        image = sample.metadata.get(IMAGE_HASH)
-        if image is None:
+        image_hash = sample.metadata.get(IMAGE_HASH)
+        if image_hash is None:
             return False
-        # the shard's number: names may change when data move, and need not differ without a folder
-        own = round(unit_hash(f"{self._numbers[sample.shard]}/{sample.key}") * 2**56)
-        return self.first_with.setdefault(int(image), own) != own
+        # By shard number: names change when data are moved, and may repeat between folders.
+        sample_hash = round(unit_hash(f"{self._numbers[sample.shard]}/{sample.key}") * 2**56)
+        return self.first_by_hash.setdefault(int(image_hash), sample_hash) != sample_hash
 
 
 class Mixture:
-    """Samples from several streams, in proportion to weights.
+    """Draws samples from several streams, in proportion to weights.
 
     Args:
-        streams: at least one.
-        weights: one for each, above 0.
-        seed: of the draws.
+        streams: at least one stream.
+        weights: one weight above 0 per stream.
+        seed: random seed of the draws.
     """
 
     def __init__(self, streams: list[Stream], weights: list[float], *, seed: int) -> None:
@@ -279,9 +282,9 @@ class Mixture:
 
     def __next__(self) -> EpochSample:
         if len(self.streams) > 1:
-            chance = unit_hash(f"{self.seed}/source/{self.drawn}")
+            threshold = unit_hash(f"{self.seed}/source/{self.drawn}")
             self.last = next(
-                (s for s, end in zip(self.streams, self._ends, strict=True) if chance < end),
+                (s for s, end in zip(self.streams, self._ends, strict=True) if threshold < end),
                 self.streams[-1],
             )
         self.drawn += 1

@@ -38,8 +38,8 @@ class Mix:
         for name in sources:
             if weights.setdefault(name, 1.0) <= 0:
                 raise ValueError(
-                    f"data.weights.{name}={weights[name]} is out of range; use more than 0, or remove "
-                    f"{name} from data.sources."
+                    f"data.weights.{name}={weights[name]} is out of range; use more than 0, or "
+                    f"remove {name} from data.sources."
                 )
             if "|" in name:
                 raise ValueError(

@@ -92,7 +92,8 @@ class OpenMoji:
         unknown = sorted(set(groups or ()) - set(GROUPS))
         if unknown or (groups is not None and not groups):
             raise ValueError(
-                f"data.groups={groups} is invalid; use one or more of {sorted(GROUPS)}, or null for all."
+                f"data.groups={groups} is invalid; use one or more of {sorted(GROUPS)}, or "
+                "null for all."
             )
         if image_size < 8:
             raise ValueError(f"data.image_size={image_size} pixels is out of range; use 8 or more.")
@@ -176,8 +177,8 @@ class OpenMoji:
             for shard in content["shards"]
         ):
             raise ValueError(
-                f"{str(self.folder)!r} does not match its shards.json; delete that folder, and it will be "
-                "rendered again."
+                f"{str(self.folder)!r} does not match its shards.json; delete that folder to "
+                "render it again."
             )
 
 

@@ -104,8 +104,8 @@ def reject_url(pattern: str, *, key: str, allow_pipe: bool) -> None:
             )
     elif "://" in pattern and not is_remote(pattern):
         raise ValueError(
-            f"{key}={pattern!r} is neither a path nor an http(s) URL; copy the shards to disk, or use "
-            "'pipe:COMMAND', whose output is the shard, with data.allow_pipe=true."
+            f"{key}={pattern!r} is neither a path nor an http(s) URL; copy the shards to disk, or "
+            "use 'pipe:COMMAND', whose output is the shard, with data.allow_pipe=true."
         )
 
 
@@ -120,8 +120,8 @@ def _expand_local(name: str, key: str, allow_pipe: bool, listed_in: Path | None)
         tars = sorted(path.glob("*.tar"))
         if not tars:
             raise FileNotFoundError(
-                f"{key} names the folder {str(path)!r}, which contains no tar file; fix the path, or "
-                "build the shards first."
+                f"{key} names the folder {str(path)!r}, which contains no tar file; fix the path, "
+                "or build the shards first."
             )
         return [str(tar) for tar in tars]
     if path.suffix in _LISTS and path.is_file():
