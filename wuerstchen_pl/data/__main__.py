@@ -1,4 +1,4 @@
-"""Look at data, or make shards of them: ``python -m wuerstchen_pl.data check|build``.
+"""Inspect data, or write them to shards: ``python -m wuerstchen_pl.data check|build``.
 
 python -m wuerstchen_pl.data check data=folder data.root=my/images full=true
 python -m wuerstchen_pl.data build from=my/images to=my/shards
@@ -37,39 +37,39 @@ BUILD_KEYS = {
 
 
 def run_check(cfg: DictConfig) -> float:
-    """Look at everything, say and draw it; returns how many images are left."""
+    """Inspect all data, print a report and save a plot; return the number of usable images."""
     check_config(cfg, CHECK_KEYS)
     folder = check_output_dir(cfg.output_dir)
     module: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     module.prepare_data()
-    found = inspect_data(module, full=cfg.full)
-    print(format_report(found))
+    inspection = inspect_data(module, full=cfg.full)
+    print(format_report(inspection))
     if module.source.groups("val"):
         print("for validation:")
         print(format_report(inspect_data(module, "val", full=cfg.full)))
-    if found.sizes:
+    if inspection.sizes:
         folder.mkdir(parents=True, exist_ok=True)
-        plot_histograms(found.sizes, module.sizes).save(folder / "sizes.png")
+        plot_histograms(inspection.sizes, module.sizes).save(folder / "sizes.png")
         print(folder / "sizes.png")
-    if not found.left:
-        raise ValueError("nothing is left to train on: see what was bad or dropped above.")
-    return float(found.left)
+    if not inspection.left:
+        raise ValueError("nothing is left to train on; see the bad and dropped samples above.")
+    return float(inspection.left)
 
 
 def run_build(cfg: DictConfig) -> None:
-    """Write shards, and say how to use them."""
+    """Write shards, and print how to train on them."""
     if cfg["from"] is not None:
         if not cfg.data._target_.endswith(".folder"):
             raise ValueError(
-                f"from={cfg['from']} names a folder, and data is another kind: remove one of them."
+                f"from={cfg['from']} needs data=folder; remove from, or the other data."
             )
         cfg.data.root = cfg["from"]
     elif OmegaConf.is_missing(cfg.data, "root"):
         raise ValueError("from is missing; set from=... to the folder of images")
     check_config(cfg, BUILD_KEYS)
-    for key, least in (("shard_samples", 1), ("num_workers", 0)):
-        if cfg[key] < least:
-            raise ValueError(f"{key}={cfg[key]} is out of range; use {least} or more")
+    for key, minimum in (("shard_samples", 1), ("num_workers", 0)):
+        if cfg[key] < minimum:
+            raise ValueError(f"{key}={cfg[key]} is out of range; use {minimum} or more")
     module: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     module.prepare_data()
     data_config: Any = OmegaConf.to_container(cfg.data, resolve=True)
@@ -94,8 +94,8 @@ COMMANDS = {"check": command("check", run_check), "build": command("build", run_
 def main() -> None:
     """Run the command that the first argument names."""
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        given = sys.argv[1] if len(sys.argv) > 1 else "nothing"
-        sys.exit(f"data: {given} is not a command; give check or build, then key=value ...")
+        name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+        sys.exit(f"data: {name} is not a command; use check or build, then key=value ...")
     COMMANDS[sys.argv.pop(1)]()
 
 

@@ -1,4 +1,4 @@
-"""Writes any source as WebDataset shards with a manifest, in parallel; resumes where it stopped."""
+"""Writes any source to WebDataset shards with a manifest, in parallel; resumes if interrupted."""
 
 import io
 import json
@@ -24,12 +24,12 @@ from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.io.images import IMAGE_FORMATS, decode_image
 
 _LOG = ".written.jsonl"
-_KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one shard is to hold."""
+    """The planned contents of one shard."""
 
     number: int
     samples: list[Sample]
@@ -37,13 +37,13 @@ class Part:
 
     @property
     def content(self) -> str:
-        """A hash of what is known of the samples."""
-        known = ((s.key, s.captions, s.width, s.height, s.size, s.metadata) for s in self.samples)
-        return name_digest("\n".join(map(repr, known))).hex()
+        """A hash of the samples' metadata."""
+        fields = ((s.key, s.captions, s.width, s.height, s.size, s.metadata) for s in self.samples)
+        return name_digest("\n".join(map(repr, fields))).hex()
 
 
 class Written(TypedDict):
-    """A line of the log: which part was written, of what, and how many samples it lacks."""
+    """A line of the log: number and content hash of a part, its entry, and unreadable samples."""
 
     number: int
     content: str
@@ -60,24 +60,24 @@ def build(
     shard_samples: int,
     num_workers: int,
 ) -> tuple[list[manifest.Entry], Counter[str]]:
-    """Write a source's training samples to `folder`, in their order, and `shards.json`.
+    """Write a source's training samples to `folder`, in order, and `shards.json`.
 
-    Images keep their bytes. A shard appears whole or not at all; those that are there already are
-    not written again.
+    Images of formats that shards allow keep their bytes. Shards are written atomically, and
+    existing ones are reused.
 
     Args:
-        source: what to write; ready.
-        folder: a new one, or one that an earlier build with the same settings began.
-        filters: what to leave out.
+        source: a prepared source.
+        folder: a new folder, or one that an earlier build with the same settings began.
+        filters: filters to apply.
         settings: what the result depends on.
-        shard_samples: samples of a shard.
-        num_workers: processes; 0 works in this one.
+        shard_samples: samples per shard.
+        num_workers: number of worker processes; 0 uses this process.
 
     Returns:
-        The shards, and what was left out, by reason.
+        The manifest entries, and the number of samples left out, by reason.
 
     Raises:
-        ValueError: the folder holds something else, or nothing is left to write.
+        ValueError: the folder has other contents, or nothing is left to write.
     """
     claim_output(folder, settings, key="to")
     left_out: Counter[str] = Counter()
@@ -90,23 +90,24 @@ def build(
             bar.update(written["entry"]["samples"])
     if not sum(entry["samples"] for entry in entries.values()):
         raise ValueError(
-            f"nothing is left to write to {folder} ({dict(+left_out) or 'no samples'})"
+            f"nothing is left to write to {folder} ({dict(+left_out) or 'no samples'}); check the "
+            "source and its filters."
         )
-    listed = [entries[number] for number in sorted(entries)]
-    for path in folder.glob("*.tar"):  # the source held more before
-        if path.name not in {entry["name"] for entry in listed}:
+    ordered = [entries[number] for number in sorted(entries)]
+    for path in folder.glob("*.tar"):  # left over if the source has shrunk
+        if path.name not in {entry["name"] for entry in ordered}:
             path.unlink()
-    manifest.write(folder, listed, settings=settings)
-    return listed, +left_out
+    manifest.write(folder, ordered, settings=settings)
+    return ordered, +left_out
 
 
 def _parts(
     source: Source, folder: Path, filters: Filters, shard_samples: int, left_out: Counter[str]
 ) -> Iterator[Part]:
-    """Cut what the filters leave of a source into shards to be."""
+    """Divide the filtered samples of a source into parts of `shard_samples`."""
     opener = ShardPrefetcher(source, keep=0, hashes=filters.deduplicate)
     waiting: list[Sample] = []
-    seen: set[float] = set()
+    seen_hashes: set[float] = set()
     number = 0
     for shard in [shard for group in source.groups("train") for shard in group.shards]:
         opened = opener.open(shard)
@@ -114,13 +115,13 @@ def _parts(
             left_out[bad.reason] += bad.count
         for sample in opened.samples:
             passed = filters.apply(sample)
-            image = sample.metadata.get(IMAGE_HASH)
-            if isinstance(passed, Sample) and image in seen:
+            image_hash = sample.metadata.get(IMAGE_HASH)
+            if isinstance(passed, Sample) and image_hash in seen_hashes:
                 passed = "duplicate"
             if isinstance(passed, str):
                 left_out[passed] += 1
                 continue
-            seen.update([] if image is None else [image])
+            seen_hashes.update([] if image_hash is None else [image_hash])
             waiting.append(passed)
             if len(waiting) == shard_samples:
                 yield Part(number, waiting, _path(folder, number))
@@ -136,46 +137,46 @@ def _path(folder: Path, number: int) -> Path:
 def _written(
     source: Source, parts: Iterator[Part], log: Path, num_workers: int
 ) -> Iterator[Written]:
-    """Write parts, a few at a time, but for those that are there already."""
-    before = _read_log(log)
-    # spawned, as threads may be opening shards
+    """Write the parts, several in parallel, except those already written."""
+    earlier = _read_log(log)
+    # Spawn, as forking is unsafe while threads open shards.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=context) if num_workers else nullcontext()
-    with log.open("a", encoding="utf-8") as lines, pool:
+    with log.open("a", encoding="utf-8") as log_file, pool:
 
-        def noted(written: Written) -> Written:
-            print(json.dumps(written), file=lines, flush=True)
+        def log_written(written: Written) -> Written:
+            print(json.dumps(written), file=log_file, flush=True)
             return written
 
         running: set[Future[Written]] = set()
         for part in parts:
-            if (known := before.get(part.number)) and _is_there(known, part):
-                yield known
+            if (previous := earlier.get(part.number)) and _is_current(previous, part):
+                yield previous
             elif not isinstance(pool, ProcessPoolExecutor):
-                yield noted(_write(source, part))
+                yield log_written(_write(source, part))
             else:
                 running.add(pool.submit(_write, source, part))
             if len(running) > 2 * num_workers:
                 done, running = wait(running, return_when="FIRST_COMPLETED")
-                yield from (noted(future.result()) for future in done)
-        yield from (noted(future.result()) for future in running)
+                yield from (log_written(future.result()) for future in done)
+        yield from (log_written(future.result()) for future in running)
 
 
 def _read_log(path: Path) -> dict[int, Written]:
-    """Read the log; a line that was cut short, and what its part was, does not count."""
-    found: dict[int, Written] = {}
+    """Read the log by part number; truncated or invalid lines are skipped."""
+    entries: dict[int, Written] = {}
     for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
             written = json.loads(line)
         except ValueError:
             continue
         if isinstance(written, dict) and written.keys() == Written.__annotations__.keys():
-            found[written["number"]] = cast("Written", written)
-    return found
+            entries[written["number"]] = cast("Written", written)
+    return entries
 
 
-def _is_there(written: Written, part: Part) -> bool:
-    """Whether an earlier run wrote this very part, and nobody cut it short."""
+def _is_current(written: Written, part: Part) -> bool:
+    """Whether an earlier run wrote a part with the same content, and its file is complete."""
     if written["content"] != part.content or not part.path.is_file():
         return False
     return part.path.stat().st_size == written["entry"]["bytes"]
@@ -188,14 +189,14 @@ def _write(source: Source, part: Part) -> Written:
         atomic_write(part.path) as partial,
         tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for place, sample in enumerate(part.samples):
+        for index, sample in enumerate(part.samples):
             try:
                 members = _members(source.read(sample), sample)
             except OSError:
                 continue
             for suffix, data in members.items():
-                # TarInfo's default time is 0, so that the same samples give the same bytes.
-                entry = tarfile.TarInfo(f"{part.number:05d}{place:05d}.{suffix}")
+                # TarInfo's default mtime is 0, so equal samples give equal bytes.
+                entry = tarfile.TarInfo(f"{part.number:05d}{index:05d}.{suffix}")
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
             kept += 1
@@ -208,28 +209,28 @@ def _write(source: Source, part: Part) -> Written:
 
 
 def _members(data: bytes, sample: Sample) -> dict[str, bytes]:
-    """The files of one sample."""
-    kind = _kind(data)
-    if kind is None:  # a kind that shards do not have
+    """Return the tar members of one sample, by suffix."""
+    suffix = _shard_suffix(data)
+    if suffix is None:  # not a format of shards
         buffer = io.BytesIO()
         Image.fromarray(decode_image(data)).save(buffer, "PNG")
-        data, kind = buffer.getvalue(), "png"
+        data, suffix = buffer.getvalue(), "png"
     metadata: dict[str, Any] = {"width": sample.width, "height": sample.height, "name": sample.key}
-    metadata |= {name: fact for name, fact in sample.metadata.items() if name != IMAGE_HASH}
+    metadata |= {name: value for name, value in sample.metadata.items() if name != IMAGE_HASH}
     if len(sample.captions) > 1:
         metadata["captions"] = list(sample.captions)
     caption = sample.captions[0].encode()
-    return {kind: data, "txt": caption, "json": json.dumps(metadata).encode()}
+    return {suffix: data, "txt": caption, "json": json.dumps(metadata).encode()}
 
 
-def _kind(data: bytes) -> str | None:
-    """The suffix of an image that shards may hold as it is, or None.
+def _shard_suffix(data: bytes) -> str | None:
+    """Return the suffix of an image whose format shards allow, else None.
 
     Raises:
         OSError: it is not an image.
     """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as img:
-            return _KINDS.get(img.format or "")
+            return _SUFFIXES.get(img.format or "")
     except Image.DecompressionBombError as error:
         raise OSError(str(error)) from error

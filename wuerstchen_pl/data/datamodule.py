@@ -1,8 +1,8 @@
-"""Training and validation batches of a source of captioned images, bucketed by aspect ratio.
+"""Training and validation batches of captioned images, bucketed by aspect ratio.
 
-The way of the data: `Source` -> `Opener` lists shards -> `Stream` shuffles and filters names ->
-`Batches` fills buckets -> workers make `Images` of a `Request` -> loader. Everything but the last
-two is names and numbers, in the main process.
+Data flow: `Source` -> `ShardPrefetcher` opens shards -> `Stream` shuffles and filters samples ->
+`Batches` fills buckets -> `ImageBatchDataset` builds the batch of a `BatchSpec` in a worker ->
+loader. All but the last two handle only metadata, in the main process.
 """
 
 import os
@@ -24,40 +24,39 @@ from wuerstchen_pl.data.sources.source import Holdout, Source, Split
 from wuerstchen_pl.distributed.launch import DistInfo
 
 RUNTIME_KEYS = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
-"""Keys of the data that change nothing in what is made of them."""
+"""Config keys of the data that do not affect caches or shards built from them."""
 
 
 class ImageTextDataModule(L.LightningDataModule):
-    """Batches of a source; `data/loading/images.py` says what is in one.
+    """Batches of a source; see `loading/batch_dataset.py` for their contents.
 
     The Trainer needs `use_distributed_sampler=False`: this module splits the data between ranks.
 
     Args:
         source: the captioned images.
-        image_size: side in pixels of the square that every batch has about the area of.
-        batch_size: samples of one training batch of one process.
-        val_batch_size: the same for validation; None takes batch_size.
-        val_fraction: expected share of the samples that validation keeps, by a hash of their names,
-            in [0, 1); for a source that has no validation split of its own. Of a set that does not
-            fit in a window, validation takes those of the first window.
-        num_workers: processes that decode, at most one a CPU; 0 decodes in the training process.
-        seed: of the order, the crops and the choice of captions.
+        image_size: side in pixels of the square with about the area of the images of every batch.
+        batch_size: training samples per batch and process.
+        val_batch_size: the same for validation; None uses batch_size.
+        val_fraction: expected share of the samples to hold out for validation, by a hash of their
+            names, in [0, 1); for a source without a validation split. If the set does not fit in
+            one window, validation uses the held-out samples of the first window.
+        num_workers: decoding processes, at most one per CPU; 0 decodes in the training process.
+        seed: random seed of the order, the crops and the caption choices.
         buckets: "area", "sizes" or "paper"; see `Buckets`.
         bucket_multiple: both sides of a batch are multiples of this many pixels.
-        ratios: width / height of the buckets of "area"; None takes the usual ones, 1:2 to 2:1.
+        ratios: width / height of the buckets of "area"; None uses the defaults, 1:2 to 2:1.
         sizes: [height, width] of the buckets of "sizes".
-        max_upscale: an image that had to be enlarged further is dropped and counted; None enlarges
-            whatever there is.
-        crop: "random", "center", or "saliency", which keeps the strongest edges; validation crops
-            in the center.
-        crop_share: of the sides of the greatest crop of an image, in (0, 1]; 0.5 crops 128 px out
-            of an image that covers 256.
-        filters: what else is dropped; None drops nothing.
-        shuffle_samples: least number of samples that are shuffled together, the window.
-        max_bad_fraction: share of the samples that may be bad, or of the shards where 20 were
-            opened, once 1,000 samples were seen; beyond it the run stops with a summary.
-        keep_decoded: keep each image, decoded, in the memory of each process that decodes it: 3
-            bytes a pixel and sample. For sets of a few thousand small images.
+        max_upscale: images that would be upscaled more are dropped and counted; None keeps all.
+        crop: "random", "center", or "saliency", which keeps the strongest edges; validation uses
+            center crops.
+        crop_share: side of a crop relative to the largest possible one, in (0, 1]; 0.5 crops 128 px
+            out of an image that covers 256.
+        filters: further filters; None drops nothing.
+        shuffle_samples: minimum number of samples that are shuffled together, the window.
+        max_bad_fraction: share of bad samples (of at least 1,000) or bad shards (of at least 20)
+            above which the run stops with a summary.
+        keep_decoded: cache decoded images in the memory of each decoding process, at 3 bytes per
+            pixel. For sets of a few thousand small images.
     """
 
     def __init__(
@@ -83,21 +82,25 @@ class ImageTextDataModule(L.LightningDataModule):
         keep_decoded: bool = False,
     ) -> None:
         super().__init__()
-        least = {
+        minimums = {
             "batch_size": (batch_size, 1),
             "val_batch_size": (val_batch_size, 1),
             "num_workers": (num_workers, 0),
             "shuffle_samples": (shuffle_samples, 1),
             "max_bad_fraction": (max_bad_fraction, 0),
         }
-        for key, (value, lowest) in least.items():
-            if value is not None and value < lowest:
-                raise ValueError(f"data.{key} is {value}: give {lowest} or more.")
+        for key, (value, minimum) in minimums.items():
+            if value is not None and value < minimum:
+                raise ValueError(f"data.{key}={value} is out of range; use {minimum} or more.")
         if max_upscale is not None and max_upscale <= 0:
-            raise ValueError(f"data.max_upscale is {max_upscale}: give more than 0, or null.")
+            raise ValueError(
+                f"data.max_upscale={max_upscale} is out of range; use more than 0, or null."
+            )
         if not 0 < crop_share <= 1:
-            raise ValueError(f"data.crop_share is {crop_share}: give more than 0, up to 1.")
-        Holdout(val_fraction)
+            raise ValueError(
+                f"data.crop_share={crop_share} is out of range; use more than 0 and at most 1."
+            )
+        Holdout(val_fraction)  # validates the fraction
         self.source = source
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -112,7 +115,7 @@ class ImageTextDataModule(L.LightningDataModule):
             sizes=sizes,
             seed=seed,
         )
-        # A part of a crop is enlarged by so much more.
+        # A smaller crop is upscaled by a factor of 1 / crop_share more.
         self.max_upscale = None if max_upscale is None else max_upscale * crop_share
         self.crop: Crop = crop
         self.crop_share = crop_share
@@ -125,15 +128,15 @@ class ImageTextDataModule(L.LightningDataModule):
 
     @property
     def sizes(self) -> list[Size]:
-        """The (height, width) that batches may have, known before any data is read."""
+        """The possible (height, width) of batches, known before any data are read."""
         return list(self.buckets.sizes)
 
     def prepare_data(self) -> None:
-        """Make the source ready on disk."""
+        """Prepare the source on disk."""
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the first shards, to know what validation keeps and how long an epoch is."""
+        """Open the first shards, to determine the held-out set and the length of an epoch."""
         if hasattr(self, "splits"):
             return
         self.splits = Splits(
@@ -147,12 +150,12 @@ class ImageTextDataModule(L.LightningDataModule):
         )
 
     def teardown(self, stage: str | None = None) -> None:
-        """Stop what happens in the background."""
+        """Stop the background threads."""
         if hasattr(self, "splits"):
             self.splits.opener.close()
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return the endless order of the training split, cut into epochs of equal length."""
+        """Return a loader of the endless training order, divided into epochs of equal length."""
         rank, world_size = DistInfo.from_process_group()
         stats = DataStats(show=rank == 0, limit=self.max_bad_fraction)
         groups = self.source.groups("train")
@@ -189,23 +192,24 @@ class ImageTextDataModule(L.LightningDataModule):
         return self._loader
 
     def _batches_per_epoch(self, world_size: int) -> int:
-        """Whole steps, as Lightning ends one with the epoch, however few batches it has by then."""
-        a_step = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        """Return a multiple of accumulate_grad_batches: Lightning steps at the end of an epoch."""
+        batches_per_step = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         batches = self.splits.epoch_samples // (self.batch_size * world_size)
-        return max(1, batches // a_step) * a_step
+        return max(1, batches // batches_per_step) * batches_per_step
 
     def val_dataloader(self) -> OnceLoader:
-        """Return every sample of the validation split once."""
+        """Return a loader of every validation sample, each once."""
         return self.in_order("val")
 
     def in_order(self, split: Split, *, alone: bool = False) -> OnceLoader:
-        """Return the samples of a split, of a large one those of the first window, each once.
+        """Return a loader of each sample of a split once; of a large split the first window.
 
-        Always the same, cropped in the center; `alone` takes all, however many processes there are.
+        Deterministic, with center crops. With `alone`, this process gets all of them instead of
+        its share.
         """
         rank, world_size = DistInfo() if alone else DistInfo.from_process_group()
         requests = sequential_batches(
-            self.splits.first[split],
+            self.splits.first_window[split],
             self.buckets,
             batch_size=self.val_batch_size,
             rank=rank,
@@ -215,23 +219,23 @@ class ImageTextDataModule(L.LightningDataModule):
 
     @property
     def counts(self) -> dict[str, float]:
-        """What all processes have seen, dropped, found bad and cropped away; see `DataStats`."""
+        """Counts over all processes, by name; see `DataStats`."""
         return {} if self._loader is None else self._loader.counts
 
     def state_dict(self) -> dict[str, Any]:
         """Return the training loader's state.
 
-        Lightning stores the loader's own state too, but does not restore that one from a checkpoint
-        which was saved at the end of an epoch: the data would start again.
+        Lightning stores the loader's own state too, but does not restore it from a checkpoint
+        saved at the end of an epoch: the data would restart.
         """
         return {} if self._loader is None else self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next training loader continue where `state` was taken."""
+        """Let the next training loader resume from `state`."""
         self._resume_from = dict(state)
 
     def dataset(self) -> Any:
-        """Return what builds batches of requests, for a loader."""
+        """Return the dataset that builds batches from batch specs."""
         return ImageBatchDataset(
             source=self.source,
             seed=self.seed,
@@ -242,8 +246,8 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def loader_options(self) -> dict[str, Any]:
         """Return the options of torch's DataLoader."""
-        # Workers that persist keep what keep_decoded holds, and their open shards.
-        # Their own generator, as a loader draws a number at every epoch from the global one else.
+        # Persistent workers keep their decoded images and open shards. A separate generator, as a
+        # loader would otherwise draw from the global one at every epoch.
         return {
             "generator": torch.Generator().manual_seed(self.seed),
             "worker_init_fn": ignore_stop_signals,
@@ -254,7 +258,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
 
 def cpu_count() -> int:
-    """The CPUs that this process may use."""
-    # not known on every system
+    """Return the number of CPUs available to this process."""
+    # sched_getaffinity does not exist on all systems.
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What a set of images holds, looked at before anybody trains on it."""
+"""Inspects a dataset before training: sizes, damage, filters and buckets."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,22 +15,22 @@ from wuerstchen_pl.data.sources.source import Sample, SampleError, Source, Split
 from wuerstchen_pl.io.images import decode_image
 
 _EXAMPLES = 3
-_AHEAD = 4  # shards that are opened before they are needed
+_AHEAD = 4  # shards opened in the background
 
 
 @dataclass(slots=True)
 class Inspection:
-    """Counts of everything; see `survey`.
+    """The result of `inspect_data`.
 
     Attributes:
-        shards: how many were opened.
-        broken: how many of them are absent, damaged or cut short.
+        shards: number of opened shards.
+        broken: number of missing, damaged or truncated shards.
         sizes: (width, height) of every complete sample.
-        bad: what cannot be used, by reason.
-        examples: where the first of these are.
-        dropped: what filters drop, by filter.
-        buckets: images of each (height, width) that are left to train on.
-        cropped: share of the pixels of these that crops cut away.
+        bad: number of unusable samples, by reason.
+        examples: locations of the first of these, by reason.
+        dropped: number of dropped samples, by filter.
+        buckets: number of usable images, by (height, width).
+        cropped: share of the pixels of usable images that is cropped away.
     """
 
     shards: int = 0
@@ -44,11 +44,11 @@ class Inspection:
 
     @property
     def left(self) -> int:
-        """How many images can be used."""
+        """The number of usable images."""
         return sum(self.buckets.values())
 
     def note(self, bad: SampleError) -> None:
-        """Count something bad."""
+        """Count a bad sample, and keep the first examples."""
         self.bad[bad.reason] += bad.count
         self.examples.setdefault(bad.reason, [])
         if len(self.examples[bad.reason]) < _EXAMPLES:
@@ -56,44 +56,45 @@ class Inspection:
 
 
 def inspect_data(module: ImageTextDataModule, split: Split = "train", *, full: bool) -> Inspection:
-    """Look at every shard of a split.
+    """Inspect every shard of a split.
 
     Args:
-        module: the data, with its filters and buckets.
-        split: "train", which holds what a share keeps for validation, too; or "val", if that has
-            shards of its own.
-        full: decode every image too; else their metadata are believed.
+        module: data module with the source, filters and buckets.
+        split: "train", including samples held out for validation; or "val", if it has its own
+            shards.
+        full: also decode every image, instead of trusting the metadata.
     """
-    found, source = Inspection(), module.source
+    inspection, source = Inspection(), module.source
     opener = ShardPrefetcher(source, keep=0, hashes=module.filters.deduplicate)
     names = [shard for group in source.groups(split) for shard in group.shards]
-    seen: set[int] = set()
-    kept = area = 0.0
+    seen_hashes: set[int] = set()
+    kept_pixels = pixels = 0.0
     with ThreadPoolExecutor(cpu_count()) as threads, closing(opener):
-        for number, shard in enumerate(tqdm(names, desc="looking at shards", unit=" shards")):
+        for number, shard in enumerate(tqdm(names, desc="inspecting shards", unit=" shards")):
             opener.expect(names[number : number + _AHEAD])
             opened = opener.open(shard)
-            found.shards, found.broken = found.shards + 1, found.broken + opened.broken
+            inspection.shards += 1
+            inspection.broken += opened.broken
             for bad in opened.bad:
-                found.note(bad)
-            found.sizes += [(s.width, s.height) for s in opened.samples]
+                inspection.note(bad)
+            inspection.sizes += [(s.width, s.height) for s in opened.samples]
             readable = opened.samples
             if full:
-                results = list(threads.map(lambda s: _damage(source, s), readable))
-                for bad in filter(None, results):
-                    found.note(bad)
-                readable = [s for s, bad in zip(readable, results, strict=True) if bad is None]
+                errors = list(threads.map(lambda s: _decoding_error(source, s), readable))
+                for bad in filter(None, errors):
+                    inspection.note(bad)
+                readable = [s for s, bad in zip(readable, errors, strict=True) if bad is None]
             for sample in readable:
-                size = _size_of(module, sample, seen, found)
+                size = _bucket_of(module, sample, seen_hashes, inspection)
                 if size is not None:
-                    found.buckets[size] += 1
-                    kept += size[0] * size[1] / enlargement(sample, size) ** 2
-                    area += sample.width * sample.height
-    found.cropped = 1 - kept / area if area else 0.0
-    return found
+                    inspection.buckets[size] += 1
+                    kept_pixels += size[0] * size[1] / enlargement(sample, size) ** 2
+                    pixels += sample.width * sample.height
+    inspection.cropped = 1 - kept_pixels / pixels if pixels else 0.0
+    return inspection
 
 
-def _damage(source: Source, sample: Sample) -> SampleError | None:
+def _decoding_error(source: Source, sample: Sample) -> SampleError | None:
     try:
         decode_image(source.read(sample))
     except OSError as error:
@@ -101,42 +102,45 @@ def _damage(source: Source, sample: Sample) -> SampleError | None:
     return None
 
 
-def _size_of(
-    module: ImageTextDataModule, sample: Sample, seen: set[int], found: Inspection
+def _bucket_of(
+    module: ImageTextDataModule, sample: Sample, seen_hashes: set[int], inspection: Inspection
 ) -> Size | None:
-    """Return the bucket of a sample, or count what drops it."""
+    """Return the bucket of a sample, or None after counting the filter that drops it."""
     passed = module.filters.apply(sample)
-    image = sample.metadata.get(IMAGE_HASH)
-    if isinstance(passed, Sample) and image is not None and image in seen:
+    image_hash = sample.metadata.get(IMAGE_HASH)
+    if isinstance(passed, Sample) and image_hash is not None and image_hash in seen_hashes:
         passed = "duplicate"
     if isinstance(passed, str):
-        found.dropped[passed] += 1
+        inspection.dropped[passed] += 1
         return None
-    seen.update([] if image is None else [int(image)])
+    seen_hashes.update([] if image_hash is None else [int(image_hash)])
     if module.max_upscale and module.buckets.enlargement(passed) > module.max_upscale:
-        found.dropped["max_upscale"] += 1
+        inspection.dropped["max_upscale"] += 1
         return None
-    return module.buckets.place(passed, sum(found.buckets.values()))
+    return module.buckets.assign(passed, sum(inspection.buckets.values()))
 
 
-def format_report(found: Inspection) -> str:
-    """Say it in lines for the terminal."""
-    lines = [f"{found.shards} shards, {found.broken} of them damaged or absent"]
-    lines.append(f"{len(found.sizes)} complete samples")
-    for reason, number in found.bad.most_common():
-        lines.append(f"  {number:8d} bad: {reason}, such as {'; '.join(found.examples[reason])}")
-    if found.sizes:
-        sides = np.sort(np.array(found.sizes), axis=1)
-        ratios = np.array([width / height for width, height in found.sizes])
+def format_report(inspection: Inspection) -> str:
+    """Format an inspection as lines for the terminal."""
+    lines = [f"{inspection.shards} shards, {inspection.broken} of them damaged or missing"]
+    lines.append(f"{len(inspection.sizes)} complete samples")
+    for reason, number in inspection.bad.most_common():
+        examples = "; ".join(inspection.examples[reason])
+        lines.append(f"  {number:8d} bad: {reason}, such as {examples}")
+    if inspection.sizes:
+        sides = np.sort(np.array(inspection.sizes), axis=1)
+        ratios = np.array([width / height for width, height in inspection.sizes])
         lines.append("shorter side, px: " + _quantiles(sides[:, 0], ".0f"))
         lines.append("width / height:   " + _quantiles(ratios, ".2f"))
-    for name, number in found.dropped.most_common():
+    for name, number in inspection.dropped.most_common():
         lines.append(f"  {number:8d} dropped by {name}")
-    lines.append(f"{found.left} images left, {found.cropped:.1%} of their pixels cropped away")
-    for (height, width), number in sorted(found.buckets.items()):
+    lines.append(
+        f"{inspection.left} images left, {inspection.cropped:.1%} of their pixels cropped away"
+    )
+    for (height, width), number in sorted(inspection.buckets.items()):
         positions = f"{-(-3 * height // 128)} x {-(-3 * width // 128)}"
         lines.append(f"  {number:8d} in {height} x {width} px, {positions} semantic positions")
-    # names of files need not be Unicode, and terminals insist on it
+    # File names may contain invalid Unicode, which terminals reject.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
@@ -145,6 +149,6 @@ def _quantiles(values: np.ndarray, form: str) -> str:
     return ", ".join(
         f"{label} {value:{form}}"
         for label, value in zip(
-            ("least", "5 %", "median", "95 %", "greatest"), np.quantile(values, shares), strict=True
+            ("min", "5 %", "median", "95 %", "max"), np.quantile(values, shares), strict=True
         )
     )

@@ -1,1 +1,1 @@
-"""What frozen networks make of images, written once and read in their place."""
+"""Caches of the outputs of frozen networks: written once, then read instead of images."""

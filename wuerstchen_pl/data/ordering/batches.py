@@ -199,9 +199,9 @@ class Batches:
             stream.first_by_hash = dict(map(tuple, pairs))
         if state["global_batch"] != self.global_batch:
             warnings.warn(
-                f"the checkpoint was made with a global batch of {state['global_batch']} samples, but "
-                f"now it is {self.global_batch}; the order of samples continues, but the batches "
-                "differ",
+                f"the checkpoint was made with a global batch of {state['global_batch']} samples, "
+                f"but now it is {self.global_batch}; the order of samples continues, but the "
+                "batches differ",
                 stacklevel=2,
             )
         return Snapshot(

@@ -62,13 +62,13 @@ class Filters:
             low, high = locals()[minimum], locals()[maximum]
             if low is not None and high is not None and low > high:
                 raise ValueError(
-                    f"data.filters.{minimum}={low} exceeds data.filters.{maximum}={high}; raise the "
-                    "maximum or lower the minimum."
+                    f"data.filters.{minimum}={low} exceeds data.filters.{maximum}={high}; raise "
+                    "the maximum or lower the minimum."
                 )
         if max_ratio is not None and max_ratio < 1:
             raise ValueError(
-                f"data.filters.max_ratio={max_ratio} (longer / shorter side) is out of range; use 1 or "
-                "more."
+                f"data.filters.max_ratio={max_ratio} (longer / shorter side) is out of range; use "
+                "1 or more."
             )
         self.min_size, self.max_size, self.max_ratio = min_size, max_size, max_ratio
         self.max_pwatermark, self.max_punsafe = max_pwatermark, max_punsafe

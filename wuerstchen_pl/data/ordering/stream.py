@@ -262,7 +262,7 @@ class Stream:
 
 
 class Mixture:
-    """Draws samples from several streams, in proportion to weights.
+    """Samples from several streams, in proportion to weights.
 
     Args:
         streams: at least one stream.
