@@ -251,10 +251,10 @@ def test_a_folder_of_something_else_or_other_settings_is_refused(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
     assert make("c", tmp_path / "mine", cascade) == 1
-    assert "holds something else" in capsys.readouterr().err
+    assert "contains other files" in capsys.readouterr().err
     assert make("c", tmp_path / "cache", cascade) == 0
     assert make("c", tmp_path / "cache", cascade, "crops=2") == 1
-    assert "was begun with crops=1, and now it is 2" in capsys.readouterr().err
+    assert "was begun with crops=1, but now it is 2" in capsys.readouterr().err
 
 
 def test_a_damaged_file_of_a_cache_is_refused_by_name(

@@ -190,7 +190,7 @@ COMMAND_LINES = {
     "empty": (["stage=a", "trainer.max_steps="], "trainer.max_steps is '', and must be int"),
     "interpolation": (["stage=a", "image_size=${no}"], "image_size: Interpolation key 'no' not"),
     "grammar": (["stage=a", "name=a,b:]"], "'name=a,b:]' cannot be read; write key=value, and"),
-    "size": (["stage=a", "image_size=8"], "data.image_size is 8 pixels"),
+    "size": (["stage=a", "image_size=8"], "data.image_size=8 pixels"),
     "swept stage": (["-m", "stage=a,b"], "cannot be swept; run once for each value"),
     "resume": (["stage=a", "ckpt=/no/such.ckpt"], "/no/such.ckpt does not exist"),
     "precision": (["stage=a", "trainer.precision=16-mixed"], "16-mixed overflows"),

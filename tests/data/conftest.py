@@ -1,4 +1,4 @@
-"""A few OpenMoji drawings, written once for all tests of the data."""
+"""A few OpenMoji drawings, written once for all data tests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Images and shards that tests make."""
+"""Builds images, samples and shards for tests."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ def encode(img: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 
 def image(key: str, width: int = 30, height: int = 20, **options: Any) -> bytes:
-    """A JPEG of noise that only this key has."""
+    """A JPEG of noise that is unique to this key."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
     noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return encode(Image.fromarray(noise), **options)
@@ -30,11 +30,11 @@ def image(key: str, width: int = 30, height: int = 20, **options: Any) -> bytes:
 
 def sample(key: str, width: int = 30, height: int = 20, **metadata: Any) -> dict[str, bytes]:
     """The members of one sample, as img2dataset writes them."""
-    known = {"width": width, "height": height, "status": "success", **metadata}
+    fields = {"width": width, "height": height, "status": "success", **metadata}
     return {
         f"{key}.jpg": image(key, width, height),
         f"{key}.txt": f"an image of {key}".encode(),
-        f"{key}.json": json.dumps(known).encode(),
+        f"{key}.json": json.dumps(fields).encode(),
     }
 
 
@@ -48,7 +48,7 @@ def write(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def shards(folder: Path, count: int, each: int, first: int = 0) -> list[str]:
-    """Write shards of samples of several shapes; returns their keys."""
+    """Write `count` shards of `each` samples of several shapes; return their keys."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = []
     for number in range(count):
@@ -61,20 +61,20 @@ def shards(folder: Path, count: int, each: int, first: int = 0) -> list[str]:
     return keys
 
 
-class Listed:
-    """A source of samples without images: what the order is made of."""
+class FakeSource:
+    """A source of in-memory samples; its images are generated when they are read."""
 
-    def __init__(self, opened: dict[str, ShardIndex]) -> None:
-        self.opened = opened
-        self.asked: list[str] = []
+    def __init__(self, indexes: dict[str, ShardIndex]) -> None:
+        self.indexes = indexes
+        self.opened: list[str] = []
 
     @classmethod
-    def of(cls, sizes: dict[str, int], **same: Any) -> "Listed":
+    def with_sizes(cls, sizes: dict[str, int], **fields: Any) -> "FakeSource":
         shapes = [*SHAPES, (20, 40)]
         return cls(
             {
                 shard: ShardIndex(
-                    [listed(shard, i, *shapes[i % len(shapes)], **same) for i in range(n)]
+                    [fake_sample(shard, i, *shapes[i % len(shapes)], **fields) for i in range(n)]
                 )
                 for shard, n in sizes.items()
             }
@@ -84,16 +84,18 @@ class Listed:
         pass
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        return [ShardGroup(1.0, list(self.opened))] if split == "train" else []
+        return [ShardGroup(1.0, list(self.indexes))] if split == "train" else []
 
     def open(self, shard: str) -> ShardIndex:
-        self.asked.append(shard)
-        return self.opened[shard]
+        self.opened.append(shard)
+        return self.indexes[shard]
 
     def read(self, sample: Sample) -> bytes:
         return image(sample.name, sample.width, sample.height)
 
 
-def listed(shard: str, number: int, width: int = 40, height: int = 40, **more: Any) -> Sample:
-    settings: dict[str, Any] = {"captions": ("a word",), "group_key": f"{shard}/{number}"} | more
-    return Sample(key=f"{number:04d}", width=width, height=height, shard=shard, **settings)
+def fake_sample(
+    shard: str, number: int, width: int = 40, height: int = 40, **changes: Any
+) -> Sample:
+    fields: dict[str, Any] = {"captions": ("a word",), "group_key": f"{shard}/{number}"} | changes
+    return Sample(key=f"{number:04d}", width=width, height=height, shard=shard, **fields)

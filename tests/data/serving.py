@@ -1,4 +1,4 @@
-"""A web server that fails as it is told."""
+"""A web server with configurable failures."""
 
 import contextlib
 import threading
@@ -11,14 +11,14 @@ from typing import Any
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; fails as it is told."""
+    """Serves a folder, with configurable failures."""
 
     daemon_threads = True
-    failures = 0  # of the next requests
-    break_after: int | None = None  # bytes, of each answer
-    tells_length = True  # of an answer that it breaks off
+    failures = 0  # number of next requests to answer with 503
+    break_after: int | None = None  # close the connection after this many bytes
+    sends_length = True  # whether a response that breaks off has a Content-Length
     trickle = 0.0  # seconds between two bytes
-    asked: list[str]
+    requested: list[str]  # paths
 
     @property
     def url(self) -> str:
@@ -32,7 +32,7 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
+        self.server.requested.append(self.path)
         if self.server.failures:
             self.server.failures -= 1
             self.send_error(503)
@@ -49,20 +49,20 @@ class Handler(SimpleHTTPRequestHandler):
             super().do_GET()
 
     def break_off(self, after: int) -> None:
-        """Answer a range, and die in the middle of it."""
+        """Send the start of the requested range, then close the connection."""
         data = Path(self.translate_path(self.path)).read_bytes()
         start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
         self.send_response(206 if start else 200)
-        if self.server.tells_length:
+        if self.server.sends_length:
             self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         self.wfile.write(data[start : start + after])
 
 
 def serve(folder: Path) -> Iterator[Server]:
-    """Serve a folder until the fixture that yields from this ends."""
+    """Serve a folder until the fixture that uses this generator is torn down."""
     server = Server(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    server.asked = []
+    server.requested = []
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.shutdown()

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from tests.data.factories import listed
+from tests.data.factories import fake_sample
 from wuerstchen_pl.data.ordering.buckets import Buckets, area_sizes, enlargement, nearest
 
 
@@ -12,7 +12,9 @@ def test_sizes_keep_the_area_and_the_multiple(image_size: int, multiple: int) ->
     sizes = area_sizes(image_size, multiple)
     assert len(set(sizes)) == len(sizes)
     assert (image_size, image_size) in sizes
-    assert sizes == sorted((width, height) for height, width in sizes)  # landscape as portrait
+    assert sizes == sorted(
+        (width, height) for height, width in sizes
+    )  # symmetric in portrait and landscape
     shortest = min(min(size) for size in sizes)
     # Rounding moves each side by half a multiple at most.
     worst = 2 * math.log(shortest / (shortest - multiple / 2))
@@ -31,37 +33,37 @@ def test_the_papers_sizes_have_its_semantic_positions() -> None:
     assert positions == [(24, 24), (24, 40), (40, 24)]
 
 
-def test_the_papers_size_is_drawn_for_a_batch_whatever_the_image() -> None:
+def test_a_paper_size_is_drawn_per_batch_regardless_of_the_image() -> None:
     buckets = Buckets(policy="paper", image_size=64, multiple=16, seed=3)
-    wide, tall = listed("s", 0, 200, 100), listed("s", 1, 100, 200)
-    drawn = [buckets.place(wide, batch) for batch in range(600)]
-    assert drawn == [buckets.place(tall, batch) for batch in range(600)]
+    wide, tall = fake_sample("s", 0, 200, 100), fake_sample("s", 1, 100, 200)
+    drawn = [buckets.assign(wide, batch) for batch in range(600)]
+    assert drawn == [buckets.assign(tall, batch) for batch in range(600)]
     # 600 draws of a third each: the standard deviation is 11.5.
     assert all(abs(count - 200) < 50 for count in Counter(drawn).values())
     assert len(set(drawn)) == 3
     other = Buckets(policy="paper", image_size=64, multiple=16, seed=4)
-    assert drawn != [other.place(wide, batch) for batch in range(600)]
+    assert drawn != [other.assign(wide, batch) for batch in range(600)]
 
 
-def test_listed_sizes_are_taken_as_they_are() -> None:
+def test_listed_sizes_are_used_unchanged() -> None:
     buckets = Buckets(policy="sizes", image_size=1, multiple=16, sizes=[[64, 32], [32, 64]])
     assert buckets.sizes == [(32, 64), (64, 32)]
-    assert buckets.place(listed("s", 0, 200, 100), 0) == (32, 64)
+    assert buckets.assign(fake_sample("s", 0, 200, 100), 0) == (32, 64)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": "area", "image_size": 100}, r"image_size is 100 .* give 96 or 128"),
-        ({"policy": "area", "ratios": [-1.0]}, r"data\.ratios is \[-1\.0\]"),
-        ({"policy": "area", "sizes": [[64, 64]]}, r"data\.sizes=.*give data\.sizes with"),
+        ({"policy": "area", "image_size": 100}, r"image_size=100 .* use 96 or 128"),
+        ({"policy": "area", "ratios": [-1.0]}, r"data\.ratios=\[-1\.0\] is invalid"),
+        ({"policy": "area", "sizes": [[64, 64]]}, r"data\.sizes=.*use data\.sizes with"),
         ({"policy": "sizes"}, r"data\.sizes=None and data\.buckets=sizes disagree"),
-        ({"policy": "sizes", "sizes": [[64, 70]]}, r"holds \[64, 70\].*multiples of"),
+        ({"policy": "sizes", "sizes": [[64, 70]]}, r"contains \[64, 70\].*multiples of"),
         ({"policy": "sizes", "sizes": []}, r"data\.sizes is empty"),
         ({"policy": "paper", "ratios": [1.0]}, r"data\.ratios=\[1\.0\] is of data\.buckets=area"),
     ],
 )
-def test_what_does_not_fit_is_refused(settings: dict, message: str) -> None:
+def test_inconsistent_settings_are_rejected(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Buckets(**{"image_size": 64, "multiple": 32} | settings)
 
@@ -74,13 +76,13 @@ def test_nearest_is_symmetric_in_the_logarithm() -> None:
     assert nearest(1000, round(1000 * border) + 2, sizes) == (128, 64)
 
 
-def test_enlargement_is_that_of_the_side_that_needs_more() -> None:
-    assert enlargement(listed("s", 0, 50, 100), (100, 100)) == 2
-    assert enlargement(listed("s", 0, 400, 200), (100, 100)) == 0.5
+def test_enlargement_is_the_larger_of_both_sides() -> None:
+    assert enlargement(fake_sample("s", 0, 50, 100), (100, 100)) == 2
+    assert enlargement(fake_sample("s", 0, 400, 200), (100, 100)) == 0.5
 
 
-def test_papers_sizes_ask_for_no_more_than_their_square() -> None:
+def test_enlargement_with_paper_sizes_is_that_of_the_square() -> None:
     buckets = Buckets(policy="paper", image_size=768, multiple=128)
-    assert buckets.enlargement(listed("s", 0, 768, 768)) == 1
-    # that its long sizes would enlarge a square image by 5/3 drops none
-    assert {buckets.enlargement(listed("s", 0, 512, n)) for n in (512, 768, 900)} == {1.5}
+    assert buckets.enlargement(fake_sample("s", 0, 768, 768)) == 1
+    # The long sizes, which would enlarge a square image by 5/3, are not considered.
+    assert {buckets.enlargement(fake_sample("s", 0, 512, n)) for n in (512, 768, 900)} == {1.5}

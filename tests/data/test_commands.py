@@ -1,4 +1,4 @@
-"""`python -m wuerstchen_pl.data check` and `build`, as a user calls them."""
+"""The commands `python -m wuerstchen_pl.data check` and `build`."""
 
 import json
 import os
@@ -34,11 +34,16 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_check_says_what_there_is_and_what_is_left(
+def test_check_reports_contents_and_usable_images(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    told = ["data=folder", f"data.root={folder}", "image_size=64", f"output_dir={tmp_path / 'out'}"]
-    assert run("check", *told, "full=true") == 0
+    arguments = [
+        "data=folder",
+        f"data.root={folder}",
+        "image_size=64",
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    assert run("check", *arguments, "full=true") == 0
     said = capsys.readouterr().out
     assert "1 shards, 0 of them damaged" in said
     assert "10 complete samples" in said
@@ -48,25 +53,30 @@ def test_check_says_what_there_is_and_what_is_left(
     assert "7 images left" in said
     assert "4 in 64 x 64 px, 2 x 2 semantic positions" in said
     assert "3 in 64 x 96 px, 2 x 3 semantic positions" in said
-    # Of 96 x 48, 72 x 48 are shown: a quarter of three of seven images is cut away.
+    # 96 x 48 is cropped to 72 x 48: a quarter of three of seven images is cropped away.
     cropped = 3 * 24 * 48 / (3 * 96 * 48 + 4 * 64 * 64)
     assert f"{cropped:.1%} of their pixels" in said
     assert Image.open(tmp_path / "out/sizes.png").size[1] > 100
-    assert run("check", *told) == 0
-    assert "8 images left" in capsys.readouterr().out  # metadata do not tell of the cut one
+    assert run("check", *arguments) == 0
+    assert "8 images left" in capsys.readouterr().out  # metadata do not reveal the truncated one
 
 
-def test_check_fails_where_nothing_is_left(
+def test_check_fails_if_nothing_is_left(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    told = ["data=folder", f"data.root={folder}", "image_size=64", f"output_dir={tmp_path / 'out'}"]
-    assert run("check", *told, "data.filters.min_size=500") == 1
+    arguments = [
+        "data=folder",
+        f"data.root={folder}",
+        "image_size=64",
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    assert run("check", *arguments, "data.filters.min_size=500") == 1
     captured = capsys.readouterr()
     assert "10 dropped by min_size" in captured.out
     assert "nothing is left to train on" in captured.err
 
 
-def test_the_histogram_shows_where_the_images_are() -> None:
+def test_the_histogram_shows_the_distribution() -> None:
     img = np.asarray(plot_histograms([(64, 64)] * 9 + [(128, 64)], [(64, 64)]))
     blue = (img[..., 2].astype(int) - img[..., 0] > 80)[:, : img.shape[1] // 2]
     columns = np.flatnonzero(blue.any(0))
@@ -79,7 +89,7 @@ def test_the_histogram_shows_where_the_images_are() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_build_writes_shards_that_hold_the_folder(
+def test_build_writes_the_folder_to_shards(
     folder: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture
 ) -> None:
     (folder / "02.a.jpg").unlink()
@@ -94,18 +104,20 @@ def test_build_writes_shards_that_hold_the_folder(
         s for group in source.groups("train") for n in group.shards for s in source.open(n).samples
     ]
     assert [s.captions[0] for s in samples] == [f"number {i}" for i in range(1, 11)]
-    for i, found in enumerate(samples, start=1):
+    for i, sample in enumerate(samples, start=1):
         kind = "png" if i == 2 else "jpg"
-        assert source.read(found) == (folder / f"{i:02d}.a.{kind}").read_bytes()
-    listed = json.loads((to / "shards.json").read_text())["shards"]
-    assert [entry["samples"] for entry in listed] == [4, 4, 2]
-    assert [entry["bytes"] for entry in listed] == [os.path.getsize(to / e["name"]) for e in listed]
+        assert source.read(sample) == (folder / f"{i:02d}.a.{kind}").read_bytes()
+    entries = json.loads((to / "shards.json").read_text())["shards"]
+    assert [entry["samples"] for entry in entries] == [4, 4, 2]
+    assert [entry["bytes"] for entry in entries] == [
+        os.path.getsize(to / e["name"]) for e in entries
+    ]
 
 
-def test_build_goes_on_where_it_was_stopped(
+def test_build_resumes_after_an_interruption(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = [
+    arguments = [
         "build",
         f"from={folder}",
         f"to={tmp_path / 'parts'}",
@@ -114,20 +126,20 @@ def test_build_goes_on_where_it_was_stopped(
     ]
     members, calls = building._members, []
 
-    def stops(data: bytes, sample: object) -> dict[str, bytes]:
+    def interrupt(data: bytes, sample: object) -> dict[str, bytes]:
         calls.append(sample)
         if len(calls) == 5:
             raise KeyboardInterrupt
         return members(data, sample)
 
-    monkeypatch.setattr(building, "_members", stops)
-    assert run(*told) != 0
+    monkeypatch.setattr(building, "_members", interrupt)
+    assert run(*arguments) != 0
     assert [p.name for p in (tmp_path / "parts").glob("*.tar")] == ["00000.tar"]
     calls.clear()
     monkeypatch.setattr(building, "_members", lambda d, s: calls.append(s) or members(d, s))
-    assert run(*told) == 0
+    assert run(*arguments) == 0
     assert len(calls) == 7  # of ten, three were written before
-    whole = [arg.replace("parts", "whole") for arg in told]
+    whole = [arg.replace("parts", "whole") for arg in arguments]
     assert run(*whole) == 0
     for path in (tmp_path / "whole").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
@@ -137,24 +149,24 @@ def test_build_goes_on_where_it_was_stopped(
     assert first == second
 
 
-def test_check_looks_at_shards_for_validation_too(
+def test_check_also_inspects_validation_shards(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run("build", f"from={folder}", f"to={tmp_path / 'tars'}", "num_workers=0") == 0
     (tmp_path / "val.tar").write_bytes(b"garbage")
-    told = [
+    arguments = [
         "image_size=64",
         f"data.urls={tmp_path / 'tars'}",
         f"data.val_urls={tmp_path / 'val.tar'}",
     ]
-    assert run("check", "data=shards", *told, f"output_dir={tmp_path / 'out'}") == 0
+    assert run("check", "data=shards", *arguments, f"output_dir={tmp_path / 'out'}") == 0
     train, val = capsys.readouterr().out.split("for validation:")
     assert "1 shards, 0 of them damaged" in train
     assert "1 shards, 1 of them damaged" in val
     assert "1 bad: damaged shard" in val
 
 
-def test_names_that_are_no_unicode_are_shown(
+def test_names_with_invalid_unicode_are_printed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
@@ -162,31 +174,31 @@ def test_names_that_are_no_unicode_are_shown(
     assert "caf\\udce9.jpg" in capsys.readouterr().out
 
 
-def test_damaged_notes_of_a_build_cost_work_or_end_with_a_sentence(
+def test_damaged_build_records_are_rebuilt_or_rejected(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    told = [f"from={folder}", f"to={tmp_path / 'out'}", "shard_samples=4", "num_workers=0"]
-    assert run("build", *told) == 0
+    arguments = [f"from={folder}", f"to={tmp_path / 'out'}", "shard_samples=4", "num_workers=0"]
+    assert run("build", *arguments) == 0
     before = (tmp_path / "out/shards.json").read_text()
     (tmp_path / "out/.written.jsonl").write_text('null\n[1]\n{"number": 0}\n{"number": 1, "con')
-    (tmp_path / "out/00009.tar").write_bytes(b"written, and not noted, before the source shrank")
-    assert run("build", *told) == 0
+    (tmp_path / "out/00009.tar").write_bytes(b"written, but not recorded, before the source shrank")
+    assert run("build", *arguments) == 0
     assert (tmp_path / "out/shards.json").read_text() == before
     assert not (tmp_path / "out/00009.tar").exists()
     (tmp_path / "out/.settings.json").write_text('{"shard')
-    assert run("build", *told) == 1
+    assert run("build", *arguments) == 1
     assert "has a damaged .settings.json" in capsys.readouterr().err
 
 
-def test_build_writes_again_what_has_changed_since(folder: Path, tmp_path: Path) -> None:
+def test_build_rewrites_changed_shards(folder: Path, tmp_path: Path) -> None:
     def built(name: str) -> dict[str, int]:
-        told = [f"from={folder}", f"to={tmp_path / name}", "shard_samples=3", "num_workers=0"]
-        assert run("build", *told) == 0
+        arguments = [f"from={folder}", f"to={tmp_path / name}", "shard_samples=3", "num_workers=0"]
+        assert run("build", *arguments) == 0
         return {p.stem: p.stat().st_mtime_ns for p in sorted((tmp_path / name).glob("*.tar"))}
 
     first = built("out")
     (folder / "06.a.txt").write_text("another caption")  # in the second shard
-    (folder / "09.a.jpg").unlink()  # in the third, which the fourth and last now completes
+    (folder / "09.a.jpg").unlink()  # in the third shard, which the samples of the fourth now fill
     second = built("out")
     assert [second.get(name) == time for name, time in first.items()] == [True, False, False, False]
     assert len(second) == 3
@@ -198,7 +210,7 @@ def test_build_writes_again_what_has_changed_since(folder: Path, tmp_path: Path)
         assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_captions_to_draw_from_survive_the_building(tmp_path: Path) -> None:
+def test_build_keeps_several_captions(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(image("a", 64, 64))
     (tmp_path / "in/metadata.jsonl").write_text('{"file_name": "a.png", "text": ["one", "two"]}')
@@ -210,14 +222,14 @@ def test_captions_to_draw_from_survive_the_building(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["look"], "look is not a command; give check or build"),
+        (["look"], "look is not a command; use check or build"),
         (["build", "to=x"], "from is missing; set from="),
         (
             ["build", "from=x", "to=y", "data=openmoji"],
-            "from=x names a folder, and data is another",
+            "from=x needs data=folder",
         ),
         (["build", "from=/nowhere", "to=y"], r"data.root='/nowhere' is not a folder"),
-        (["build", "from={folder}", "to={folder}"], "holds something else: choose a new folder"),
+        (["build", "from={folder}", "to={folder}"], "contains other files; use a new folder"),
         (
             ["build", "from={folder}", "to={out}", "shard_samples=0"],
             "shard_samples=0 is out of ran",
@@ -226,7 +238,7 @@ def test_captions_to_draw_from_survive_the_building(tmp_path: Path) -> None:
         (["check", "data.no_such_key=1"], "data.no_such_key"),
     ],
 )
-def test_wrong_calls_end_with_one_sentence(
+def test_wrong_calls_end_with_a_one_line_error(
     folder: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     filled = [a.format(folder=folder, out=tmp_path / "out") for a in arguments]
@@ -242,10 +254,10 @@ def test_wrong_calls_end_with_one_sentence(
     assert said.strip().count("\n") == 0
 
 
-def test_a_folder_begun_with_other_settings_is_not_mixed_up(
+def test_a_folder_begun_with_other_settings_is_rejected(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    told = ["build", f"from={folder}", f"to={tmp_path / 'out'}", "num_workers=0"]
-    assert run(*told, "shard_samples=4") == 0
-    assert run(*told, "shard_samples=5") == 1
-    assert "was begun with shard_samples=4, and now it is 5" in capsys.readouterr().err
+    arguments = ["build", f"from={folder}", f"to={tmp_path / 'out'}", "num_workers=0"]
+    assert run(*arguments, "shard_samples=4") == 0
+    assert run(*arguments, "shard_samples=5") == 1
+    assert "was begun with shard_samples=4, but now it is 5" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The data module under Lightning: what a run sees, and that a resumed one sees the same."""
+"""The data module under Lightning: batches, exact resume, counts and validation."""
 
 import multiprocessing
 from collections import Counter
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 
 
 class Recorder(L.LightningModule):
-    """Notes (epoch, step, batch, keys, sum of the pixels) of each batch that it is given."""
+    """Records (epoch, step, batch, keys, sum of the pixels) of each training batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ class Recorder(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         total = batch["image"].double().sum().item()
-        place = (self.current_epoch, self.global_step, batch_idx)
-        self.seen.append((*place, tuple(batch["key"]), total))
+        position = (self.current_epoch, self.global_step, batch_idx)
+        self.seen.append((*position, tuple(batch["key"]), total))
         return self.layer(batch["image"].mean().view(1)).sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -103,7 +103,7 @@ def check_every_resume(source: Source, folder: Path, *, save: dict[str, Any], **
 
 @pytest.fixture
 def sources(tmp_path: Path, openmoji: OpenMoji) -> Iterator[Callable[[str], Source]]:
-    """Makes a source of a kind; the sharded ones have several windows."""
+    """A factory of sources by kind; the sharded ones span several windows."""
     shards(tmp_path / "tars", 6, 5)
     server = serve(tmp_path / "tars")
 
@@ -131,7 +131,7 @@ def sources(tmp_path: Path, openmoji: OpenMoji) -> Iterator[Callable[[str], Sour
 
 
 @pytest.mark.parametrize("kind", ["openmoji", "shards", "folder", "web", "damaged"])
-def test_a_run_resumed_at_any_step_sees_what_the_unbroken_one_sees(
+def test_a_run_resumed_at_any_step_sees_the_same_batches(
     sources: Callable[[str], Source], tmp_path: Path, kind: str
 ) -> None:
     check_every_resume(sources(kind), tmp_path / "ckpt", save={"every_n_train_steps": 1})
@@ -147,7 +147,7 @@ def test_a_run_resumed_at_any_step_sees_what_the_unbroken_one_sees(
     ],
     ids=["epochs", "epochs-val", "after-val", "steps-val-mid-epoch"],
 )
-def test_it_resumes_wherever_lightning_saves(
+def test_resume_works_from_every_kind_of_lightning_checkpoint(
     sources: Callable[[str], Source],
     tmp_path: Path,
     save: dict[str, Any],
@@ -186,7 +186,7 @@ def test_spawned_workers_give_the_same_batches(sources: Callable[[str], Source],
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 6), (6, 2), (4, 3)])
-def test_a_run_goes_on_with_another_batch_where_its_samples_were(
+def test_a_run_resumes_its_samples_with_another_batch_size(
     sources: Callable[[str], Source], tmp_path: Path, before: int, after: int
 ) -> None:
     source, square = sources("shards"), {"buckets": "sizes", "sizes": [[32, 32]]}
@@ -219,12 +219,12 @@ def test_a_mixture_resumes_and_keeps_its_weights(
     assert abs(share - 0.75) < 0.08
 
 
-def test_batches_keep_the_contract(openmoji: OpenMoji) -> None:
+def test_batch_contents(openmoji: OpenMoji) -> None:
     module = ready(openmoji, shuffle_samples=100)
     captions = {s.key: s.captions[0] for s in samples_of(openmoji)}
-    held = {key for batch in module.val_dataloader() for key in batch["key"]}
+    held_out = {key for batch in module.val_dataloader() for key in batch["key"]}
     loader = module.train_dataloader()
-    assert len(loader) == (24 - len(held)) // 5 == len(list(loader))
+    assert len(loader) == (24 - len(held_out)) // 5 == len(list(loader))
     for batch in loader:
         image = batch["image"]
         assert batch.keys() == {"image", "caption", "key", "is_unique"}
@@ -233,10 +233,10 @@ def test_batches_keep_the_contract(openmoji: OpenMoji) -> None:
         assert 0 <= image.min() < 0.5 < image.max() <= 1
         assert len(batch["key"]) == len(image) == 5
         assert batch["caption"] == [captions[key] for key in batch["key"]]
-        assert not held & set(batch["key"])
+        assert not held_out & set(batch["key"])
 
 
-def test_keeping_the_decoded_images_changes_nothing(openmoji: OpenMoji) -> None:
+def test_keep_decoded_does_not_change_the_batches(openmoji: OpenMoji) -> None:
     plain, kept = (ready(openmoji, keep_decoded=keep).train_dataloader() for keep in (False, True))
     for _ in range(3):
         for ours, theirs in zip(kept, plain, strict=True):
@@ -244,7 +244,7 @@ def test_keeping_the_decoded_images_changes_nothing(openmoji: OpenMoji) -> None:
             assert torch.equal(ours["image"], theirs["image"])
 
 
-def test_crops_move_where_the_ratio_leaves_room(openmoji: OpenMoji) -> None:
+def test_crops_vary_if_the_aspect_ratio_leaves_room(openmoji: OpenMoji) -> None:
     module = ready(openmoji)
     loader = module.train_dataloader()
     crops: dict[str, set[bytes]] = {}
@@ -253,28 +253,28 @@ def test_crops_move_where_the_ratio_leaves_room(openmoji: OpenMoji) -> None:
             for key, pixels in zip(batch["key"], batch["image"], strict=True):
                 crops.setdefault(key, set()).add(pixels.contiguous().numpy().tobytes())
     moved = 0
-    for found in samples_of(openmoji):
-        height, width = nearest(found.width, found.height, module.sizes)
-        scale = max(height / found.height, width / found.width)
-        room = found.height * scale - height + found.width * scale - width
+    for each in samples_of(openmoji):
+        height, width = nearest(each.width, each.height, module.sizes)
+        scale = max(height / each.height, width / each.width)
+        room = each.height * scale - height + each.width * scale - width
         if room < 1e-6:
-            assert len(crops.get(found.key, ())) <= 1
-        if room >= 3 and found.key in crops:
-            assert len(crops[found.key]) > 1, f"{found.captions} never moves in {room} pixels"
+            assert len(crops.get(each.key, ())) <= 1
+        if room >= 3 and each.key in crops:
+            assert len(crops[each.key]) > 1, f"{each.captions} never moves in {room} pixels"
             moved += 1
     assert moved > 3
 
 
-def test_centred_crops_never_move(openmoji: OpenMoji) -> None:
+def test_center_crops_never_move(openmoji: OpenMoji) -> None:
     loader = ready(openmoji, crop="center").train_dataloader()
     crops: dict[str, set[bytes]] = {}
     for batch in [batch for _ in range(6) for batch in loader]:
         for key, pixels in zip(batch["key"], batch["image"], strict=True):
             crops.setdefault(key, set()).add(pixels.contiguous().numpy().tobytes())
-    assert {len(found) for found in crops.values()} == {1}
+    assert {len(variants) for variants in crops.values()} == {1}
 
 
-def test_of_several_captions_one_is_drawn_anew_in_each_pass(tmp_path: Path) -> None:
+def test_one_of_several_captions_is_drawn_in_each_epoch(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(image("a", 64, 64))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["one", "two"]}')
     module = ready(FolderSource(root=str(tmp_path)), batch_size=1, val_fraction=0)
@@ -295,7 +295,7 @@ def test_validation_is_the_same_each_time_and_covers_the_split(openmoji: OpenMoj
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, second, strict=True))
 
 
-def test_shards_for_validation_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_validation_shards_are_used_completely(tmp_path: Path) -> None:
     train, val = shards(tmp_path / "train", 2, 6), shards(tmp_path / "val", 1, 6, first=100)
     source = ShardSource(urls=str(tmp_path / "train"), val_urls=str(tmp_path / "val"))
     module = ready(source)
@@ -305,22 +305,24 @@ def test_shards_for_validation_are_taken_as_they_are(tmp_path: Path) -> None:
     assert seen == set(train)
 
 
-def test_validation_comes_from_shards_of_its_own_or_from_a_share(tmp_path: Path) -> None:
+def test_validation_uses_its_own_shards_or_a_held_out_share(tmp_path: Path) -> None:
     loading = {"image_size": 64, "batch_size": 2}
-    own = factories.shards(urls=str(tmp_path / "a"), val_urls=str(tmp_path / "b"), **loading)
-    assert own.val_fraction == 0
+    with_val_urls = factories.shards(
+        urls=str(tmp_path / "a"), val_urls=str(tmp_path / "b"), **loading
+    )
+    assert with_val_urls.val_fraction == 0
     assert factories.shards(urls=str(tmp_path / "a"), **loading).val_fraction == 0.001
     assert factories.shards(urls=str(tmp_path / "a"), val_fraction=0, **loading).val_fraction == 0
-    with pytest.raises(ValueError, match=r"val_urls='b' and data\.val_fraction=0\.1 both say"):
+    with pytest.raises(ValueError, match=r"val_urls='b' and data\.val_fraction=0\.1 both set"):
         factories.shards(urls="a", val_urls="b", val_fraction=0.1, **loading)
-    with pytest.raises(ValueError, match=r"val_split='test' and data\.val_fraction=0\.1 both say"):
+    with pytest.raises(ValueError, match=r"val_split='test' and data\.val_fraction=0\.1 both set"):
         factories.hf(name="a", val_split="test", val_fraction=0.1, **loading)
 
 
-# What is bad
+# Bad data
 
 
-def test_what_was_left_out_is_counted_by_name(
+def test_skipped_data_are_counted_by_reason(
     sources: Callable[[str], Source], recwarn: pytest.WarningsRecorder
 ) -> None:
     module = ready(sources("damaged"), val_fraction=0, max_bad_fraction=1)
@@ -328,16 +330,16 @@ def test_what_was_left_out_is_counted_by_name(
     for _ in range(4):
         list(loader)
     counts = module.counts
-    assert counts["bad/unreadable image"] >= 2  # one cut short, one of garbage, in each pass
+    assert counts["bad/unreadable image"] >= 2  # one truncated, one garbage, in each epoch
     assert counts["bad/damaged shard"] >= 1
     assert counts["shards/broken"] >= 1
     assert 0 < counts["pixels/kept"] <= counts["pixels"]
-    shown = [str(w.message) for w in recwarn if "left out" in str(w.message)]
+    shown = [str(w.message) for w in recwarn if "skipped" in str(w.message)]
     assert any("unreadable image" in text and "cut" in text for text in shown)
     assert all(sum(reason in text for text in shown) <= 3 for reason in ("damaged shard",))
 
 
-def test_a_batch_loses_its_unreadable_images_but_never_all(tmp_path: Path) -> None:
+def test_a_batch_drops_unreadable_images_but_is_never_empty(tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for i in range(8):
         members |= sample(f"{i}", 40, 40)
@@ -376,7 +378,7 @@ def test_bad_data_stop_the_run_with_a_summary(tmp_path: Path) -> None:
     assert "unreadable image" in str(error.value)
 
 
-def test_a_list_that_yields_nothing_ends_with_the_reason(tmp_path: Path) -> None:
+def test_data_without_usable_samples_raise_with_the_reason(tmp_path: Path) -> None:
     write(tmp_path / "s.tar", {"a.txt": b"alone", "b.jpg": image("b")})
     module = ready(ShardSource(urls=str(tmp_path)))
     with pytest.raises(ValueError, match=r"nothing to train on .*1 no caption, 1 no image"):
@@ -388,7 +390,7 @@ def test_a_list_that_yields_nothing_ends_with_the_reason(tmp_path: Path) -> None
         ready(ShardSource(urls=str(tmp_path)))
 
 
-def test_filters_and_enlargement_hold_for_training_and_are_counted(tmp_path: Path) -> None:
+def test_filters_and_max_upscale_apply_to_training_and_are_counted(tmp_path: Path) -> None:
     shards(tmp_path / "tars", 4, 5)
     choices: dict[str, Any] = {
         "val_fraction": 0,
@@ -398,7 +400,7 @@ def test_filters_and_enlargement_hold_for_training_and_are_counted(tmp_path: Pat
     module = ready(ShardSource(urls=str(tmp_path / "tars")), shuffle_samples=100, **choices)
     with pytest.raises(ValueError, match=r"max_upscale=1\.5 drops every image.*max_ratio"):
         next(iter(module.train_dataloader()))
-    with pytest.raises(ValueError, match=r"first 10 samples none passes .*most for max_upscale"):
+    with pytest.raises(ValueError, match=r"none of the first 10 samples .*because of max_upscale"):
         ready(ShardSource(urls=str(tmp_path / "tars")), shuffle_samples=6, **choices)
 
 
@@ -409,11 +411,11 @@ def test_sizes_are_known_before_any_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["batch_size", "val_batch_size", "num_workers", "shuffle_samples"])
-def test_numbers_out_of_range_are_refused_by_name(openmoji: OpenMoji, key: str) -> None:
-    with pytest.raises(ValueError, match=rf"data\.{key} is -1"):
+def test_numbers_out_of_range_are_rejected_by_name(openmoji: OpenMoji, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.{key}=-1 is out of range"):
         data(openmoji, **{key: -1})
 
 
-def test_a_share_of_validation_out_of_range_is_refused(openmoji: OpenMoji) -> None:
-    with pytest.raises(ValueError, match=r"data\.val_fraction is 1\.0"):
+def test_val_fraction_out_of_range_is_rejected(openmoji: OpenMoji) -> None:
+    with pytest.raises(ValueError, match=r"data\.val_fraction=1\.0 is out of range"):
         data(openmoji, val_fraction=1.0)

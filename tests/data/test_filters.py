@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.factories import listed
+from tests.data.factories import fake_sample
 from wuerstchen_pl.data.ordering.filters import Filters
 
 SCORES = {"pwatermark": 0.2, "punsafe": 0.1, "aesthetic": 6.0}
@@ -20,7 +20,7 @@ SCORES = {"pwatermark": 0.2, "punsafe": 0.1, "aesthetic": 6.0}
     ],
 )
 def test_shape(settings: Any, width: int, height: int, expected: str | None) -> None:
-    sample = listed("s", 0, width, height)
+    sample = fake_sample("s", 0, width, height)
     assert Filters(**settings).apply(sample) == (expected or sample)
 
 
@@ -40,7 +40,7 @@ def test_shape(settings: Any, width: int, height: int, expected: str | None) -> 
     ],
 )
 def test_scores(settings: Any, metadata: dict[str, float], expected: str | None) -> None:
-    sample = listed("s", 0, metadata=metadata)
+    sample = fake_sample("s", 0, metadata=metadata)
     assert Filters(**settings).apply(sample) == (expected or sample)
 
 
@@ -62,12 +62,12 @@ def test_scores(settings: Any, metadata: dict[str, float], expected: str | None)
     ],
 )
 def test_captions(settings: Any, caption: str, expected: str | None) -> None:
-    sample = listed("s", 0, captions=(caption,))
+    sample = fake_sample("s", 0, captions=(caption,))
     assert Filters(**settings).apply(sample) == (expected or sample)
 
 
-def test_of_several_captions_those_that_pass_remain() -> None:
-    sample = listed("s", 0, captions=("one", "one two", "one two three"))
+def test_only_passing_captions_are_kept() -> None:
+    sample = fake_sample("s", 0, captions=("one", "one two", "one two three"))
     kept = Filters(min_words=2).apply(sample)
     assert not isinstance(kept, str)
     assert kept.captions == ("one two", "one two three")
@@ -77,12 +77,12 @@ def test_of_several_captions_those_that_pass_remain() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scripts": ["english"]}, r"data\.filters\.scripts names 'english': choose from"),
+        ({"scripts": ["english"]}, r"data\.filters\.scripts contains 'english'; choose from"),
         ({"min_size": 9, "max_size": 8}, r"data\.filters\.min_size=9 exceeds .*max_size=8"),
         ({"min_words": 9, "max_words": 8}, r"data\.filters\.min_words=9 exceeds"),
-        ({"max_ratio": 0.5}, r"data\.filters\.max_ratio is 0\.5"),
+        ({"max_ratio": 0.5}, r"data\.filters\.max_ratio=0\.5"),
     ],
 )
-def test_filters_that_nothing_passes_are_refused(settings: Any, message: str) -> None:
+def test_filters_that_nothing_can_pass_are_rejected(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Filters(**settings)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from tests.data.factories import listed
+from tests.data.factories import fake_sample
 from wuerstchen_pl.data.ordering.buckets import area_sizes, nearest
 from wuerstchen_pl.data.sources import openmoji as module
 from wuerstchen_pl.data.sources.openmoji import OpenMoji, drawings, group_key, select
@@ -20,43 +20,43 @@ def samples_of(source: OpenMoji) -> list[Sample]:
     return [s for shard in group.shards for s in source.open(shard).samples]
 
 
-def test_counts_that_the_docstring_states() -> None:
-    found = drawings()
-    assert len(found) == len({d.caption for d in found}) == 1659
-    assert len(select(found, ["animals-nature"], None)) == 161
-    assert len(select(found, ["food-drink"], None)) == 130
-    by_caption = {d.caption: d for d in found}
+def test_counts_match_the_docstring() -> None:
+    everything = drawings()
+    assert len(everything) == len({d.caption for d in everything}) == 1659
+    assert len(select(everything, ["animals-nature"], None)) == 161
+    assert len(select(everything, ["food-drink"], None)) == 130
+    by_caption = {d.caption: d for d in everything}
     assert by_caption["red heart"].key == "2764"
     assert by_caption["orca"].group == "animals-nature"
     assert by_caption["red apple"].group == "food-drink"
     assert by_caption["rocket"].group == ""
-    assert not any(set(d.caption) & set("_:’“”") - {":"} for d in found)
+    assert not any(set(d.caption) & set("_:’“”") - {":"} for d in everything)
 
 
-def test_limit_chooses_the_same_drawings_and_grows_by_adding() -> None:
-    found = drawings()
-    few = select(found, ["food-drink"], 20)
-    assert few == select(found[::-1], ["food-drink"], 20)
-    assert set(few) < set(select(found, ["food-drink"], 40))
-    with pytest.raises(ValueError, match=r"data\.limit is 131.*holds 130"):
-        select(found, ["food-drink"], 131)
+def test_limit_is_deterministic_and_a_larger_one_adds_drawings() -> None:
+    everything = drawings()
+    few = select(everything, ["food-drink"], 20)
+    assert few == select(everything[::-1], ["food-drink"], 20)
+    assert set(few) < set(select(everything, ["food-drink"], 40))
+    with pytest.raises(ValueError, match=r"data\.limit=131 exceeds the 130 drawings"):
+        select(everything, ["food-drink"], 131)
 
 
-def test_unknown_group_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.groups is \['cars'\]"):
+def test_unknown_group_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"data\.groups=\['cars'\]"):
         OpenMoji(root="x", image_size=64, groups=["cars"])
 
 
-def test_shards_are_what_webdataset_reads(openmoji: OpenMoji) -> None:
+def test_webdataset_reads_the_same_shards(openmoji: OpenMoji) -> None:
     samples = {s.key: s for s in samples_of(openmoji)}
-    theirs = list(webdataset.WebDataset(str(openmoji.folder / "00000.tar"), shardshuffle=False))
-    assert {t["__key__"] for t in theirs} == set(samples)
-    for found in theirs:
-        sample = samples[found["__key__"]]
-        assert openmoji.read(sample) == found["png"]
-        assert sample.captions[0].encode() == found["txt"]
-        metadata = json.loads(found["json"])
-        assert decode_image(found["png"]).shape[:2] == (metadata["height"], metadata["width"])
+    reference = list(webdataset.WebDataset(str(openmoji.folder / "00000.tar"), shardshuffle=False))
+    assert {row["__key__"] for row in reference} == set(samples)
+    for row in reference:
+        sample = samples[row["__key__"]]
+        assert openmoji.read(sample) == row["png"]
+        assert sample.captions[0].encode() == row["txt"]
+        metadata = json.loads(row["json"])
+        assert decode_image(row["png"]).shape[:2] == (metadata["height"], metadata["width"])
         assert metadata["license"] == "CC BY-SA 4.0"
         assert metadata["codepoints"] == sample.key
 
@@ -97,16 +97,16 @@ def test_each_drawing_has_white_margins_and_touches_no_border(openmoji: OpenMoji
         assert min(gaps) < 0.15 * max(img.shape), f"{sample.captions} is not cropped"
 
 
-def test_split_never_parts_a_family_and_is_stable() -> None:
+def test_holdout_keeps_groups_together_and_is_stable() -> None:
     assert group_key("man cook") == group_key("woman cook") == group_key("cook") == "cook"
     assert group_key("man running facing right") == group_key("person running") == "running"
     assert group_key("woman") == "woman"
     group_keys = {group_key(d.caption) for d in drawings()}
     few, more = (
         {
-            f
-            for f in group_keys
-            if listed("s", 0, group_key=f) in Holdout(fraction, sorted(group_keys))
+            key
+            for key in group_keys
+            if fake_sample("s", 0, group_key=key) in Holdout(fraction, sorted(group_keys))
         }
         for fraction in (0.1, 0.2)
     )
@@ -114,20 +114,20 @@ def test_split_never_parts_a_family_and_is_stable() -> None:
     assert few < more
 
 
-def test_families_are_those_of_the_captions(openmoji: OpenMoji) -> None:
+def test_group_keys_are_derived_from_the_captions(openmoji: OpenMoji) -> None:
     assert [s.group_key for s in samples_of(openmoji)] == [
         group_key(s.captions[0]) for s in samples_of(openmoji)
     ]
 
 
-def test_second_prepare_draws_nothing(openmoji: OpenMoji, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_prepare_renders_nothing(
+    openmoji: OpenMoji, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "rasterize", None)
     openmoji.prepare()
 
 
-def test_other_settings_go_elsewhere_and_equal_ones_give_equal_bytes(
-    openmoji: OpenMoji, tmp_path: Path
-) -> None:
+def test_settings_determine_the_folder_and_the_bytes(openmoji: OpenMoji, tmp_path: Path) -> None:
     again = OpenMoji(root=str(tmp_path), image_size=64, limit=24)
     assert again.folder.name == openmoji.folder.name
     assert OpenMoji(root=str(tmp_path), image_size=64, limit=25).folder != again.folder

@@ -1,4 +1,4 @@
-"""The order of samples and batches: every promise of `Stream` and `Batches`."""
+"""The order of samples and batches: `Stream`, `Batches` and `sequential_batches`."""
 
 from collections import Counter
 from itertools import islice, pairwise
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.factories import Listed, listed
+from tests.data.factories import FakeSource, fake_sample
 from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, sequential_batches
 from wuerstchen_pl.data.ordering.buckets import Buckets
 from wuerstchen_pl.data.ordering.filters import Filters
@@ -15,7 +15,7 @@ from wuerstchen_pl.data.ordering.stream import DataStats, EpochSample, Mixture, 
 from wuerstchen_pl.data.sources.source import Holdout, Sample, SampleError, ShardIndex
 
 
-class Copies(Listed):
+class CopySource(FakeSource):
     """Every third image has the same bytes."""
 
     def read(self, sample: Sample) -> bytes:
@@ -25,22 +25,22 @@ class Copies(Listed):
 SHARDS = {"a": 23, "b": 5, "c": 17, "d": 9, "e": 31}
 
 
-def stream(source: Listed, *, shards: list[str] | None = None, **changes: Any) -> Stream:
+def stream(source: FakeSource, *, shards: list[str] | None = None, **changes: Any) -> Stream:
     settings = {"seed": 0, "shuffle_samples": 30, "filters": Filters(), "holdout": Holdout(0)}
     settings |= changes
     opener = ShardPrefetcher(
         source, keep=settings["shuffle_samples"], hashes=settings["filters"].deduplicate
     )
-    names = list(source.opened) if shards is None else shards
+    names = list(source.indexes) if shards is None else shards
     return Stream(opener=opener, shards=names, stats=DataStats(show=False), **settings)
 
 
-def batches(source: Listed | None = None, **changes: Any) -> Batches:
-    ours = {"rank": 0, "world_size": 1, "batch_size": 4, "max_upscale": None, "policy": "area"}
-    ours |= {key: changes.pop(key) for key in list(changes) if key in ours}
-    buckets = Buckets(policy=ours.pop("policy"), image_size=32, multiple=16)
-    drawn = Mixture([stream(source or Listed.of(SHARDS), **changes)], [1.0], seed=0)
-    return Batches(drawn, buckets, **ours)
+def batches(source: FakeSource | None = None, **changes: Any) -> Batches:
+    settings = {"rank": 0, "world_size": 1, "batch_size": 4, "max_upscale": None, "policy": "area"}
+    settings |= {key: changes.pop(key) for key in list(changes) if key in settings}
+    buckets = Buckets(policy=settings.pop("policy"), image_size=32, multiple=16)
+    mixture = Mixture([stream(source or FakeSource.with_sizes(SHARDS), **changes)], [1.0], seed=0)
+    return Batches(mixture, buckets, **settings)
 
 
 def names(drawn: list[EpochSample] | tuple[EpochSample, ...]) -> list[str]:
@@ -48,46 +48,48 @@ def names(drawn: list[EpochSample] | tuple[EpochSample, ...]) -> list[str]:
 
 
 def epochs(requests: list[BatchSpec]) -> dict[int, list[str]]:
-    """Names of the samples by the pass that they came in."""
-    found: dict[int, list[str]] = {}
+    """Names of the samples by epoch."""
+    by_epoch: dict[int, list[str]] = {}
     for request in requests:
         for sample, epoch in request.rows:
-            found.setdefault(epoch, []).append(sample.name)
-    return found
+            by_epoch.setdefault(epoch, []).append(sample.name)
+    return by_epoch
 
 
 # Samples
 
 
-def test_each_pass_has_every_sample_once_and_another_order() -> None:
-    source = Listed.of(SHARDS)
-    everything = sorted(s.name for o in source.opened.values() for s in o.samples)
+def test_each_epoch_has_every_sample_once_in_another_order() -> None:
+    source = FakeSource.with_sizes(SHARDS)
+    everything = sorted(s.name for o in source.indexes.values() for s in o.samples)
     drawn = list(islice(stream(source), 3 * 85))
     passes = [names([d for d in drawn if d.epoch == epoch]) for epoch in range(3)]
     assert all(sorted(one) == everything for one in passes)
     assert passes[0] != passes[1] != passes[2]
-    assert passes[0] == names(list(islice(stream(Listed.of(SHARDS)), 85)))
-    assert passes[0] != names(list(islice(stream(Listed.of(SHARDS), seed=1), 85)))
+    assert passes[0] == names(list(islice(stream(FakeSource.with_sizes(SHARDS)), 85)))
+    assert passes[0] != names(list(islice(stream(FakeSource.with_sizes(SHARDS), seed=1), 85)))
 
 
-def test_a_set_that_fits_in_a_window_is_shuffled_as_one_and_opened_once() -> None:
-    source = Listed.of(SHARDS)
+def test_a_set_that_fits_in_a_window_is_fully_shuffled_and_opened_once() -> None:
+    source = FakeSource.with_sizes(SHARDS)
     drawn = list(islice(stream(source, shuffle_samples=1000), 3 * 85))
-    assert Counter(source.asked) == dict.fromkeys(SHARDS, 1)
-    # In a perfect shuffle neighbors are seldom of one shard: sum of squares of shares, 0.26.
+    assert Counter(source.opened) == dict.fromkeys(SHARDS, 1)
+    # In a perfect shuffle few neighbors share a shard: the sum of squared shares is 0.26.
     same = sum(a.sample.shard == b.sample.shard for a, b in pairwise(drawn))
     assert same / len(drawn) < 0.35
 
 
 def test_memory_is_bounded_by_two_windows() -> None:
-    source = Listed.of({f"{i:03d}": 10 for i in range(100)})
+    source = FakeSource.with_sizes({f"{i:03d}": 10 for i in range(100)})
     one = stream(source, shuffle_samples=30)
     list(islice(one, 5))
-    assert len(set(source.asked)) <= 2 * 3
+    assert len(set(source.opened)) <= 2 * 3
 
 
 def test_a_strict_filter_makes_windows_smaller_not_longer() -> None:
-    source = Listed.of({f"{i:03d}": 12 for i in range(100)})  # two of each 12 are 64 wide
+    source = FakeSource.with_sizes(
+        {f"{i:03d}": 12 for i in range(100)}
+    )  # two of each 12 are 64 wide
     one = stream(source, shuffle_samples=36, filters=Filters(max_ratio=2, min_words=1, max_size=64))
     strict = stream(source, shuffle_samples=36, filters=Filters(min_size=40, max_ratio=1))
     for order, each in ((one, 36), (strict, 6)):
@@ -98,79 +100,87 @@ def test_a_strict_filter_makes_windows_smaller_not_longer() -> None:
 
 
 @pytest.mark.parametrize("start", range(0, 200, 7))
-def test_any_position_is_found_again_by_opening_one_window(start: int) -> None:
-    whole = stream(Listed.of(SHARDS))
+def test_seeking_to_any_position_opens_one_window(start: int) -> None:
+    whole = stream(FakeSource.with_sizes(SHARDS))
     list(islice(whole, start))
-    source = Listed.of(SHARDS)
+    source = FakeSource.with_sizes(SHARDS)
     other = stream(source)
     other.seek(whole.position)
-    assert len(set(source.asked)) <= 5
+    assert len(set(source.opened)) <= 5
     assert names(list(islice(other, 90))) == names(list(islice(whole, 90)))
 
 
 def test_seeking_far_opens_no_more_than_seeking_near() -> None:
     def opened_at(samples: int) -> int:
-        one = stream(Listed.of({f"{i:04d}": 10 for i in range(2000)}), shuffle_samples=50)
+        one = stream(
+            FakeSource.with_sizes({f"{i:04d}": 10 for i in range(2000)}), shuffle_samples=50
+        )
         list(islice(one, samples))
-        source = Listed.of({f"{i:04d}": 10 for i in range(2000)})
+        source = FakeSource.with_sizes({f"{i:04d}": 10 for i in range(2000)})
         other = stream(source, shuffle_samples=50)
         other.seek(one.position)
         other.opener.close()
-        return len(source.asked)
+        return len(source.opened)
 
-    # A window has 5 shards, and at most 5 more are begun in the background.
+    # A window has 5 shards, and at most 5 more are opened in the background.
     assert max(opened_at(12), opened_at(1_012), opened_at(19_012)) <= 10
 
 
-def test_behind_a_window_none_is_opened_until_a_sample_is_wanted() -> None:
-    one = stream(Listed.of(SHARDS), shuffle_samples=30)
+def test_at_the_end_of_a_window_the_next_is_opened_lazily() -> None:
+    one = stream(FakeSource.with_sizes(SHARDS), shuffle_samples=30)
     next(one)
     list(islice(one, len(one._window) - 1))
-    source = Listed.of(SHARDS)
+    source = FakeSource.with_sizes(SHARDS)
     other = stream(source, shuffle_samples=30)
     other.seek(one.position)
-    assert source.asked == []
+    assert source.opened == []
     assert names(list(islice(other, 100))) == names(list(islice(one, 100)))
 
 
-def test_what_is_held_out_never_comes() -> None:
-    source = Listed.of({"a": 300})
+def test_held_out_samples_are_never_drawn() -> None:
+    source = FakeSource.with_sizes({"a": 300})
     holdout = Holdout(0.3)
-    kept = {s.name for s in source.opened["a"].samples if s in holdout}
+    kept = {s.name for s in source.indexes["a"].samples if s in holdout}
     assert 60 < len(kept) < 120
     assert not kept & set(names(list(islice(stream(source, holdout=holdout), 600))))
 
 
-def test_a_small_set_holds_out_one_family_at_least() -> None:
+def test_a_small_set_holds_out_at_least_one_group() -> None:
     group_keys = [f"group_key {i}" for i in range(5)]
-    assert sum(listed("s", 0, group_key=f) in Holdout(0.001, group_keys) for f in group_keys) == 1
-    assert sum(listed("s", 0, group_key=f) in Holdout(0.0, group_keys) for f in group_keys) == 0
+    assert (
+        sum(fake_sample("s", 0, group_key=k) in Holdout(0.001, group_keys) for k in group_keys) == 1
+    )
+    assert (
+        sum(fake_sample("s", 0, group_key=k) in Holdout(0.0, group_keys) for k in group_keys) == 0
+    )
 
 
-def test_duplicates_are_dropped_for_good_whichever_comes_first() -> None:
-    source = Copies(Listed.of(SHARDS).opened)
+def test_duplicates_are_dropped_in_every_epoch() -> None:
+    source = CopySource(FakeSource.with_sizes(SHARDS).indexes)
     one = stream(source, filters=Filters(deduplicate=True))
-    copies = [s.name for o in source.opened.values() for s in o.samples if int(s.key) % 3 == 0]
+    copies = [s.name for o in source.indexes.values() for s in o.samples if int(s.key) % 3 == 0]
     drawn = list(islice(one, 4 * (85 - len(copies) + 1)))
     kept = Counter(name for name in names(drawn) if name in copies)
     assert list(kept.values()) == [4]
     assert one.stats.counts["dropped/duplicate"] >= 3 * (len(copies) - 1)
 
 
-def test_nothing_to_train_on_is_said_with_the_reason() -> None:
-    source = Listed({"a": ShardIndex([listed("a", 0)], [SampleError("no caption", "a/0001", 7)])})
+def test_nothing_to_train_on_is_an_error_with_the_reason() -> None:
+    source = FakeSource(
+        {"a": ShardIndex([fake_sample("a", 0)], [SampleError("no caption", "a/0001", 7)])}
+    )
     with pytest.raises(ValueError, match=r"nothing to train on \(1 samples.*min_size.*7 no cap"):
         next(stream(source, filters=Filters(min_size=500)))
     with pytest.raises(ValueError, match="nothing to train on"):
-        next(stream(Listed({})))
+        next(stream(FakeSource({})))
 
 
-def test_broken_shards_alone_end_the_run_before_all_are_tried() -> None:
+def test_only_broken_shards_stop_the_run_early() -> None:
     broken = ShardIndex([], [SampleError("unreachable shard", "refused")], broken=True)
-    source = Listed({f"{i:03d}": broken for i in range(500)})
+    source = FakeSource({f"{i:03d}": broken for i in range(500)})
     with pytest.raises(ValueError, match=r"none of the first 8 shards .*unreachable"):
         next(stream(source))
-    assert len(source.asked) < 30
+    assert len(source.opened) < 30
 
 
 # Batches
@@ -178,23 +188,23 @@ def test_broken_shards_alone_end_the_run_before_all_are_tried() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("policy", ["area", "paper"])
-def test_ranks_share_each_batch_and_no_sample_of_a_pass_is_lost_or_doubled(
+def test_ranks_share_each_batch_without_losing_or_repeating_samples(
     world_size: int, policy: str
 ) -> None:
     ranks = [batches(rank=r, world_size=world_size, policy=policy) for r in range(world_size)]
-    together = []
+    global_batches = []
     for parts in islice(zip(*ranks, strict=True), 240 // world_size):
         assert len({part.size for part in parts}) == 1
         assert all(len(part.rows) == 4 for part in parts)
         rows = tuple(row for part in parts for row in part.rows)
-        together.append(BatchSpec(parts[0].size, rows))
-    by_turn = epochs(together)
-    everything = {s.name for o in Listed.of(SHARDS).opened.values() for s in o.samples}
-    assert len(by_turn) > 8
-    for epoch, found in by_turn.items():
-        assert len(found) == len(set(found)), f"pass {epoch} has a sample twice"
-        if epoch < max(by_turn) - 5:  # all buckets have been emptied since
-            assert set(found) == everything
+        global_batches.append(BatchSpec(parts[0].size, rows))
+    by_epoch = epochs(global_batches)
+    everything = {s.name for o in FakeSource.with_sizes(SHARDS).indexes.values() for s in o.samples}
+    assert len(by_epoch) > 8
+    for epoch, seen in by_epoch.items():
+        assert len(seen) == len(set(seen)), f"epoch {epoch} repeats a sample"
+        if epoch < max(by_epoch) - 5:  # all buckets have been emptied since
+            assert set(seen) == everything
 
 
 def test_every_sample_is_in_the_bucket_of_its_ratio_and_buckets_are_mixed() -> None:
@@ -202,12 +212,12 @@ def test_every_sample_is_in_the_bucket_of_its_ratio_and_buckets_are_mixed() -> N
     requests = list(islice(order, 60))
     for request in requests:
         for row in request.rows:
-            assert order.buckets.place(row.sample, 0) == request.size
+            assert order.buckets.assign(row.sample, 0) == request.size
     assert len({request.size for request in requests[:8]}) > 2
 
 
 @pytest.mark.parametrize("stop", range(0, 70, 3))
-def test_a_batch_is_found_again_through_plain_values(stop: int) -> None:
+def test_batches_resume_from_plain_values(stop: int) -> None:
     whole = batches(filters=Filters(min_size=33))
     list(islice(whole, stop))
     state = whole.state_dict(whole.snapshot())
@@ -217,61 +227,63 @@ def test_a_batch_is_found_again_through_plain_values(stop: int) -> None:
     assert other.stats.counts == whole.stats.counts
 
 
-def test_reading_ahead_can_be_taken_back() -> None:
-    order = batches(Copies(Listed.of(SHARDS).opened), filters=Filters(deduplicate=True))
+def test_reading_ahead_can_be_undone() -> None:
+    order = batches(
+        CopySource(FakeSource.with_sizes(SHARDS).indexes), filters=Filters(deduplicate=True)
+    )
     list(islice(order, 3))
-    before, known = order.snapshot(), dict(order.stream.streams[0].first_with)
+    before, seen_hashes = order.snapshot(), dict(order.stream.streams[0].first_by_hash)
     first = list(islice(order, 50))
     counts = order.stats.counts.copy()
     assert counts["dropped/duplicate"] > 50
     order.restore(before)
-    assert order.stream.streams[0].first_with == known
+    assert order.stream.streams[0].first_by_hash == seen_hashes
     assert list(islice(order, 50)) == first
     assert order.stats.counts == counts
 
 
-def test_another_number_of_processes_goes_on_with_the_same_samples() -> None:
+def test_another_number_of_processes_resumes_with_the_same_samples() -> None:
     two = [batches(rank=rank, world_size=2) for rank in range(2)]
     before = [part for parts in islice(zip(*two, strict=True), 31) for part in parts]
     state = two[0].state_dict(two[0].snapshot())
     one = batches()
-    with pytest.warns(UserWarning, match="made with 8 samples a step.*now they are 4"):
+    with pytest.warns(UserWarning, match="global batch of 8 samples.*now it is 4"):
         one.restore(one.load_state_dict(state))
-    found = epochs(before + list(islice(one, 100)))
-    everything = {s.name for o in Listed.of(SHARDS).opened.values() for s in o.samples}
-    for epoch in range(max(found) - 5):
-        assert sorted(found[epoch]) == sorted(everything), f"pass {epoch} lost or doubled a sample"
+    by_epoch = epochs(before + list(islice(one, 100)))
+    everything = {s.name for o in FakeSource.with_sizes(SHARDS).indexes.values() for s in o.samples}
+    for epoch in range(max(by_epoch) - 5):
+        assert sorted(by_epoch[epoch]) == sorted(everything), f"epoch {epoch} is wrong"
 
 
-def test_other_shards_begin_the_pass_anew_with_a_warning() -> None:
+def test_other_shards_restart_the_epoch_with_a_warning() -> None:
     order = batches()
     list(islice(order, 40))
     state = order.state_dict(order.snapshot())
     epoch = order.snapshot().positions[0].epoch
-    other = batches(Listed.of({**SHARDS, "new": 8}))
-    with pytest.warns(UserWarning, match="shards are others"):
+    other = batches(FakeSource.with_sizes({**SHARDS, "new": 8}))
+    with pytest.warns(UserWarning, match="shards differ"):
         snapshot = other.load_state_dict(state)
     other.restore(snapshot)
     assert epochs(list(islice(other, 5))).keys() == {epoch}
 
 
-def test_data_that_have_become_fewer_are_gone_on_with() -> None:
-    order = batches(Listed.of({"a": 60}), shuffle_samples=100)
+def test_a_run_resumes_with_fewer_samples() -> None:
+    order = batches(FakeSource.with_sizes({"a": 60}), shuffle_samples=100)
     list(islice(order, 12))
     state = order.state_dict(order.snapshot())
-    other = batches(Listed.of({"a": 20}), shuffle_samples=100)
+    other = batches(FakeSource.with_sizes({"a": 20}), shuffle_samples=100)
     with pytest.warns(UserWarning, match="there are fewer samples"):
         other.restore(other.load_state_dict(state))
     drawn = [row for request in islice(other, 25) for row in request.rows]
     assert Counter(row.sample.name for row in drawn if row.epoch == 2) == Counter(
-        s.name for s in Listed.of({"a": 20}).opened["a"].samples
+        s.name for s in FakeSource.with_sizes({"a": 20}).indexes["a"].samples
     )
 
 
-def test_shards_that_were_moved_are_gone_on_with() -> None:
+def test_a_run_resumes_with_moved_shards() -> None:
     def moved(folder: str) -> Batches:
         sizes = {f"{folder}/{name}/00000.tar": n for name, n in SHARDS.items()}
-        copies = Copies(Listed.of(sizes).opened)
+        copies = CopySource(FakeSource.with_sizes(sizes).indexes)
         return batches(copies, filters=Filters(deduplicate=True))
 
     def rows(order: Batches) -> list[Any]:
@@ -290,18 +302,18 @@ def test_shards_that_were_moved_are_gone_on_with() -> None:
     assert rows(other) == rows(order)
 
 
-def test_a_checkpoint_names_no_shard_to_read() -> None:
-    order = batches(Listed.of({f"secret {name}": n for name, n in SHARDS.items()}))
+def test_a_checkpoint_contains_no_shard_names() -> None:
+    order = batches(FakeSource.with_sizes({f"secret {name}": n for name, n in SHARDS.items()}))
     list(islice(order, 7))
     pending = order.state_dict(order.snapshot())["pending"]
-    places = [row[:2] for _, rows in pending for row in rows]
-    assert len(places) > 1
-    assert all(stream == 0 and 0 <= number < len(SHARDS) for stream, number in places)
+    shard_numbers = [row[:2] for _, rows in pending for row in rows]
+    assert len(shard_numbers) > 1
+    assert all(stream == 0 and 0 <= number < len(SHARDS) for stream, number in shard_numbers)
     fields = [row[2:6] for _, rows in pending for row in rows]
     assert "secret" not in str(fields)
 
 
-def test_what_waited_for_sizes_that_are_gone_goes_to_those_of_now() -> None:
+def test_pending_samples_move_to_the_current_sizes() -> None:
     order = batches()
     list(islice(order, 9))
     state = order.state_dict(order.snapshot())
@@ -314,42 +326,43 @@ def test_what_waited_for_sizes_that_are_gone_goes_to_those_of_now() -> None:
     assert len(snapshot.pending[64, 64]) == waiting
 
 
-def test_copies_in_folders_of_the_same_names_are_dropped() -> None:
+def test_duplicates_in_shards_of_equal_names_are_dropped() -> None:
     sizes = {"a/0.tar": 10, "b/0.tar": 10}
-    source = Copies(Listed.of(sizes).opened)
+    source = CopySource(FakeSource.with_sizes(sizes).indexes)
     one = stream(source, filters=Filters(deduplicate=True), shuffle_samples=100)
     drawn = list(islice(one, 13))
     assert {d.epoch for d in drawn} == {0}  # 12 images, and one of the copies
     assert next(one).epoch == 1
 
 
-def test_few_good_samples_behind_many_bad_ones_of_a_shard_count_before_the_limit_does() -> None:
+def test_bad_samples_of_a_shard_are_checked_after_its_good_ones() -> None:
     bad = [SampleError("no caption", f"{i}") for i in range(1200)]
-    opened = ShardIndex([listed("a", i) for i in range(4000)], bad)
-    one = stream(Listed({"a": opened}))
+    opened = ShardIndex([fake_sample("a", i) for i in range(4000)], bad)
+    one = stream(FakeSource({"a": opened}))
     one.stats.limit = 0.25
     next(one)
-    one = stream(Listed({"a": opened}))
+    one = stream(FakeSource({"a": opened}))
     one.stats.limit = 0.2
     with pytest.raises(ValueError, match=r"1200 of 5200 samples are bad"):
         next(one)
 
 
-def test_what_is_too_small_is_dropped_counted_and_never_endless() -> None:
-    source = Listed({"a": ShardIndex([listed("a", i, 10 + i, 10 + i) for i in range(40)])})
+def test_too_small_images_are_dropped_counted_and_never_loop_forever() -> None:
+    source = FakeSource({"a": ShardIndex([fake_sample("a", i, 10 + i, 10 + i) for i in range(40)])})
     order = batches(source, max_upscale=1.0)
-    found = {row.sample.width for request in islice(order, 30) for row in request.rows}
-    assert min(found) == 32
-    # 120 of 18 images that are large enough are six passes and a part; 22 are too small.
+    widths = {row.sample.width for request in islice(order, 30) for row in request.rows}
+    assert min(widths) == 32
+    # 120 draws of 18 large enough images are between 6 and 7 epochs; 22 are too small.
     assert 6 * 22 <= order.stats.counts["dropped/max_upscale"] <= 7 * 22
     with pytest.raises(ValueError, match=r"data\.max_upscale=0\.5 drops every image"):
         next(batches(source, max_upscale=0.5))
 
 
-def test_a_mixture_keeps_its_weights_and_its_place() -> None:
+def test_a_mixture_keeps_its_weights_and_resumes() -> None:
     def mixed() -> Batches:
         streams = [
-            stream(Listed.of({name: 50}), shards=[name], shuffle_samples=100) for name in "ab"
+            stream(FakeSource.with_sizes({name: 50}), shards=[name], shuffle_samples=100)
+            for name in "ab"
         ]
         stats = DataStats()
         for one in streams:
@@ -366,8 +379,8 @@ def test_a_mixture_keeps_its_weights_and_its_place() -> None:
     assert list(islice(other, 20)) == list(islice(order, 20))
 
 
-def test_in_order_takes_each_sample_once_on_some_rank() -> None:
-    samples = [s for o in Listed.of(SHARDS).opened.values() for s in o.samples]
+def test_sequential_batches_cover_each_sample_once() -> None:
+    samples = [s for o in FakeSource.with_sizes(SHARDS).indexes.values() for s in o.samples]
     buckets = Buckets(policy="area", image_size=32, multiple=16)
     alone = sequential_batches(samples, buckets, batch_size=4, rank=0, world_size=1)
     assert sorted(n for r in alone for n in names(r.rows)) == sorted(s.name for s in samples)

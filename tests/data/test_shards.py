@@ -1,4 +1,4 @@
-"""Shards on a disk and on the web, whole and damaged."""
+"""Local and remote shards, intact and damaged."""
 
 import io
 import math
@@ -36,19 +36,19 @@ def opened(source: ShardSource) -> list[ShardIndex]:
     return [source.open(name) for group in source.groups("train") for name in group.shards]
 
 
-def reasons(found: ShardIndex) -> dict[str, int]:
+def reasons(index: ShardIndex) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for bad in found.bad:
+    for bad in index.bad:
         counts[bad.reason] += bad.count
     return dict(counts)
 
 
-# Whole
+# Intact
 
 
-def test_bytes_and_captions_equal_what_webdataset_reads(folder: Path) -> None:
+def test_bytes_and_captions_match_webdataset(folder: Path) -> None:
     source = ShardSource(urls=str(folder / "{00000..00001}.tar"))
-    ours = [s for found in opened(source) for s in found.samples]
+    ours = [s for index in opened(source) for s in index.samples]
     names = [str(folder / f"0000{i}.tar") for i in range(2)]
     theirs = list(webdataset.WebDataset(names, shardshuffle=False))
     assert [s.key for s in ours] == [t["__key__"] for t in theirs]
@@ -57,33 +57,33 @@ def test_bytes_and_captions_equal_what_webdataset_reads(folder: Path) -> None:
     assert [(s.width, s.height) for s in ours] == [(30, 20), (10, 40), (16, 16)]
 
 
-def test_folder_pattern_list_and_list_file_mean_the_same(folder: Path) -> None:
+def test_folder_pattern_list_and_list_file_are_equivalent(folder: Path) -> None:
     listed = [str(folder / "00000.tar"), str(folder / "00001.tar")]
     (folder / "all.txt").write_text("\n".join(listed) + "\n\n")
-    given = [str(folder), str(folder / "{00000..00001}.tar"), listed, str(folder / "all.txt")]
-    assert [expand_urls(urls, key="data.urls") for urls in given] == [listed] * 4
+    variants = [str(folder), str(folder / "{00000..00001}.tar"), listed, str(folder / "all.txt")]
+    assert [expand_urls(urls, key="data.urls") for urls in variants] == [listed] * 4
 
 
-def test_size_without_json_is_that_of_the_upright_image(tmp_path: Path) -> None:
+def test_size_without_json_follows_the_exif_orientation(tmp_path: Path) -> None:
     from PIL import Image
 
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encode(Image.new("RGB", (30, 20)), exif=exif)
     path = write(tmp_path / "s.tar", {"a.jpg": turned, "a.txt": b"turned"})
-    found = index_tar(str(path), "s").samples[0]
-    assert (found.width, found.height) == (20, 30)
+    indexed = index_tar(str(path), "s").samples[0]
+    assert (indexed.width, indexed.height) == (20, 30)
 
 
-def test_scores_are_read_and_other_facts_are_not(tmp_path: Path) -> None:
+def test_only_scores_are_read_from_the_metadata(tmp_path: Path) -> None:
     members = sample("a", pwatermark=0.25, AESTHETIC_SCORE=5, punsafe=None, similarity=0.3)
-    found = index_tar(str(write(tmp_path / "s.tar", members)), "s").samples[0]
-    assert found.metadata == {"pwatermark": 0.25, "AESTHETIC_SCORE": 5.0}
+    indexed = index_tar(str(write(tmp_path / "s.tar", members)), "s").samples[0]
+    assert indexed.metadata == {"pwatermark": 0.25, "AESTHETIC_SCORE": 5.0}
 
 
 def test_source_reads_the_same_after_pickling(folder: Path) -> None:
     source = ShardSource(urls=str(folder))
-    samples = [s for found in opened(source) for s in found.samples]
+    samples = [s for index in opened(source) for s in index.samples]
     before = [source.read(s) for s in samples]
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.read(s) for s in samples] == before
@@ -92,7 +92,7 @@ def test_source_reads_the_same_after_pickling(folder: Path) -> None:
 # Damaged
 
 
-def test_incomplete_samples_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_incomplete_samples_are_skipped_and_counted(tmp_path: Path) -> None:
     members: dict[str, bytes] = {}
     for key in "abcdef":
         members |= sample(key)
@@ -100,15 +100,15 @@ def test_incomplete_samples_are_left_out_and_counted(tmp_path: Path) -> None:
     members["d.jpg"] = b"no image"
     members["e.txt"] = b"caf\xe9"
     members["f.json"] = b"{broken"  # its size is read from the image instead
-    found = index_tar(str(write(tmp_path / "s.tar", members)), "s")
-    assert [s.key for s in found.samples] == ["a", "f"]
-    assert reasons(found) == {
+    index = index_tar(str(write(tmp_path / "s.tar", members)), "s")
+    assert [s.key for s in index.samples] == ["a", "f"]
+    assert reasons(index) == {
         "no caption": 1,
         "no image": 1,
         "unreadable image": 1,
         "caption is not UTF-8": 1,
     }
-    assert not found.broken
+    assert not index.broken
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_incomplete_samples_are_left_out_and_counted(tmp_path: Path) -> None:
         ("absent", 0, {"unreadable shard": 4}),
     ],
 )
-def test_a_damaged_shard_gives_what_it_has_and_the_manifest_tells_the_rest(
+def test_a_damaged_shard_yields_its_readable_samples_and_reports_the_rest(
     tmp_path: Path, damage: str, left: int, expected: dict[str, int]
 ) -> None:
     members: dict[str, bytes] = {}
@@ -142,13 +142,13 @@ def test_a_damaged_shard_gives_what_it_has_and_the_manifest_tells_the_rest(
     else:
         data = bytearray({"garbage": b"\x07" * 5000}.get(damage, b""))
     path.unlink() if damage == "absent" else path.write_bytes(data)
-    (found,) = opened(ShardSource(urls=str(path)))
-    assert len(found.samples) == left
-    assert reasons(found) == expected
-    assert found.broken
+    (index,) = opened(ShardSource(urls=str(path)))
+    assert len(index.samples) == left
+    assert reasons(index) == expected
+    assert index.broken
 
 
-def test_headers_that_lead_back_end_the_reading(tmp_path: Path) -> None:
+def test_headers_that_seek_back_stop_the_indexing(tmp_path: Path) -> None:
     path = write(tmp_path / "s.tar", sample("a") | sample("b"))
     with tarfile.open(path) as tar:
         fourth = tar.getmembers()[3]
@@ -158,13 +158,13 @@ def test_headers_that_lead_back_end_the_reading(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[fourth.offset : fourth.offset + len(header)] = header
     path.write_bytes(data)
-    found = index_tar(str(path), "s")
-    assert [s.key for s in found.samples] == ["a"]
-    assert reasons(found) == {"damaged shard": 1}
+    index = index_tar(str(path), "s")
+    assert [s.key for s in index.samples] == ["a"]
+    assert reasons(index) == {"damaged shard": 1}
 
 
 @pytest.mark.parametrize("kind", ["long name", "sparse"])
-def test_headers_that_promise_too_much_end_the_reading(tmp_path: Path, kind: str) -> None:
+def test_headers_beyond_the_end_stop_the_indexing(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / "s.tar", sample("a"))
     data = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -174,22 +174,22 @@ def test_headers_that_promise_too_much_end_the_reading(tmp_path: Path, kind: str
     more.type = tarfile.GNUTYPE_LONGNAME if kind == "long name" else tarfile.GNUTYPE_SPARSE
     header = bytearray(more.tobuf(tarfile.GNU_FORMAT))
     if kind == "sparse":
-        header[482] = 1  # its map goes on in a block that is not there
+        header[482] = 1  # its sparse map continues in a missing block
         header[148:156] = b"%06o\0 " % tarfile.calc_chksums(header[:512])[0]
     path.write_bytes(data[:end] + header)
-    found = index_tar(str(path), "s")
-    assert [s.key for s in found.samples] == ["a"]
-    assert reasons(found) == {"damaged shard": 1}
+    index = index_tar(str(path), "s")
+    assert [s.key for s in index.samples] == ["a"]
+    assert reasons(index) == {"damaged shard": 1}
 
 
-def test_a_manifest_of_brackets_and_a_name_with_nul_are_no_obstacle(tmp_path: Path) -> None:
+def test_an_invalid_manifest_and_a_nul_character_do_not_raise(tmp_path: Path) -> None:
     path = write(tmp_path / "s.tar", sample("a"))
     (tmp_path / "shards.json").write_text("[" * 200_000)
     assert len(ShardSource(urls=str(tmp_path)).open(str(path)).samples) == 1
     assert reasons(index_tar("a\0b.tar", "s")) == {"unreadable shard": 1}
 
 
-def test_names_and_texts_that_are_no_unicode_are_no_obstacle(tmp_path: Path) -> None:
+def test_invalid_unicode_in_names_and_captions_does_not_raise(tmp_path: Path) -> None:
     half = sample("half", captions=["whole", "half \ud800"], pwatermark=math.nan, punsafe=1e400)
     none = sample("none", captions=["half \udc00"])
     name = "caf\udce9"  # a byte that is not UTF-8
@@ -200,27 +200,27 @@ def test_names_and_texts_that_are_no_unicode_are_no_obstacle(tmp_path: Path) -> 
             entry = tarfile.TarInfo(key)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-    found = index_tar(str(path), "s")
-    assert [s.captions for s in found.samples] == [
+    index = index_tar(str(path), "s")
+    assert [s.captions for s in index.samples] == [
         *(("whole",), ("an image of none",), ("an image of x",)),
     ]
-    assert [s.metadata for s in found.samples] == [{}, {}, {}]
-    assert len({unit_hash(s.identity) for s in found.samples}) == 3
+    assert [s.metadata for s in index.samples] == [{}, {}, {}]
+    assert len({unit_hash(s.identity) for s in index.samples}) == 3
 
 
-def test_a_name_that_comes_twice_is_counted(tmp_path: Path) -> None:
+def test_a_repeated_member_name_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w") as tar:
         for key, data in [*sample("a").items(), ("a.txt", b"another caption")]:
             entry = tarfile.TarInfo(key)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-    found = index_tar(str(path), "s")
-    assert [s.captions for s in found.samples] == [("another caption",)]
-    assert reasons(found) == {"repeated name": 1}
+    index = index_tar(str(path), "s")
+    assert [s.captions for s in index.samples] == [("another caption",)]
+    assert reasons(index) == {"repeated name": 1}
 
 
-def test_what_is_missing_by_the_manifest_is_counted_though_the_shard_is_whole(
+def test_samples_missing_from_an_intact_shard_are_counted(
     folder: Path,
 ) -> None:
     path = folder / "00000.tar"
@@ -228,29 +228,29 @@ def test_what_is_missing_by_the_manifest_is_counted_though_the_shard_is_whole(
     assert reasons(ShardSource(urls=str(folder)).open(str(path))) == {"lost samples": 3}
 
 
-def test_an_image_that_has_gone_since_is_an_os_error(folder: Path) -> None:
+def test_reading_a_truncated_image_raises_an_os_error(folder: Path) -> None:
     source = ShardSource(urls=str(folder / "00000.tar"))
     first, second = source.open(str(folder / "00000.tar")).samples
     data = (folder / "00000.tar").read_bytes()
     (folder / "00000.tar").write_bytes(data[: second.offset + 4])
     assert source.read(first)
-    with pytest.raises(OSError, match="became shorter"):
+    with pytest.raises(OSError, match="was truncated after"):
         source.read(second)
 
 
-# Addresses
+# URLs
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
         ("pipe:cat x.tar", r"data\.urls='pipe:cat x\.tar' would run a command"),
-        ("s3://bucket/x.tar", "is neither a path nor http"),
-        ("gs://bucket/{0..3}.tar", "is neither a path nor http"),
-        ("file://host/x.tar", "is neither a path nor http"),
+        ("s3://bucket/x.tar", "is neither a path nor an http"),
+        ("gs://bucket/{0..3}.tar", "is neither a path nor an http"),
+        ("file://host/x.tar", "is neither a path nor an http"),
     ],
 )
-def test_foreign_addresses_are_refused_before_anything_is_read(url: str, message: str) -> None:
+def test_unsupported_urls_are_rejected_before_reading(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShardSource(urls=["/nowhere/a.tar", url])
 
@@ -258,7 +258,7 @@ def test_foreign_addresses_are_refused_before_anything_is_read(url: str, message
 @pytest.mark.parametrize(
     "line", ["pipe:touch {ran}", "{{pipe:touch {ran},x.tar}}", "{list}", "{{{list},x.tar}}"]
 )
-def test_a_list_file_cannot_smuggle_a_command_in(tmp_path: Path, line: str) -> None:
+def test_a_list_file_cannot_inject_a_command(tmp_path: Path, line: str) -> None:
     ran, other = tmp_path / "ran", tmp_path / "other.txt"
     other.write_text(f"pipe:touch {ran}\n")
     (tmp_path / "all.txt").write_text(line.format(ran=ran, list=other) + "\n")
@@ -267,11 +267,11 @@ def test_a_list_file_cannot_smuggle_a_command_in(tmp_path: Path, line: str) -> N
     assert not ran.exists()
 
 
-def test_a_command_out_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+def test_a_command_from_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     source = ShardSource(urls=str(tmp_path), download_dir=str(tmp_path / "down"))
-    stranger = Sample("a", ("a",), 1, 1, f"pipe:touch {tmp_path / 'ran'}")
+    untrusted = Sample("a", ("a",), 1, 1, f"pipe:touch {tmp_path / 'ran'}")
     with pytest.raises(OSError, match="would run a command"):
-        source.read(stranger)
+        source.read(untrusted)
     assert not (tmp_path / "ran").exists()
 
 
@@ -288,8 +288,8 @@ def test_a_command_out_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     ],
     ids=range(7),
 )
-def test_braces_without_end_are_refused(tmp_path: Path, braces: str) -> None:
-    with pytest.raises(ValueError, match=r"names more than 1,000,000 shards: fix its braces"):
+def test_too_many_names_from_braces_are_rejected(tmp_path: Path, braces: str) -> None:
+    with pytest.raises(ValueError, match=r"names more than 1,000,000 shards; fix its braces"):
         ShardSource(urls=f"{tmp_path}/{braces}.tar").prepare()
 
 
@@ -300,16 +300,16 @@ def test_braces_without_end_are_refused(tmp_path: Path, braces: str) -> None:
         *(("{a,{b,c}{d,e}}x", 5), ("{}", 1), ("{9..0}", 10)),
     ],
 )
-def test_names_are_counted_before_they_are_listed(tmp_path: Path, pattern: str, count: int) -> None:
+def test_the_count_of_names_is_an_upper_bound(tmp_path: Path, pattern: str, count: int) -> None:
     assert len(expand_urls(f"{tmp_path}/{pattern}", key="data.urls")) == count
     assert urls._count(pattern) >= count
 
 
-def test_lists_with_what_no_path_can_be_end_with_a_sentence(tmp_path: Path) -> None:
+def test_lists_with_invalid_paths_are_rejected(tmp_path: Path) -> None:
     for text, message in (
-        (b"a\0b.tar", "holds a NUL character"),
+        (b"a\0b.tar", "contains a NUL character"),
         (b"~nosuchuser/x.tar", "there is no such user"),
-        (b"{a,b.tar", "has a brace without its other"),
+        (b"{a,b.tar", "has an unbalanced brace"),
     ):
         (tmp_path / "all.txt").write_bytes(text)
         with pytest.raises((ValueError, FileNotFoundError), match=rf"data\.urls.*{message}"):
@@ -317,11 +317,11 @@ def test_lists_with_what_no_path_can_be_end_with_a_sentence(tmp_path: Path) -> N
     name = b"caf\xe9.tar"
     (tmp_path / "all.txt").write_bytes(bytes(tmp_path) + b"/" + name)
     write(tmp_path / "s.tar", sample("a")).rename(tmp_path / os.fsdecode(name))
-    (found,) = opened(ShardSource(urls=str(tmp_path / "all.txt")))
-    assert [s.key for s in found.samples] == ["a"]
+    (index,) = opened(ShardSource(urls=str(tmp_path / "all.txt")))
+    assert [s.key for s in index.samples] == ["a"]
 
 
-def test_missing_empty_and_doubled_are_refused(tmp_path: Path) -> None:
+def test_missing_empty_and_repeated_shards_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.urls names '.*0\.tar'.*nor do the 2 other"):
         ShardSource(urls=str(tmp_path / "{0..2}.tar")).prepare()
     with pytest.raises(FileNotFoundError, match="no tar file"):
@@ -333,7 +333,7 @@ def test_missing_empty_and_doubled_are_refused(tmp_path: Path) -> None:
         ShardSource(urls=[str(tmp_path), str(tmp_path / "s.tar")]).prepare()
 
 
-# From the web
+# Remote shards
 
 
 @pytest.fixture
@@ -351,39 +351,37 @@ def remote(server: Server, tmp_path: Path, **changes: Any) -> ShardSource:
     return source
 
 
-def test_shards_from_the_web_are_those_on_the_disk_and_are_fetched_once(
+def test_remote_shards_match_local_ones_and_are_downloaded_once(
     server: Server, folder: Path, tmp_path: Path
 ) -> None:
-    here, there = ShardSource(urls=str(folder)), remote(server, tmp_path)
-    for mine, theirs in zip(opened(here), opened(there), strict=True):
-        assert [s.key for s in mine.samples] == [s.key for s in theirs.samples]
-        for ours, fetched in zip(mine.samples, theirs.samples, strict=True):
-            assert here.read(ours) == there.read(fetched)
-    assert sorted(server.asked) == ["/00000.tar", "/00001.tar"]
+    local, web = ShardSource(urls=str(folder)), remote(server, tmp_path)
+    for local_index, web_index in zip(opened(local), opened(web), strict=True):
+        assert [s.key for s in local_index.samples] == [s.key for s in web_index.samples]
+        for ours, fetched in zip(local_index.samples, web_index.samples, strict=True):
+            assert local.read(ours) == web.read(fetched)
+    assert sorted(server.requested) == ["/00000.tar", "/00001.tar"]
     opened(remote(server, tmp_path))
-    assert len(server.asked) == 2
+    assert len(server.requested) == 2
 
 
-def test_a_server_that_fails_for_a_while_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_temporary_server_errors_are_retried(server: Server, tmp_path: Path) -> None:
     server.failures = 3
     assert len(opened(remote(server, tmp_path))[0].samples) == 2
-    assert len(server.asked) == 3 + 2
+    assert len(server.requested) == 3 + 2
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(
-    server: Server, folder: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_download_resumes(server: Server, folder: Path, tmp_path: Path) -> None:
     server.break_after = 4000
     source = remote(server, tmp_path, attempts=20)
     (first, _) = opened(source)
     assert len(first.samples) == 2
     assert first.samples[0].size == len(source.read(first.samples[0]))
     size = (folder / "00000.tar").stat().st_size
-    assert server.asked.count("/00000.tar") == -(-size // 4000)
+    assert server.requested.count("/00000.tar") == -(-size // 4000)
 
 
 @pytest.mark.parametrize("kind", ["404", "dead", "unreachable"])
-def test_what_cannot_be_fetched_is_skipped_and_named(
+def test_unreachable_shards_are_skipped_and_reported(
     server: Server, tmp_path: Path, kind: str
 ) -> None:
     source = remote(server, tmp_path, attempts=3)
@@ -393,16 +391,16 @@ def test_what_cannot_be_fetched_is_skipped_and_named(
         server.shutdown()
         server.server_close()
     start = time.monotonic()
-    found = source.open(name)
+    index = source.open(name)
     assert time.monotonic() - start < 20
-    assert found.broken
-    assert reasons(found) == {"unreachable shard": 1}
-    assert name in found.bad[0].where
-    assert server.asked.count("/no.tar") == (kind == "404")  # asking again would not help
+    assert index.broken
+    assert reasons(index) == {"unreachable shard": 1}
+    assert name in index.bad[0].where
+    assert server.requested.count("/no.tar") == (kind == "404")  # a retry would not help
     assert [p.suffix for p in (tmp_path / "down").iterdir()] == [".lock"]
 
 
-def test_the_oldest_downloads_make_room_and_come_back_when_they_are_wanted(
+def test_the_oldest_downloads_are_evicted_and_downloaded_again(
     server: Server, folder: Path, tmp_path: Path
 ) -> None:
     source = remote(server, tmp_path, keep_bytes=(folder / "00000.tar").stat().st_size)
@@ -410,10 +408,10 @@ def test_the_oldest_downloads_make_room_and_come_back_when_they_are_wanted(
     assert len(list((tmp_path / "down").glob("*.tar"))) == 1
     assert source.read(second.samples[0]) == image("000010000", 16, 16)
     assert source.read(first.samples[0]) == image("000000000", 30, 20)
-    assert len(server.asked) == 3
+    assert len(server.requested) == 3
 
 
-def test_tars_of_others_in_the_folder_of_downloads_are_kept(
+def test_other_tar_files_in_the_download_folder_are_kept(
     server: Server, folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "down").mkdir()
@@ -423,49 +421,47 @@ def test_tars_of_others_in_the_folder_of_downloads_are_kept(
     assert (tmp_path / "down/mine.tar").read_bytes() == b"precious"
 
 
-def test_an_answer_without_a_length_that_breaks_off_is_asked_for_again(
+def test_an_interrupted_download_without_content_length_is_retried(
     server: Server, tmp_path: Path
 ) -> None:
-    server.break_after, server.tells_length = 4000, False
+    server.break_after, server.sends_length = 4000, False
     (first, _) = opened(remote(server, tmp_path, attempts=20))
     assert len(first.samples) == 2
 
 
-def test_an_answer_without_end_is_cut_short_and_not_asked_for_again(
-    server: Server, tmp_path: Path
-) -> None:
-    found = remote(server, tmp_path, keep_bytes=5000).open(server.url + "/00000.tar")
-    assert "larger than data.download_gb" in found.bad[0].where
-    assert server.asked == ["/00000.tar"]
+def test_a_too_large_download_is_aborted_and_not_retried(server: Server, tmp_path: Path) -> None:
+    index = remote(server, tmp_path, keep_bytes=5000).open(server.url + "/00000.tar")
+    assert "larger than data.download_gb" in index.bad[0].where
+    assert server.requested == ["/00000.tar"]
     assert not list((tmp_path / "down").glob("*.partial"))
 
 
-def test_a_server_that_trickles_is_given_up(
+def test_a_too_slow_download_is_aborted(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download_cache, "_TIMEOUT", 0.3)
     server.trickle = 0.05
-    found = remote(server, tmp_path, attempts=2).open(server.url + "/00000.tar")
-    assert "are too slow" in found.bad[0].where
+    index = remote(server, tmp_path, attempts=2).open(server.url + "/00000.tar")
+    assert "too slow" in index.bad[0].where
 
 
-def test_a_worker_that_is_forked_during_a_download_holds_nobody_up(
+def test_a_worker_forked_during_a_download_does_not_keep_the_lock(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, children = remote(server, tmp_path), []
 
-    def forks(address: str, target: Path) -> None:
+    def fork_and_fail(url: str, target: Path) -> None:
         children.append(os.fork())
         if not children[0]:
             time.sleep(30)
             os._exit(0)
         raise OSError("later")
 
-    bring = source.downloads._bring
-    monkeypatch.setattr(source.downloads, "_bring", forks)
+    fetch_to = source.downloads._fetch_to
+    monkeypatch.setattr(source.downloads, "_fetch_to", fork_and_fail)
     try:
         assert source.open(server.url + "/00000.tar").broken
-        monkeypatch.setattr(source.downloads, "_bring", bring)
+        monkeypatch.setattr(source.downloads, "_fetch_to", fetch_to)
         start = time.monotonic()
         assert len(source.open(server.url + "/00000.tar").samples) == 2
         assert time.monotonic() - start < 10
@@ -485,7 +481,7 @@ def test_an_allowed_command_writes_a_shard(folder: Path, tmp_path: Path) -> None
     assert "failed with status 3: broken" in bad.bad[0].where
 
 
-def test_shards_helper_writes_what_the_names_say(tmp_path: Path) -> None:
+def test_shards_helper_returns_the_written_keys(tmp_path: Path) -> None:
     keys = shards(tmp_path / "many", 3, 4)
-    found = opened(ShardSource(urls=str(tmp_path / "many")))
-    assert [s.key for o in found for s in o.samples] == keys
+    indexes = opened(ShardSource(urls=str(tmp_path / "many")))
+    assert [s.key for index in indexes for s in index.samples] == keys

@@ -16,10 +16,10 @@ def encode(img: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def color(data: bytes, place: tuple[int, int] = (4, 4)) -> tuple[int, int, int]:
+def color(data: bytes, pixel: tuple[int, int] = (4, 4)) -> tuple[int, int, int]:
     img = decode_image(data)
     assert img.shape[2:] == (3,)
-    return tuple(img[place].tolist())
+    return tuple(img[pixel].tolist())
 
 
 def test_cmyk_becomes_rgb() -> None:
@@ -75,7 +75,7 @@ def test_unreadable_bytes_raise() -> None:
         decode_image(b"no image")
 
 
-def test_formats_that_run_programs_are_no_images() -> None:
+def test_formats_that_run_programs_are_rejected() -> None:
     script = encode(Image.new("RGB", (8, 8)), "EPS")
     assert Image.open(io.BytesIO(script)).format == "EPS"  # PIL would hand it to Ghostscript
     with pytest.raises(OSError, match="cannot identify"):
@@ -91,7 +91,7 @@ def test_an_animation_shows_its_first_frame() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 @pytest.mark.parametrize("damage", ["cut", "head only", "noise", "empty"])
-def test_damaged_files_are_os_errors_of_whatever_kind(kind: str, damage: str) -> None:
+def test_damaged_files_of_any_format_raise_os_errors(kind: str, damage: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     whole = encode(Image.fromarray(noise), kind)
     damaged = {
@@ -105,21 +105,21 @@ def test_damaged_files_are_os_errors_of_whatever_kind(kind: str, damage: str) ->
         decode_image(damaged)
 
 
-def test_a_decompression_bomb_is_refused_unopened() -> None:
+def test_a_decompression_bomb_is_rejected_before_decoding() -> None:
     header = b"P6 40000 40000 255\n"  # 1.6 billion pixels
     with pytest.raises(OSError, match="exceeds limit"):
         decode_image(header)
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """A smooth image with some edges: what photographs are like."""
+    """A smooth image with some edges, like a photograph."""
     y, x = np.mgrid[:height, :width] / 64
     waves = [np.sin(a * x + b * y + c) for a, b, c in ((1, 2, 0), (3, 1, 1), (2, 5, 2))]
     image = np.stack(waves, axis=-1) * 100 + 127 + 40 * (waves[0] > 0.5)[..., None]
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_image() -> None:
+def test_a_jpeg_decoded_at_reduced_size_matches_the_resized_image() -> None:
     data = encode(photo(1024, 768), "JPEG", quality=95)
     drafted = decode_image(data, cover=(384, 512))
     assert drafted.shape == (384, 512, 3)
@@ -128,7 +128,7 @@ def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_image() -> None:
     assert 10 * np.log10(255**2 / error) > 38
 
 
-def test_what_is_decoded_always_covers() -> None:
+def test_a_decoded_image_always_covers_the_target() -> None:
     data = encode(photo(1000, 601), "JPEG", exif=exif_of(6))
     for cover in ((512, 256), (100, 300), (64, 64), (999, 600)):
         img = decode_image(data, cover=cover)
@@ -144,30 +144,30 @@ def exif_of(orientation: int) -> Image.Exif:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_faster_decoder_gives_what_pil_gives(mode: str) -> None:
+def test_the_fast_decoder_matches_pil(mode: str) -> None:
     data = encode(photo(301, 203).convert(mode), "JPEG", quality=85)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(decode_image(data) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("size", [(100, 37), (37, 100), (64, 64), (13, 7), (1, 500)])
-@pytest.mark.parametrize("place", [(0.0, 0.0), CENTER, (1.0, 1.0)])
-def test_a_crop_has_the_ratio_touches_two_sides_and_stays_inside(
-    size: tuple[int, int], place: tuple[float, float]
+@pytest.mark.parametrize("position", [(0.0, 0.0), CENTER, (1.0, 1.0)])
+def test_a_crop_has_the_target_ratio_and_maximal_size(
+    size: tuple[int, int], position: tuple[float, float]
 ) -> None:
     height, width = size
-    left, top, right, bottom = crop_box(height, width, (48, 32), place)
+    left, top, right, bottom = crop_box(height, width, (48, 32), position)
     assert (right - left == width) or (bottom - top == height)
     assert min(left, top) >= 0 < min(right - left, bottom - top)
     assert right <= width
     assert bottom <= height
     # to the nearest pixel
     assert abs((right - left) - (bottom - top) * 32 / 48) <= 1
-    assert abs(left - place[1] * (width - (right - left))) <= 0.5
-    assert abs(top - place[0] * (height - (bottom - top))) <= 0.5
+    assert abs(left - position[1] * (width - (right - left))) <= 0.5
+    assert abs(top - position[0] * (height - (bottom - top))) <= 0.5
 
 
-def test_resizing_is_pils_bicubic_of_the_part() -> None:
+def test_resizing_matches_pils_bicubic() -> None:
     img = photo(300, 200)
     box = crop_box(200, 300, (96, 96), (0.0, 1.0))
     expected = np.asarray(img.resize((96, 96), Image.Resampling.BICUBIC, box=box)).astype(int)
@@ -190,7 +190,7 @@ def test_a_strip_does_not_become_a_large_image() -> None:
 
 @pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.85])
-def test_the_salient_crop_holds_what_has_edges(where: float, across: bool) -> None:
+def test_the_salient_crop_contains_the_edges(where: float, across: bool) -> None:
     image = np.full((100, 400, 3), 200, dtype=np.uint8)
     middle = round(where * 400)
     patch = np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8)
@@ -198,29 +198,29 @@ def test_the_salient_crop_holds_what_has_edges(where: float, across: bool) -> No
     if not across:
         image = image.transpose(1, 0, 2)
     image = np.ascontiguousarray(image)
-    place = salient_position(image, (64, 64))
-    left, top, right, bottom = crop_box(*image.shape[:2], (64, 64), place)
+    position = salient_position(image, (64, 64))
+    left, top, right, bottom = crop_box(*image.shape[:2], (64, 64), position)
     first, last = (left, right) if across else (top, bottom)
-    assert first <= max(0, middle - 20) + 7  # one pixel of the probe is about two of the image
+    assert first <= max(0, middle - 20) + 7  # one thumbnail pixel is about two image pixels
     assert last >= middle + 20 - 7
 
 
-def test_an_image_without_edges_is_cropped_in_the_centre() -> None:
-    place = salient_position(np.zeros((100, 300, 3), dtype=np.uint8), (64, 64))
-    assert place == pytest.approx(CENTER, abs=0.02)
+def test_an_image_without_edges_is_cropped_in_the_center() -> None:
+    position = salient_position(np.zeros((100, 300, 3), dtype=np.uint8), (64, 64))
+    assert position == pytest.approx(CENTER, abs=0.02)
 
 
-@pytest.mark.parametrize("place", [(0.0, 0.0), CENTER, (1.0, 0.25)])
-def test_a_share_of_the_crop_is_cut_out_of_a_larger_image(place: tuple[float, float]) -> None:
+@pytest.mark.parametrize("position", [(0.0, 0.0), CENTER, (1.0, 0.25)])
+def test_crop_share_crops_out_of_a_larger_image(position: tuple[float, float]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (256, 384, 3), dtype=np.uint8)
-    left, top, right, bottom = crop_box(256, 384, (128, 128), place, 0.5)
+    left, top, right, bottom = crop_box(256, 384, (128, 128), position, 0.5)
     assert (bottom - top, right - left) == (128, 128)
-    assert (top, left) == (round(place[0] * 128), round(place[1] * 256))
+    assert (top, left) == (round(position[0] * 128), round(position[1] * 256))
     cut = resize(image, (left, top, right, bottom), (128, 128))
-    assert np.array_equal(cut, image[top:bottom, left:right])  # no pixel is resized
+    assert np.array_equal(cut, image[top:bottom, left:right])  # not resized
 
 
-def test_a_share_needs_images_that_are_so_much_larger() -> None:
+def test_crop_share_scales_max_upscale() -> None:
     module = ImageTextDataModule(
         source=FolderSource(root="nowhere"),
         image_size=128,
@@ -228,8 +228,8 @@ def test_a_share_needs_images_that_are_so_much_larger() -> None:
         max_upscale=1.5,
         crop_share=0.5,
     )
-    assert module.max_upscale == 0.75  # of the whole crop: 1.5 of its half
-    with pytest.raises(ValueError, match=r"data\.crop_share is 1\.5: give more than 0, up to 1"):
+    assert module.max_upscale == 0.75  # of the full crop: 1.5 for its half
+    with pytest.raises(ValueError, match=r"data\.crop_share=1\.5 is out of range; use more than 0"):
         ImageTextDataModule(
             source=FolderSource(root="nowhere"), image_size=128, batch_size=1, crop_share=1.5
         )
