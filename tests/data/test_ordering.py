@@ -87,9 +87,8 @@ def test_memory_is_bounded_by_two_windows() -> None:
 
 
 def test_a_strict_filter_makes_windows_smaller_not_longer() -> None:
-    source = FakeSource.with_sizes(
-        {f"{i:03d}": 12 for i in range(100)}
-    )  # two of each 12 are 64 wide
+    # Two samples of each 12 are 64 wide.
+    source = FakeSource.with_sizes({f"{i:03d}": 12 for i in range(100)})
     one = stream(source, shuffle_samples=36, filters=Filters(max_ratio=2, min_words=1, max_size=64))
     strict = stream(source, shuffle_samples=36, filters=Filters(min_size=40, max_ratio=1))
     for order, each in ((one, 36), (strict, 6)):
