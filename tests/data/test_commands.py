@@ -44,18 +44,18 @@ def test_check_reports_contents_and_usable_images(
         f"output_dir={tmp_path / 'out'}",
     ]
     assert run("check", *arguments, "full=true") == 0
-    said = capsys.readouterr().out
-    assert "1 shards, 0 of them damaged" in said
-    assert "10 complete samples" in said
-    assert "1 bad: no caption, such as " in said
-    assert "1 bad: unreadable image, such as 000000000-000000011/01.a.jpg" in said
-    assert "2 dropped by max_upscale" in said
-    assert "7 images left" in said
-    assert "4 in 64 x 64 px, 2 x 2 semantic positions" in said
-    assert "3 in 64 x 96 px, 2 x 3 semantic positions" in said
+    output = capsys.readouterr().out
+    assert "1 shards, 0 of them damaged" in output
+    assert "10 complete samples" in output
+    assert "1 bad: no caption, such as " in output
+    assert "1 bad: unreadable image, such as 000000000-000000011/01.a.jpg" in output
+    assert "2 dropped by max_upscale" in output
+    assert "7 images left" in output
+    assert "4 in 64 x 64 px, 2 x 2 semantic positions" in output
+    assert "3 in 64 x 96 px, 2 x 3 semantic positions" in output
     # 96 x 48 is cropped to 72 x 48: a quarter of three of seven images is cropped away.
     cropped = 3 * 24 * 48 / (3 * 96 * 48 + 4 * 64 * 64)
-    assert f"{cropped:.1%} of their pixels" in said
+    assert f"{cropped:.1%} of their pixels" in output
     assert Image.open(tmp_path / "out/sizes.png").size[1] > 100
     assert run("check", *arguments) == 0
     assert "8 images left" in capsys.readouterr().out  # metadata do not reveal the truncated one
@@ -249,9 +249,9 @@ def test_wrong_calls_end_with_a_one_line_error(
             program.main()
     finally:
         sys.argv = before
-    said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
-    assert message in said
-    assert said.strip().count("\n") == 0
+    output = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert message in output
+    assert output.strip().count("\n") == 0
 
 
 def test_a_folder_begun_with_other_settings_is_rejected(
