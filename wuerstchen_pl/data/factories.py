@@ -26,7 +26,7 @@ def shards(
     val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Build batches of WebDataset shards; see `ShardSource` for the first five arguments.
+    """Data module of WebDataset shards; see `ShardSource` for the first five arguments.
 
     Raises:
         ValueError: both val_urls and val_fraction are set.
@@ -43,7 +43,7 @@ def shards(
 
 
 def folder(*, root: str, **loading: Any) -> ImageTextDataModule:
-    """Build batches of a folder of images; see `FolderSource` for `root`."""
+    """Data module of a folder of images; see `FolderSource` for `root`."""
     return ImageTextDataModule(source=FolderSource(root=root), **loading)
 
 
@@ -59,7 +59,7 @@ def hf(
     val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Build batches of a dataset of the Hub; see `HubDataset` for the first seven arguments.
+    """Data module of a Hub dataset; see `HubDataset` for the first seven arguments.
 
     Raises:
         ValueError: both val_split and val_fraction are set.
@@ -85,7 +85,7 @@ def openmoji(
     limit: int | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Build batches of OpenMoji drawings; see `OpenMoji` for the first four arguments."""
+    """Data module of OpenMoji drawings; see `OpenMoji` for the first four arguments."""
     source = OpenMoji(root=root, image_size=image_size, groups=groups, limit=limit)
     return ImageTextDataModule(source=source, image_size=image_size, **loading)
 
@@ -96,7 +96,7 @@ def mix(
     weights: Mapping[str, float] | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Build batches of several sources; see `Mix` for the first two arguments."""
+    """Data module of several sources; see `Mix` for the first two arguments."""
     return ImageTextDataModule(source=Mix(sources=sources, weights=weights), **loading)
 
 
