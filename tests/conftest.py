@@ -76,6 +76,14 @@ def small(stage: str, root: Path, steps: int = 4) -> list[str]:
     ]
 
 
+def what_cache_reads(arguments: list[str]) -> list[str]:
+    """The arguments of ``train`` that ``cache`` accepts: those that change what is cached."""
+    networks = ("stage.prior.", "stage.diffnext.", "stage.ema.", "stage.caption_drop_prob=")
+    training = ("trainer", "logger", "validate_every_steps=", "checkpoint_every_steps=")
+    fitting = ("stage.optimizer.", "stage.lr_schedule.")
+    return [a for a in arguments if not a.startswith((*training, *fitting, *networks))]
+
+
 def run_program(name: str, arguments: list[str]) -> int:
     """Run one of the commands in this process; its exit code."""
     before = sys.argv

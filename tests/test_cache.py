@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.conftest import frozen_text, run_program, small
+from tests.conftest import frozen_text, run_program, small, what_cache_reads
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.data.caches.cached_dataset import CachedDataModule, CachedSource
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
@@ -27,8 +27,8 @@ def arguments(stage: str, root: Path, above: Path, *more: str) -> list[str]:
 
 
 def make(stage: str, out: Path, above: Path, *more: str) -> int:
-    told = arguments(stage, out.parent / "none", above, f"out={out}", "dtype=float32", *more)
-    return run_program("cache", told)
+    options = arguments(stage, out.parent / "none", above, f"out={out}", "dtype=float32", *more)
+    return run_program("cache", what_cache_reads(options))
 
 
 def train(stage: str, root: Path, above: Path, *more: str) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ def _times(folder: Path) -> dict[str, int]:
 def test_two_processes_make_the_same_cache(cascade: Path, tmp_path: Path) -> None:
     assert make("c", tmp_path / "one", cascade) == 0
     told = arguments("c", tmp_path, cascade, f"out={tmp_path / 'two'}", "dtype=float32")
-    command = [sys.executable, "-m", "wuerstchen_pl.cache", *told]
+    command = [sys.executable, "-m", "wuerstchen_pl.cache", *what_cache_reads(told)]
     running = [
         subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
         for rank in range(2)
@@ -226,6 +226,10 @@ def test_a_cache_of_another_text_encoder_is_refused(
     [
         ("a", [], "stage=a learns from images themselves"),
         ("c", ["crops=0"], "crops=0 is out of range"),
+        ("c", ["trainer.max_steps=9"], "trainer.max_steps does not change a cache; remove it"),
+        ("c", ["logger=csv"], "logger does not change a cache; remove it"),
+        ("c", ["stage.optimizer.lr=1"], "stage.optimizer.lr does not change a cache"),
+        ("c", ["optimizer@stage.optimizer=adamw"], "stage.optimizer does not change a cache"),
         ("c", ["dtype=int8"], "dtype is 'int8'"),
         ("c", ["text=true"], "stage.train_text_encoder is true"),
         ("b", ["text=true"], "this stage=b reads none"),
@@ -239,7 +243,7 @@ def test_what_cannot_be_cached_is_refused(
     message: str,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    told = [a for a in arguments(stage, tmp_path, cascade) if a != "logger=csv"]
+    told = what_cache_reads(arguments(stage, tmp_path, cascade))
     assert run_program("cache", [*told, f"out={tmp_path / 'out'}", *more]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,11 @@ from wuerstchen_pl.cli import conf_dir, group_choices
 from wuerstchen_pl.config import TRAIN_KEYS, _matches, check_config
 
 CONF = Path(conf_dir())
-NETWORKS = [name.split("_", 1) for name in group_choices("network")]
+NETWORKS = [
+    (stage, preset)
+    for preset in group_choices("preset")
+    for stage in group_choices(f"preset/{preset}")
+]
 USUAL = {"data": "openmoji", "experiment": "null", "logger": "default", "trainer": "auto"}
 CHOICES = [
     {"data": data, "experiment": experiment, "logger": logger, "trainer": trainer}
@@ -94,9 +98,12 @@ def test_every_key_that_train_offers_is_read() -> None:
     assert TRAIN_KEYS.keys() - in_program - in_yaml == set()
 
 
-def test_every_recipe_belongs_to_an_experiment_and_a_stage() -> None:
-    known = {f"{e}_{s}" for e, s in product(group_choices("experiment"), ["a", "b", "c", "ldm"])}
-    assert set(group_choices("stage_overrides")) <= known
+@pytest.mark.parametrize("group", ["experiment", "preset"])
+def test_a_folder_of_stages_belongs_to_a_choice(group: str) -> None:
+    folders = {path.name for path in (CONF / group).iterdir() if path.is_dir()}
+    assert folders <= set(group_choices(group))
+    stages = {stage for name in folders for stage in group_choices(f"{group}/{name}")}
+    assert stages <= set(group_choices("stage"))
 
 
 REFUSED = {

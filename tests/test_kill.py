@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import small
+from tests.conftest import small, what_cache_reads
 from tests.data.factories import image, shards
 from tests.data.serving import serve
 from tests.test_resume import differing
@@ -42,7 +42,11 @@ def told_of(kind: str, tmp_path: Path, web: str, cascade: Path) -> list[str]:
         return ["data=folder", f"data.root={tmp_path / 'images'}"]
     images = told_of("shards", tmp_path, web, cascade)
     above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
-    command = [*arguments(tmp_path / "none", images, 0), *above, f"out={tmp_path / 'cache'}"]
+    command = [
+        *what_cache_reads(arguments(tmp_path / "none", images, 0)),
+        *above,
+        f"out={tmp_path / 'cache'}",
+    ]
     subprocess.run([sys.executable, "-m", "wuerstchen_pl.cache", *command], check=True)
     return ["data=cached", f"data.root={tmp_path / 'cache'}"]
 

@@ -1,12 +1,14 @@
 """Compute what Stage B or C is conditioned on, once: ``python -m wuerstchen_pl.cache stage=c``.
 
-Takes the keys of a training, ``data``, ``experiment`` and all, and writes what its frozen networks
-make of every image. Then train with ``data=cached data.root=OUT``. Run it again to resume where it
-was stopped. With several processes, ``torchrun --nproc-per-node=8 -m wuerstchen_pl.cache ...``,
-each does a part.
+Takes those keys of a training run that choose data and frozen networks (``data``, ``preset``,
+``experiment``, ``paths``; ``python -m wuerstchen_pl.train --help`` lists them), and writes the
+output of those networks for every image. Then train with ``data=cached data.root=OUT``. Run it
+again to resume where it was stopped. With several processes, ``torchrun --nproc-per-node=8 -m
+wuerstchen_pl.cache ...``, each does a part.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from wuerstchen_pl.cli import check_output_dir, command
+from wuerstchen_pl.cli import check_output_dir, command, typed_keys
 from wuerstchen_pl.config import TRAIN_KEYS, check_config
 from wuerstchen_pl.data.caches.build_cache import build_cache
 from wuerstchen_pl.data.caches.cached_dataset import MANIFEST, PREPROCESSING
@@ -37,6 +39,12 @@ KNOWN_KEYS: Mapping[str, Any] = {
 }
 TENSORS = {"b": ["latents", "image"], "c": ["semantic"]}
 """What a stage reads in place of images."""
+READ = re.compile(
+    r"(stage|preset|data|experiment|paths|name|seed|image_size|image_size_at_\d+|bucket_multiple)$"
+    r"|(data|paths|preset)[.@/]|stage\.(stage_[ab]|compressor|text_encoder|train_text_encoder)\b"
+    r"|(out|text|crops|dtype|shard_mb|device)$"
+)
+"""Keys of a training that decide what is cached, and the program's own."""
 
 
 class Encoders:
@@ -86,6 +94,7 @@ def run(cfg: DictConfig) -> None:
     check_config(cfg, KNOWN_KEYS)
     stage = str(cfg.stage._target_).rpartition(".Stage")[2].lower()
     check_ranges(cfg, stage)
+    check_typed_keys()
     folder = check_output_dir(cfg.out)
     data: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     encoders = Encoders(
@@ -131,6 +140,17 @@ def run(cfg: DictConfig) -> None:
         )  # fmt: skip
     if (folder / MANIFEST).is_file():
         print(f"train with data=cached data.root={cfg.out}")
+
+
+def check_typed_keys() -> None:
+    """Refuse keys on the command line that change training but not what is cached.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for key in typed_keys():
+        if not READ.match(key):
+            raise ValueError(f"{key} does not change a cache; remove it")
 
 
 def check_ranges(cfg: DictConfig, stage: str) -> None:

@@ -73,15 +73,29 @@ def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Call
 
 def help_text(config_name: str, description: str) -> str:
     """A program's keys with their comments, as its YAML has them, and the choices of each group."""
-    folder = Path(conf_dir())
-    text = (folder / f"{config_name}.yaml").read_text()
-    groups = [line.split(":")[0].strip("- ") for line in text.splitlines() if line[:4] == "  - "]
-    listed = (
-        f"  {group}={'|'.join(group_choices(group))}" for group in groups if group_choices(group)
-    )
-    keys = text.partition("\nhydra:")[0].partition("\n\n")[2]
+    texts = list(_with_included(config_name))
+    entries = [line[4:] for text in texts for line in text.splitlines() if line.startswith("  - ")]
+    groups = [entry.split(":")[0] for entry in entries]
+    listed = [f"  {g}={'|'.join(group_choices(g))}" for g in groups if group_choices(g)]
+    # cache includes train, most of whose keys it refuses; evaluate includes a plan without `hydra`
+    shown = [text for text in texts[:-1] if "\nhydra:" not in text] + texts[-1:]
+    keys = [text.partition("\nhydra:")[0].partition("\n\n")[2].strip("\n") for text in shown]
     further = "--cfg job prints all keys as composed; -m runs every combination of key=value,value"
-    return "\n".join([description, "", *listed, "", keys, further])
+    return "\n".join([description, "", *listed, "", *keys, "", further])
+
+
+def _with_included(config_name: str) -> Iterator[str]:
+    """The text of a program's YAML, and before it those of the files it includes."""
+    text = Path(conf_dir(), f"{config_name}.yaml").read_text()
+    for name in re.findall(r"^  - (?!_self_)(\w+)(?: #.*)?$", text, re.MULTILINE):
+        yield from _with_included(name)
+    yield text
+
+
+def typed_keys() -> list[str]:
+    """The keys and groups that the command line sets: ``data``, ``stage.optimizer.lr``."""
+    names = [text.lstrip("+~").partition("=")[0] for text in HydraConfig.get().overrides.task]
+    return [name.rpartition("@")[2] for name in names]
 
 
 def group_choices(group: str) -> list[str]:
@@ -214,10 +228,12 @@ def _composition(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         known = ", ".join(option for option in error.options if not option.startswith("_"))
-        if group == "network":  # named by two keys, of which the user typed at least one
-            stage, _, preset = name.partition("_")
-            known = ", ".join(c[2:] for c in error.options if c.startswith(f"{stage}_"))
-            return f"preset={preset} has no networks for stage={stage}; choose from {known}"
+        if group.startswith("preset/"):  # of two keys, of which the user typed at least one
+            presets = [c for c in group_choices("preset") if name in group_choices(f"preset/{c}")]
+            return (
+                f"{group.replace('/', '=')} has no networks for stage={name}; choose from "
+                f"{', '.join(presets)}"
+            )
         return f"{group}={name} is unknown; choose from {known}"
     if isinstance(error, ConfigCompositionException) and str(error).startswith("You must specify"):
         group = str(error).split("'")[1]

@@ -14,13 +14,19 @@ from omegaconf import DictConfig
 from torch import nn
 
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.cli import check_output_dir, command
+from wuerstchen_pl.cli import check_output_dir, command, typed_keys
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.evaluation import report
 from wuerstchen_pl.evaluation.datasets import run_data
 from wuerstchen_pl.evaluation.metrics.score import Score
-from wuerstchen_pl.evaluation.plan import NETWORK_METRICS, SET_METRICS, EvaluationPlan
+from wuerstchen_pl.evaluation.plan import (
+    IMAGE_METRICS,
+    NETWORK_METRICS,
+    SET_METRICS,
+    TRAINING_DATA,
+    EvaluationPlan,
+)
 from wuerstchen_pl.evaluation.run import EvalTarget, evaluate, stages_with_loss
 from wuerstchen_pl.models.perceptual import LPIPS
 from wuerstchen_pl.pipelines.cascade import CascadePipeline
@@ -53,6 +59,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
 def run(cfg: DictConfig) -> float | None:
     """Check, draw, measure, write; returns the first metric, which a sweep optimizes."""
     check_config(cfg, KNOWN_KEYS)
+    check_typed_keys(cfg)
     folder, process = check_output_dir(cfg.output_dir), DistInfo.from_env()
     device = resolve_device(cfg.device)
     plan = build_plan(cfg, device)
@@ -105,6 +112,33 @@ def build_plan(cfg: DictConfig, device: torch.device) -> EvaluationPlan:
         cache_dir=cfg.cache_dir,
         **judges,  # type: ignore[arg-type]
     )
+
+
+def check_typed_keys(cfg: DictConfig) -> None:
+    """Refuse keys on the command line that the chosen metrics do not read.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    metrics = set(cfg.metric)
+    draws = cfg.images is None and bool(metrics & {*IMAGE_METRICS})
+    samples = draws or bool(metrics & {*NETWORK_METRICS})
+    sized = draws and cfg.prompts != TRAINING_DATA and not cfg.prompts.endswith(".yaml")
+    reads = {
+        **dict.fromkeys(("sample", "bf16", "prior"), samples),
+        **dict.fromkeys(("height", "width"), sized),
+        "fid_features": bool(metrics & {*SET_METRICS, "rfid"}),
+        "reference": bool(metrics & {"fid", "kid"}),
+        "clip": "clip" in metrics,
+        "pickscore": "pickscore" in metrics,
+        "lpips": "reconstruction" in metrics,
+    }
+    for key in typed_keys():
+        if not reads.get(key.split(".")[0], True):
+            raise ValueError(
+                f"{key} is not read by metric={list(cfg.metric)} with images={cfg.images} and "
+                f"prompts={cfg.prompts}; remove it, or choose a metric that reads it"
+            )
 
 
 def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) -> EvalTarget:
