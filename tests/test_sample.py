@@ -3,16 +3,19 @@
 import errno
 import os
 import random
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
+from wuerstchen_pl import sample
 from wuerstchen_pl.checkpointing.load import find_checkpoint
 from wuerstchen_pl.sample import quote_prompt
 
@@ -302,3 +305,23 @@ def test_an_output_that_may_not_be_written_is_refused(
     out.mkdir(mode=0o500)
     assert draw("prompt=frog", f"output_dir={out / 'deeper'}") == 1
     assert "no right to write" in one_line(capsys)
+
+
+@pytest.mark.parametrize(("grid", "most"), [(True, 7), (False, 2)])
+def test_images_stay_in_memory_only_for_the_grid(
+    draw: Draw, out: Path, monkeypatch: pytest.MonkeyPatch, grid: bool, most: int
+) -> None:
+    created: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def generate(pipeline: Any, prompts: list[str], **options: Any) -> Iterator[torch.Tensor]:
+        for _ in prompts:
+            image = torch.rand(3, 64, 64)
+            created.append(weakref.ref(image))
+            alive.append(sum(each() is not None for each in created))
+            yield image
+
+    monkeypatch.setattr(sample, "generate_images", generate)
+    assert draw("prompt=frog", "num_images_per_prompt=7", f"grid={str(grid).lower()}") == 0
+    assert max(alive) == most
+    assert len(images(out)) == 7
