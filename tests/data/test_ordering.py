@@ -11,7 +11,8 @@ from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, sequential_b
 from wuerstchen_pl.data.ordering.buckets import Buckets
 from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.ordering.prefetch import ShardPrefetcher
-from wuerstchen_pl.data.ordering.stream import DataStats, EpochSample, Mixture, Stream
+from wuerstchen_pl.data.ordering.stats import DataStats
+from wuerstchen_pl.data.ordering.stream import EpochSample, Mixture, Stream
 from wuerstchen_pl.data.sources.source import Holdout, Sample, SampleError, ShardIndex
 
 
@@ -231,12 +232,12 @@ def test_reading_ahead_can_be_undone() -> None:
         CopySource(FakeSource.with_sizes(SHARDS).indexes), filters=Filters(deduplicate=True)
     )
     list(islice(order, 3))
-    before, seen_hashes = order.snapshot(), dict(order.stream.streams[0].first_by_hash)
+    before, seen_hashes = order.snapshot(), dict(order.stream.streams[0].selector.first_by_hash)
     first = list(islice(order, 50))
     counts = order.stats.counts.copy()
     assert counts["dropped/duplicate"] > 50
     order.restore(before)
-    assert order.stream.streams[0].first_by_hash == seen_hashes
+    assert order.stream.streams[0].selector.first_by_hash == seen_hashes
     assert list(islice(order, 50)) == first
     assert order.stats.counts == counts
 

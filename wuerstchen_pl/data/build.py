@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.ordering.prefetch import IMAGE_HASH, ShardPrefetcher
+from wuerstchen_pl.data.ordering.selection import SampleSelector
 from wuerstchen_pl.data.output_guard import claim_output
 from wuerstchen_pl.data.sources import manifest
 from wuerstchen_pl.data.sources.source import Sample, Source, name_digest
@@ -106,23 +107,20 @@ def _parts(
 ) -> Iterator[Part]:
     """Divide the filtered samples of a source into parts of `shard_samples`."""
     opener = ShardPrefetcher(source, keep=0, hashes=filters.deduplicate)
+    shards = [shard for group in source.groups("train") for shard in group.shards]
+    selector = SampleSelector(filters, shards=shards)
     waiting: list[Sample] = []
-    seen_hashes: set[float] = set()
     number = 0
-    for shard in [shard for group in source.groups("train") for shard in group.shards]:
+    for shard in shards:
         opened = opener.open(shard)
         for bad in opened.bad:
             left_out[bad.reason] += bad.count
         for sample in opened.samples:
-            passed = filters.apply(sample)
-            image_hash = sample.metadata.get(IMAGE_HASH)
-            if isinstance(passed, Sample) and image_hash in seen_hashes:
-                passed = "duplicate"
-            if isinstance(passed, str):
-                left_out[passed] += 1
+            result = selector.select(sample)
+            if isinstance(result, str):
+                left_out[result] += 1
                 continue
-            seen_hashes.update([] if image_hash is None else [image_hash])
-            waiting.append(passed)
+            waiting.append(result)
             if len(waiting) == shard_samples:
                 yield Part(number, waiting, _path(folder, number))
                 number, waiting = number + 1, []

@@ -19,7 +19,8 @@ from wuerstchen_pl.data.ordering.batches import Batches, sequential_batches
 from wuerstchen_pl.data.ordering.buckets import Buckets, Policy, Size
 from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.ordering.splits import Splits
-from wuerstchen_pl.data.ordering.stream import DataStats, Mixture, Stream
+from wuerstchen_pl.data.ordering.stats import DataStats
+from wuerstchen_pl.data.ordering.stream import Mixture, Stream
 from wuerstchen_pl.data.sources.source import Holdout, Source, Split
 from wuerstchen_pl.distributed.launch import DistInfo
 

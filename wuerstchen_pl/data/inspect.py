@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from wuerstchen_pl.data.datamodule import ImageTextDataModule, cpu_count
 from wuerstchen_pl.data.ordering.buckets import Size, enlargement
-from wuerstchen_pl.data.ordering.prefetch import IMAGE_HASH, ShardPrefetcher
+from wuerstchen_pl.data.ordering.prefetch import ShardPrefetcher
+from wuerstchen_pl.data.ordering.selection import SampleSelector
 from wuerstchen_pl.data.sources.source import Sample, SampleError, Source, Split
 from wuerstchen_pl.io.images import decode_image
 
@@ -67,7 +68,9 @@ def inspect_data(module: ImageTextDataModule, split: Split = "train", *, full: b
     inspection, source = Inspection(), module.source
     opener = ShardPrefetcher(source, keep=0, hashes=module.filters.deduplicate)
     names = [shard for group in source.groups(split) for shard in group.shards]
-    seen_hashes: set[int] = set()
+    selector = SampleSelector(
+        module.filters, shards=names, buckets=module.buckets, max_upscale=module.max_upscale
+    )
     kept_pixels = pixels = 0.0
     with ThreadPoolExecutor(cpu_count()) as threads, closing(opener):
         for number, shard in enumerate(tqdm(names, desc="inspecting shards", unit=" shards")):
@@ -85,8 +88,11 @@ def inspect_data(module: ImageTextDataModule, split: Split = "train", *, full: b
                     inspection.note(bad)
                 readable = [s for s, bad in zip(readable, errors, strict=True) if bad is None]
             for sample in readable:
-                size = _bucket_of(module, sample, seen_hashes, inspection)
-                if size is not None:
+                result = selector.select(sample)
+                if isinstance(result, str):
+                    inspection.dropped[result] += 1
+                else:
+                    size = module.buckets.assign(result, inspection.left)
                     inspection.buckets[size] += 1
                     kept_pixels += size[0] * size[1] / enlargement(sample, size) ** 2
                     pixels += sample.width * sample.height
@@ -100,24 +106,6 @@ def _decoding_error(source: Source, sample: Sample) -> SampleError | None:
     except OSError as error:
         return SampleError("unreadable image", f"{sample.name}: {error}")
     return None
-
-
-def _bucket_of(
-    module: ImageTextDataModule, sample: Sample, seen_hashes: set[int], inspection: Inspection
-) -> Size | None:
-    """Return the bucket of a sample, or None after counting the filter that drops it."""
-    passed = module.filters.apply(sample)
-    image_hash = sample.metadata.get(IMAGE_HASH)
-    if isinstance(passed, Sample) and image_hash is not None and image_hash in seen_hashes:
-        passed = "duplicate"
-    if isinstance(passed, str):
-        inspection.dropped[passed] += 1
-        return None
-    seen_hashes.update([] if image_hash is None else [int(image_hash)])
-    if module.max_upscale and module.buckets.enlargement(passed) > module.max_upscale:
-        inspection.dropped["max_upscale"] += 1
-        return None
-    return module.buckets.assign(passed, sum(inspection.buckets.values()))
 
 
 def format_report(inspection: Inspection) -> str:

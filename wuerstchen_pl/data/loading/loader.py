@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport
 from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, Snapshot
-from wuerstchen_pl.data.ordering.stream import DataStats
+from wuerstchen_pl.data.ordering.stats import DataStats
 from wuerstchen_pl.distributed.counters import sum_counters
 
 

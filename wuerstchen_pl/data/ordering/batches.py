@@ -139,7 +139,7 @@ class Batches:
             batches=self.number,
             drawn=self.stream.drawn,
             positions=tuple(s.position for s in self.stream.streams),
-            num_hashes=tuple(len(s.first_by_hash) for s in self.stream.streams),
+            num_hashes=tuple(len(s.selector.first_by_hash) for s in self.stream.streams),
             pending={size: tuple(rows) for size, rows in self._pending.items() if rows},
             counts=self.stats.counts.copy(),
         )
@@ -151,8 +151,8 @@ class Batches:
         for stream, position, num_hashes in zip(
             self.stream.streams, snapshot.positions, snapshot.num_hashes, strict=True
         ):
-            for image_hash in list(stream.first_by_hash)[num_hashes:]:
-                del stream.first_by_hash[image_hash]
+            for image_hash in list(stream.selector.first_by_hash)[num_hashes:]:
+                del stream.selector.first_by_hash[image_hash]
             stream.seek(position)
             self._last_kept[id(stream)] = position.epoch
         self.stats.counts = snapshot.counts.copy()
@@ -171,7 +171,7 @@ class Batches:
             "positions": [list(position) for position in snapshot.positions],
             "shards": self._shard_hashes(),
             "known": [
-                list(stream.first_by_hash.items())[:num_hashes]
+                list(stream.selector.first_by_hash.items())[:num_hashes]
                 for stream, num_hashes in zip(self.stream.streams, snapshot.num_hashes, strict=True)
             ],
             "pending": [
@@ -196,7 +196,7 @@ class Batches:
             positions = [Position(epoch=last)] * len(self.stream.streams)
             state = {**state, "pending": [], "known": [[] for _ in positions]}
         for stream, pairs in zip(self.stream.streams, state["known"], strict=True):
-            stream.first_by_hash = dict(map(tuple, pairs))
+            stream.selector.first_by_hash = dict(map(tuple, pairs))
         if state["global_batch"] != self.global_batch:
             warnings.warn(
                 f"the checkpoint was made with a global batch of {state['global_batch']} samples, "
@@ -208,7 +208,7 @@ class Batches:
             batches=state["samples"] // self.global_batch,
             drawn=state["drawn"],
             positions=tuple(positions),
-            num_hashes=tuple(len(s.first_by_hash) for s in self.stream.streams),
+            num_hashes=tuple(len(s.selector.first_by_hash) for s in self.stream.streams),
             pending=self._restore_pending(state["pending"]),
             counts=Counter(state["counts"]),
         )

@@ -8,8 +8,9 @@ import torch
 
 from wuerstchen_pl.data.ordering.buckets import Buckets
 from wuerstchen_pl.data.ordering.filters import Filters
-from wuerstchen_pl.data.ordering.prefetch import IMAGE_HASH, ShardPrefetcher
-from wuerstchen_pl.data.ordering.stream import DataStats
+from wuerstchen_pl.data.ordering.prefetch import ShardPrefetcher
+from wuerstchen_pl.data.ordering.selection import SampleSelector
+from wuerstchen_pl.data.ordering.stats import DataStats
 from wuerstchen_pl.data.sources.source import (
     Holdout,
     Sample,
@@ -54,12 +55,13 @@ class Splits:
         window: int,
         max_bad_fraction: float = 1.0,
     ) -> None:
-        self.source, self.filters, self.buckets = source, filters, buckets
-        self.max_upscale, self.window = max_upscale, window
+        self.source, self.window = source, window
         self.opener = ShardPrefetcher(source, keep=window, hashes=filters.deduplicate)
         self.stats = DataStats(limit=max_bad_fraction)
-        self._first_by_hash: dict[float, str] = {}
         train_shards, val_shards = self.shards("train"), self.shards("val")
+        self.selector = SampleSelector(
+            filters, shards=train_shards, buckets=buckets, max_upscale=max_upscale
+        )
         samples, num_opened = self._read_window(train_shards)
         self.holdout = Holdout(0 if val_shards else val_fraction, [s.group_key for s in samples])
         held_out = [s for s in samples if s in self.holdout]
@@ -85,30 +87,7 @@ class Splits:
 
     def samples_of(self, opened: ShardIndex) -> list[Sample]:
         """List the training samples of an opened shard, and update the stats."""
-        self.stats.counts["shards"] += 1
-        self.stats.counts["shards/broken"] += opened.broken
-        for bad in opened.bad:
-            self.stats.note_bad(bad)
-        kept = []
-        for sample in opened.samples:
-            if sample in self.holdout:
-                continue
-            self.stats.counts["seen"] += 1
-            passed = self._passing(sample)
-            if isinstance(passed, Sample) and self._is_duplicate(passed):
-                passed = "duplicate"
-            if isinstance(passed, str):
-                self.stats.counts[f"dropped/{passed}"] += 1
-            else:
-                kept.append(passed)
-        self.stats.check(of_shards=len(self.shards("train")))
-        return kept
-
-    def _is_duplicate(self, sample: Sample) -> bool:
-        image_hash = sample.metadata.get(IMAGE_HASH)
-        if image_hash is None:
-            return False
-        return self._first_by_hash.setdefault(image_hash, sample.name) != sample.name
+        return list(self.selector.samples(opened, holdout=self.holdout, stats=self.stats))
 
     def _read_window(self, shards: list[str]) -> tuple[list[Sample], int]:
         """Open shards up to a window; return their passing samples and the number of shards."""
@@ -122,20 +101,15 @@ class Splits:
             self.opener.expect(shards[j] for j in order[i : i + _AHEAD])
             samples = self.opener.open(shards[number]).samples
             num_samples += len(samples)
-            passed = map(self._passing, samples)
+            passed = map(self.selector.apply_filters, samples)
             passing[number] = [sample for sample in passed if isinstance(sample, Sample)]
         listed = [sample for number in sorted(passing) for sample in passing[number]]
         if num_samples >= self.window and not listed:
-            dropped = Counter(str(self._passing(s)) for s in samples).most_common(1)[0][0]
+            dropped = Counter(str(self.selector.apply_filters(s)) for s in samples).most_common(1)[
+                0
+            ][0]
             raise ValueError(
                 f"none of the first {num_samples} samples passes data.filters and data.max_upscale "
                 f"(most often because of {dropped}); relax these."
             )
         return listed, len(passing)
-
-    def _passing(self, sample: Sample) -> Sample | str:
-        """Return the filtered sample, or the name of the filter that drops it."""
-        passed = self.filters.apply(sample)
-        if isinstance(passed, Sample) and self.max_upscale:
-            return "max_upscale" if self.buckets.enlargement(passed) > self.max_upscale else passed
-        return passed

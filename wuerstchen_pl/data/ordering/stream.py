@@ -7,24 +7,16 @@ anywhere by opening one window.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from wuerstchen_pl.data.ordering.filters import Filters
-from wuerstchen_pl.data.ordering.prefetch import IMAGE_HASH, ShardPrefetcher
-from wuerstchen_pl.data.sources.source import (
-    Holdout,
-    Sample,
-    SampleError,
-    ShardIndex,
-    permutation,
-    unit_hash,
-)
+from wuerstchen_pl.data.ordering.prefetch import ShardPrefetcher
+from wuerstchen_pl.data.ordering.selection import SampleSelector
+from wuerstchen_pl.data.ordering.stats import DataStats
+from wuerstchen_pl.data.sources.source import Holdout, Sample, permutation, unit_hash
 
-_EXAMPLES = 3  # warnings per kind of bad data
 _AHEAD = 8  # maximum number of shards opened in the background
-_ENOUGH_SAMPLES, _ENOUGH_SHARDS = 1000, 20  # minimum counts for a meaningful share of bad ones
 
 
 class EpochSample(NamedTuple):
@@ -46,77 +38,6 @@ class Position(NamedTuple):
     epoch: int = 0
     shard: int = 0
     offset: int = 0
-
-
-class DataStats:
-    """Counts seen, dropped and bad samples, and warns with the first examples of bad ones.
-
-    Args:
-        show: whether to warn with examples.
-        limit: share of bad samples, or of broken shards, above which `check` raises.
-
-    Attributes:
-        counts: "seen", "dropped/<filter>", "bad/<reason>", "shards", "shards/broken" and those of
-            the workers.
-    """
-
-    def __init__(self, *, show: bool = True, limit: float = 1.0) -> None:
-        self.counts: Counter[str] = Counter()
-        self.limit = limit
-        self.show = show
-        self._shown: Counter[str] = Counter()
-
-    def note_bad(self, bad: SampleError) -> None:
-        """Count bad samples, and warn if they are among the first of their kind."""
-        self.counts[f"bad/{bad.reason}"] += bad.count
-        self._shown[bad.reason] += 1
-        if self.show and self._shown[bad.reason] <= _EXAMPLES:
-            suffix = " (further ones are only counted)" * (self._shown[bad.reason] == _EXAMPLES)
-            warnings.warn(f"skipped, {bad.reason}: {bad.where}{suffix}", stacklevel=2)
-
-    def check(self, *, more_bad: int = 0, of_shards: int = 0) -> None:
-        """Raise if the share of bad data exceeds the limit.
-
-        Args:
-            more_bad: bad samples counted elsewhere, which are counted as seen here.
-            of_shards: total number of shards; broken ones are ignored if there are only a few.
-
-        Raises:
-            ValueError: the limit is exceeded; the message includes a summary.
-        """
-        bad = sum(n for name, n in self.counts.items() if name.startswith("bad/"))
-        shares = {
-            "samples": (bad + more_bad, self.counts["seen"] + bad, _ENOUGH_SAMPLES),
-            "shards": (self.counts["shards/broken"], self.counts["shards"], _ENOUGH_SHARDS),
-        }
-        if of_shards < _ENOUGH_SHARDS:
-            del shares["shards"]
-        for kind, (number, total, enough) in shares.items():
-            if total >= enough and number > self.limit * total:
-                unreadable = f"; {more_bad} unreadable images" if more_bad else ""
-                raise ValueError(
-                    f"{number} of {total} {kind} are bad, more than data.max_bad_fraction="
-                    f"{self.limit} ({self.summary()}{unreadable}); fix the data, or raise "
-                    "data.max_bad_fraction."
-                )
-
-    def summary(self) -> str:
-        """Format the counts as text."""
-        return format_counts(self.counts)
-
-
-def format_counts(counts: Counter[str]) -> str:
-    """Format the counts of a `DataStats` as text."""
-    parts = [f"{counts['seen']} samples read from {counts['shards']} shards"]
-    for kind in ("dropped", "bad"):
-        items = [
-            f"{n} {name.partition('/')[2]}"
-            for name, n in sorted(counts.items())
-            if name.startswith(f"{kind}/")
-        ]
-        if items:
-            parts.append(f"{kind}: {', '.join(items)}")
-    return "; ".join(parts)
 
 
 class Stream:
@@ -147,11 +68,9 @@ class Stream:
         stats: DataStats,
     ) -> None:
         self.opener, self.shards, self.seed = opener, shards, seed
-        self.shuffle_samples, self.filters = shuffle_samples, filters
+        self.shuffle_samples = shuffle_samples
+        self.selector = SampleSelector(filters, shards=shards)
         self.holdout, self.stats = holdout, stats
-        self._numbers = {shard: number for number, shard in enumerate(shards)}
-        # Image hash -> hash of the first sample with that image.
-        self.first_by_hash: dict[int, int] = {}
         self._order: tuple[int, list[int]] = (-1, [])
         self._window: list[Sample] = []
         self._start = (0, 0)  # epoch and first shard of the window
@@ -222,7 +141,7 @@ class Stream:
         while self._end < len(names) and num_samples < self.shuffle_samples:
             opened = self.opener.open(names[self._end])
             num_samples += len(opened.samples)
-            kept += self._samples(opened, stats)
+            kept += self.selector.samples(opened, holdout=self.holdout, stats=stats)
             self._end += 1
         shuffled = permutation(len(kept), f"{self.seed}/window/{epoch}/{first}")
         self._window = [kept[i] for i in shuffled]
@@ -233,32 +152,6 @@ class Stream:
         if self._order[0] != epoch:
             self._order = epoch, permutation(len(self.shards), f"{self.seed}/shards/{epoch}")
         return self._order[1]
-
-    def _samples(self, opened: ShardIndex, stats: DataStats) -> Iterator[Sample]:
-        stats.counts["shards"] += 1
-        stats.counts["shards/broken"] += opened.broken
-        for bad in opened.bad:
-            stats.note_bad(bad)
-        for sample in opened.samples:
-            if sample in self.holdout:
-                continue
-            stats.counts["seen"] += 1
-            result = self.filters.apply(sample)
-            if isinstance(result, Sample) and self._is_duplicate(sample):
-                result = "duplicate"
-            if isinstance(result, str):
-                stats.counts[f"dropped/{result}"] += 1
-            else:
-                yield result
-        stats.check(of_shards=len(self.shards))
-
-    def _is_duplicate(self, sample: Sample) -> bool:
-        image_hash = sample.metadata.get(IMAGE_HASH)
-        if image_hash is None:
-            return False
-        # By shard number: names change when data are moved, and may repeat between folders.
-        sample_hash = round(unit_hash(f"{self._numbers[sample.shard]}/{sample.key}") * 2**56)
-        return self.first_by_hash.setdefault(int(image_hash), sample_hash) != sample_hash
 
 
 class Mixture:

@@ -1,0 +1,87 @@
+"""Selects samples: not held out, passing the filters, not upscaled too much, not a duplicate."""
+
+from collections.abc import Iterator, Sequence
+
+from wuerstchen_pl.data.ordering.buckets import Buckets
+from wuerstchen_pl.data.ordering.filters import Filters
+from wuerstchen_pl.data.ordering.prefetch import IMAGE_HASH
+from wuerstchen_pl.data.ordering.stats import DataStats
+from wuerstchen_pl.data.sources.source import Holdout, Sample, ShardIndex, unit_hash
+
+
+class SampleSelector:
+    """Selects the samples of a group of shards; a duplicate is dropped in every epoch.
+
+    Args:
+        filters: filters to apply.
+        shards: names of all shards of the group.
+        buckets: the possible sizes of batches, for `max_upscale`.
+        max_upscale: images that their bucket would upscale more are dropped; None keeps all.
+
+    Attributes:
+        first_by_hash: image hash -> hash of the first sample with that image; empty unless the
+            filters deduplicate.
+    """
+
+    def __init__(
+        self,
+        filters: Filters,
+        *,
+        shards: Sequence[str],
+        buckets: Buckets | None = None,
+        max_upscale: float | None = None,
+    ) -> None:
+        self.filters, self.buckets, self.max_upscale = filters, buckets, max_upscale
+        self._numbers = {shard: number for number, shard in enumerate(shards)}
+        self.first_by_hash: dict[int, int] = {}
+
+    def select(self, sample: Sample) -> Sample | str:
+        """Return a sample with its passing captions, or the reason why it is dropped.
+
+        The reason is the name of a filter, "max_upscale" or "duplicate".
+        """
+        result = self.apply_filters(sample)
+        return "duplicate" if isinstance(result, Sample) and self._is_duplicate(sample) else result
+
+    def apply_filters(self, sample: Sample) -> Sample | str:
+        """As `select`, without dropping or remembering duplicates."""
+        result = self.filters.apply(sample)
+        if isinstance(result, str) or self.buckets is None or not self.max_upscale:
+            return result
+        return result if self.buckets.enlargement(result) <= self.max_upscale else "max_upscale"
+
+    def samples(
+        self, opened: ShardIndex, *, holdout: Holdout, stats: DataStats
+    ) -> Iterator[Sample]:
+        """Yield the selected samples of an opened shard, and count them.
+
+        Args:
+            opened: the shard.
+            holdout: samples to exclude for validation.
+            stats: counts to update.
+
+        Raises:
+            ValueError: there are more bad samples or shards than `stats` allows.
+        """
+        stats.counts["shards"] += 1
+        stats.counts["shards/broken"] += opened.broken
+        for bad in opened.bad:
+            stats.note_bad(bad)
+        for sample in opened.samples:
+            if sample in holdout:
+                continue
+            stats.counts["seen"] += 1
+            result = self.select(sample)
+            if isinstance(result, str):
+                stats.counts[f"dropped/{result}"] += 1
+            else:
+                yield result
+        stats.check(of_shards=len(self._numbers))
+
+    def _is_duplicate(self, sample: Sample) -> bool:
+        image_hash = sample.metadata.get(IMAGE_HASH)
+        if image_hash is None:
+            return False
+        # By shard number: names change when data are moved, and may repeat between folders.
+        sample_hash = round(unit_hash(f"{self._numbers[sample.shard]}/{sample.key}") * 2**56)
+        return self.first_by_hash.setdefault(int(image_hash), sample_hash) != sample_hash
