@@ -178,9 +178,9 @@ def test_a_size_between_steps_is_drawn_and_cropped(draw: Draw, out: Path) -> Non
 
 
 BAD = {
-    "empty prompt": (["prompt="], "holds no word"),
+    "empty prompt": (["prompt="], "contains no word"),
     "no prompt": ([], "no prompt; set prompt="),
-    "emoji": (["prompt=🐸🐸"], "holds no word"),
+    "emoji": (["prompt=🐸🐸"], "contains no word"),
     "not UTF-8": (["prompt=fr\udcffog"], "is not text in UTF-8"),
     "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use 16 to 4096"),
     "height": (["prompt=a", "height=1000003"], "height=1000003 cannot be drawn"),
@@ -227,9 +227,9 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
     [
         (b"", "holds no prompt; give one a line"),
         (b"\n \r\n", "holds no prompt; give one a line"),
-        (b"frog\nre\x00d heart\n", "holds a control character"),
+        (b"frog\nre\x00d heart\n", "contains a control character"),
         (b"gr\xfcner Frosch\n", "is not text in UTF-8"),
-        ("🐸\n".encode(), "holds no word"),
+        ("🐸\n".encode(), "contains no word"),
     ],
 )
 def test_a_bad_file_of_prompts_is_refused_before_drawing(

@@ -69,9 +69,9 @@ def test_weights_of_a_whole_clip_model_are_taken(encoder: TextEncoder, tmp_path:
 @pytest.mark.parametrize(
     ("prompt", "reason"),
     [
-        ("", "holds no word"),
-        ("  ... !", "holds no word"),
-        ("\N{FOX FACE}\N{RED APPLE}", "holds no word"),
+        ("", "contains no word"),
+        ("  ... !", "contains no word"),
+        ("\N{FOX FACE}\N{RED APPLE}", "contains no word"),
         ("a\0b", "control character"),
     ],
 )
