@@ -162,13 +162,13 @@ def test_a_sweeps_images_do_not_overwrite_each_other(draw: Draw, out: Path) -> N
 
 
 def test_the_end_of_a_long_prompt_is_cut_off_and_told(draw: Draw, out: Path) -> None:
-    with pytest.warns(UserWarning, match="reads 16 tokens; cut off: 'frog frog"):
+    with pytest.warns(UserWarning, match="reads 16 tokens; truncated: 'frog frog"):
         assert draw("prompt=" + "frog " * 20) == 0
     assert len(images(out)) == 1
 
 
 def test_a_size_between_steps_is_drawn_and_cropped(draw: Draw, out: Path) -> None:
-    with pytest.warns(UserWarning, match="64 x 80 px are drawn, and cropped"):
+    with pytest.warns(UserWarning, match="generating 64 x 80 px and cropping"):
         assert draw("prompt=frog", "height=60", "width=70") == 0
     with Image.open(images(out)[0]) as image:
         assert image.size == (70, 60)
@@ -182,8 +182,8 @@ BAD = {
     "no prompt": ([], "no prompt; set prompt="),
     "emoji": (["prompt=🐸🐸"], "contains no word"),
     "not UTF-8": (["prompt=fr\udcffog"], "is not text in UTF-8"),
-    "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use 16 to 4096"),
-    "height": (["prompt=a", "height=1000003"], "height=1000003 cannot be drawn"),
+    "no height": (["prompt=a", "height=0"], "height=0 is not supported; use 16 to 4096"),
+    "height": (["prompt=a", "height=1000003"], "height=1000003 is not supported"),
     "fraction": (["prompt=a", "height=64.5"], "height is 64.5, and must be int"),
     "word": (["prompt=a", "width=wide"], "width is 'wide', and must be int"),
     "count": (["prompt=a", "num_images_per_prompt=0"], "per_prompt=0 is out of range; use 1 to"),

@@ -62,7 +62,7 @@ def test_weights_of_a_whole_clip_model_are_taken(encoder: TextEncoder, tmp_path:
     with torch.no_grad():
         torch.testing.assert_close(loaded(CAPTIONS), encoder(CAPTIONS))
     torch.save({"visual.conv1.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="is not a CLIP model"):
+    with pytest.raises(ValueError, match="give an open_clip checkpoint"):
         TextEncoder(width=32, depth=2, num_heads=4, context_length=77, weights=path)
 
 

@@ -53,7 +53,7 @@ def test_stage_b_seed_and_latents_decide_the_reconstruction(pipeline: Wuerstchen
 def test_sizes_that_cannot_be_drawn_are_refused(
     pipeline: WuerstchenPipeline, height: int, width: int
 ) -> None:
-    with pytest.raises(ValueError, match="use 16 to 4096, best in steps of 16"):
+    with pytest.raises(ValueError, match="use 16 to 4096, best a multiple of 16"):
         pipeline("frog", height, width, seed=0)
 
 
