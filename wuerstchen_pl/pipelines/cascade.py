@@ -250,8 +250,8 @@ class CascadePipeline:
         for key, value in (("height", height), ("width", width)):
             if value != int(value) or not multiple <= value <= MAX_SIDE:
                 raise ValueError(
-                    f"{key}={value} is not supported; use {multiple} to {MAX_SIDE}, best a multiple "
-                    f"of {multiple}"
+                    f"{key}={value} is not supported; use {multiple} to {MAX_SIDE}, best a "
+                    f"multiple of {multiple}"
                 )
         return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
 

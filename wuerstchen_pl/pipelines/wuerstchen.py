@@ -41,8 +41,8 @@ class WuerstchenPipeline(CascadePipeline):
 
         Args:
             path: a model's folder or hub id, or a run folder or checkpoint of Stage C.
-            prior: likewise for Stage C, if separate: ``warp-ai/wuerstchen-prior`` for
-                ``warp-ai/wuerstchen``.
+            prior: folder or hub id of a separate Stage C, such as ``warp-ai/wuerstchen-prior``
+                for ``warp-ai/wuerstchen``.
             variant: ``fp16`` reads ``*.fp16.safetensors`` of diffusers' format.
             torch_dtype: dtype of the weights.
             device: device to run on.
@@ -109,7 +109,7 @@ class WuerstchenPipeline(CascadePipeline):
         """Generate images of ``prompt`` from noised semantic latents of images.
 
         Args:
-            prompt: one, or one per image to generate.
+            prompt: one, or a list.
             image: as for ``encode``; one, or one per prompt.
             strength: time in [0, 1] that the image's latents are noised to; 0 keeps them.
             options: further arguments of the pipeline.
