@@ -57,9 +57,7 @@ def test_pil_images_and_tensors_are_equivalent(pipe: WuerstchenPipeline, image: 
     assert greatest(pipe.encode(with_alpha), pipe.encode(pil_image)) == 0
 
 
-def test_strength_zero_keeps_the_image_and_one_discards_it(
-    pipe: WuerstchenPipeline, image: Tensor
-) -> None:
+def test_higher_strength_keeps_less_of_the_image(pipe: WuerstchenPipeline, image: Tensor) -> None:
     def generate(strength: float, source: Tensor = image) -> Tensor:
         return pipe.image_to_image("red apple", source, strength, **FAST)
 
@@ -135,7 +133,7 @@ def test_uint8_and_transparent_images_are_converted(
         (torch.full((3, 8, 8), 2.0), "values from 2 to 2"),
         ("image.png", "str is not an image"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"sizes \[\(8, 8\), \(8, 9\)\]"),
-        ([], "give one or more of one size"),
+        ([], "give one or more images of one size"),
     ],
 )
 def test_invalid_images_are_rejected(wrong: Any, message: str, pipe: WuerstchenPipeline) -> None:

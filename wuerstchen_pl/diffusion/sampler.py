@@ -125,7 +125,7 @@ def check_timesteps(times: Sequence[float]) -> list[float]:
     decreasing = all(t > t_next for t, t_next in itertools.pairwise(values))
     if len(values) < 2 or not decreasing or not 0 <= values[-1] < values[0] <= 1:
         shown = f"{values[:4]}{'...' if len(values) > 4 else ''}"
-        raise ValueError(f"timesteps={shown} are not decreasing in [0, 1]; use such as [1, 0.5, 0]")
+        raise ValueError(f"timesteps={shown} are not decreasing in [0, 1]; use e.g. [1, 0.5, 0]")
     return values
 
 

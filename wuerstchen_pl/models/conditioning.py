@@ -1,4 +1,4 @@
-"""Conditioning of a denoiser's blocks: their inputs besides the latents, and a cache of them.
+"""Conditioning of a denoiser's blocks: their inputs besides the latents, raw and cached.
 
 ``Block.cache_conditioning`` computes from a block's inputs everything that does not depend on the
 latents. In training, this happens in the forward pass of each block; in sampling, once for all

@@ -106,7 +106,7 @@ class DiffNeXt(nn.Module):
     Args:
         latent_channels: channels of Stage A's latents.
         semantic_channels: channels of the semantic latents.
-        patch_size: factor by which latents are folded first.
+        patch_size: pixel-unshuffle factor, applied to the latents first.
         widths: channels per level, finest first.
         num_blocks: blocks per level, on the way down.
         num_up_blocks: blocks per level on the way up, finest first; None for ``num_blocks``.
@@ -255,7 +255,7 @@ class DiffNeXt(nn.Module):
     def predict_noise(
         self, xt: Tensor, conditioning: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, H, W) noised latents, each block's inputs or cache -> the noise, float32.
+        """(B, C, H, W) noised latents, raw or cached conditioning per block -> the noise, float32.
 
         Conditions of k B rows give k predictions per sample, (k B, C, H, W).
         """

@@ -106,7 +106,7 @@ class ResBlock(nn.Module):
         self.project = nn.Linear(channels * 4, channels)
 
     def semantic_proj(self, semantic: Tensor) -> Tensor:
-        """Map e (B, semantic_channels, H, W) to W_e e + b of W [x; e] + b, (B, H, W, 4C)."""
+        """Term W_e e + b of W [x; e] + b: (B, semantic_channels, H, W) -> (B, H, W, 4C)."""
         weight = self.expand.weight[:, self.main_channels :]
         return F.linear(semantic.permute(0, 2, 3, 1), weight, self.expand.bias)
 
@@ -198,7 +198,7 @@ class AttentionBlock(nn.Module):
         self.cond_mapper = nn.Linear(cond_dim, channels) if cond_dim is not None else None
 
     def project_kv(self, cond: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """(B, L, cond_dim) -> the condition's keys and values; None each without one."""
+        """(B, L, cond_dim) -> keys and values of the condition; (None, None) without one."""
         if cond is None or self.cond_mapper is None:
             return None, None
         return self.attention.project_kv(self.cond_mapper(F.silu(cond)))
@@ -253,7 +253,7 @@ class Block(nn.Module):
         conditioning: BlockInputs | CachedConditioning,
         skip: Tensor | None = None,
     ) -> Tensor:
-        """(B, C, H, W), and the block's inputs or what is cached of them -> (B, C, H, W)."""
+        """(B, C, H, W), and raw or cached conditioning -> (B, C, H, W)."""
         cached = (
             conditioning
             if isinstance(conditioning, CachedConditioning)

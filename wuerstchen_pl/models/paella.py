@@ -86,7 +86,7 @@ class Paella(nn.Module):
         codebook_size: K, entries of Stage A's codebook.
         token_dim: channels of an embedded token, on the way in and before the classifier.
         semantic_channels: channels of the semantic latents.
-        patch_size: factor by which embedded tokens are folded first.
+        patch_size: pixel-unshuffle factor, applied to the embedded tokens first.
         widths: channels per level, finest first.
         num_blocks: blocks per level, on each side of the U.
         num_heads: attention heads per level; None for a level without; it ignores the conditions.

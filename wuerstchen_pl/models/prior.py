@@ -83,7 +83,7 @@ class Prior(nn.Module):
     def predict_noise(
         self, xt: Tensor, conditioning: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, h, w) noised latents, each block's inputs or cache -> the noise, float32.
+        """(B, C, h, w) noised latents, raw or cached conditioning per block -> the noise, float32.
 
         Conditions of k B rows give k predictions per sample, (k B, C, h, w).
         """

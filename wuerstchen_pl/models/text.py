@@ -67,10 +67,10 @@ class TextEncoder(nn.Module):
             act_layer=nn.GELU if activation == "gelu" else QuickGELU,
             output_dim=None,
         )
-        self.tower.attn_mask = None  # causal only; ``encode`` masks padding as well
+        self.tower.attn_mask = None  # ``encode`` makes one that also masks padding
         if weights is not None:
             self._load(weights)
-        else:  # CLIP's std of 0.02 suits towers eight times as wide and more captions
+        else:  # CLIP's std of 0.02 suits towers eight times as wide, trained on more captions
             nn.init.normal_(self.tower.token_embedding.weight, std=width**-0.5)
 
     def _load(self, path: str) -> None:

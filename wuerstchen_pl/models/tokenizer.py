@@ -80,9 +80,9 @@ class Tokenizer:
         ids = torch.full((len(captions), self.context_length), self.pad)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            kept = [self.start, *self.encode(caption)[: self.context_length - 2], self.end]
-            ids[row, : len(kept)] = torch.tensor(kept)
-            mask[row, : len(kept)] = True
+            caption_ids = [self.start, *self.encode(caption)[: self.context_length - 2], self.end]
+            ids[row, : len(caption_ids)] = torch.tensor(caption_ids)
+            mask[row, : len(caption_ids)] = True
         return ids, mask
 
 

@@ -17,7 +17,7 @@ class UNet(nn.Module):
 
     Args:
         latent_channels: channels of Stage A's latents.
-        patch_size: factor by which latents are folded first; 2 turns Stage A's f4 into f8.
+        patch_size: pixel-unshuffle factor of the latents; 2 turns Stage A's f4 into f8.
         widths: channels per level, finest first (paper 320, 640, 1280, 1280).
         num_blocks: blocks per level on the way down (paper 2, 4, 14, 4).
         num_up_blocks: blocks per level on the way up, finest first (paper 3, 5, 15, 5).
@@ -77,7 +77,7 @@ class UNet(nn.Module):
     def predict_noise(
         self, xt: Tensor, conditioning: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, h, w) noised latents, each block's inputs or cache -> the noise, float32."""
+        """(B, C, h, w) noised latents, raw or cached conditioning per block -> the noise, float32."""
         return self.net.predict_noise(xt, conditioning)
 
     def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:

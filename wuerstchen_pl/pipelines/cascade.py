@@ -150,11 +150,11 @@ class CascadePipeline:
         without the prefixes ``prior_`` and ``decoder_``.
 
         Args:
-            prompt: one, or N; an image does not depend on the others if ``seed`` or a list of
-                generators is given.
+            prompt: one, or a list of N; with ``seed`` or a list of generators, an image does not
+                depend on the others of its batch.
             height: in pixels; if not a multiple of ``size_multiple``, rounded up and cropped.
             width: see ``height``.
-            seed: instead of ``generator``: one per image, or that of the first image, + 1 each.
+            seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
             image_embeddings: see ``PriorSampler``, as for ``strength`` and ``mask``.
 
         Returns:

@@ -80,7 +80,7 @@ def generate_images(
     Args:
         pipeline: the cascade.
         prompts: N prompts.
-        seeds: N seeds; prompt, seed and size determine an image, whatever its batch.
+        seeds: N seeds; prompt, seed and size determine an image, in any batch.
         height: height in pixels.
         width: width in pixels.
         settings: steps, guidance, sampler.

@@ -17,7 +17,7 @@ from wuerstchen_pl.sampling.prior import PriorSampler
 
 
 class StageADecoder:
-    """Stands in for ``DecoderSampler`` if there is no Stage B."""
+    """Replaces ``DecoderSampler`` if there is no Stage B."""
 
     decoder = None
     text_encoder = None

@@ -114,7 +114,7 @@ class DecoderSampler(StepState):
         Args:
             image_embeddings: (N, S, h, w) semantic latents in the compressor's scale, or a list of
                 such batches.
-            prompt: one, or as many as divide N; empty if not given.
+            prompt: one, N, or a number that divides N; empty if not given.
             num_inference_steps: denoising steps (paper: 12).
             timesteps: decreasing times in [0, 1] instead of equal steps.
             guidance_scale: toward semantic latents and prompt; values up to 1 turn it off.
@@ -123,12 +123,12 @@ class DecoderSampler(StepState):
             generator: one for the whole batch, or a list with one per image.
             latents: (B, C, H / 4, W / 4) noise to start from.
             output_type: ``pil``, ``np``, ``pt``, or ``latent`` for Stage A's latents.
-            return_dict: False returns the images alone.
+            return_dict: False returns only the images.
             callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
                 the tensors that it changed.
             callback_on_step_end_tensor_inputs: names of the tensors passed to it.
             size: (height, width) in pixels; that of the semantic latents if not given.
-            seed: instead of ``generator``: one per image, or that of the first image, + 1 each.
+            seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: see ``guidance_rescale``.

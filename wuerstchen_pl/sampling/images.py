@@ -80,7 +80,9 @@ def _batch(image: ImageInput | Sequence[ImageInput], *, channels: int) -> Tensor
     tensors = [_tensor(part, channels) for part in parts]
     sizes = {tuple(tensor.shape[-2:]) for tensor in tensors}
     if len(sizes) != 1:
-        raise ValueError(f"images have the sizes {sorted(sizes)}; give one or more of one size")
+        raise ValueError(
+            f"images have the sizes {sorted(sizes)}; give one or more images of one size"
+        )
     return torch.cat(tensors)
 
 

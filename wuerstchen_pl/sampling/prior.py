@@ -140,7 +140,7 @@ class PriorSampler(StepState):
             callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
                 the tensors that it changed.
             callback_on_step_end_tensor_inputs: names of the tensors passed to it.
-            seed: instead of ``generator``: one per image, or that of the first image, + 1 each.
+            seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: see ``guidance_rescale``.
