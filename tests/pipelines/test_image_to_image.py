@@ -133,7 +133,7 @@ def test_uint8_and_transparent_images_are_converted(
         (torch.full((3, 8, 8), 2.0), "values from 2 to 2"),
         ("image.png", "str is not an image"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], r"sizes \[\(8, 8\), \(8, 9\)\]"),
-        ([], "give one or more images of one size"),
+        ([], "use one or more of the same size"),
     ],
 )
 def test_invalid_images_are_rejected(wrong: Any, message: str, pipe: WuerstchenPipeline) -> None:

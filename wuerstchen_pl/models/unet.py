@@ -77,7 +77,7 @@ class UNet(nn.Module):
     def predict_noise(
         self, xt: Tensor, conditioning: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, h, w) noised latents, raw or cached conditioning per block -> the noise, float32."""
+        """(B, C, h, w) noised latents, raw or cached conditioning per block -> noise, float32."""
         return self.net.predict_noise(xt, conditioning)
 
     def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:

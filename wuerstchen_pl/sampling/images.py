@@ -80,9 +80,7 @@ def _batch(image: ImageInput | Sequence[ImageInput], *, channels: int) -> Tensor
     tensors = [_tensor(part, channels) for part in parts]
     sizes = {tuple(tensor.shape[-2:]) for tensor in tensors}
     if len(sizes) != 1:
-        raise ValueError(
-            f"images have the sizes {sorted(sizes)}; give one or more images of one size"
-        )
+        raise ValueError(f"images have the sizes {sorted(sizes)}; use one or more of the same size")
     return torch.cat(tensors)
 
 
