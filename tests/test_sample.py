@@ -165,13 +165,13 @@ def test_a_sweeps_images_do_not_overwrite_each_other(draw: Draw, out: Path) -> N
 
 
 def test_the_end_of_a_long_prompt_is_cut_off_and_told(draw: Draw, out: Path) -> None:
-    with pytest.warns(UserWarning, match="reads 16 tokens; cut off: 'frog frog"):
+    with pytest.warns(UserWarning, match="reads 16 tokens; truncated: 'frog frog"):
         assert draw("prompt=" + "frog " * 20) == 0
     assert len(images(out)) == 1
 
 
 def test_a_size_between_steps_is_drawn_and_cropped(draw: Draw, out: Path) -> None:
-    with pytest.warns(UserWarning, match="64 x 80 px are drawn, and cropped"):
+    with pytest.warns(UserWarning, match="generating 64 x 80 px and cropping"):
         assert draw("prompt=frog", "height=60", "width=70") == 0
     with Image.open(images(out)[0]) as image:
         assert image.size == (70, 60)
@@ -181,12 +181,12 @@ def test_a_size_between_steps_is_drawn_and_cropped(draw: Draw, out: Path) -> Non
 
 
 BAD = {
-    "empty prompt": (["prompt="], "holds no word"),
+    "empty prompt": (["prompt="], "contains no word"),
     "no prompt": ([], "no prompt; set prompt="),
-    "emoji": (["prompt=🐸🐸"], "holds no word"),
+    "emoji": (["prompt=🐸🐸"], "contains no word"),
     "not UTF-8": (["prompt=fr\udcffog"], "is not text in UTF-8"),
-    "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use 16 to 4096"),
-    "height": (["prompt=a", "height=1000003"], "height=1000003 cannot be drawn"),
+    "no height": (["prompt=a", "height=0"], "height=0 is not supported; use 16 to 4096"),
+    "height": (["prompt=a", "height=1000003"], "height=1000003 is not supported"),
     "fraction": (["prompt=a", "height=64.5"], "height is 64.5, and must be int"),
     "word": (["prompt=a", "width=wide"], "width is 'wide', and must be int"),
     "count": (["prompt=a", "num_images_per_prompt=0"], "per_prompt=0 is out of range; use 1 to"),
@@ -230,9 +230,9 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
     [
         (b"", "holds no prompt; give one a line"),
         (b"\n \r\n", "holds no prompt; give one a line"),
-        (b"frog\nre\x00d heart\n", "holds a control character"),
+        (b"frog\nre\x00d heart\n", "contains a control character"),
         (b"gr\xfcner Frosch\n", "is not text in UTF-8"),
-        ("🐸\n".encode(), "holds no word"),
+        ("🐸\n".encode(), "contains no word"),
     ],
 )
 def test_a_bad_file_of_prompts_is_refused_before_drawing(

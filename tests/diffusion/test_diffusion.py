@@ -1,4 +1,4 @@
-"""Closed forms of the noise process, the objective and the samplers."""
+"""The noise process, objective, guidance and samplers against their closed forms."""
 
 import math
 
@@ -22,18 +22,18 @@ SCHEDULE = CosineSchedule()
 CPU = torch.device("cpu")
 
 
-def test_alpha_bar_has_its_closed_form_and_its_ends() -> None:
+def test_alpha_bar_equals_its_closed_form_and_is_clamped() -> None:
     t = torch.tensor([0.0, 0.25, 0.5, 1.0])
     f = [math.cos(math.pi / 2 * (x + 0.008) / 1.008) ** 2 for x in t.tolist()]
-    wanted = torch.tensor([0.9999, f[1] / f[0], f[2] / f[0], 1e-4])
-    torch.testing.assert_close(SCHEDULE.alpha_bar(t), wanted)
+    expected = torch.tensor([0.9999, f[1] / f[0], f[2] / f[0], 1e-4])
+    torch.testing.assert_close(SCHEDULE.alpha_bar(t), expected)
 
 
 def test_time_stays_float32_in_half_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         alpha_bar = SCHEDULE.alpha_bar(torch.tensor([0.5001, 0.5002]))
     assert alpha_bar.dtype == torch.float32
-    assert alpha_bar[0] != alpha_bar[1]  # bfloat16 could not tell them apart
+    assert alpha_bar[0] != alpha_bar[1]  # they are equal in bfloat16
 
 
 def test_predict_x0_inverts_add_noise() -> None:
@@ -43,7 +43,7 @@ def test_predict_x0_inverts_add_noise() -> None:
     torch.testing.assert_close(SCHEDULE.predict_x0(xt, t, noise), x0, atol=1e-4, rtol=1e-4)
 
 
-def test_training_times_are_the_published_draw() -> None:
+def test_training_times_have_the_published_distribution() -> None:
     u = torch.tensor([0.0, 0.5, 0.9999999])
     torch.testing.assert_close(sample_timesteps(u), torch.tensor([1.0, 0.541, 0.001]))
     many = sample_timesteps(torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
@@ -54,17 +54,19 @@ def test_training_times_are_the_published_draw() -> None:
     ("form", "weight"),
     [("code", lambda a: 1 - a), ("paper", lambda a: (1 - a) / (1 + a)), ("none", lambda a: 1.0)],
 )
-def test_p2_weight_has_both_forms(form: str, weight: object) -> None:
+def test_p2_weight_has_its_closed_form(form: str, weight: object) -> None:
     t = torch.tensor([0.1, 0.4, 0.9])
-    wanted = torch.tensor([weight(a) for a in SCHEDULE.alpha_bar(t).tolist()])  # type: ignore[operator]
-    torch.testing.assert_close(p2_weight(SCHEDULE, t, form), wanted)  # type: ignore[arg-type]
+    expected = torch.tensor(
+        [weight(a) for a in SCHEDULE.alpha_bar(t).tolist()]  # type: ignore[operator]
+    )
+    torch.testing.assert_close(p2_weight(SCHEDULE, t, form), expected)  # type: ignore[arg-type]
     alpha_bar = SCHEDULE.alpha_bar(t)
     snr = alpha_bar / (1 - alpha_bar)
     if form == "code":  # k = gamma = 1 of Choi et al.
         torch.testing.assert_close(p2_weight(SCHEDULE, t, "code"), 1 / (1 + snr))
 
 
-def test_an_unknown_form_of_the_weight_is_refused() -> None:
+def test_an_unknown_form_of_the_weight_is_rejected() -> None:
     with pytest.raises(ValueError, match="'paper', 'code' or 'none'"):
         p2_weight(SCHEDULE, torch.tensor([0.5]), "p3")  # type: ignore[arg-type]
 
@@ -75,13 +77,13 @@ def test_noise_error_is_the_mean_of_each_sample() -> None:
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
-def test_a_perfect_denoiser_leads_to_the_data(method: str) -> None:
+def test_a_perfect_denoiser_recovers_the_data(method: str) -> None:
     x0 = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     rngs = generators_from_seeds([1, 2, 3])
 
     times = timesteps(10)
 
-    def denoise(xt: Tensor, i: int) -> Tensor:  # the noise that leads from x0 to xt
+    def denoise(xt: Tensor, i: int) -> Tensor:  # the noise that turns x0 into xt
         alpha_bar = SCHEDULE.alpha_bar(torch.tensor(times[i]))
         return (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
 
@@ -92,7 +94,7 @@ def test_a_perfect_denoiser_leads_to_the_data(method: str) -> None:
 
 
 def test_ddpm_keeps_the_variance_of_standard_normal_data() -> None:
-    # For x0 ~ N(0, 1) the best prediction of the noise is sqrt(1 - alpha_bar) x_t.
+    # For x0 ~ N(0, 1), the optimal noise prediction is sqrt(1 - alpha_bar) x_t.
     rngs = generators_from_seeds(range(4))
 
     times = timesteps(200)
@@ -105,85 +107,85 @@ def test_ddpm_keeps_the_variance_of_standard_normal_data() -> None:
     assert float(out.std()) == pytest.approx(1, abs=0.03)
 
 
-def test_guidance_goes_from_the_unconditional_prediction_through_the_conditional_one() -> None:
+def test_guidance_extrapolates_from_the_unconditional_to_the_conditional_prediction() -> None:
     conditional, unconditional = torch.full((1, 2), 2.0), torch.full((1, 2), -1.0)
     guided = Guidance(scale=3.0).combine(conditional, unconditional)
     assert torch.equal(guided, torch.full((1, 2), 8.0))  # -1 + 3 * 3
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1.0])
-def test_guidance_up_to_one_is_none(scale: float) -> None:
+def test_guidance_scales_up_to_one_turn_it_off(scale: float) -> None:
     assert not Guidance(scale=scale).on
 
 
-def test_guidance_keeps_to_its_interval() -> None:
+def test_guidance_is_limited_to_its_interval() -> None:
     guidance = Guidance(scale=4.0, interval=(0.2, 0.8))
     assert [guidance.at(t) for t in (0.1, 0.2, 0.5, 0.8, 0.9)] == [False, True, True, True, False]
     assert not Guidance(scale=1.0, interval=(0.2, 0.8)).at(0.5)
 
 
-def test_rescaled_guidance_has_the_conditional_predictions_deviation() -> None:
+def test_rescaled_guidance_has_the_conditional_predictions_standard_deviation() -> None:
     conditional, unconditional = torch.randn(
         2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)
     )
     axes = (1, 2, 3)
     plain = Guidance(scale=7.0).combine(conditional, unconditional)
-    whole = Guidance(scale=7.0, rescale=1.0).combine(conditional, unconditional)
+    full = Guidance(scale=7.0, rescale=1.0).combine(conditional, unconditional)
     half = Guidance(scale=7.0, rescale=0.5).combine(conditional, unconditional)
-    torch.testing.assert_close(whole.std(axes), conditional.std(axes))
-    torch.testing.assert_close(half, (plain + whole) / 2)
+    torch.testing.assert_close(full.std(axes), conditional.std(axes))
+    torch.testing.assert_close(half, (plain + full) / 2)
     assert (plain.std(axes) > 3 * conditional.std(axes)).all()
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"scale": float("nan")}, "guidance_scale=nan is not a number"),
+        ({"scale": float("nan")}, "guidance_scale=nan is not finite"),
         ({"interval": (0.5,)}, "is not an interval"),
         ({"rescale": 1.5}, "guidance_rescale=1.5 is out of range"),
         ({"interval": (0.5, 0.5)}, "is empty"),
     ],
 )
-def test_guidance_out_of_range_is_refused(argument: dict, message: str) -> None:
+def test_guidance_out_of_range_is_rejected(argument: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Guidance(**argument)
 
 
-def test_noise_of_an_image_is_its_seeds_alone() -> None:
+def test_the_noise_of_an_image_depends_on_its_seed_only() -> None:
     together = randn((2, 2, 3), generators_from_seeds([4, 5]), CPU)
     assert torch.equal(together[1:], randn((1, 2, 3), generators_from_seeds([5]), CPU))
 
 
-def test_one_generator_draws_for_the_whole_batch() -> None:
+def test_one_generator_makes_the_noise_of_the_whole_batch() -> None:
     rng = torch.Generator().manual_seed(4)
-    wanted = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(randn((2, 2, 3), rng, CPU), wanted)
+    expected = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(randn((2, 2, 3), rng, CPU), expected)
 
 
-def test_a_wrong_number_of_generators_or_seeds_is_refused() -> None:
+def test_a_wrong_number_of_generators_or_seeds_is_rejected() -> None:
     with pytest.raises(ValueError, match="2 generators for 3 images"):
         randn((3, 2), generators_from_seeds([1, 2]), CPU)
-    shared, alone = (
+    from_list, from_one = (
         randn((3, 2), g, CPU) for g in (generators_from_seeds([1]), generators_from_seeds([1])[0])
     )
-    assert torch.equal(shared, alone)
+    assert torch.equal(from_list, from_one)
     with pytest.raises(ValueError, match="2 seeds for 3 images"):
         resolve_generator([1, 2], None, 3)
     with pytest.raises(ValueError, match="seed and generator are both given"):
         resolve_generator(1, generators_from_seeds([1]), 1)
 
 
-def test_a_seed_is_that_of_the_first_image() -> None:
+def test_a_single_seed_is_that_of_the_first_image() -> None:
     first, second = (rng.initial_seed() for rng in resolve_generator(7, None, 2) or [])
     assert (first, second) == (7, 8)
 
 
 @pytest.mark.parametrize("times", [[], [1.0], [0.5, 0.5], [0.2, 0.4], [1.5, 0.0], [1.0, -0.1]])
-def test_times_that_do_not_fall_from_1_to_0_are_refused(times: list[float]) -> None:
-    with pytest.raises(ValueError, match="cannot be followed"):
+def test_times_that_do_not_decrease_in_0_to_1_are_rejected(times: list[float]) -> None:
+    with pytest.raises(ValueError, match="are not decreasing in"):
         check_timesteps(times)
 
 
-def test_no_step_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="use a whole number from 1 on"):
+def test_zero_steps_are_rejected() -> None:
+    with pytest.raises(ValueError, match="steps=0 is not a positive integer"):
         timesteps(0)

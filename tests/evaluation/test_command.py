@@ -388,7 +388,7 @@ def test_a_command_that_drew_nothing_claims_nothing(
 ) -> None:
     told = arguments(cascade, tmp_path, "metric=[kid]", f"prompts={prompts}")
     assert run_program("evaluate", [*told, "height=10", "width=10"]) == 1
-    assert "height=10 cannot be drawn" in capsys.readouterr().err
+    assert "height=10 is not supported" in capsys.readouterr().err
     assert run_program("evaluate", [*told, "reference=/nowhere"]) == 1
     assert not list(tmp_path.rglob("*.png"))  # refused before anything was drawn
     assert run_program("evaluate", told) == 0

@@ -1,4 +1,4 @@
-"""The compressor sees what torchvision's transforms make of an image."""
+"""The compressor preprocesses images as torchvision's transforms do."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from wuerstchen_pl.models.compressor import ConvBackbone, SemanticCompressor
 def test_preprocessing_is_torchvisions_antialiased_resize_and_normalization(
     height: int, width: int
 ) -> None:
-    """On stripes of one pixel, where a resize without antialiasing is far off."""
+    """Uses one-pixel stripes, where a resize without antialiasing differs strongly."""
     seen: list[Tensor] = []
     compressor = SemanticCompressor(backbone=ConvBackbone(width=4, depth=2), resize=0.5)
     compressor.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -1,4 +1,4 @@
-"""A network's name tells whether it computes the same, and nothing else."""
+"""A network's fingerprint depends on what it computes, and on nothing else."""
 
 import copy
 
@@ -17,10 +17,10 @@ def compressor(**changes: float) -> SemanticCompressor:
     return SemanticCompressor(backbone=ConvBackbone(width=4, depth=2), latent_channels=4, **changes)
 
 
-def test_copies_have_one_name_wherever_they_work_and_whether_they_train() -> None:
+def test_a_copy_has_the_same_fingerprint_in_any_mode_and_memory_format() -> None:
     one = compressor()
     other = copy.deepcopy(one).eval().requires_grad_(False)
-    for parameter in other.parameters():  # as a file may store them
+    for parameter in other.parameters():  # as a file may store it
         parameter.data = parameter.data.contiguous(memory_format=torch.preserve_format).clone()
     assert network_fingerprint(one) == network_fingerprint(other)
 
@@ -36,27 +36,27 @@ def test_copies_have_one_name_wherever_they_work_and_whether_they_train() -> Non
     ],
     ids=["weight", "statistics", "resize", "activation", "type"],
 )
-def test_what_computes_otherwise_has_another_name(change: object) -> None:
+def test_a_network_that_computes_something_else_has_another_fingerprint(change: object) -> None:
     one, other = compressor(), compressor()
     change(other)
     assert network_fingerprint(one) != network_fingerprint(other)
 
 
-def test_a_text_encoder_is_named_with_its_heads_and_tokens() -> None:
-    def name(heads: int = 2, same_tokens: bool = True) -> str:
+def test_a_text_encoders_fingerprint_depends_on_its_heads_and_tokens() -> None:
+    def fingerprint(heads: int = 2, same_tokens: bool = True) -> str:
         torch.manual_seed(0)
         text = TextEncoder(width=16, depth=1, num_heads=heads)
         if not same_tokens:
-            read = text.tokenizer.encode
-            text.tokenizer.encode = lambda caption: read(caption.swapcase()[:9])
-        stage = type("Below", (), {"encoding": compressor()})
+            encode = text.tokenizer.encode
+            text.tokenizer.encode = lambda caption: encode(caption.swapcase()[:9])
+        stage = type("StageB", (), {"encoding": compressor()})
         return encoder_fingerprints("c", encoder=stage, text_encoder=text)["text_encoder"]
 
-    assert name() == name()
-    assert len({name(), name(heads=4), name(same_tokens=False)}) == 3
+    assert fingerprint() == fingerprint()
+    assert len({fingerprint(), fingerprint(heads=4), fingerprint(same_tokens=False)}) == 3
 
 
-def test_a_batch_norm_over_all_processes_has_the_name_of_any() -> None:
+def test_a_synchronized_batch_norm_has_the_fingerprint_of_a_plain_one() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     before = network_fingerprint(plain)
     assert network_fingerprint(convert_sync_batchnorm(plain)) == before

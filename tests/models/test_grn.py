@@ -1,4 +1,4 @@
-"""GELU with the global response norm: its gradients, and what it keeps."""
+"""GELU with the global response norm: its gradients and the memory that it saves."""
 
 import torch
 import torch.nn.functional as F
@@ -7,14 +7,14 @@ from torch import Tensor
 from wuerstchen_pl.models.grn import EPS, GeluGRN
 
 
-def plain(u: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """As printed, in single operations."""
+def reference(u: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """The paper's formula in separate operations."""
     x = F.gelu(u)
     norm = (x.square().sum(dim=(1, 2), keepdim=True) + 1e-12).sqrt()
     return gamma * (x * norm / (norm.mean(dim=-1, keepdim=True) + EPS)) + beta + x
 
 
-def made(dtype: torch.dtype) -> tuple[GeluGRN, Tensor]:
+def norm_and_input(dtype: torch.dtype) -> tuple[GeluGRN, Tensor]:
     rng = torch.Generator().manual_seed(0)
     norm = GeluGRN(5).to(dtype)
     with torch.no_grad():
@@ -23,50 +23,50 @@ def made(dtype: torch.dtype) -> tuple[GeluGRN, Tensor]:
     return norm, torch.randn(2, 3, 4, 5, generator=rng).to(dtype).requires_grad_()
 
 
-def test_values_and_gradients_are_those_of_single_operations() -> None:
-    norm, u = made(torch.float64)
-    torch.testing.assert_close(norm(u), plain(u, norm.gamma, norm.beta))
+def test_values_and_gradients_equal_those_of_separate_operations() -> None:
+    norm, u = norm_and_input(torch.float64)
+    torch.testing.assert_close(norm(u), reference(u, norm.gamma, norm.beta))
     inputs = (u, norm.gamma, norm.beta)
     assert torch.autograd.gradcheck(lambda *_: norm(u), inputs)
     weight = torch.randn(u.shape, dtype=u.dtype, generator=torch.Generator().manual_seed(1))
-    found = torch.autograd.grad((norm(u) * weight).sum(), inputs)
-    wanted = torch.autograd.grad((plain(*inputs) * weight).sum(), inputs)
-    for a, b in zip(found, wanted, strict=True):
+    actual = torch.autograd.grad((norm(u) * weight).sum(), inputs)
+    expected = torch.autograd.grad((reference(*inputs) * weight).sum(), inputs)
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_in_bfloat16_are_near_those_in_float64() -> None:
-    norm, u = made(torch.bfloat16)
+def test_gradients_in_bfloat16_are_close_to_those_in_float64() -> None:
+    norm, u = norm_and_input(torch.bfloat16)
     norm.float()  # as under autocast: float32 weights, bfloat16 between linear layers
     (norm(u).float() * 0.5).sum().backward()
     exact = u.detach().double().requires_grad_()
     gamma, beta = (p.detach().double().requires_grad_() for p in (norm.gamma, norm.beta))
-    (plain(exact, gamma, beta) * 0.5).sum().backward()
-    for found, wanted in ((u, exact), (norm.gamma, gamma), (norm.beta, beta)):
-        assert found.grad is not None
-        assert wanted.grad is not None
-        scale = wanted.grad.abs().max()
-        assert float((found.grad.double() - wanted.grad).abs().max() / scale) < 2e-2
+    (reference(exact, gamma, beta) * 0.5).sum().backward()
+    for actual, expected in ((u, exact), (norm.gamma, gamma), (norm.beta, beta)):
+        assert actual.grad is not None
+        assert expected.grad is not None
+        scale = expected.grad.abs().max()
+        assert float((actual.grad.double() - expected.grad).abs().max() / scale) < 2e-2
 
 
 def test_a_channel_of_zeros_has_finite_gradients() -> None:
-    norm, _ = made(torch.float32)
+    norm, _ = norm_and_input(torch.float32)
     u = torch.zeros(1, 2, 2, 5, requires_grad=True)
     norm(u).sum().backward()
     assert u.grad is not None
     assert u.grad.isfinite().all()
 
 
-def test_it_keeps_one_tensor_of_the_size_of_its_input() -> None:
-    norm, u = made(torch.float32)
-    kept: list[int] = []
+def test_it_saves_one_tensor_of_the_size_of_its_input() -> None:
+    norm, u = norm_and_input(torch.float32)
+    saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.numel()) or t, lambda t: t
+        lambda t: saved.append(t.numel()) or t, lambda t: t
     ):
         norm(u)
-    ours, kept[:] = sum(kept), []
+    fused, saved[:] = sum(saved), []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.numel()) or t, lambda t: t
+        lambda t: saved.append(t.numel()) or t, lambda t: t
     ):
-        plain(u, norm.gamma, norm.beta)
-    assert ours < 1.5 * u.numel() < 2.5 * u.numel() < sum(kept)
+        reference(u, norm.gamma, norm.beta)
+    assert fused < 1.5 * u.numel() < 2.5 * u.numel() < sum(saved)

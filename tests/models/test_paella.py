@@ -1,4 +1,4 @@
-"""Stage B of version 1 against the authors' code: size, names, numbers."""
+"""Stage B of version 1 against the authors' code: size, arguments and outputs."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from tests.golden_files import golden, load
 from wuerstchen_pl.models.paella import Paella
 
 INPUTS = ("x", "r", "effnet", "byt5")
-# Our arguments, the published weights, the inputs and outputs.
+# Our constructor arguments, the published weights, the inputs and outputs.
 Golden = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
-# train_stage_B.py: the constructor's defaults, with CLIP-H's text states (1024) for ByT5's.
+# train_stage_B.py: the constructor's defaults, with CLIP-H's text states (1024), not ByT5's.
 PUBLISHED: dict[str, Any] = {
     "widths": [640, 1280, 1280],
     "num_blocks": [4, 12, 4],
@@ -24,7 +24,7 @@ PUBLISHED: dict[str, Any] = {
 
 
 def arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The authors' constructor arguments in our names."""
+    """Map the authors' constructor arguments to ours."""
     assert config["c_in"] == config["c_out"]
     return {
         "codebook_size": config["num_labels"],
@@ -69,7 +69,7 @@ def test_the_published_size() -> None:
 def test_logits_equal_the_published_ones(net: Paella, io: dict[str, Tensor]) -> None:
     logits = net(*(io[name] for name in INPUTS))
     torch.testing.assert_close(logits, io["logits"], rtol=1e-4, atol=1e-4)
-    assert io["logits"].std() > 0.1  # logits of about zero would prove little
+    assert io["logits"].std() > 0.1  # near-zero logits would prove little
 
 
 @torch.no_grad()
@@ -78,19 +78,19 @@ def test_every_input_is_read(net: Paella, io: dict[str, Tensor], changed: str) -
     inputs = {name: io[name] for name in INPUTS}
     inputs[changed] = inputs[changed] * 0.5 if changed != "x" else (io["x"] + 1) % 64
     difference = (net(*inputs.values()) - io["logits"]).abs().flatten(1).amax(1)
-    assert (difference > 1e-3).all()  # in every row of the batch
+    assert (difference > 1e-3).all()  # for every sample of the batch
 
 
 @torch.no_grad()
-def test_the_layout_of_semantic_latents_is_not_seen(net: Paella, io: dict[str, Tensor]) -> None:
+def test_positions_of_semantic_latents_have_no_effect(net: Paella, io: dict[str, Tensor]) -> None:
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    moved = io["effnet"].flatten(2)[:, :, order].unflatten(2, (2, 6))
-    logits = net(io["x"], io["r"], moved, io["byt5"])
+    permuted = io["effnet"].flatten(2)[:, :, order].unflatten(2, (2, 6))
+    logits = net(io["x"], io["r"], permuted, io["byt5"])
     torch.testing.assert_close(logits, io["logits"], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_a_net_without_text_is_the_net_given_none(
+def test_a_network_without_text_equals_one_without_text_input(
     net: Paella, io: dict[str, Tensor], published: Golden
 ) -> None:
     textless = Paella(**published[0] | {"text_dim": None}).eval()
@@ -108,7 +108,7 @@ def test_every_parameter_gets_a_gradient(net: Paella, io: dict[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def test_a_fresh_net_finds_every_token_equally_likely(
+def test_at_initialization_all_tokens_are_equally_likely(
     published: Golden, io: dict[str, Tensor]
 ) -> None:
     fresh = Paella(**published[0]).eval()
@@ -125,14 +125,14 @@ def test_sizes_are_multiples_of_size_multiple(net: Paella, io: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("key", ["widths", "num_blocks", "num_heads"])
-def test_lists_of_unequal_length_are_refused(key: str) -> None:
+def test_lists_of_unequal_length_are_rejected(key: str) -> None:
     args = PUBLISHED | {key: PUBLISHED[key][:1]}
-    wanted = rf"{key}=.* differ in length; give one entry of each per level"
-    with pytest.raises(ValueError, match=wanted):
+    message = rf"{key}=.* differ in length; give one entry of each per level"
+    with pytest.raises(ValueError, match=message):
         Paella(**args)
 
 
 @pytest.mark.parametrize("heads", [5, -1])
-def test_heads_that_do_not_divide_the_width_are_refused(heads: int) -> None:
+def test_heads_that_do_not_divide_the_width_are_rejected(heads: int) -> None:
     with pytest.raises(ValueError, match=f"num_heads={heads} does not divide the width 32"):
         Paella(widths=[32], num_blocks=[1], num_heads=[heads], cond_dim=32)

@@ -1,4 +1,4 @@
-"""Our networks and noise process against the authors' code, number by number."""
+"""Outputs of our networks and noise process against those of the authors' code."""
 
 import re
 
@@ -40,19 +40,19 @@ def test_prior_equals_the_published_one(prior: tuple[Prior, dict[str, Tensor]]) 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
-def test_response_norm_in_half_precision(dtype: torch.dtype, size: float) -> None:
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_response_norm_in_half_precision(dtype: torch.dtype, scale: float) -> None:
     norm = GeluGRN(8)
     rng = torch.Generator().manual_seed(0)
     for parameter in norm.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=rng))
-    u = torch.randn(2, 4, 4, 8, generator=rng) * size
+    u = torch.randn(2, 4, 4, 8, generator=rng) * scale
     x = torch.nn.functional.gelu(u.to(dtype).double())
     energy = x.double().square().sum((1, 2), keepdim=True).sqrt()
     response = energy / (energy.mean(-1, keepdim=True) + 1e-6)
-    expected = norm.gamma * x * response + norm.beta + x  # as printed, in float64
-    found = norm.to(dtype)(u.to(dtype))
-    assert float((found - expected).abs().max()) < 3e-2 * float(expected.abs().max())
+    expected = norm.gamma * x * response + norm.beta + x  # the paper's formula in float64
+    actual = norm.to(dtype)(u.to(dtype))
+    assert float((actual - expected).abs().max()) < 3e-2 * float(expected.abs().max())
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_vqgan_equals_the_published_one() -> None:
 def test_discriminator_equals_the_published_one() -> None:
     c, weights, io = golden("stage_a_discriminator")
     net = Discriminator(width=c["c_hidden"], depth=c["depth"])
-    for pattern, name in (  # torch's older spectral norm -> its newer one
+    for pattern, name in (  # torch's old spectral norm -> its new one
         (r"\.weight_orig$", ".parametrizations.weight.original"),
         (r"\.weight_u$", ".parametrizations.weight.0._u"),
         (r"\.weight_v$", ".parametrizations.weight.0._v"),

@@ -1,4 +1,4 @@
-"""The text encoder, against open_clip's own and against the rule of the published models."""
+"""The text encoder against open_clip's, and the padding of the published models."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_captions_are_padded_with_the_end_token(encoder: TextEncoder) -> None:
         assert int(row[0]) == END_OF_TEXT - 1
         assert (row[used - 1 :] == END_OF_TEXT).all()
         assert (row[: used - 1] != END_OF_TEXT).all()
-    # "!" is token 0 with open_clip's padding; it must not be taken for the end
+    # "!" is token 0, which open_clip pads with; it must not be treated as padding
     assert len(encoder.tokenizer.encode("wow! what an image")) + 2 == 7
 
 
@@ -44,8 +44,8 @@ def test_states_of_words_equal_open_clips(encoder: TextEncoder) -> None:
 def test_padding_is_masked_as_a_key(encoder: TextEncoder) -> None:
     ids, mask = encoder.tokenizer(["a red heart"])
     before = encoder.encode(ids, mask)
-    # With padding masked, a padded position sees the caption alone: positions behind it that are
-    # given another position embedding do not change it.
+    # With padding masked, positions attend to the caption only: changing the position embedding of
+    # one padded position does not change those after it.
     with torch.no_grad():
         encoder.tower.positional_embedding[20, ::2] += 10
     after = encoder.encode(ids, mask)
@@ -54,7 +54,7 @@ def test_padding_is_masked_as_a_key(encoder: TextEncoder) -> None:
     assert (before[0, 20] - after[0, 20]).abs().max() > 0.1
 
 
-def test_weights_of_a_whole_clip_model_are_taken(encoder: TextEncoder, tmp_path: object) -> None:
+def test_weights_are_loaded_from_a_whole_clip_model(encoder: TextEncoder, tmp_path: object) -> None:
     state = {**encoder.tower.state_dict(), "visual.conv1.weight": torch.zeros(1)}
     path = f"{tmp_path}/clip.pt"
     torch.save(state, path)
@@ -62,31 +62,31 @@ def test_weights_of_a_whole_clip_model_are_taken(encoder: TextEncoder, tmp_path:
     with torch.no_grad():
         torch.testing.assert_close(loaded(CAPTIONS), encoder(CAPTIONS))
     torch.save({"visual.conv1.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="is not a CLIP model"):
+    with pytest.raises(ValueError, match="give an open_clip checkpoint"):
         TextEncoder(width=32, depth=2, num_heads=4, context_length=77, weights=path)
 
 
 @pytest.mark.parametrize(
     ("prompt", "reason"),
     [
-        ("", "holds no word"),
-        ("  ... !", "holds no word"),
-        ("\N{FOX FACE}\N{RED APPLE}", "holds no word"),
+        ("", "contains no word"),
+        ("  ... !", "contains no word"),
+        ("\N{FOX FACE}\N{RED APPLE}", "contains no word"),
         ("a\0b", "control character"),
     ],
 )
-def test_prompts_that_cannot_be_read_are_refused(
+def test_prompts_that_cannot_be_interpreted_are_rejected(
     encoder: TextEncoder, prompt: str, reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         encoder.check(prompt)
 
 
-def test_the_end_of_a_long_caption_is_told(encoder: TextEncoder) -> None:
+def test_cut_off_returns_the_truncated_end_of_a_caption(encoder: TextEncoder) -> None:
     assert encoder.cut_off("word " * 75) == ""
     assert encoder.cut_off("word " * 75 + "red heart") == "red heart"
-    (kept, whole), _ = encoder.tokenizer(["word " * 75 + "red heart", "word " * 75])
-    assert torch.equal(kept, whole)
+    (truncated, exact), _ = encoder.tokenizer(["word " * 75 + "red heart", "word " * 75])
+    assert torch.equal(truncated, exact)
 
 
 def test_ordinary_prompts_pass(encoder: TextEncoder) -> None:

@@ -1,4 +1,4 @@
-"""Blocks that keep less, or are compiled, compute what they did."""
+"""Activation checkpointing and compilation do not change what blocks compute."""
 
 from functools import partialmethod
 
@@ -22,13 +22,13 @@ def prior(dropout: float) -> Prior:
 def gradients(net: Prior) -> list[Tensor]:
     rng = torch.Generator().manual_seed(0)
     x, text = torch.randn(2, 16, 4, 4, generator=rng), torch.randn(2, 3, 8, generator=rng)
-    torch.manual_seed(1)  # of the dropout
+    torch.manual_seed(1)  # for the dropout
     net(x, torch.tensor([0.2, 0.7]), text).square().mean().backward()
     return [p.grad for p in net.parameters() if p.grad is not None]
 
 
-def kept(net: Prior) -> int:
-    """Bytes that a forward pass keeps for the backward pass."""
+def saved_bytes(net: Prior) -> int:
+    """Bytes that a forward pass saves for the backward pass."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -40,36 +40,36 @@ def kept(net: Prior) -> int:
         out = net(x, torch.rand(8), text)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     assert out.requires_grad
-    return sum(size for place, size in sizes.items() if place not in weights)
+    return sum(size for data_ptr, size in sizes.items() if data_ptr not in weights)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointed_blocks_have_the_same_gradients(dropout: float) -> None:
-    plain, spare = prior(dropout), prior(dropout)
-    checkpoint_activations(spare)
-    pairs = list(zip(gradients(plain), gradients(spare), strict=True))
+    plain, checkpointed = prior(dropout), prior(dropout)
+    checkpoint_activations(checkpointed)
+    pairs = list(zip(gradients(plain), gradients(checkpointed), strict=True))
     assert len(pairs) == len(list(plain.parameters()))
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert plain.state_dict().keys() == spare.state_dict().keys()
+    assert plain.state_dict().keys() == checkpointed.state_dict().keys()
 
 
-def test_checkpointed_blocks_keep_a_fraction() -> None:
-    plain, spare = prior(0.1), prior(0.1)
-    checkpoint_activations(spare)
-    assert kept(spare) < kept(plain) / 6
+def test_checkpointed_blocks_save_a_fraction_of_the_memory() -> None:
+    plain, checkpointed = prior(0.1), prior(0.1)
+    checkpoint_activations(checkpointed)
+    assert saved_bytes(checkpointed) < saved_bytes(plain) / 6
 
 
 @pytest.mark.slow
 def test_compiled_blocks_have_the_same_gradients_and_names() -> None:
-    plain, fast = prior(0.0), prior(0.0)
-    compile_blocks(fast)
-    for a, b in zip(gradients(plain), gradients(fast), strict=True):
+    plain, compiled = prior(0.0), prior(0.0)
+    compile_blocks(compiled)
+    for a, b in zip(gradients(plain), gradients(compiled), strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-3
-    assert plain.state_dict().keys() == fast.state_dict().keys()
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_blocks_are_compiled_checkpointed_or_not(
+def test_blocks_are_compiled_with_and_without_checkpointing(
     checkpointed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs = []
@@ -81,17 +81,17 @@ def test_blocks_are_compiled_checkpointed_or_not(
     monkeypatch.setattr(
         torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend)
     )
-    plain, fast = prior(0.0), prior(0.0)
+    plain, compiled = prior(0.0), prior(0.0)
     if checkpointed:
-        checkpoint_activations(fast)
-    compile_blocks(fast)
-    found = gradients(fast)
+        checkpoint_activations(compiled)
+    compile_blocks(compiled)
+    compiled_gradients = gradients(compiled)
     assert graphs
-    for a, b in zip(gradients(plain), found, strict=True):
+    for a, b in zip(gradients(plain), compiled_gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_frozen_parts_are_left_as_they_are() -> None:
+def test_blocks_of_frozen_networks_are_not_part_of_a_stage() -> None:
     stage: Stage = STAGES["c"]()
     frozen = [id(block) for part in stage.frozen.values() for block in find_blocks(part)]
     assert frozen

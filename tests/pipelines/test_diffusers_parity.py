@@ -1,4 +1,4 @@
-"""Our pipeline against diffusers' own: the same weights, the same generator, the same image."""
+"""Our pipeline against diffusers': same weights and generators give the same images."""
 
 import inspect
 import random
@@ -55,7 +55,7 @@ def rng(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def drawn(pipe: Any, prompt: Any = "a red heart", **options: Any) -> Tensor:
+def generate(pipe: Any, prompt: Any = "a red heart", **options: Any) -> Tensor:
     options = {"height": 128, "width": 128, "generator": rng(), **FAST, **options}
     if isinstance(pipe, WuerstchenPipeline):
         options["progress"] = False
@@ -80,7 +80,7 @@ CASES: dict[str, dict[str, Any]] = {
     "timesteps that stop early": {"prior_timesteps": [0.9, 0.5, 0.2]},
     "several images": {"num_images_per_prompt": 3, "decoder_guidance_scale": 2.0},
     "a generator each": {"num_images_per_prompt": 2, "generator": [rng(5), rng(6)]},
-    "given latents": {"latents": LATENTS, "width": 256},
+    "custom latents": {"latents": LATENTS, "width": 256},
 }  # fmt: skip
 
 
@@ -89,13 +89,13 @@ def test_an_image_equals_diffusers(case: str, theirs: Any, ours: WuerstchenPipel
     options = CASES[case]
     if isinstance(options.get("generator"), list):
         options = {**options, "generator": [rng(5), rng(6)]}
-    expected = drawn(theirs, **options)
+    expected = generate(theirs, **options)
     if isinstance(options.get("generator"), list):
         options = {**options, "generator": [rng(5), rng(6)]}
-    found = drawn(ours, **options)
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) < TOLERANCE
-    assert 0.05 < float(expected.std()) < 0.4  # neither flat nor all clamped
+    actual = generate(ours, **options)
+    assert actual.shape == expected.shape
+    assert float((actual - expected).abs().max()) < TOLERANCE
+    assert 0.05 < float(expected.std()) < 0.4  # neither constant nor saturated
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_an_image_equals_diffusers(case: str, theirs: Any, ours: WuerstchenPipel
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_what_is_compared_matters(changed: dict, ours: WuerstchenPipeline) -> None:
-    difference = (drawn(ours) - drawn(ours, **changed)).abs().max()
+def test_each_compared_input_changes_the_image(changed: dict, ours: WuerstchenPipeline) -> None:
+    difference = (generate(ours) - generate(ours, **changed)).abs().max()
     assert float(difference) > 20 * TOLERANCE
 
 
@@ -127,39 +127,41 @@ def test_the_decoder_reads_its_prompt_and_the_semantic_latents(ours: WuerstchenP
     assert float((before - decoded(semantic * 0, "a red heart")).abs().max()) > 20 * TOLERANCE
 
 
-def test_prompts_of_a_list_are_drawn_as_alone(theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_an_image_does_not_depend_on_the_other_prompts_of_a_list(
+    theirs: Any, ours: WuerstchenPipeline
+) -> None:
     prompts = ["a red heart", "a green frog on a table"]
-    together = drawn(ours, prompts, generator=[rng(5), rng(6)], decoder_guidance_scale=2.0)
+    together = generate(ours, prompts, generator=[rng(5), rng(6)], decoder_guidance_scale=2.0)
     for image, prompt, seed in zip(together, prompts, (5, 6), strict=True):
         for pipe in (ours, theirs):
-            alone = drawn(pipe, prompt, generator=rng(seed), decoder_guidance_scale=2.0)[0]
+            alone = generate(pipe, prompt, generator=rng(seed), decoder_guidance_scale=2.0)[0]
             assert float((image - alone).abs().max()) < TOLERANCE
 
 
-def test_images_and_prompts_multiply_in_the_order_of_the_prompts(
+def test_several_images_per_prompt_are_in_the_order_of_the_prompts(
     ours: WuerstchenPipeline,
 ) -> None:
     options: dict[str, Any] = {"num_images_per_prompt": 2, "generator": None}
-    together = drawn(ours, ["a red heart", "a green frog"], seed=5, **options)
-    alone = drawn(ours, "a green frog", seed=7, **options)
+    together = generate(ours, ["a red heart", "a green frog"], seed=5, **options)
+    alone = generate(ours, "a green frog", seed=7, **options)
     assert float((together[2:] - alone).abs().max()) < TOLERANCE
 
 
-def test_states_in_place_of_prompts(theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_text_states_instead_of_prompts(theirs: Any, ours: WuerstchenPipeline) -> None:
     width = reference_models.PRIOR["c_cond"]
     states, negative = torch.randn(2, 1, 77, width, generator=rng(8))
     options = {"prompt_embeds": states, "negative_prompt_embeds": negative}
-    expected, found = (drawn(pipe, None, **options) for pipe in (theirs, ours))
-    assert float((found - expected).abs().max()) < TOLERANCE
-    assert float((drawn(ours, None, prompt_embeds=states) - found).abs().max()) > 20 * TOLERANCE
+    expected, actual = (generate(pipe, None, **options) for pipe in (theirs, ours))
+    assert float((actual - expected).abs().max()) < TOLERANCE
+    assert float((generate(ours, None, prompt_embeds=states) - actual).abs().max()) > 20 * TOLERANCE
 
 
 def test_the_prior_alone(theirs: Any, ours: WuerstchenPipeline) -> None:
     options = {"height": 256, "num_inference_steps": 4, "negative_prompt": "blue"}
     expected = theirs.prior_pipe("a red heart", generator=rng(), **options).image_embeddings
-    found = ours.prior("a red heart", generator=rng(), progress=False, **options).image_embeddings
-    assert found.shape == expected.shape == (1, 16, 6, 24)
-    assert float((found - expected).abs().max()) < TOLERANCE * float(expected.std())
+    actual = ours.prior("a red heart", generator=rng(), progress=False, **options).image_embeddings
+    assert actual.shape == expected.shape == (1, 16, 6, 24)
+    assert float((actual - expected).abs().max()) < TOLERANCE * float(expected.std())
 
 
 @pytest.mark.parametrize("output_type", ["pt", "np", "pil", "latent"])
@@ -167,17 +169,17 @@ def test_the_decoder_alone(output_type: str, theirs: Any, ours: WuerstchenPipeli
     semantic = torch.randn(2, 16, 6, 3, generator=rng(1))
     options = {"num_inference_steps": 3, "output_type": output_type, "return_dict": False}
     expected = theirs.decoder_pipe(semantic, "frog", generator=rng(), **options)
-    found = ours.decoder(semantic, "frog", generator=rng(), progress=False, **options)
+    actual = ours.decoder(semantic, "frog", generator=rng(), progress=False, **options)
     if output_type == "pil":
-        expected, found = (
+        expected, actual = (
             torch.stack([torch.tensor(list(image.getdata())) for image in part]).float() / 255
-            for part in (expected, found)
+            for part in (expected, actual)
         )
-    difference = torch.as_tensor(found) - torch.as_tensor(expected)
+    difference = torch.as_tensor(actual) - torch.as_tensor(expected)
     assert float(difference.abs().max()) < (1.5 / 255 if output_type == "pil" else TOLERANCE)
 
 
-def test_callbacks_see_and_change_the_same(theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_callbacks_get_and_change_the_same_tensors(theirs: Any, ours: WuerstchenPipeline) -> None:
     def recording(seen: list[Tensor]) -> Callable[..., dict[str, Tensor]]:
         def callback(pipe: Any, i: int, t: Tensor, tensors: dict) -> dict[str, Tensor]:
             seen.append(torch.cat([tensors["latents"].flatten(), t.flatten(), torch.tensor([i])]))
@@ -189,15 +191,15 @@ def test_callbacks_see_and_change_the_same(theirs: Any, ours: WuerstchenPipeline
     images = []
     for pipe in (theirs, ours):
         seen: list[Tensor] = []
-        called = {"prior_callback_on_step_end": recording(seen)}
-        called["callback_on_step_end"] = recording(seen)
-        images.append(drawn(pipe, **called))
+        callbacks = {"prior_callback_on_step_end": recording(seen)}
+        callbacks["callback_on_step_end"] = recording(seen)
+        images.append(generate(pipe, **callbacks))
         runs.append(seen)
     assert len(runs[0]) == len(runs[1]) == 7
-    for expected, found in zip(*runs, strict=True):
-        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    for expected, actual in zip(*runs, strict=True):
+        torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert float((images[0] - images[1]).abs().max()) < TOLERANCE
-    assert float((images[1] - drawn(ours)).abs().max()) > 20 * TOLERANCE
+    assert float((images[1] - generate(ours)).abs().max()) > 20 * TOLERANCE
 
 
 def test_a_callback_changes_the_text(theirs: Any, ours: WuerstchenPipeline) -> None:
@@ -213,12 +215,12 @@ def test_a_callback_changes_the_text(theirs: Any, ours: WuerstchenPipeline) -> N
             NEGATIVE,
         ],
     }
-    expected, found = (drawn(pipe, **options) for pipe in (theirs, ours))
-    assert float((found - expected).abs().max()) < TOLERANCE
-    assert float((found - drawn(ours)).abs().max()) > 20 * TOLERANCE
+    expected, actual = (generate(pipe, **options) for pipe in (theirs, ours))
+    assert float((actual - expected).abs().max()) < TOLERANCE
+    assert float((actual - generate(ours)).abs().max()) > 20 * TOLERANCE
 
 
-def test_the_arguments_are_diffusers_in_name_order_and_default(
+def test_arguments_have_diffusers_names_order_and_defaults(
     theirs: Any, ours: WuerstchenPipeline
 ) -> None:
     for their, our in (
@@ -226,7 +228,7 @@ def test_the_arguments_are_diffusers_in_name_order_and_default(
         (type(theirs.prior_pipe), PriorSampler),
         (type(theirs.decoder_pipe), DecoderSampler),
     ):
-        expected, found = (
+        expected, actual = (
             {
                 name: tuple(p.default) if isinstance(p.default, list) else p.default
                 for name, p in inspect.signature(cls.__call__).parameters.items()
@@ -234,7 +236,7 @@ def test_the_arguments_are_diffusers_in_name_order_and_default(
             }
             for cls in (their, our)
         )
-        assert list(found.items()) == list(expected.items())
+        assert list(actual.items()) == list(expected.items())
     assert pytest.approx(pipeline_wuerstchen_prior.DEFAULT_STAGE_C_TIMESTEPS) == (
         DEFAULT_STAGE_C_TIMESTEPS
     )
@@ -243,25 +245,28 @@ def test_the_arguments_are_diffusers_in_name_order_and_default(
 def test_the_combined_folder_is_read(theirs: Any, ours: WuerstchenPipeline, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "combined")
     combined = WuerstchenPipeline.from_pretrained(str(tmp_path / "combined"))
-    assert torch.equal(drawn(combined), drawn(ours))
+    assert torch.equal(generate(combined), generate(ours))
 
 
-def test_a_compiled_pipeline_draws_the_same(ours: WuerstchenPipeline, folder: Path) -> None:
+def test_a_compiled_pipeline_generates_the_same(ours: WuerstchenPipeline, folder: Path) -> None:
     compiled = WuerstchenPipeline.from_pretrained(
         str(folder / "wuerstchen"), prior=str(folder / "wuerstchen-prior")
     ).compile(backend="aot_eager")
-    assert float((drawn(compiled) - drawn(ours)).abs().max()) < TOLERANCE
+    assert float((generate(compiled) - generate(ours)).abs().max()) < TOLERANCE
 
 
 def test_diffusers_loads_every_part_that_we_write(
     theirs: Any, ours: WuerstchenPipeline, folder: Path, tmp_path: Path
 ) -> None:
     model = registry.read_model(str(folder / "wuerstchen"), prior=str(folder / "wuerstchen-prior"))
-    registry.write_model(model, tmp_path / "native", "native")  # and from there
+    registry.write_model(model, tmp_path / "native", "native")  # diffusers -> native -> diffusers
     registry.write_model(
-        registry.read_model(str(tmp_path / "native")), tmp_path / "there", "diffusers"
+        registry.read_model(str(tmp_path / "native")), tmp_path / "exported", "diffusers"
     )
-    decoder, prior = tmp_path / "there" / "wuerstchen", tmp_path / "there" / "wuerstchen-prior"
+    decoder, prior = (
+        tmp_path / "exported" / "wuerstchen",
+        tmp_path / "exported" / "wuerstchen-prior",
+    )
     loaded = WuerstchenCombinedPipeline(
         tokenizer=CLIPTokenizer.from_pretrained(decoder, subfolder="tokenizer"),
         text_encoder=CLIPTextModel.from_pretrained(decoder, subfolder="text_encoder"),
@@ -273,10 +278,10 @@ def test_diffusers_loads_every_part_that_we_write(
         prior_prior=WuerstchenPrior.from_pretrained(prior, subfolder="prior"),
         prior_scheduler=DDPMWuerstchenScheduler.from_pretrained(prior, subfolder="scheduler"),
     )
-    assert torch.equal(drawn(loaded), drawn(theirs))
+    assert torch.equal(generate(loaded), generate(theirs))
 
 
-def test_open_clips_vocabulary_is_written_as_transformers_reads_it(tmp_path: Path) -> None:
+def test_the_written_vocabulary_of_open_clip_is_read_by_transformers(tmp_path: Path) -> None:
     write_vocabulary(tmp_path)
     theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
     theirs.save_pretrained(tmp_path / "whole")  # as tokenizer.json
@@ -291,7 +296,7 @@ def test_open_clips_vocabulary_is_written_as_transformers_reads_it(tmp_path: Pat
 
 
 def test_random_text_is_tokenized_as_by_transformers(tmp_path: Path) -> None:
-    """Strings of what the two could read differently: spaces, cases, accents, special tokens."""
+    """Strings of pieces that are easily split differently: spaces, cases, special tokens."""
     write_vocabulary(tmp_path)
     theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
     pieces = [
@@ -333,42 +338,42 @@ def test_neither_diffusers_nor_transformers_is_needed(
     assert run.returncode == 0, run.stderr
 
 
-def test_ids_of_a_hub_are_downloaded_without_pickles(
+def test_hub_ids_are_downloaded_without_pickles(
     ours: WuerstchenPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def downloaded(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         assert not {"*.bin", "*.pt", "*", "*.pkl", "*.py"} & set(allow_patterns)
         return str(folder / name.removeprefix("warp-ai/"))
 
-    monkeypatch.setattr(registry, "snapshot_download", downloaded)
-    found = WuerstchenPipeline.from_pretrained(
+    monkeypatch.setattr(registry, "snapshot_download", snapshot_download)
+    pipe = WuerstchenPipeline.from_pretrained(
         "warp-ai/wuerstchen", prior="warp-ai/wuerstchen-prior"
     )
-    assert torch.equal(drawn(found), drawn(ours))
+    assert torch.equal(generate(pipe), generate(ours))
 
 
-def test_the_sample_command_draws_from_published_folders(
+def test_the_sample_command_generates_from_published_folders(
     ours: WuerstchenPipeline, folder: Path, tmp_path: Path, program: Callable[..., int]
 ) -> None:
     fast = ["sample.prior_steps=4", "sample.decoder_steps=3", "height=128", "width=128"]
-    where = [f"model={folder / 'wuerstchen'}", f"prior={folder / 'wuerstchen-prior'}"]
+    models = [f"model={folder / 'wuerstchen'}", f"prior={folder / 'wuerstchen-prior'}"]
     arguments = ["prompt=a red heart", "seed=3", "device=cpu", f"output_dir={tmp_path}"]
-    assert program("sample", *where, *fast, *arguments) == 0
+    assert program("sample", *models, *fast, *arguments) == 0
     (path,) = tmp_path.glob("*.png")
-    found = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1) / 255
-    expected = drawn(ours, generator=[rng(3)])[0]
-    assert float((found - expected).abs().max()) < 0.51 / 255
+    actual = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1) / 255
+    expected = generate(ours, generator=[rng(3)])[0]
+    assert float((actual - expected).abs().max()) < 0.51 / 255
 
 
-def test_a_seed_is_short_for_generators_in_each_part(ours: WuerstchenPipeline) -> None:
+def test_a_seed_replaces_generators_in_each_part(ours: WuerstchenPipeline) -> None:
     options: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
     by_seed, by_generator = (
-        ours.prior("frog", 128, 128, **options, num_images_per_prompt=2, **how)[0]
-        for how in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
+        ours.prior("frog", 128, 128, **options, num_images_per_prompt=2, **seeding)[0]
+        for seeding in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
     )
     assert torch.equal(by_seed, by_generator)
     images = [
-        ours.decoder(by_seed, "frog", output_type="pt", **options, **how).images
-        for how in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
+        ours.decoder(by_seed, "frog", output_type="pt", **options, **seeding).images
+        for seeding in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
     ]
     assert torch.equal(*images)

@@ -1,4 +1,4 @@
-"""What a callback can do while a sampler runs, and guidance where nothing can be guided."""
+"""Callbacks of a running sampler, and guidance of a network without conditioning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ STEPS = 4
 
 
 def randomize(net: torch.nn.Module) -> None:
-    """Heads start at zero, where conditioning changes nothing."""
+    """Replace the zero-initialized heads, with which conditioning has no effect."""
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(std=0.2)
@@ -46,7 +46,7 @@ Callback = Callable[[Any, int, Tensor, dict], dict]
 
 
 def test_a_callback_replaces_the_negative_prompt(sampler: PriorSampler) -> None:
-    """From the first step's end on, as if the whole run had that negative prompt from there."""
+    """It applies from the second step, like a replacement of both halves of the text states."""
     other = sampler.text_encoder(["a ship", "a ship"])
 
     def replace(_: Any, step: int, t: Tensor, tensors: dict) -> dict:
@@ -95,7 +95,7 @@ def test_a_callback_interrupts_the_run(sampler: PriorSampler, after: int) -> Non
     result = run(sampler, callback_on_step_end=stop)
     assert len(latents) == after + 1
     assert torch.equal(result, sampler.scaling.denormalize(latents[-1]))
-    assert not torch.equal(result, run(sampler))  # and the next run is whole again
+    assert not torch.equal(result, run(sampler))  # the next run is not interrupted
 
 
 def test_the_deprecated_callback_is_called_every_few_steps(sampler: PriorSampler) -> None:
@@ -107,8 +107,8 @@ def test_the_deprecated_callback_is_called_every_few_steps(sampler: PriorSampler
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_guidance_without_any_conditioning_in_the_network_is_no_guidance(rows: int) -> None:
-    """No attention and no injection: the two predictions are one, of any number of rows."""
+def test_guidance_has_no_effect_on_a_network_without_conditioning(rows: int) -> None:
+    """Without attention and injection, both predictions are the same, for any number of rows."""
     torch.manual_seed(0)
     net = DiffNeXt(
         widths=[16], num_blocks=[1], num_heads=[None], inject_semantic=[False], cond_dim=8,

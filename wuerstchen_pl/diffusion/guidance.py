@@ -1,4 +1,4 @@
-"""Classifier-free guidance, and two ways to keep a strong one from burning the image."""
+"""Classifier-free guidance, and two ways to keep large scales from oversaturating images."""
 
 import math
 from dataclasses import dataclass
@@ -16,29 +16,30 @@ class Guidance:
     """
 
     scale: float = 1.0
-    """Up to 1 there is no guidance, and nothing unconditional is asked for."""
+    """Values up to 1 turn guidance off, and no unconditional prediction is computed."""
     rescale: float = 0.0
-    """Share, in [0, 1], by which the prediction is brought back to the conditional one's standard
-    deviation (Lin et al. 2023, arXiv 2305.08891, Eq. 15 and 16)."""
+    """Factor in [0, 1] by which the guided prediction is rescaled toward the standard deviation of
+    the conditional one (Lin et al. 2023, arXiv 2305.08891, Eq. 15 and 16)."""
     interval: tuple[float, float] = (0.0, 1.0)
-    """Times [least, greatest] in which to guide (Kynkaanniemi et al. 2024, arXiv 2404.07724)."""
+    """Times [lowest, highest] at which to guide (Kynkaanniemi et al. 2024, arXiv 2404.07724)."""
 
     def __post_init__(self) -> None:
         if len(self.interval) != 2:
             raise ValueError(f"guidance_interval={self.interval} is not an interval; use two times")
-        least, greatest = self.interval
+        lowest, highest = self.interval
         if not math.isfinite(self.scale):
-            raise ValueError(f"guidance_scale={self.scale} is not a number; use 4, or 0 for none")
+            raise ValueError(f"guidance_scale={self.scale} is not finite; use 4, or 0 for none")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale} is out of range; use 0 to 1")
-        if not 0 <= least < greatest <= 1:
+        if not 0 <= lowest < highest <= 1:
             raise ValueError(
-                f"guidance_interval=({least}, {greatest}) is empty; use two rising times in [0, 1]"
+                f"guidance_interval=({lowest}, {highest}) is empty; use two increasing times in "
+                "[0, 1]"
             )
 
     @property
     def on(self) -> bool:
-        """Whether anything unconditional is asked for at all."""
+        """Whether any step needs an unconditional prediction."""
         return self.scale > 1
 
     def at(self, t: float) -> bool:

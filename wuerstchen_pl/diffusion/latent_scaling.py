@@ -1,4 +1,4 @@
-"""The scale in which Stage C works."""
+"""Scaling between the compressor's latents and Stage C's."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LatentScaling:
-    """Stage C's latents are (s + shift) / scale of the compressor's s.
+    """Stage C's latents are (s + shift) / scale, with s from the compressor.
 
-    v2's published prior: shift 1, scale 42. The paper's and v1's: the compressor's own scale.
+    The published v2 prior uses shift 1 and scale 42; the paper and v1 do not rescale.
     """
 
     shift: float = 0.0

@@ -1,4 +1,4 @@
-"""The training objective of Stages B and C: weighted mean squared error of the noise."""
+"""The training objective of Stages B and C: weighted mean squared error of the predicted noise."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ P2Form = Literal["paper", "code", "none"]
 
 
 def p2_weight(schedule: CosineSchedule, t: Tensor, form: P2Form) -> Tensor:
-    """The weight of a time in the loss (Choi et al. 2022, arXiv 2204.00227).
+    """Weight of each time in the loss (Choi et al. 2022, arXiv 2204.00227).
 
     Args:
         schedule: the noise process.
@@ -23,7 +23,7 @@ def p2_weight(schedule: CosineSchedule, t: Tensor, form: P2Form) -> Tensor:
         (B,) float32.
 
     Raises:
-        ValueError: for another form.
+        ValueError: if ``form`` is unknown.
     """
     alpha_bar = schedule.alpha_bar(t)
     match form:
@@ -33,7 +33,7 @@ def p2_weight(schedule: CosineSchedule, t: Tensor, form: P2Form) -> Tensor:
             return (1 - alpha_bar) / (1 + alpha_bar)
         case "none":
             return alpha_bar.new_ones(alpha_bar.shape)
-    raise ValueError(f"p2={form!r} is not a form of the weight; use 'paper', 'code' or 'none'")
+    raise ValueError(f"p2={form!r} is unknown; use 'paper', 'code' or 'none'")
 
 
 def noise_error(pred: Tensor, noise: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The noise process of Stages B and C: a cosine schedule in continuous time.
 
-t in [0, 1] is (B,) float32, whatever the precision of the networks; 0 is data, 1 is noise.
+t in [0, 1] is (B,) float32 in any precision of the networks; 0 is data, 1 is noise.
 """
 
 import math
@@ -30,18 +30,18 @@ class CosineSchedule:
         return (f / start).clamp(self.min_alpha_bar, self.max_alpha_bar)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Draw x_t ~ q(x_t | x_0) (Ho et al. 2020, arXiv 2006.11239, Eq. 4).
+        """Sample x_t ~ q(x_t | x_0) (Ho et al. 2020, arXiv 2006.11239, Eq. 4).
 
         Args:
             x0: (B, ...) clean latents of about unit variance.
             t: (B,) time in [0, 1].
-            noise: as ``x0``, standard normal; passed in, so that it can be fixed.
+            noise: standard normal, of the shape of ``x0``; an argument, so that it can be fixed.
         """
         alpha_bar = expand_like(self.alpha_bar(t), x0)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
     def predict_x0(self, xt: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The x_0 from which ``noise`` leads to ``xt``; the inverse of ``add_noise``."""
+        """The x_0 that ``noise`` turns into ``xt``; the inverse of ``add_noise``."""
         alpha_bar = expand_like(self.alpha_bar(t), xt)
         return (xt - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
 
@@ -49,11 +49,11 @@ class CosineSchedule:
 def sample_timesteps(uniform: Tensor) -> Tensor:
     """(B,) in [0, 1) -> (B,) training times, clamp(1.08 (1 - u) + 0.001, 0.001, 1).
 
-    The published code's draw: 7.3 % of the times are exactly 1.
+    As in the published code; 7.3 % of the times are exactly 1.
     """
     return (1.08 * (1 - uniform.float()) + 0.001).clamp(0.001, 1.0)
 
 
 def expand_like(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, ...), to multiply ``like``."""
+    """(B,) -> (B, 1, 1, ...), to broadcast to ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))

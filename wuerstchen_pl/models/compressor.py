@@ -1,7 +1,7 @@
-"""The Semantic Compressor: images -> the semantic latents in which Stage C works.
+"""The Semantic Compressor: images -> the semantic latents that Stage C models.
 
-Wuerstchen (arXiv 2306.00637), section 3.2: features of an image at 0.75 of its size, mapped to 16
-channels by a 1x1 convolution and normalized. It is trained together with Stage B.
+Wuerstchen (arXiv 2306.00637), section 3.2: features of an image resized by 0.75, mapped to 16
+channels by a 1x1 convolution and normalized. It is trained jointly with Stage B.
 """
 
 import math
@@ -22,9 +22,9 @@ class SemanticCompressor(nn.Module):
     """Resize, normalize, backbone, 1x1 convolution, batch norm.
 
     Args:
-        backbone: image features; has ``channels`` and ``stride``.
+        backbone: feature extractor with attributes ``channels`` and ``stride``.
         latent_channels: channels of the semantic latents, 16 as published.
-        resize: factor by which images are resized first; 1024 px are seen at 768.
+        resize: factor by which images are resized first (1024 px become 768 px).
     """
 
     mean: Tensor
@@ -40,7 +40,7 @@ class SemanticCompressor(nn.Module):
         self.resize = resize
         self.mapper = nn.Conv2d(backbone.channels, latent_channels, 1, bias=False)
         self.norm = SyncBatchNorm2d(latent_channels)
-        # on the CPU: a network that is built on the meta device gets them from no file
+        # on the CPU even under a meta-device context: no checkpoint restores these buffers
         mean, std = (torch.tensor(v, device="cpu") for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("mean", mean[:, None, None], persistent=False)
         self.register_buffer("std", std[:, None, None], persistent=False)
@@ -51,11 +51,11 @@ class SemanticCompressor(nn.Module):
         return self.backbone.stride / self.resize
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The size at which an image of (height, width) pixels is seen."""
+        """Size in pixels of an image of (height, width) pixels after resizing."""
         return round(height * self.resize), round(width * self.resize)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Semantic positions (h, w) of an image: 24 x 24 for 1024 px as published."""
+        """Size (h, w) of an image's semantic latents: 24 x 24 for 1024 px as published."""
         h, w = self.resized(height, width)
         return math.ceil(h / self.backbone.stride), math.ceil(w / self.backbone.stride)
 
@@ -73,8 +73,8 @@ class EfficientNet(nn.Module):
 
     Args:
         size: ``s`` (v2) or ``l`` (v1).
-        weights: ``imagenet`` takes torchvision's (downloaded once); a path reads a state dict of
-            torchvision's whole classifier; None starts from random weights.
+        weights: ``imagenet`` for torchvision's weights (downloaded once), a path of a state dict of
+            torchvision's whole classifier, or None for random weights.
     """
 
     channels, stride = 1280, 32
@@ -93,10 +93,10 @@ class EfficientNet(nn.Module):
 
 
 class ConvBackbone(nn.Module):
-    """A small stack of stride-2 convolutions, for images of 64 px and laptops.
+    """A small stack of stride-2 convolutions, for 64 px images and laptops.
 
     Args:
-        width: channels after the first convolution; doubled by each further one.
+        width: channels after the first convolution; doubled by each subsequent one.
         depth: number of convolutions; the stride is 2 ** depth.
     """
 

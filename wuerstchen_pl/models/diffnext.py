@@ -1,7 +1,7 @@
 """Stage B's denoiser: noised Stage A latents and semantic latents -> the noise in the former.
 
 Wuerstchen (arXiv 2306.00637), section 3.2; published as ``DiffNeXt`` in dome272/Wuerstchen (MIT).
-A U-shaped net: each level adds the semantic latents, brought to its resolution, to every block.
+A U-Net: each level resizes the semantic latents to its resolution and feeds them to every block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,9 +38,14 @@ class UNetLevel(nn.Module):
 
     Args:
         channels: C of this level.
-        num_blocks: blocks in it; ``num_heads`` None leaves attention out.
-        semantic_dim: channels of the mapped semantic latents, or None: this level ignores them.
-        skip_dim: channels that the first block takes from the other side of the U.
+        num_blocks: number of blocks.
+        num_heads: attention heads; None for no attention.
+        semantic_channels: channels of the semantic latents.
+        semantic_dim: channels of the mapped semantic latents; None if the level ignores them.
+        skip_dim: channels that the first block gets from the other side of the U.
+        time_dim: channels of the time embedding.
+        text_dim: D of the mapped text states; None without text.
+        dropout: probability in blocks and attention.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class UNetLevel(nn.Module):
     def inputs(
         self, time: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
     ) -> list[BlockInputs]:
-        """What each block reads; the semantic latents are brought to ``size``, the level's."""
+        """Inputs of each block; the semantic latents are resized to ``size``, the level's."""
         mapped = None
         if self.semantic_mapper is not None and semantic is not None:
             resized = match_size(semantic, size).to(self.semantic_mapper.weight.dtype)
@@ -86,12 +91,12 @@ class UNetLevel(nn.Module):
     def forward(
         self,
         x: Tensor,
-        given: Iterator[BlockInputs | CachedConditioning],
+        conditioning: Iterator[BlockInputs | CachedConditioning],
         skip: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W); ``skip`` (B, skip_dim, H, W) enters the first block."""
         for j, block in enumerate(self.blocks):
-            x = block(x, next(given), skip if j == 0 else None)
+            x = block(x, next(conditioning), skip if j == 0 else None)
         return x
 
 
@@ -101,15 +106,15 @@ class DiffNeXt(nn.Module):
     Args:
         latent_channels: channels of Stage A's latents.
         semantic_channels: channels of the semantic latents.
-        patch_size: latents are folded by it first.
+        patch_size: pixel-unshuffle factor, applied to the latents first.
         widths: channels per level, finest first.
         num_blocks: blocks per level, on the way down.
-        num_up_blocks: the same on the way up, finest first too; None takes as many.
+        num_up_blocks: blocks per level on the way up, finest first; None for ``num_blocks``.
         num_heads: attention heads per level; None for a level without attention.
-        inject_semantic: per level, whether its blocks see the semantic latents.
+        inject_semantic: per level, whether its blocks get the semantic latents.
         cond_dim: channels of the mapped semantic latents and text.
-        text_dim: D of the text states, or None: a Stage B without text (the paper found that text
-            adds nothing to it, section 3.2).
+        text_dim: D of the text states, or None for a Stage B without text (the paper found that
+            text does not improve it, section 3.2).
         time_dim: channels of the time embedding.
         dropout: probability in blocks and attention.
 
@@ -183,7 +188,7 @@ class DiffNeXt(nn.Module):
         nn.init.zeros_(self.head.weight)
         for level in (*self.down, *self.up):
             if level.semantic_mapper is not None:
-                # unit variance; at the published 0.02 the network starts to use the latents late
+                # unit variance; with the published 0.02 the network learns late to use the latents
                 channels = level.semantic_mapper.in_channels
                 nn.init.normal_(level.semantic_mapper.weight, std=channels**-0.5)
             for block in level.blocks:
@@ -191,18 +196,18 @@ class DiffNeXt(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of the latents must be multiples of it."""
+        """Height and width of the latents must be multiples of this."""
         return self.patch_size * 2 ** len(self.downsample)
 
     def inputs(
         self, t: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
     ) -> list[BlockInputs]:
-        """What each block reads, from the first level down to the last one up.
+        """Inputs of each block, in the order of the forward pass.
 
         Args:
             t: (B,) or (T,) times in [0, 1].
-            semantic: (B, S, h, w) semantic latents of any resolution; None if no level sees them.
-            text: (B, L, D) text states, or none.
+            semantic: (B, S, h, w) semantic latents of any resolution; None if no level uses them.
+            text: (B, L, D) text states, or None.
             size: (H, W) of the noised latents.
         """
         time = time_embedding(t, self.time_dim)
@@ -210,35 +215,36 @@ class DiffNeXt(nn.Module):
             text = self.text_mapper(text.to(self.text_mapper.weight.dtype))
             text = F.layer_norm(text, (self.cond_dim,), eps=1e-6)
         folds = [self.patch_size * 2**i for i in range(len(self.down))]
-        found: list[BlockInputs] = []
+        block_inputs: list[BlockInputs] = []
         for level, fold in zip([*self.down, *self.up], [*folds, *reversed(folds)], strict=True):
-            found += level.inputs(time, semantic, text, (size[0] // fold, size[1] // fold))
-        return found
+            resolution = (size[0] // fold, size[1] // fold)
+            block_inputs += level.inputs(time, semantic, text, resolution)
+        return block_inputs
 
     def cache_conditioning(
         self, times: Tensor, semantic: Tensor | None, text: Tensor | None, size: tuple[int, int]
     ) -> list[CachedConditioning]:
-        """What each block needs of (T,) times to come and the rest, see ``inputs``."""
+        """Every block's cached conditioning at (T,) upcoming times; see ``inputs``."""
         blocks = [block for level in (*self.down, *self.up) for block in level.blocks]
         return cache_conditioning(blocks, self.inputs(times, semantic, text, size))
 
     def heads(
-        self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
+        self, xt: Tensor, conditioning: Sequence[BlockInputs | CachedConditioning]
     ) -> tuple[Tensor, Tensor]:
-        """The two heads a and b, (B, C, H, W) float32 each; arguments see ``step``."""
+        """The two heads a and b, (B, C, H, W) float32 each; see ``predict_noise``."""
         x = F.pixel_unshuffle(xt.to(self.stem.weight.dtype), self.patch_size)
         x = self.stem_norm(self.stem(x.contiguous(memory_format=torch.channels_last)))
 
-        rest = iter(given)  # a level takes as many as it has blocks
+        remaining = iter(conditioning)  # a level consumes one per block
         skips: list[Tensor | None] = []
         for i, level in enumerate(self.down):
-            x = level(x, rest)
+            x = level(x, remaining)
             if i < len(self.downsample):
                 skips.append(x)
                 x = self.downsample[i](x)
-        skips.append(None)  # the coarsest level goes straight up
+        skips.append(None)  # the coarsest level has no skip
         for i, level in enumerate(self.up):
-            x = level(x, rest, skips.pop())
+            x = level(x, remaining, skips.pop())
             if i < len(self.upsample):
                 x = self.upsample[i](x)
 
@@ -247,13 +253,13 @@ class DiffNeXt(nn.Module):
         return a, b.sigmoid() * (1 - 2e-3) + 1e-3
 
     def predict_noise(
-        self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
+        self, xt: Tensor, conditioning: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, H, W) noised latents, each block's inputs or conditioning -> the noise, float32.
+        """(B, C, H, W) noised latents, raw or cached conditioning per block -> the noise, float32.
 
-        Conditions of k B rows give k predictions of each, (k B, C, H, W).
+        Conditions of k B rows give k predictions per sample, (k B, C, H, W).
         """
-        a, b = self.heads(xt, given)
+        a, b = self.heads(xt, conditioning)
         return (tile_batch(xt.float(), a) - a) / b
 
     def forward(
@@ -265,7 +271,7 @@ class DiffNeXt(nn.Module):
             xt: (B, C, H, W) noised Stage A latents.
             t: (B,) time in [0, 1], float32.
             semantic: (B, S, h, w) semantic latents of any resolution.
-            text: (B, L, D) text states; only where the net was built with ``text_dim``.
+            text: (B, L, D) text states; only if the network was built with ``text_dim``.
 
         Returns:
             (B, C, H, W) float32.

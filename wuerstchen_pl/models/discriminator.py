@@ -1,7 +1,7 @@
 """Stage A's discriminator: a PatchGAN with spectral norm.
 
-Published as ``Discriminator`` in dome272/Wuerstchen (MIT). Here ``logits`` are before the sigmoid,
-so that the loss can take the logarithm safely.
+Published as ``Discriminator`` in dome272/Wuerstchen (MIT). ``logits`` are taken before the sigmoid,
+so that the loss can compute the logarithm safely.
 """
 
 from itertools import pairwise
@@ -11,11 +11,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class Discriminator(nn.Module):
-    """Real or reconstructed, patch by patch.
+    """Classifies each patch of an image as real or reconstructed.
 
     Args:
-        width: channels of the last layers; earlier ones are halved going back.
-        depth: number of stride-2 convolutions; a patch is 2 ** depth pixels apart.
+        width: channels of the last layers; halved at each earlier one.
+        depth: number of stride-2 convolutions; patches are 2 ** depth pixels apart.
     """
 
     def __init__(self, *, width: int = 512, depth: int = 6) -> None:
@@ -34,7 +34,7 @@ class Discriminator(nn.Module):
         return self.head(self.encoder(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """As ``logits``, as the probability of a real patch in [0, 1]."""
+        """Probability in [0, 1] that each patch is real, of the shape of ``logits``."""
         return self.logits(images).sigmoid()
 
 

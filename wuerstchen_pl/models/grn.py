@@ -1,7 +1,7 @@
-"""GELU and ConvNeXt V2's global response norm in one, which keeps only its input for backward.
+"""Fused GELU and ConvNeXt V2 global response norm, which saves only its input for backward.
 
-Between its two linear layers a block is four times as wide as outside; this spares one of the
-tensors of that width that training would keep.
+Between its two linear layers, a block is four times as wide as outside; in training, the fusion
+saves memory by not keeping activations of that width other than the input.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 
 class GeluGRN(nn.Module):
-    """y = x (1 + gamma N(x)) + beta of x = GELU(u), with N(x) = |x|_HW / mean_C |x|_HW.
+    """y = x (1 + gamma N(x)) + beta with x = GELU(u) and N(x) = |x|_HW / mean_C |x|_HW.
 
     ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808), Eq. 1-3.
     """
@@ -43,28 +43,28 @@ class _GeluGRNFunction(torch.autograd.Function):
         x = F.gelu(u)
         mean = norm.mean(dim=-1, keepdim=True) + EPS
         response = norm / mean
-        along = (grad * x).sum(dim=(1, 2), keepdim=True, dtype=norm.dtype)
-        to_response = along * gamma
-        shared = (to_response * norm).mean(dim=-1, keepdim=True) / mean.square()
-        to_norm = to_response / mean - shared
+        grad_dot_x = (grad * x).sum(dim=(1, 2), keepdim=True, dtype=norm.dtype)
+        grad_response = grad_dot_x * gamma
+        mean_term = (grad_response * norm).mean(dim=-1, keepdim=True) / mean.square()
+        grad_norm = grad_response / mean - mean_term
         grad_x = torch.addcmul(
-            grad * (1 + gamma * response).to(grad.dtype), x, (to_norm / norm).to(grad.dtype)
+            grad * (1 + gamma * response).to(grad.dtype), x, (grad_norm / norm).to(grad.dtype)
         )
         grad_u = torch.ops.aten.gelu_backward(grad_x, u)
         grad_beta = grad.sum(dim=(0, 1, 2), dtype=norm.dtype).to(gamma.dtype)
-        return grad_u, (along * response).sum(dim=(0, 1, 2)).to(gamma.dtype), grad_beta
+        return grad_u, (grad_dot_x * response).sum(dim=(0, 1, 2)).to(gamma.dtype), grad_beta
 
 
 EPS = 1e-6
 
 
 def _norm_and_scale(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """|x|_HW (B, 1, 1, C) in float32 or more, and 1 + gamma N(x) in the type of x."""
-    # Summed in float32, where bfloat16 would lose the small ones; squared in it as well where
-    # float16 would overflow from 256 on. The inner epsilon keeps the root's gradient finite where
-    # a channel is all zero.
+    """|x|_HW (B, 1, 1, C) in float32 or more, and 1 + gamma N(x) in the dtype of x."""
+    # Squares are summed in float32, as bfloat16 would lose small ones. Squares of float16 are also
+    # computed in float32, as they would overflow from 256 on. The inner epsilon keeps the gradient
+    # of the square root finite for a channel of zeros.
     squares = (x.float() if x.dtype == torch.float16 else x).square()
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = (squares.sum(dim=(1, 2), keepdim=True, dtype=wide) + 1e-12).sqrt()
+    sum_dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = (squares.sum(dim=(1, 2), keepdim=True, dtype=sum_dtype) + 1e-12).sqrt()
     response = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
     return norm, (1 + gamma * response).to(x.dtype)

@@ -1,12 +1,12 @@
 """Blocks shared by the denoisers of Stage B and Stage C.
 
-Re-implementation of the published networks (dome272/Wuerstchen, MIT license), which are made of
+Re-implementation of the published networks (dome272/Wuerstchen, MIT license), which consist of
 ConvNeXt V2 blocks (Woo et al. 2023, arXiv 2301.00808), scale-and-shift time conditioning and
-attention to the pixels and the condition at once. Differences, all of layout and none of value:
-tensors stay channels-last inside a network, the three projections of attention are one product,
-and the response norm is one scale and shift.
+joint attention to the pixels and the condition. They differ in layout, not in values: tensors stay
+channels-last inside a network, the three projections of attention are one matrix product, and the
+response norm is one scale and shift.
 
-Letters: B batch, C channels, H and W height and width, L tokens, D width of the condition.
+Dimensions: B batch, C channels, H and W height and width, L tokens, D width of the condition.
 """
 
 import math
@@ -29,7 +29,7 @@ def time_embedding(t: Tensor, dim: int, max_positions: int = 10_000) -> Tensor:
     Args:
         t: (B,) diffusion time in [0, 1].
         dim: even number of channels; the first half are sines, the second cosines.
-        max_positions: the longest period, and the factor that spreads [0, 1] over it.
+        max_positions: factor of ``t``, and ratio of the highest to the lowest frequency.
 
     Returns:
         (B, dim) float32.
@@ -42,7 +42,7 @@ def time_embedding(t: Tensor, dim: int, max_positions: int = 10_000) -> Tensor:
 
 
 def xavier_init(module: nn.Module) -> None:
-    """Xavier weights and zero biases for one linear or convolution layer; for ``apply``."""
+    """Xavier weights and zero bias for a linear or convolution layer; for ``Module.apply``."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -50,7 +50,7 @@ def xavier_init(module: nn.Module) -> None:
 
 
 class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of (B, C, H, W), without learned scale."""
+    """Layer norm over the channels of (B, C, H, W), without learned parameters."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class LayerNorm2d(nn.Module):
 
 
 def downsamplers(widths: Sequence[int]) -> nn.ModuleList:
-    """From each width, finest first, to the next: half the resolution."""
+    """Layers from each width (finest first) to the next, at half the resolution."""
     return nn.ModuleList(
         nn.Sequential(LayerNorm2d(fine), nn.Conv2d(fine, coarse, 2, stride=2))
         for fine, coarse in pairwise(widths)
@@ -71,7 +71,7 @@ def downsamplers(widths: Sequence[int]) -> nn.ModuleList:
 
 
 def upsamplers(widths: Sequence[int]) -> nn.ModuleList:
-    """From each width, coarsest first, to the one before: twice the resolution."""
+    """Layers from each width, in reverse order, to the one before, at twice the resolution."""
     return nn.ModuleList(
         nn.Sequential(LayerNorm2d(coarse), nn.ConvTranspose2d(coarse, fine, 2, stride=2))
         for coarse, fine in pairwise(reversed(widths))
@@ -83,8 +83,8 @@ class ResBlock(nn.Module):
 
     Args:
         channels: C.
-        skip_channels: channels that are appended before the MLP (0 for none).
-        semantic_channels: channels of semantic latents, appended behind those (0 for none).
+        skip_channels: channels concatenated before the MLP (0 for none).
+        semantic_channels: channels of semantic latents, concatenated after those (0 for none).
         dropout: probability inside the MLP.
     """
 
@@ -106,7 +106,7 @@ class ResBlock(nn.Module):
         self.project = nn.Linear(channels * 4, channels)
 
     def semantic_proj(self, semantic: Tensor) -> Tensor:
-        """(B, semantic_channels, H, W) -> (B, H, W, 4C): W [x; e] + b is W_x x + (W_e e + b)."""
+        """Term W_e e + b of W [x; e] + b: (B, semantic_channels, H, W) -> (B, H, W, 4C)."""
         weight = self.expand.weight[:, self.main_channels :]
         return F.linear(semantic.permute(0, 2, 3, 1), weight, self.expand.bias)
 
@@ -137,19 +137,19 @@ class TimestepBlock(nn.Module):
         self.mapper = nn.Linear(time_dim, channels * 2)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """(B, C, H, W) and what ``mapper`` makes of the time, (B or 1, 2C) -> (B, C, H, W)."""
+        """(B, C, H, W) and ``mapper`` of the time embedding, (B or 1, 2C) -> (B, C, H, W)."""
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
         return torch.addcmul(shift, x, 1 + scale)
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys are the queries' own tokens followed by the condition's."""
+    """Multi-head attention of tokens to themselves and to the tokens of a condition."""
 
     def __init__(self, channels: int, num_heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         if num_heads < 1 or channels % num_heads:
             raise ValueError(
-                f"num_heads={num_heads} does not divide the width {channels}; give a divisor of it"
+                f"num_heads={num_heads} does not divide the width {channels}; use a divisor"
             )
         self.num_heads = num_heads
         self.dropout = dropout
@@ -164,7 +164,7 @@ class Attention(nn.Module):
         return self._heads(keys), self._heads(values)
 
     def forward(self, x: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
-        """(B, N, C) tokens, and the condition's keys and values, or none -> (B, N, C)."""
+        """(B, N, C) tokens, and the condition's keys and values or None -> (B, N, C)."""
         q, k, v = (self._heads(h) for h in self.qkv(x).split(x.shape[-1], dim=-1))
         if keys is not None and values is not None:
             k, v = torch.cat([k, keys.to(k)], dim=2), torch.cat([v, values.to(v)], dim=2)
@@ -177,8 +177,8 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if q.device.type != "cpu":
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        # Backward in bfloat16 took 27 ms, in float32 4 ms, at the tiny preset's shapes on a Zen 4
-        # CPU (64 x 6 heads x 36 queries); at 576 queries both took 44 ms.
+        # Backward on a Zen 4 CPU took 27 ms in bfloat16 and 4 ms in float32 at the tiny preset's
+        # shapes (64 x 6 heads x 36 queries); at 576 queries both took 44 ms.
         with torch.autocast("cpu", enabled=False):
             attended = F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), dropout_p=dropout
@@ -198,23 +198,23 @@ class AttentionBlock(nn.Module):
         self.cond_mapper = nn.Linear(cond_dim, channels) if cond_dim is not None else None
 
     def project_kv(self, cond: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """(B, L, cond_dim) -> the condition's keys and values, or none of a block without."""
+        """(B, L, cond_dim) -> keys and values of the condition; (None, None) without one."""
         if cond is None or self.cond_mapper is None:
             return None, None
         return self.attention.project_kv(self.cond_mapper(F.silu(cond)))
 
     def forward(self, x: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
-        """(B, C, H, W), and the condition's keys and values, or none -> (B, C, H, W)."""
+        """(B, C, H, W), and the condition's keys and values or None -> (B, C, H, W)."""
         tokens = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
         h = self.attention(tokens, keys, values).unflatten(1, x.shape[-2:])
         return x + h.permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
-    """One step of a denoiser: residual block, time, and attention if ``num_heads`` is given.
+    """Residual block, time conditioning, and attention if ``num_heads`` is set.
 
-    It is the unit of activation checkpointing and of sharding: in training, its forward pass is
-    all that touches its weights.
+    It is the unit of activation checkpointing and of sharding: in training, only its forward pass
+    uses its weights.
     """
 
     def __init__(
@@ -241,26 +241,31 @@ class Block(nn.Module):
         )
 
     def cache_conditioning(self, inputs: BlockInputs) -> CachedConditioning:
-        """What the block needs of its inputs, whatever the latents are."""
+        """Compute everything in the block that does not depend on the latents."""
         keys, values = self.attn.project_kv(inputs.cond) if self.attn else (None, None)
         semantic_proj = None if inputs.semantic is None else self.res.semantic_proj(inputs.semantic)
         modulation = self.time.mapper(inputs.time.to(self.time.mapper.weight.dtype))
         return CachedConditioning(modulation, keys, values, semantic_proj)
 
     def forward(
-        self, x: Tensor, given: BlockInputs | CachedConditioning, skip: Tensor | None = None
+        self,
+        x: Tensor,
+        conditioning: BlockInputs | CachedConditioning,
+        skip: Tensor | None = None,
     ) -> Tensor:
-        """(B, C, H, W), the inputs or their conditioning -> (B, C, H, W)."""
-        conditioning = (
-            given if isinstance(given, CachedConditioning) else self.cache_conditioning(given)
+        """(B, C, H, W), and raw or cached conditioning -> (B, C, H, W)."""
+        cached = (
+            conditioning
+            if isinstance(conditioning, CachedConditioning)
+            else self.cache_conditioning(conditioning)
         )
-        x = self.time(self.res(x, skip, conditioning.semantic_proj), conditioning.modulation)
+        x = self.time(self.res(x, skip, cached.semantic_proj), cached.modulation)
         if self.attn is None:
             return x
-        return self.attn(tile_batch(x, conditioning.keys), conditioning.keys, conditioning.values)
+        return self.attn(tile_batch(x, cached.keys), cached.keys, cached.values)
 
     def scale_residual(self, depth: int) -> None:
-        """Start ``depth`` residual blocks at a total variance of one, and time without effect."""
+        """Initialize so that ``depth`` blocks add a variance of one and time has no effect."""
         with torch.no_grad():
             self.res.project.weight.mul_(math.sqrt(1 / depth))
         nn.init.zeros_(self.time.mapper.weight)

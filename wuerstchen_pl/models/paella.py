@@ -2,10 +2,10 @@
 
 Wuerstchen, first version (arXiv 2306.00637v1), whose Stage B is a Paella (Rampas et al. 2022, arXiv
 2211.07292): it classifies tokens. Published as ``Paella`` in dome272/Wuerstchen (MIT).
-Against version 2 (``diffnext.py``): semantic latents are condition tokens beside the text, without
-position, read by attention alone; and a skip enters before the depthwise convolution, not after.
+Unlike in version 2 (``diffnext.py``), semantic latents are condition tokens like the text, without
+positions, used by attention only; and a skip enters before the depthwise convolution, not after.
 
-Letters: B batch, C channels, H and W height and width, K codebook entries, L condition tokens.
+Dimensions: B batch, C channels, H and W height and width, K codebook entries, L condition tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,15 +28,15 @@ from wuerstchen_pl.models.layers import (
 
 
 class PaellaResBlock(nn.Module):
-    """ConvNeXt V2 block, where a skip enters the depthwise convolution.
+    """ConvNeXt V2 block whose depthwise convolution also reads a skip.
 
-    Its C groups then read two channels each of [x, skip]: half of them ``x`` alone, half the skip.
+    Its C groups then read two channels each of [x, skip]: half of them of ``x``, half of the skip.
     """
 
     def __init__(self, channels: int, *, skip_channels: int, dropout: float) -> None:
         super().__init__()
-        seen = channels + skip_channels
-        self.depthwise = nn.Conv2d(seen, channels, 3, padding=1, groups=channels)
+        in_channels = channels + skip_channels
+        self.depthwise = nn.Conv2d(in_channels, channels, 3, padding=1, groups=channels)
         self.norm = LayerNorm2d(channels)
         self.expand = nn.Linear(channels, channels * 4)
         self.grn = GeluGRN(channels * 4)
@@ -45,13 +45,13 @@ class PaellaResBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """(B, C, H, W) and (B, skip_channels, H, W) -> (B, C, H, W)."""
-        seen = x if skip is None else torch.cat([x, skip], dim=1)
-        h = self.expand(self.norm(self.depthwise(seen)).permute(0, 2, 3, 1))
+        inputs = x if skip is None else torch.cat([x, skip], dim=1)
+        h = self.expand(self.norm(self.depthwise(inputs)).permute(0, 2, 3, 1))
         return x + self.project(self.dropout(self.grn(h))).permute(0, 3, 1, 2)
 
 
 class PaellaBlock(nn.Module):
-    """Residual block, time, and attention where the level has heads."""
+    """Residual block, time conditioning, and attention if the level has heads."""
 
     def __init__(
         self, res: PaellaResBlock, time: TimestepBlock, attn: AttentionBlock | None
@@ -73,7 +73,7 @@ class PaellaLevel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor, skip: Tensor | None) -> Tensor:
-        """As ``Block``; ``skip`` enters the first one."""
+        """As in ``PaellaBlock``; ``skip`` enters the first block."""
         for j, block in enumerate(self.blocks):
             x = block(x, time, cond, skip if j == 0 else None)
         return x
@@ -86,10 +86,10 @@ class Paella(nn.Module):
         codebook_size: K, entries of Stage A's codebook.
         token_dim: channels of an embedded token, on the way in and before the classifier.
         semantic_channels: channels of the semantic latents.
-        patch_size: embedded tokens are folded by it first.
+        patch_size: pixel-unshuffle factor, applied to the embedded tokens first.
         widths: channels per level, finest first.
         num_blocks: blocks per level, on each side of the U.
-        num_heads: attention heads per level; None for a level without, which hears no condition.
+        num_heads: attention heads per level; None for a level without; it ignores the conditions.
         cond_dim: channels of a condition token.
         text_dim: D of the text states, or None: a Stage B without text.
         time_dim: channels of the time embedding, even.
@@ -135,7 +135,7 @@ class Paella(nn.Module):
             skips = (skip_channels if j == 0 else 0 for j in range(num_blocks[i]))
             return PaellaLevel(block(widths[i], num_heads[i], c) for c in skips)
 
-        skips = [*widths[:-1], 0]  # the coarsest level goes straight up
+        skips = [*widths[:-1], 0]  # the coarsest level has no skip
         self.down = nn.ModuleList(level(i, 0) for i in range(len(widths)))
         self.up = nn.ModuleList(level(i, skips[i]) for i in reversed(range(len(widths))))
         self.downsample = downsamplers(widths)
@@ -147,7 +147,7 @@ class Paella(nn.Module):
         self._init_weights(sum(num_blocks))
 
     def _init_weights(self, depth: int) -> None:
-        """All tokens equally likely; the classifier starts as the embedding, and is then free."""
+        """Make all tokens equally likely, and the classifier a copy of the embedding."""
         self.apply(xavier_init)
         for mapper in filter(None, (self.semantic_mapper, self.text_mapper)):
             nn.init.normal_(mapper.weight, std=0.02)
@@ -162,11 +162,11 @@ class Paella(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of the tokens must be multiples of it."""
+        """Height and width of the tokens must be multiples of this."""
         return self.patch_size * 2 ** len(self.downsample)
 
     def cache_conditioning(self, semantic: Tensor, text: Tensor | None = None) -> Tensor:
-        """Both conditions, as in ``forward`` -> a set of (B, h * w + L, cond_dim) tokens."""
+        """Both conditions, as in ``forward`` -> (B, h * w + L, cond_dim) tokens."""
         dtype = self.semantic_mapper.weight.dtype
         cond = self.semantic_mapper(semantic.to(dtype).flatten(2).transpose(1, 2))
         if self.text_mapper is not None and text is not None:
@@ -174,7 +174,7 @@ class Paella(nn.Module):
         return F.layer_norm(cond, (self.cond_dim,), eps=LAYER_NORM_EPS)
 
     def predict_logits(self, tokens: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """Tokens and time as in ``forward``, and the conditioning of the conditions -> logits."""
+        """Tokens and time as in ``forward``, and the cached conditioning -> logits."""
         time = time_embedding(t, self.time_dim).to(self.stem.weight.dtype)
         x = self.token_norm(self.token_embedding(tokens).permute(0, 3, 1, 2))
         x = F.pixel_unshuffle(x, self.patch_size).contiguous(memory_format=torch.channels_last)
@@ -184,7 +184,7 @@ class Paella(nn.Module):
         for i, level in enumerate(self.down):
             x = level(self.downsample[i - 1](x) if i else x, time, cond, None)
             skips.append(x)
-        skips[-1] = None  # the coarsest level's is ``x`` itself
+        skips[-1] = None  # the coarsest level's output is ``x`` itself
         for i, level in enumerate(self.up):
             x = level(self.upsample[i - 1](x) if i else x, time, cond, skips.pop())
 
@@ -200,9 +200,9 @@ class Paella(nn.Module):
             tokens: (B, H, W) integers in [0, K), of which a share t is random.
             t: (B,) time in [0, 1], float32.
             semantic: (B, S, h, w) semantic latents of any resolution.
-            text: (B, L, D) text states; only where the net was built with ``text_dim``.
+            text: (B, L, D) text states; only if the network was built with ``text_dim``.
 
         Returns:
-            (B, K, H, W) logits, in the working precision.
+            (B, K, H, W) logits, in the dtype of the weights.
         """
         return self.predict_logits(tokens, t, self.cache_conditioning(semantic, text))

@@ -1,6 +1,7 @@
-"""Perceptual distances for Stage A: how far apart two images are in a network's features.
+"""Perceptual distances for Stage A: differences of two images in a network's features.
 
-A frozen part of training only. Both classes map two batches of images to (B,) distances.
+The networks are frozen and used in training only. Both classes map two batches of images to (B,)
+distances.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 class LPIPS(nn.Module):
     """Learned Perceptual Image Patch Similarity (Zhang et al. 2018, arXiv 1801.03924).
 
-    torchmetrics carries the linear heads; torchvision downloads the backbone once.
+    torchmetrics ships the linear heads; torchvision downloads the backbone once.
     """
 
     def __init__(self, *, backbone: Literal["vgg", "alex", "squeeze"] = "vgg") -> None:
@@ -24,20 +25,20 @@ class LPIPS(nn.Module):
 
         self.net = LearnedPerceptualImagePatchSimilarity(net_type=backbone).net
 
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Two (B, 3, H, W) in [0, 1] -> (B,)."""
-        return self.net(images, others, normalize=True).flatten()
+        return self.net(images, targets, normalize=True).flatten()
 
 
 class RandomFeatures(nn.Module):
-    """LPIPS' form on a small convolutional network with fixed random weights; no download.
+    """LPIPS' formula on a small convolutional network with fixed random weights; no download.
 
     Random convolutions keep local structure (edges, textures) and are a usable perceptual metric
-    (Ulyanov et al. 2018, arXiv 1711.10925, discuss the prior they carry). Distances are not LPIPS.
+    (Ulyanov et al. 2018, arXiv 1711.10925, discuss this prior). The distances are not LPIPS.
 
     Args:
         widths: channels per layer; every layer after the first halves the resolution.
-        seed: of the weights.
+        seed: seed of the weights.
     """
 
     def __init__(self, *, widths: Sequence[int] = (16, 32, 64), seed: int = 0) -> None:
@@ -60,8 +61,8 @@ class RandomFeatures(nn.Module):
             features.append(F.normalize(x, dim=1, eps=1e-4))
         return features
 
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Two (B, 3, H, W) in [0, 1] -> (B,)."""
-        pairs = zip(self._features(images), self._features(others), strict=True)
+        pairs = zip(self._features(images), self._features(targets), strict=True)
         distances = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in pairs]
         return torch.stack(distances).sum(dim=0)

@@ -1,7 +1,7 @@
-"""Stage C's denoiser: text and noised semantic latents -> the noise in them.
+"""Stage C's denoiser: text and noised semantic latents -> the noise in the latents.
 
 Wuerstchen (arXiv 2306.00637), section 3.3 and appendix E; published as ``Prior`` in
-dome272/Wuerstchen (MIT). No down-sampling: a stack of equal blocks at the latents' resolution.
+dome272/Wuerstchen (MIT). No downsampling: a stack of identical blocks at the latents' resolution.
 """
 
 from collections.abc import Sequence
@@ -60,8 +60,9 @@ class Prior(nn.Module):
 
     def _init_weights(self, depth: int) -> None:
         self.apply(xavier_init)
-        # Published: a std of 0.02. For the text maps this is near it at the published widths (0.028
-        # and 0.026 for v2) and larger in a narrow net; for the 16-channel stem it is always 0.25.
+        # The published std is 0.02. This one is close for the text layers of the published widths
+        # (0.028 and 0.026 for v2) and larger in a narrow network; for the 16-channel stem it is
+        # always 0.25.
         for layer in (self.stem, self.text_in, self.text_out):
             nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
         nn.init.zeros_(self.head.weight)
@@ -70,24 +71,24 @@ class Prior(nn.Module):
                 module.scale_residual(depth)
 
     def inputs(self, t: Tensor, text: Tensor) -> list[BlockInputs]:
-        """(B,) or (T,) times and (B, L, D) text states -> what every block reads."""
+        """(B,) or (T,) times and (B, L, D) text states -> the inputs of every block."""
         mapped = self.text_in(text.to(self.text_in.weight.dtype))
         mapped = self.text_out(F.leaky_relu(mapped, 0.2))
         return [BlockInputs(time_embedding(t, self.time_dim), mapped)] * len(self.blocks)
 
     def cache_conditioning(self, times: Tensor, text: Tensor) -> list[CachedConditioning]:
-        """(T,) times to come and (B, L, D) text states -> what every block needs of them."""
+        """(T,) upcoming times and (B, L, D) text states -> every block's cached conditioning."""
         return cache_conditioning(self.blocks, self.inputs(times, text))
 
     def predict_noise(
-        self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
+        self, xt: Tensor, conditioning: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, h, w) noised latents, each block's inputs or conditioning -> the noise, float32.
+        """(B, C, h, w) noised latents, raw or cached conditioning per block -> the noise, float32.
 
-        Conditions of k B rows give k predictions of each, (k B, C, h, w).
+        Conditions of k B rows give k predictions per sample, (k B, C, h, w).
         """
         x = self.stem(xt.to(self.stem.weight.dtype).contiguous(memory_format=torch.channels_last))
-        for block, inputs in zip(self.blocks, given, strict=True):
+        for block, inputs in zip(self.blocks, conditioning, strict=True):
             x = block(x, inputs)
         a, b = self.head(self.norm(x)).float().chunk(2, dim=1)
         return (tile_batch(xt.float(), a) - a) / ((1 - b).abs() + 1e-5)
@@ -101,6 +102,6 @@ class Prior(nn.Module):
             text: (B, L, D) text states.
 
         Returns:
-            (B, C, h, w) float32: the division is too delicate for half precision.
+            (B, C, h, w) float32, as the division is inaccurate in half precision.
         """
         return self.predict_noise(xt, self.inputs(t, text))

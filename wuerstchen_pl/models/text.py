@@ -1,8 +1,8 @@
-"""CLIP text towers (open_clip) that give token states, not one pooled vector.
+"""CLIP text towers (open_clip) that return token states, not one pooled vector.
 
 The published models were trained on the states that transformers' CLIPTextModel returns: captions
-padded with the end token, padding masked as keys, the last layer after its norm, all positions.
-open_clip pads with 0 and masks nothing; ``TextEncoder`` does what transformers does.
+padded with the end token, padding masked as keys, all positions of the last layer after the final
+norm. open_clip pads with 0 and masks nothing; ``TextEncoder`` does the same as transformers.
 """
 
 import unicodedata
@@ -17,23 +17,23 @@ from wuerstchen_pl.models.tokenizer import Tokenizer
 
 
 class TextEncoder(nn.Module):
-    """Captions -> the states of every token.
+    """Captions -> the states of all tokens.
 
     Args:
         width: D of the states (ViT-bigG-14: 1280, ViT-H-14: 1024).
         depth: transformer layers (bigG: 32, H: 24).
         num_heads: attention heads (bigG: 20, H: 16).
-        context_length: L, tokens per caption with start and end.
-        mlp_ratio: hidden units of a layer per unit of width.
+        context_length: L, tokens per caption, including start and end.
+        mlp_ratio: width of the MLPs' hidden layer, in units of ``width``.
         activation: ``gelu``, or ``quick_gelu`` as in OpenAI's towers.
-        vocab_size: number of tokens; the tokenizer's if not given.
-        tokenizer: folder of a published tokenizer's files; None takes open_clip's vocabulary.
+        vocab_size: number of tokens; the tokenizer's if None.
+        tokenizer: folder of a published tokenizer; None for open_clip's vocabulary.
         weights: an open_clip checkpoint of the whole CLIP model (``.safetensors``, ``.pt``,
-            ``.bin``), of which the text tower is taken; None starts from random weights.
+            ``.bin``), of which only the text tower is loaded; None for random weights.
 
     Raises:
         FileNotFoundError: if ``weights`` is not a file.
-        ValueError: for another activation.
+        ValueError: if ``activation`` is unknown, or ``weights`` has no text tower.
     """
 
     def __init__(
@@ -67,38 +67,38 @@ class TextEncoder(nn.Module):
             act_layer=nn.GELU if activation == "gelu" else QuickGELU,
             output_dim=None,
         )
-        self.tower.attn_mask = None  # its own; here, padding is masked as well
+        self.tower.attn_mask = None  # ``encode`` makes one that also masks padding
         if weights is not None:
             self._load(weights)
-        else:  # CLIP's 0.02 is for towers eight times as wide, and for more captions
+        else:  # CLIP's std of 0.02 suits towers eight times as wide, trained on more captions
             nn.init.normal_(self.tower.token_embedding.weight, std=width**-0.5)
 
     def _load(self, path: str) -> None:
         from open_clip.factory import load_state_dict
 
         state = load_state_dict(path, device="cpu", weights_only=True)
-        own = self.tower.state_dict()
+        expected = self.tower.state_dict()
         state = {key.removeprefix("text."): value for key, value in state.items()}
-        missing = sorted(own.keys() - state.keys())
+        missing = sorted(expected.keys() - state.keys())
         if missing:
             raise ValueError(
-                f"text_encoder.weights={path} lacks {missing[0]}; it is not a CLIP model"
+                f"text_encoder.weights={path} lacks {missing[0]}; give an open_clip checkpoint"
             )
-        self.tower.load_state_dict({key: state[key] for key in own})
+        self.tower.load_state_dict({key: state[key] for key in expected})
 
     def cut_off(self, caption: str) -> str:
-        """The end of a caption that is too long to be read, or nothing."""
+        """The truncated end of a caption that is too long, or an empty string."""
         return self.tokenizer.decode(self.tokenizer.encode(caption)[self.context_length - 2 :])
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) ids and (B, L) mask, false for padding -> (B, L, D) states after the last norm."""
+        """(B, L) ids and mask, false for padding -> (B, L, D) states after the final norm."""
         tower, length = self.tower, ids.shape[1]
         ids = ids.to(tower.token_embedding.weight.device)
         x = tower.token_embedding(ids) + tower.positional_embedding[:length]
-        hidden = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
-        hidden = hidden | ~mask.to(ids.device)[:, None, :]
-        bias = torch.zeros(hidden.shape, dtype=x.dtype, device=ids.device)
-        bias = bias.masked_fill(hidden, float("-inf"))
+        masked = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
+        masked = masked | ~mask.to(ids.device)[:, None, :]
+        bias = torch.zeros(masked.shape, dtype=x.dtype, device=ids.device)
+        bias = bias.masked_fill(masked, float("-inf"))
         x = tower.transformer(x, attn_mask=bias.repeat_interleave(self.num_heads, dim=0))
         return tower.ln_final(x)
 
@@ -107,13 +107,13 @@ class TextEncoder(nn.Module):
         return self.encode(*self.tokenizer(captions))
 
     def check(self, prompt: str) -> None:
-        """Refuse a prompt that the encoder cannot read.
+        """Reject a prompt that the encoder cannot interpret.
 
         Raises:
-            ValueError: if it holds no letter or digit, or a control character.
+            ValueError: if it contains a control character, or no letter or digit.
         """
         shown = repr(prompt if len(prompt) <= 40 else prompt[:40] + "...")
         if any(unicodedata.category(c) == "Cc" and c not in "\t\n\r" for c in prompt):
-            raise ValueError(f"prompt={shown} holds a control character; remove it")
+            raise ValueError(f"prompt={shown} contains a control character; remove it")
         if not any(c.isalnum() for c in prompt):
-            raise ValueError(f"prompt={shown} holds no word; describe the image in words")
+            raise ValueError(f"prompt={shown} contains no word; describe the image in words")

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: open_clip's byte-pair encoding, with its own vocabulary or a published one."""
+"""CLIP's tokenizer: open_clip's byte-pair encoding, with its vocabulary or a published one."""
 
 import json
 import unicodedata
@@ -18,20 +18,20 @@ FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-"""What a folder of a published tokenizer may hold."""
+"""Files that the folder of a published tokenizer may contain."""
 
 
 class Tokenizer:
-    """Captions -> token ids, as transformers' CLIPTokenizer gives them.
+    """Captions -> the token ids that transformers' CLIPTokenizer returns.
 
     Args:
-        context_length: L, tokens per caption with start and end.
-        folder: a published tokenizer's, with ``tokenizer.json`` or with ``vocab.json`` and
-            ``merges.txt``; None takes the vocabulary that open_clip ships, which is CLIP's.
+        context_length: L, tokens per caption, including start and end.
+        folder: folder of a published tokenizer, with ``tokenizer.json`` or with ``vocab.json``
+            and ``merges.txt``; None for open_clip's vocabulary, which is CLIP's.
 
     Raises:
-        FileNotFoundError: if the folder lacks them.
-        ValueError: if they are not those of a tokenizer.
+        FileNotFoundError: if the folder lacks these files.
+        ValueError: if they do not define a tokenizer.
     """
 
     def __init__(self, *, context_length: int = 77, folder: str | None = None) -> None:
@@ -39,7 +39,7 @@ class Tokenizer:
         self.bpe = SimpleTokenizer()
         self.bpe.clean_fn = _clean
         pad, added = END, [START, END]
-        if folder is None:  # the names that the published files give to these two
+        if folder is None:  # as the published files name these two
             self.bpe.encoder |= {START: self.bpe.sot_token_id, END: self.bpe.eot_token_id}
         else:
             vocabulary, merges, added = _read_folder(Path(folder))
@@ -58,38 +58,38 @@ class Tokenizer:
         self.size = 1 + max(self.bpe.encoder.values())
 
     def encode(self, caption: str) -> list[int]:
-        """All tokens of a caption, without the start and end that `__call__` adds."""
+        """All tokens of a caption, without the start and end tokens that ``__call__`` adds."""
         ids: list[int] = []
         for piece in self._special.split(caption):  # before lower-casing, as transformers does
             if self._special.fullmatch(piece):
                 ids.append(self.bpe.encoder[piece])
-            else:  # a special token in capitals is text, but its ends separate words
+            else:  # an upper-case special token is text, but a word of its own
                 for word in self._words.findall(_clean(piece)):
                     ids += self.bpe.encode(word)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Tokens -> text."""
+        """Token ids -> text."""
         return self.bpe.decode(ids).strip()
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Captions -> ids, (B, L) int64, and mask, (B, L) bool, false for padding.
 
-        Captions that are too long are cut, and keep their end token.
+        Captions that are too long are truncated but keep their end token.
         """
         ids = torch.full((len(captions), self.context_length), self.pad)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            kept = [self.start, *self.encode(caption)[: self.context_length - 2], self.end]
-            ids[row, : len(kept)] = torch.tensor(kept)
-            mask[row, : len(kept)] = True
+            caption_ids = [self.start, *self.encode(caption)[: self.context_length - 2], self.end]
+            ids[row, : len(caption_ids)] = torch.tensor(caption_ids)
+            mask[row, : len(caption_ids)] = True
         return ids, mask
 
 
 def _clean(text: str) -> str:
-    """What CLIPTokenizer does; open_clip would also repair mojibake and HTML entities.
+    """Normalize as CLIPTokenizer does; open_clip would also repair mojibake and HTML entities.
 
-    Each character is lower-cased alone: Python's ``lower`` writes a Greek final sigma.
+    Characters are lower-cased one by one: ``str.lower`` of a word may yield a final sigma.
     """
     text = re.sub(r"\p{White_Space}+", " ", unicodedata.normalize("NFC", text))
     return "".join(character.lower() for character in text)
@@ -99,38 +99,38 @@ Vocabulary = tuple[dict[str, int], list[tuple[str, str]], list[str]]
 
 
 def _read_folder(folder: Path) -> Vocabulary:
-    """Ids by token, merges, best first, and the tokens that are taken whole, longest first."""
+    """Token -> id, merges (best first), and tokens that are never split (longest first)."""
     try:
         vocabulary, merges = _read(folder)
-        extra = folder / "added_tokens.json"
-        more: dict[str, int] = _json(extra) if extra.is_file() else {}
-        vocabulary |= more
+        added_file = folder / "added_tokens.json"
+        added: dict[str, int] = _json(added_file) if added_file.is_file() else {}
+        vocabulary |= added
         if not all(isinstance(i, int) for i in vocabulary.values()) or START not in vocabulary:
-            raise ValueError(f"its vocabulary lacks {START}, or holds no ids")
-        whole = {START, END, *more, *_added(folder)}
-        return vocabulary, merges, sorted(whole, key=len, reverse=True)
+            raise ValueError(f"its vocabulary lacks {START} or has a non-integer id")
+        unsplit = {START, END, *added, *_added_tokens(folder)}
+        return vocabulary, merges, sorted(unsplit, key=len, reverse=True)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder} is not a tokenizer: {error}") from error
 
 
-def _added(folder: Path) -> list[str]:
-    whole = folder / FILES[0]
-    return [token["content"] for token in _json(whole)["added_tokens"]] if whole.is_file() else []
+def _added_tokens(folder: Path) -> list[str]:
+    path = folder / FILES[0]
+    return [token["content"] for token in _json(path)["added_tokens"]] if path.is_file() else []
 
 
 def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges, best first."""
-    whole, vocabulary, merges = (folder / name for name in FILES[:3])
-    if whole.is_file():
-        content = _json(whole)
+    """Token -> id, and merges (best first)."""
+    combined, vocabulary, merges = (folder / name for name in FILES[:3])
+    if combined.is_file():
+        content = _json(combined)
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
         pairs = content["model"]["merges"]
         split = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
         return {**content["model"]["vocab"], **added}, [(first, second) for first, second in split]
     if not (vocabulary.is_file() and merges.is_file()):
         raise FileNotFoundError(
-            f"{folder} is not a tokenizer: it has neither {whole.name} nor {vocabulary.name} with "
-            f"{merges.name}"
+            f"{folder} is not a tokenizer: it has neither {combined.name} nor "
+            f"{vocabulary.name} with {merges.name}"
         )
     lines = merges.read_text(encoding="utf-8").splitlines()
     split = [line.split(" ") for line in lines if line and not line.startswith("#version")]
@@ -150,7 +150,7 @@ def _json(path: Path) -> Any:
 
 
 def write_vocabulary(folder: Path, context_length: int = 77) -> None:
-    """Write the vocabulary that open_clip ships in the published form.
+    """Write open_clip's vocabulary in the published file format.
 
     Raises:
         OSError: if the folder cannot be written.

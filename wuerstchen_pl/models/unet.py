@@ -1,7 +1,7 @@
 """The denoiser of the paper's baseline: a U-Net from noised latents and text to the noise.
 
 Wuerstchen (arXiv 2306.00637), section 4 and appendix: a latent diffusion model of matched compute,
-here of Stage B's blocks, without semantic latents.
+here built from Stage B's blocks, without semantic latents.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from wuerstchen_pl.models.diffnext import DiffNeXt
 
 
 class UNet(nn.Module):
-    """Stage B's network as a text-conditional one, with the interface of ``Prior``.
+    """Stage B's network, conditioned on text alone, with the interface of ``Prior``.
 
     Args:
         latent_channels: channels of Stage A's latents.
-        patch_size: latents are folded by it first: 2 makes f8 of Stage A's f4.
+        patch_size: pixel-unshuffle factor of the latents; 2 turns Stage A's f4 into f8.
         widths: channels per level, finest first (paper 320, 640, 1280, 1280).
         num_blocks: blocks per level on the way down (paper 2, 4, 14, 4).
-        num_up_blocks: the same on the way up, finest first too (paper 3, 5, 15, 5).
+        num_up_blocks: blocks per level on the way up, finest first (paper 3, 5, 15, 5).
         num_heads: attention heads per level (paper 5, 10, 20, 20).
         cond_dim: channels of the mapped text.
         text_dim: D of the text states.
@@ -63,22 +63,22 @@ class UNet(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of the latents must be multiples of it."""
+        """Height and width of the latents must be multiples of this."""
         return self.net.size_multiple
 
     def inputs(self, t: Tensor, text: Tensor) -> list[BlockInputs]:
-        """(B,) or (T,) times and (B, L, D) text states -> what every block reads."""
-        return self.net.inputs(t, None, text, (0, 0))  # a size is for semantic latents alone
+        """(B,) or (T,) times and (B, L, D) text states -> the inputs of every block."""
+        return self.net.inputs(t, None, text, (0, 0))  # the size is for semantic latents only
 
     def cache_conditioning(self, times: Tensor, text: Tensor) -> list[CachedConditioning]:
-        """(T,) times to come and (B, L, D) text states -> what every block needs of them."""
+        """(T,) upcoming times and (B, L, D) text states -> every block's cached conditioning."""
         return self.net.cache_conditioning(times, None, text, (0, 0))
 
     def predict_noise(
-        self, xt: Tensor, given: Sequence[BlockInputs | CachedConditioning]
+        self, xt: Tensor, conditioning: Sequence[BlockInputs | CachedConditioning]
     ) -> Tensor:
-        """(B, C, h, w) noised latents, each block's inputs or conditioning -> noise, float32."""
-        return self.net.predict_noise(xt, given)
+        """(B, C, h, w) noised latents, raw or cached conditioning per block -> noise, float32."""
+        return self.net.predict_noise(xt, conditioning)
 
     def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """(B, C, h, w) noised latents, (B,) times, (B, L, D) text -> the noise, float32."""

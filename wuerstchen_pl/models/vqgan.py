@@ -1,7 +1,7 @@
 """Stage A: the f4 VQGAN between pixels and latents.
 
 Wuerstchen (arXiv 2306.00637), section 3.1 and appendix E; published as ``VQModel`` in
-dome272/Wuerstchen (MIT), weights ``vqgan_f4_v1_500k.pt``. Stage B works in the latents *before*
+dome272/Wuerstchen (MIT), weights ``vqgan_f4_v1_500k.pt``. Stage B models the latents *before*
 quantization; the codebook regularizes them while Stage A trains.
 """
 
@@ -17,12 +17,12 @@ from wuerstchen_pl.models.layers import LayerNorm2d, xavier_init
 
 
 class QuantizerOutput(NamedTuple):
-    """What the codebook makes of latents."""
+    """Quantized latents, their code indices and the two losses of the codebook."""
 
-    latents: Tensor  # (B, C, H, W) nearest codes, gradient straight through to the input
+    latents: Tensor  # (B, C, H, W) nearest codes, with a straight-through gradient
     indices: Tensor  # (B, H, W) int64
-    codebook_loss: Tensor  # scalar: codes towards latents
-    commitment_loss: Tensor  # scalar: latents towards codes
+    codebook_loss: Tensor  # scalar: moves codes toward latents
+    commitment_loss: Tensor  # scalar: moves latents toward codes
 
 
 class VectorQuantizer(nn.Module):
@@ -37,7 +37,7 @@ class VectorQuantizer(nn.Module):
         """(B, C, H, W) -> (B, H, W) int64 index of the nearest code, ties to the lowest."""
         codes = self.codebook.weight.float()
         flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2).float()
-        # |x - c|^2 without |x|^2, which does not change the nearest one
+        # |x - c|^2 without |x|^2, which does not affect the argmin
         distance = torch.addmm(codes.square().sum(dim=1), flat, codes.t(), alpha=-2)
         return distance.argmin(dim=1).view(latents.shape[0], *latents.shape[2:])
 
@@ -59,20 +59,20 @@ class VectorQuantizer(nn.Module):
 
 
 def codebook_usage(uses: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of a codebook is used.
+    """Perplexity and number of unused codes of a codebook.
 
     Args:
-        uses: (K,) how often each code was chosen.
+        uses: (K,) number of times each code was chosen.
 
     Returns:
-        The perplexity exp(entropy) in [1, K], and the number of codes that nothing chose.
+        The perplexity exp(entropy) in [1, K], and the number of codes that were never chosen.
     """
     share = uses / uses.sum().clamp(min=1)
     return torch.special.entr(share).sum().exp(), (uses == 0).sum().float()
 
 
 ROWS, ROWS_ON_CPU = 2**16, 2**11
-"""Positions at a time: four times their channels fill a GPU, and fit a CPU's cache."""
+"""Positions per chunk: their 4x expanded channels fill a GPU, or fit a CPU's cache."""
 
 
 class ScaledResBlock(nn.Module):
@@ -81,7 +81,7 @@ class ScaledResBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = LayerNorm2d(channels)
-        self.depthwise = nn.Conv2d(channels, channels, 3, groups=channels)  # padded by hand
+        self.depthwise = nn.Conv2d(channels, channels, 3, groups=channels)  # padded in forward
         self.expand = nn.Linear(channels, channels * 4)
         self.project = nn.Linear(channels * 4, channels)
         self.gammas = nn.Parameter(torch.zeros(6))
@@ -105,35 +105,35 @@ def fold_affine(
     layer: nn.Linear | nn.Conv2d, scale: Tensor | float = 0.0, shift: Tensor | float = 0.0,
     gate: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weight and bias that do to x what ``layer`` does to x (1 + scale) + shift, times ``gate``."""
+    """Weight and bias that map x to ``gate * layer(x * (1 + scale) + shift)``."""
     assert layer.bias is not None
     bias = layer.bias + shift * layer.weight.flatten(1).sum(dim=1)
     return layer.weight * ((1 + scale) * gate), bias * gate
 
 
 def map_in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function of rows, (N, C) -> (N, C), over (B, H, W, C).
+    """Apply a function of rows, (N, C) -> (N, C), to (B, H, W, C).
 
-    Without gradients it takes some rows at a time, which spares most of its memory.
+    Without gradients, rows are processed in chunks, which saves most of the memory.
     """
     if torch.is_grad_enabled():
         return function(x)
     rows = x.reshape(-1, x.shape[-1])
-    parts = rows.split(ROWS_ON_CPU if x.device.type == "cpu" else ROWS)
-    return torch.cat([function(part) for part in parts]).view(x.shape)
+    chunks = rows.split(ROWS_ON_CPU if x.device.type == "cpu" else ROWS)
+    return torch.cat([function(chunk) for chunk in chunks]).view(x.shape)
 
 
 class VQGAN(nn.Module):
-    """Encoder, codebook and decoder; 2 ** levels pixels to a latent, in each direction.
+    """Encoder, codebook and decoder; downsamples by 2 ** levels along each side.
 
     Args:
-        levels: 2 for the published f4.
+        levels: number of resolutions; 2 for the published f4.
         bottleneck_blocks: blocks of the decoder's coarsest level.
-        width: channels at the coarsest level; halved with each finer one.
+        width: channels at the coarsest level; halved at each finer one.
         latent_channels: C of the latents.
         codebook_size: number of codes.
         scale_factor: standard deviation of the encoder's output, by which latents are divided, so
-            that Stage B sees unit variance. v2: 0.3764. None: measured while Stage A trains and
+            that Stage B's have unit variance. v2: 0.3764. None: measured while Stage A trains and
             kept in a buffer.
     """
 

@@ -1,4 +1,4 @@
-"""The blocks that networks are stacks of: units of sharding, checkpointing and compilation."""
+"""A network's blocks: the units of sharding, activation checkpointing and compilation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,27 +13,27 @@ BLOCKS = (Block, ScaledResBlock)
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """All blocks in a module, in its order."""
+    """All blocks of a module, in module order."""
     return [part for part in module.modules() if isinstance(part, BLOCKS)]
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """Let each block keep its inputs alone, and compute the rest again for its backward pass.
+    """Make each block store only its inputs and recompute its activations in the backward pass.
 
-    The gradients are the same, dropout included (Chen et al. 2016, arXiv 1604.06174).
+    The gradients do not change, dropout included (Chen et al. 2016, arXiv 1604.06174).
     """
     for block in find_blocks(module):
         block.forward = _checkpointed(block.forward)
 
 
 def _checkpointed(forward: Callable) -> Callable:
-    def checkpointed(*args: Any) -> Any:  # and no functools.partial, which torch.compile skips
+    def checkpointed(*args: Any) -> Any:  # not functools.partial, which torch.compile skips
         return checkpoint(forward, *args, use_reentrant=False)
 
     return checkpointed
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile each block in place, which leaves the names of its weights as they are."""
+    """Compile each block in place, which keeps the names of its weights."""
     for block in find_blocks(module):
         block.compile()

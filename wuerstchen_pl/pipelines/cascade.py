@@ -1,4 +1,4 @@
-"""Text to images: Stage C, Stage B and Stage A as one."""
+"""Text to images with Stage C, Stage B and Stage A."""
 
 import math
 import warnings
@@ -32,7 +32,7 @@ from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, count_prompts
 
 MAX_SIDE = 4096
-"""Longest side in pixels: twice what the published model was shown."""
+"""Longest side in pixels: twice that of the published model's training images."""
 
 
 class CascadePipeline:
@@ -41,7 +41,7 @@ class CascadePipeline:
     Args:
         prior: text to semantic latents; usable alone.
         decoder: semantic latents to images; usable alone.
-        compressor: images to semantic latents, where there is one.
+        compressor: images to semantic latents; None for text to image only.
         source: ``path`` and ``sha256`` of the checkpoint that the networks were loaded from.
     """
 
@@ -61,21 +61,21 @@ class CascadePipeline:
 
     @property
     def modules(self) -> list[torch.nn.Module]:
-        """The networks, in the order in which they work."""
+        """The networks, in the order of their use."""
         parts = (
             self.prior.text_encoder, self.prior.prior, self.decoder.text_encoder,
             self.decoder.decoder, self.decoder.vqgan, self.compressor,
         )  # fmt: skip
         return [part for part in parts if part is not None]
 
-    # Where and how to work
+    # Device, dtype and compilation
 
     def to(
         self,
         device: torch.device | torch.dtype | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Work on ``device``, with weights of ``dtype``, or with one of the two alone.
+        """Run on ``device`` and cast weights to ``dtype``; None keeps the current one.
 
         Latents stay float32.
         """
@@ -90,7 +90,7 @@ class CascadePipeline:
         return self
 
     def enable_model_offload(self, device: torch.device | str = "cuda") -> Self:
-        """Keep only the part at work on ``device``, and the others on the CPU."""
+        """Keep only the network in use on ``device``, and the others on the CPU."""
         self.placement.offload = True
         return self.to(device)
 
@@ -144,31 +144,31 @@ class CascadePipeline:
         mask: Tensor | None = None,
         progress: bool = True,
     ) -> Any:
-        """Draw; the arguments are those of diffusers' ``WuerstchenCombinedPipeline``, and more.
+        """Generate images; extends the arguments of diffusers' ``WuerstchenCombinedPipeline``.
 
-        Those of ``PriorPipeline`` and ``DecoderPipeline`` bear the same names there, without
-        ``prior_`` and ``decoder_``. And:
+        For arguments not listed here, see ``PriorSampler`` and ``DecoderSampler``, which have them
+        without the prefixes ``prior_`` and ``decoder_``.
 
         Args:
-            prompt: one, or N; an image does not depend on the others if ``seed`` or a list of
-                generators is given.
-            height: in pixels; if no step of ``size_multiple``, more is drawn, and cropped.
-            width: likewise.
-            seed: short for ``generator``: one for each image, or the first of as many as needed.
-            image_embeddings: see ``image_to_image``, as ``strength`` and ``mask``.
+            prompt: one, or a list of N; with ``seed`` or a list of generators, an image does not
+                depend on the others of its batch.
+            height: in pixels; if not a multiple of ``size_multiple``, rounded up and cropped.
+            width: see ``height``.
+            seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
+            image_embeddings: see ``PriorSampler``, as for ``strength`` and ``mask``.
 
         Returns:
-            N ``num_images_per_prompt`` images.
+            N x ``num_images_per_prompt`` images.
 
         Raises:
-            ValueError: naming the argument, its value and the fix.
+            ValueError: if an argument is invalid.
         """
         check_output_type(output_type, OUTPUT_TYPES)
-        drawn_height, drawn_width = self.padded_size_with_warning(height, width)
+        padded_height, padded_width = self.padded_size_with_warning(height, width)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        number = count_prompts(prompts) * check_num_images(num_images_per_prompt)
-        generator = resolve_generator(seed, generator, number)
-        # what Stage B will be asked for, refused before Stage C has worked
+        num_images = count_prompts(prompts) * check_num_images(num_images_per_prompt)
+        generator = resolve_generator(seed, generator, num_images)
+        # rejects invalid arguments of Stage B before Stage C runs
         DenoiseParams(
             times=resolve_timesteps(num_inference_steps, decoder_timesteps),
             generator=generator,
@@ -182,8 +182,8 @@ class CascadePipeline:
         ).check(self.decoder.CALLBACK_INPUTS)
         semantic = self.prior(
             prompt=prompt,
-            height=drawn_height,
-            width=drawn_width,
+            height=padded_height,
+            width=padded_width,
             num_inference_steps=prior_num_inference_steps,
             timesteps=prior_timesteps,
             guidance_scale=prior_guidance_scale,
@@ -205,7 +205,7 @@ class CascadePipeline:
             mask=mask,
             progress=progress,
         )[0]
-        drawn = self.decoder(
+        output = self.decoder(
             semantic,
             prompt=prompt,
             num_inference_steps=num_inference_steps,
@@ -219,49 +219,49 @@ class CascadePipeline:
             callback=callback,
             callback_steps=callback_steps,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            size=(drawn_height, drawn_width),
+            size=(padded_height, padded_width),
             sampler=decoder_sampler,
             guidance_rescale=decoder_guidance_rescale,
             guidance_interval=decoder_guidance_interval,
             progress=progress,
         )
         if output_type != "latent":
-            drawn = center_crop(drawn, int(height), int(width))
-        images = convert_output(drawn, output_type)
+            output = center_crop(output, int(height), int(width))
+        images = convert_output(output, output_type)
         return ImageOutput(images) if return_dict else images
 
     @property
     def size_multiple(self) -> int:
-        """Step of heights and widths in which the stages fit: 128 px as published.
+        """Number of pixels that heights and widths are multiples of: 128 as published.
 
-        The least multiple of Stage B's step that is a whole number of semantic positions.
+        The least multiple of Stage B's that is a whole number of semantic positions.
         """
-        step = self.decoder.vqgan.factor * self.decoder.decoder.size_multiple
+        multiple = self.decoder.vqgan.factor * self.decoder.decoder.size_multiple
         position = Fraction(self.prior.resolution_multiple).limit_denominator(8)  # 42.67 is 128 / 3
-        return math.lcm(step * position.denominator, position.numerator) // position.denominator
+        return math.lcm(multiple * position.denominator, position.numerator) // position.denominator
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size, in steps of ``size_multiple``, that covers an image.
+        """The size of an image, rounded up to multiples of ``size_multiple``.
 
         Raises:
-            ValueError: for a side below the step, or above ``MAX_SIDE``.
+            ValueError: for a side below ``size_multiple`` or above ``MAX_SIDE``.
         """
-        step = self.size_multiple
+        multiple = self.size_multiple
         for key, value in (("height", height), ("width", width)):
-            if value != int(value) or not step <= value <= MAX_SIDE:
+            if value != int(value) or not multiple <= value <= MAX_SIDE:
                 raise ValueError(
-                    f"{key}={value} cannot be drawn; use {step} to {MAX_SIDE}, best in steps of "
-                    f"{step}"
+                    f"{key}={value} is not supported; use {multiple} to {MAX_SIDE}, best a "
+                    f"multiple of {multiple}"
                 )
-        return math.ceil(height / step) * step, math.ceil(width / step) * step
+        return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
 
     def padded_size_with_warning(self, height: int, width: int) -> tuple[int, int]:
-        """As ``padded_size``; says so if it is not what was asked for."""
-        drawn = self.padded_size(height, width)
-        if drawn != (height, width):
+        """As ``padded_size``, with a warning if it differs from the requested size."""
+        padded = self.padded_size(height, width)
+        if padded != (height, width):
             warnings.warn(
-                f"{height} x {width} px is not a step of {self.size_multiple}: {drawn[0]} x "
-                f"{drawn[1]} px are drawn, and cropped",
+                f"{height} x {width} px is not a multiple of {self.size_multiple}; generating "
+                f"{padded[0]} x {padded[1]} px and cropping",
                 stacklevel=3,
             )
-        return drawn
+        return padded

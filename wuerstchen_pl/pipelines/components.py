@@ -1,4 +1,4 @@
-"""From a model on disk to what a pipeline is made of."""
+"""Build a pipeline's components from a model on disk."""
 
 from typing import Any
 
@@ -7,37 +7,37 @@ from wuerstchen_pl.sampling.decoder import DecoderSampler
 from wuerstchen_pl.sampling.prior import PriorSampler
 
 DECODER_SETTING = "latent_dim_scale"
-"""The one setting that is not Stage C's."""
+"""The only setting that is Stage B's, not Stage C's."""
 
 
 def build_components(model: Model, where: str) -> dict[str, Any]:
-    """The arguments of a pipeline.
+    """Build the constructor arguments of a pipeline.
 
     Args:
-        model: with all parts that a text-to-image run needs.
-        where: it was read from, for the message.
+        model: model with all parts that text to image needs.
+        where: where the model was read from, for error messages.
 
     Raises:
         FileNotFoundError: if a part is missing.
-        ValueError: if Stage B is of a kind that cannot be drawn with.
+        ValueError: if Stage B cannot generate images, or a text encoder does not fit its stage.
     """
     needed = {"prior", "prior_text_encoder", "decoder", "vqgan"}
     if (decoder := model.parts.get("decoder")) is not None:
         if decoder.config["_target_"].endswith("Paella"):
-            raise ValueError(f"{where} holds v1's Stage B: it can be converted, and not yet drawn")
+            raise ValueError(f"{where} has v1's Stage B, which can only be converted; use v2's")
         if decoder.config["text_dim"] is not None:
             needed.add("text_encoder")
     if missing := sorted(needed - model.parts.keys()):
         raise FileNotFoundError(
-            f"{where} lacks {', '.join(missing)}; name a whole cascade, such as Stage C's run, or, "
-            "where Stage C lies apart, that with prior="
+            f"{where} lacks {', '.join(missing)}; name a whole cascade, such as Stage C's run, or "
+            "name a separate Stage C with prior="
         )
     nets: dict[str, Any] = {name: build_network(part) for name, part in model.parts.items()}
     for net, encoder in (("prior", "prior_text_encoder"), ("decoder", "text_encoder")):
         if encoder in nets and nets[net].text_dim != nets[encoder].width:
             raise ValueError(
-                f"{where}: the {net} reads text of {nets[net].text_dim} channels, and the "
-                f"{encoder} gives {nets[encoder].width}; name the one it was trained with"
+                f"{where}: the {net} reads text of {nets[net].text_dim} channels, but the "
+                f"{encoder} gives {nets[encoder].width}; use the one it was trained with"
             )
     settings: dict[str, Any] = dict(model.settings)
     scale = {key: settings.pop(key) for key in (DECODER_SETTING,) if key in settings}

@@ -1,4 +1,4 @@
-"""Many images, batch by batch: what the commands and evaluation share."""
+"""Generation of many images in batches, for the commands and evaluation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How images are drawn.
+    """Sampling parameters.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -29,21 +29,21 @@ class SamplingConfig:
     prior_steps: int = 30
     """Denoising steps of Stage C (paper: 60)."""
     prior_timesteps: Sequence[float] | None = None
-    """Falling times of Stage C in [0, 1] instead of equal steps."""
+    """Decreasing times of Stage C in [0, 1] instead of equal steps."""
     prior_guidance_scale: float = 4.0
-    """Away from the empty caption; up to 1 is none."""
+    """Guidance away from the empty caption; values up to 1 turn it off."""
     guidance_rescale: float = 0.0
-    """Share of the conditional prediction's standard deviation to go back to, in Stage C."""
+    """``rescale`` of Stage C's ``Guidance``, in [0, 1]."""
     guidance_interval: Sequence[float] = (0.0, 1.0)
-    """Times of Stage C, [least, greatest], in which to guide."""
+    """Times of Stage C, [lowest, highest], at which to guide."""
     decoder_steps: int = 12
     """Denoising steps of Stage B (paper: 12)."""
     decoder_guidance_scale: float = 0.0
-    """Towards the semantic latents; up to 1 is none."""
+    """Guidance toward the semantic latents; values up to 1 turn it off."""
     sampler: SamplerName = "ddpm"
     """``ddpm`` or ``ddim``, in both stages."""
     batch_size: int = 16
-    """Images drawn at once; it changes the speed and no image."""
+    """Images per batch; it affects speed but not the images."""
 
     def __post_init__(self) -> None:
         for key in ("prior_steps", "decoder_steps", "batch_size"):
@@ -62,7 +62,7 @@ class SamplingConfig:
 
 
 MAX_SCALE = 100
-"""Of guidance: beyond it, nothing but noise is to be seen."""
+"""Largest guidance scale; beyond it, images are only noise."""
 
 
 @torch.no_grad()
@@ -75,14 +75,14 @@ def generate_images(
     width: int,
     settings: SamplingConfig | None = None,
 ) -> Iterator[Tensor]:
-    """Draw one image for each prompt, in order.
+    """Generate one image per prompt, in order.
 
     Args:
         pipeline: the cascade.
-        prompts: N of them.
-        seeds: N; a prompt, a seed and a size give the same image whatever the batch.
-        height: in pixels.
-        width: likewise.
+        prompts: N prompts.
+        seeds: N seeds; prompt, seed and size determine an image, in any batch.
+        height: height in pixels.
+        width: width in pixels.
         settings: steps, guidance, sampler.
 
     Yields:
@@ -90,9 +90,9 @@ def generate_images(
     """
     params = settings or SamplingConfig()
     for start in range(0, len(prompts), params.batch_size):
-        part = slice(start, start + params.batch_size)
+        batch = slice(start, start + params.batch_size)
         images = pipeline(
-            prompts[part],
+            prompts[batch],
             height,
             width,
             prior_num_inference_steps=params.prior_steps,
@@ -100,7 +100,7 @@ def generate_images(
             prior_guidance_scale=params.prior_guidance_scale,
             num_inference_steps=params.decoder_steps,
             decoder_guidance_scale=params.decoder_guidance_scale,
-            generator=generators_from_seeds(seeds[part]),
+            generator=generators_from_seeds(seeds[batch]),
             output_type="pt",
             return_dict=False,
             prior_guidance_rescale=params.guidance_rescale,
@@ -114,7 +114,7 @@ def generate_images(
 
 @torch.no_grad()
 def autoencode(pipeline: CascadePipeline, images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> the same through Stage A, unquantized as Stage B's latents are."""
+    """(B, 3, H, W) in [0, 1] -> their reconstruction by Stage A, without quantization."""
     vqgan = pipeline.decoder.vqgan
     return vqgan.decode(vqgan.encode(images.to(pipeline.placement.device))).clamp(0, 1).cpu()
 
@@ -122,7 +122,7 @@ def autoencode(pipeline: CascadePipeline, images: Tensor) -> Tensor:
 def reconstruct(
     pipeline: WuerstchenPipeline, images: Tensor, num_steps: int = 12, *, seeds: Sequence[int]
 ) -> Tensor:
-    """(B, 3, H, W) in [0, 1] and B seeds -> the same through compressor, Stage B and A."""
+    """(B, 3, H, W) in [0, 1] and B seeds -> their reconstruction by the cascade."""
     return pipeline.reconstruct(
         images,
         seed=seeds,

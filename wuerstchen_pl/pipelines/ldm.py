@@ -1,4 +1,4 @@
-"""Text to images by the paper's baseline: one diffusion model, and Stage A."""
+"""Text to images with the paper's baseline: one latent diffusion model and Stage A."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from wuerstchen_pl.sampling.prior import PriorSampler
 
 
 class StageADecoder:
-    """What is left of a decoder where there is no Stage B."""
+    """Replaces ``DecoderSampler`` if there is no Stage B."""
 
     decoder = None
     text_encoder = None
@@ -27,11 +27,12 @@ class StageADecoder:
 
 
 class LatentDiffusionPipeline(CascadePipeline):
-    """The baseline's ``draw``: it has what the commands ask of a cascade, and no more.
+    """Pipeline of the baseline, with those features of a cascade that the commands use.
 
     Args:
         prior: text to Stage A's latents.
         vqgan: Stage A.
+        source: ``path`` and ``sha256`` of the checkpoint that the networks were loaded from.
     """
 
     def __init__(
@@ -42,11 +43,11 @@ class LatentDiffusionPipeline(CascadePipeline):
 
     @classmethod
     def from_run(cls, run: str | Path) -> Self:
-        """What a run of ``stage=ldm`` trained.
+        """Load the model that a run of ``stage=ldm`` trained.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
-            ValueError: if it is of another stage, or damaged.
+            ValueError: if the checkpoint is of another stage, or damaged.
         """
         stage: Any = load_stage(run=run, stage="ldm")
         return cls(
@@ -82,16 +83,16 @@ class LatentDiffusionPipeline(CascadePipeline):
         output_type: str = "pt",
         return_dict: bool = False,
     ) -> Tensor:
-        """Draw; the arguments are those of ``Cascade``; the last five change nothing here.
+        """Generate images; see ``CascadePipeline``. The last five arguments have no effect.
 
         Returns:
             (N, 3, height, width) in [0, 1].
         """
-        drawn_height, drawn_width = self.padded_size(height, width)
+        padded_height, padded_width = self.padded_size(height, width)
         latents = self.prior(
             prompt,
-            drawn_height,
-            drawn_width,
+            padded_height,
+            padded_width,
             num_inference_steps=prior_num_inference_steps,
             timesteps=prior_timesteps,
             guidance_scale=prior_guidance_scale,
@@ -108,5 +109,5 @@ class LatentDiffusionPipeline(CascadePipeline):
 
     @property
     def size_multiple(self) -> int:
-        """Step of heights and widths: Stage A's factor times the denoiser's."""
+        """Number of pixels that heights and widths are multiples of."""
         return self.decoder.vqgan.factor * self.prior.prior.size_multiple

@@ -1,4 +1,4 @@
-"""The pipeline of a model on disk, of a run, or of a stage in training."""
+"""Pipelines of models on disk, of runs, and of stages in training."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -22,16 +22,16 @@ def load_pipeline(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> CascadePipeline:
-    """The pipeline of a model, of a run of Stage C, or of a run of the baseline.
+    """Load the pipeline of a model, of a run of Stage C, or of a run of the baseline.
 
     Raises:
-        FileNotFoundError: if there is nothing, or a part is missing.
-        ValueError: if it is damaged, or not a model.
+        FileNotFoundError: if the model or a part of it is missing.
+        ValueError: if it is damaged, or not a model, or if ``prior`` does not apply to it.
     """
     if stage_of_run(model) == "ldm":
         if prior is not None:
             raise ValueError(
-                f"prior={prior} belongs to a cascade, but {model} is a baseline; remove it"
+                f"prior={prior} needs a cascade, but {model} is a baseline; remove prior"
             )
         return LatentDiffusionPipeline.from_run(model).to(device, dtype)
     return WuerstchenPipeline.from_pretrained(model, prior=prior, device=device, torch_dtype=dtype)
@@ -49,7 +49,7 @@ def stage_of_run(model: str) -> str | None:
         return None
     folder = path.parent.parent if path.suffix == ".ckpt" else path
     content: Any = {}
-    with suppress(OSError, YAMLError):  # much smaller than a checkpoint
+    with suppress(OSError, YAMLError):  # read first, as it is much smaller than a checkpoint
         content = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     if not isinstance(content, dict) or "stage" not in content:
         content = load.read_checkpoint(load.find_checkpoint(model), optimizer_state=False)
@@ -57,7 +57,7 @@ def stage_of_run(model: str) -> str | None:
 
 
 def pipeline_from_stage(stage: Any) -> CascadePipeline:
-    """The pipeline of a stage's own networks, with their current weights; freezes them."""
+    """Build a pipeline that shares a stage's networks, and freeze them."""
     prior = stage.prior_sampler()
     if stage.name == "ldm":
         return LatentDiffusionPipeline(

@@ -1,4 +1,4 @@
-"""The pipeline that users hold: text to images, and from images."""
+"""The user-facing pipeline: text to image, and image to image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ IMAGE_TYPES = ("pil", "np", "pt")
 
 
 class WuerstchenPipeline(CascadePipeline):
-    """The cascade, and what it makes of images; the arguments are those of ``Cascade``."""
+    """The cascade with image inputs; for its arguments, see ``CascadePipeline``."""
 
     @classmethod
     def from_pretrained(
@@ -37,22 +37,22 @@ class WuerstchenPipeline(CascadePipeline):
         torch_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Load a model, of whatever format, or what a run trained.
+        """Load a model of any supported format, or the model that a run trained.
 
         Args:
-            path: a model's folder or hub id, or Stage C's run folder or checkpoint.
-            prior: Stage C's, where that lies apart: ``warp-ai/wuerstchen-prior`` beside
-                ``warp-ai/wuerstchen``.
+            path: a model's folder or hub id, or a run folder or checkpoint of Stage C.
+            prior: folder or hub id of a separate Stage C, such as ``warp-ai/wuerstchen-prior``
+                for ``warp-ai/wuerstchen``.
             variant: ``fp16`` reads ``*.fp16.safetensors`` of diffusers' format.
-            torch_dtype: of the weights.
-            device: to work on.
+            torch_dtype: dtype of the weights.
+            device: device to run on.
 
         Raises:
-            FileNotFoundError: if there is nothing, or a part is missing.
-            ValueError: if it is damaged, or no model.
+            FileNotFoundError: if the model or a part of it is missing.
+            ValueError: if it is damaged, or not a model.
         """
-        apart = None if prior is None else str(prior)
-        model = read_model(str(path), prior=apart, variant=variant)
+        prior_path = None if prior is None else str(prior)
+        model = read_model(str(path), prior=prior_path, variant=variant)
         pipeline = cls(**build_components(model, str(path)), source=model.source)
         return pipeline.to(device, torch_dtype)
 
@@ -68,8 +68,8 @@ class WuerstchenPipeline(CascadePipeline):
         """
         if self.compressor is None:
             raise ValueError(
-                "this model has no compressor, without which images cannot be read; load one "
-                "that has (the published one lies in model_v2_stage_b.pt)"
+                "this model has no compressor to encode images; load one that has (the published "
+                "one is in model_v2_stage_b.pt)"
             )
         with self.placement.on_device(self.compressor):
             return self.compressor(to_tensor(image).to(self.placement.device))
@@ -80,24 +80,24 @@ class WuerstchenPipeline(CascadePipeline):
         prompt: str | Sequence[str] = "",
         **options: Any,
     ) -> Any:
-        """Images through compressor, Stage B and Stage A.
+        """Encode images with the compressor and decode them with Stage B and Stage A.
 
         Args:
-            image: as for ``encode``; drawn at its size, or cropped to it.
+            image: as for ``encode``; the output has its size.
             prompt: for a Stage B that reads text.
-            options: further arguments of ``DecoderPipeline``, such as ``seed``.
+            options: further arguments of ``DecoderSampler``, such as ``seed``.
         """
         images = to_tensor(image)
         height, width = images.shape[-2:]
-        covered = pad_to(images, *self.padded_size_with_warning(height, width))
+        padded = pad_to(images, *self.padded_size_with_warning(height, width))
         output_type = options.pop("output_type", "pil")
         check_output_type(output_type, IMAGE_TYPES)
-        drawn = self.decoder(
-            self.encode(covered), prompt, size=(covered.shape[-2], covered.shape[-1]),
+        output = self.decoder(
+            self.encode(padded), prompt, size=(padded.shape[-2], padded.shape[-1]),
             **{**options, "output_type": "pt", "return_dict": False},
         )  # fmt: skip
-        found = convert_output(center_crop(drawn, height, width), output_type)
-        return ImageOutput(found) if options.get("return_dict", True) else found
+        reconstruction = convert_output(center_crop(output, height, width), output_type)
+        return ImageOutput(reconstruction) if options.get("return_dict", True) else reconstruction
 
     def image_to_image(
         self,
@@ -106,12 +106,12 @@ class WuerstchenPipeline(CascadePipeline):
         strength: float = 0.6,
         **options: Any,
     ) -> Any:
-        """Draw ``prompt`` on from an image, in Stage C's latents.
+        """Generate images of ``prompt`` from noised semantic latents of images.
 
         Args:
-            prompt: one, or N.
-            image: as for ``encode``; one, or one for each image to be drawn.
-            strength: in [0, 1]: time at which the image's latents are noised; 0 keeps them.
+            prompt: one, or a list.
+            image: as for ``encode``; one, or one per prompt.
+            strength: time in [0, 1] that the image's latents are noised to; 0 keeps them.
             options: further arguments of the pipeline.
         """
         images = to_tensor(image)
@@ -122,7 +122,7 @@ class WuerstchenPipeline(CascadePipeline):
     def vary(
         self, image: ImageInput | Sequence[ImageInput], strength: float = 0.6, **options: Any
     ) -> Any:
-        """Draw images again, without a prompt or guidance; arguments see ``image_to_image``."""
+        """Variations of images, without a prompt or guidance; see ``image_to_image``."""
         prompts = [""] * len(to_tensor(image))
         return self.image_to_image(
             prompts, image, strength, **{"prior_guidance_scale": 0.0, **options}
@@ -136,34 +136,34 @@ class WuerstchenPipeline(CascadePipeline):
         strength: float = 1.0,
         **options: Any,
     ) -> Any:
-        """Generate a part of an image again.
+        """Generate a masked region of an image again.
 
         Args:
-            prompt: what to draw.
+            prompt: what to generate.
             image: one, as for ``encode``.
-            mask: of its size, white (1) where to draw; outside, the image stays to the pixel.
+            mask: of the image's size, 1 (white) where to generate; other pixels do not change.
             strength: see ``image_to_image``.
             options: further arguments of the pipeline.
 
         Raises:
-            ValueError: if the mask is of another size.
+            ValueError: if the mask's size differs from the image's.
         """
-        original, painted = to_tensor(image), to_mask(mask)
+        original, region = to_tensor(image), to_mask(mask)
         height, width = original.shape[-2:]
-        if painted.shape[-2:] != original.shape[-2:]:
+        if region.shape[-2:] != original.shape[-2:]:
             raise ValueError(
-                f"the mask has {painted.shape[-2]} x {painted.shape[-1]} px, and the image "
-                f"{height} x {width}; give them the same size"
+                f"the mask has {region.shape[-2]} x {region.shape[-1]} px, and the image "
+                f"{height} x {width}; use the same size"
             )
         size = self.padded_size(height, width)
         output_type, return_dict = options.pop("output_type", "pil"), options.get("return_dict")
         check_output_type(output_type, IMAGE_TYPES)
-        drawn = self(
+        output = self(
             prompt, height, width, image_embeddings=self.encode(pad_to(original, *size)),
-            mask=self.prior.mask_for(pad_to(painted, *size), *size), strength=strength,
+            mask=self.prior.mask_for(pad_to(region, *size), *size), strength=strength,
             **{**options, "output_type": "pt", "return_dict": False},
         )  # fmt: skip
-        found = convert_output(
-            torch.lerp(original.to(drawn), drawn, painted.to(drawn)), output_type
+        images = convert_output(
+            torch.lerp(original.to(output), output, region.to(output)), output_type
         )
-        return found if return_dict is False else ImageOutput(found)
+        return images if return_dict is False else ImageOutput(images)

@@ -1,4 +1,4 @@
-"""Semantic latents to images: sampling of Stage B, and Stage A (arXiv 2306.00637, 3.1, 3.2)."""
+"""Semantic latents to images with Stage B and Stage A (arXiv 2306.00637, sections 3.1, 3.2)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -51,11 +51,11 @@ class DecoderSampler(StepState):
         decoder: Stage B's denoiser.
         vqgan: Stage A.
         text_encoder: for a Stage B that reads text.
-        latent_dim_scale: Stage A's latents per semantic position, along a side (v1, v2: 10.67).
-        placement: the device to work on; the CPU if not given.
+        latent_dim_scale: Stage A latents per semantic position, along a side (v1, v2: 10.67).
+        placement: the device to run on; the CPU if None.
 
     Raises:
-        ValueError: if the denoiser reads text and there is no encoder, or the other way round.
+        ValueError: if only one of the denoiser's ``text_dim`` and ``text_encoder`` is set.
     """
 
     CALLBACK_INPUTS = (
@@ -109,38 +109,38 @@ class DecoderSampler(StepState):
         callback_steps: int = 1,
         progress: bool = True,
     ) -> Any:
-        """Draw; the arguments are those of diffusers' ``WuerstchenDecoderPipeline``, and some more.
+        """Generate images; extends the arguments of diffusers' ``WuerstchenDecoderPipeline``.
 
         Args:
-            image_embeddings: (N, S, h, w) semantic latents in the compressor's scale, or several
-                such.
-            prompt: one, or one for each of N or of a divisor of it; empty if not given.
+            image_embeddings: (N, S, h, w) semantic latents in the compressor's scale, or a list of
+                such batches.
+            prompt: one, N, or a number that divides N; empty if not given.
             num_inference_steps: denoising steps (paper: 12).
-            timesteps: falling times in [0, 1] instead of equal steps.
-            guidance_scale: towards latents and prompt; up to 1 is none.
-            negative_prompt: one, or one for each prompt; empty if not given.
-            num_images_per_prompt: images of each of the N.
-            generator: of the whole batch, or a list with one for each image.
+            timesteps: decreasing times in [0, 1] instead of equal steps.
+            guidance_scale: toward semantic latents and prompt; values up to 1 turn it off.
+            negative_prompt: one, or one per prompt; empty if not given.
+            num_images_per_prompt: images for each of the N.
+            generator: one for the whole batch, or a list with one per image.
             latents: (B, C, H / 4, W / 4) noise to start from.
             output_type: ``pil``, ``np``, ``pt``, or ``latent`` for Stage A's latents.
-            return_dict: False returns the images alone.
+            return_dict: False returns only the images.
             callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
-                those it changed.
-            callback_on_step_end_tensor_inputs: names of the tensors that it is given.
+                the tensors that it changed.
+            callback_on_step_end_tensor_inputs: names of the tensors passed to it.
             size: (height, width) in pixels; that of the semantic latents if not given.
-            seed: short for ``generator``: one for each image, or the first of as many as needed.
+            seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
-            guidance_interval: likewise.
+            guidance_interval: see ``guidance_rescale``.
             callback: diffusers' deprecated callback (step, time, latents).
             callback_steps: steps between two calls of ``callback``.
             progress: show a progress bar.
 
         Returns:
-            Images in [0, 1]; a size that Stage B cannot divide is drawn larger, and cropped.
+            Images in [0, 1]; sizes that Stage B cannot divide are generated larger and cropped.
 
         Raises:
-            ValueError: naming the argument, its value and the fix.
+            ValueError: if an argument is invalid.
         """
         check_output_type(output_type, OUTPUT_TYPES)
         inputs = ("latents",) if callback is not None else ()
@@ -167,19 +167,19 @@ class DecoderSampler(StepState):
         height, width = size or self.size(semantic.shape[-2], semantic.shape[-1])
         shape = (len(semantic), self.decoder.latent_channels, *self.latent_grid(height, width))
         params = replace(params, generator=resolve_generator(seed, generator, len(semantic)))
-        drawn = self._denoise(
+        output = self._denoise(
             initial_noise(shape, latents, params.generator, semantic.device), tensors, params
         )
         if output_type != "latent":
             with self.placement.on_device(self.vqgan):
-                drawn = center_crop(self.decode(drawn).clamp(0, 1), height, width)
-        found = convert_output(drawn, output_type)
-        return ImageOutput(found) if return_dict else found
+                output = center_crop(self.decode(output).clamp(0, 1), height, width)
+        images = convert_output(output, output_type)
+        return ImageOutput(images) if return_dict else images
 
     def _denoise(self, noise: Tensor, tensors: dict[str, Tensor], params: DenoiseParams) -> Tensor:
         """Stage A's latents at the last time."""
         steps = torch.tensor(params.times[:-1], device=noise.device)
-        # conditioning take 0.5 GB an image at 1024 px in bfloat16
+        # cached conditioning takes 0.5 GB per image at 1024 px in bfloat16
         prepare = self.decoder.inputs if self.placement.offload else self.decoder.cache_conditioning
 
         def cache_conditioning(
@@ -203,34 +203,34 @@ class DecoderSampler(StepState):
             )
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        """Pixels (height, width) of the image that (h, w) semantic positions stand for."""
+        """Size (height, width) in pixels of the image that has (h, w) semantic latents."""
         height, width = (int(side * self.latent_dim_scale + 1e-6) for side in (h, w))
         return height * self.vqgan.factor, width * self.vqgan.factor
 
     def latent_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Stage A's latents (H, W) that cover an image, in steps that Stage B can divide."""
+        """Size (H, W) of Stage A's latents that cover an image and that Stage B can divide."""
         multiple = self.decoder.size_multiple
         pixels = self.vqgan.factor * multiple
         return math.ceil(height / pixels) * multiple, math.ceil(width / pixels) * multiple
 
-    def _semantic(self, given: Any, repeats: int) -> Tensor:
-        parts = given if isinstance(given, list | tuple) else [given]
-        semantic = torch.cat([torch.as_tensor(part) for part in parts])
+    def _semantic(self, embeddings: Any, repeats: int) -> Tensor:
+        batches = embeddings if isinstance(embeddings, list | tuple) else [embeddings]
+        semantic = torch.cat([torch.as_tensor(batch) for batch in batches])
         channels = self.decoder.semantic_channels
         if semantic.ndim != 4 or semantic.shape[1] != channels:
             raise ValueError(
-                f"image_embeddings have shape {tuple(semantic.shape)}; give (N, {channels}, h, w)"
+                f"image_embeddings have shape {tuple(semantic.shape)}; use (N, {channels}, h, w)"
             )
         semantic = semantic.to(self.placement.device, torch.float32)
         return semantic.repeat_interleave(check_num_images(repeats), dim=0)
 
     def _text(self, prompts: Prompts, rows: int, *, guided: bool) -> Tensor:
         encoder = cast(TextEncoder, self.text_encoder)
-        number = 1 if isinstance(prompts.prompt, str) else len(prompts.prompt or ())
-        if not number or rows % number:
+        num_prompts = 1 if isinstance(prompts.prompt, str) else len(prompts.prompt or ())
+        if not num_prompts or rows % num_prompts:
             raise ValueError(
-                f"{number} prompts for {rows} images; give one for each, or one in all"
+                f"{num_prompts} prompts for {rows} images; give one per image, or one in all"
             )
         with self.placement.on_device(encoder):
-            text = encode_prompts(encoder, prompts, repeats=rows // number, guided=guided)
+            text = encode_prompts(encoder, prompts, repeats=rows // num_prompts, guided=guided)
         return text.to(self.placement.device)

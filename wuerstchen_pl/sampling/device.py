@@ -1,4 +1,4 @@
-"""Where the parts of a pipeline lie: all on one device, or only the one at work."""
+"""Placement of a pipeline's networks: all on one device, or only the active one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from torch import nn
 
 @dataclass
 class DevicePlacement:
-    """The device that a pipeline works on.
+    """The device that a pipeline runs on.
 
-    ``offload``: between uses, parts lie on the CPU, and Stage B computes again at each step what it
-    could keep, at a cost in memory, for all of them.
+    With ``offload``, networks are on the CPU unless in use, and Stage B saves memory by computing
+    its conditioning in every step instead of caching it for all steps.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -21,7 +21,7 @@ class DevicePlacement:
 
     @contextmanager
     def on_device(self, module: nn.Module) -> Iterator[None]:
-        """Have ``module`` on the device within the block."""
+        """Context in which ``module`` is on the device."""
         if not self.offload:
             yield
             return
@@ -33,11 +33,11 @@ class DevicePlacement:
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
-    """Turn weights to ``dtype``, but buffers and batch norms, few and delicate, to float32."""
+    """Cast weights to ``dtype``, but buffers and batch norms to float32 for accuracy."""
     for part in module.modules():
-        kind = torch.float32 if isinstance(part, nn.modules.batchnorm._BatchNorm) else dtype
+        part_dtype = torch.float32 if isinstance(part, nn.modules.batchnorm._BatchNorm) else dtype
         for parameter in part.parameters(recurse=False):
-            parameter.data = parameter.data.to(kind)
+            parameter.data = parameter.data.to(part_dtype)
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_floating_point():
                 setattr(part, name, buffer.float())

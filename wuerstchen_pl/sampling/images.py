@@ -1,4 +1,4 @@
-"""Between tensors and the images that users give and ask for."""
+"""Conversion between tensors and the image types of the pipelines' inputs and outputs."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -16,7 +16,7 @@ OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 
 
 class OutputTuple(tuple):
-    """Lets a named tuple be asked by name as well, as diffusers' outputs can be."""
+    """A named tuple that can also be indexed by name, like diffusers' outputs."""
 
     __slots__ = ()
 
@@ -29,21 +29,21 @@ class _ImageOutput(NamedTuple):
 
 
 class ImageOutput(OutputTuple, _ImageOutput):
-    """What a pipeline drew: PIL images, (B, H, W, 3) or (B, 3, H, W) in [0, 1], or latents."""
+    """A pipeline's PIL images, (B, H, W, 3) or (B, 3, H, W) arrays in [0, 1], or latents."""
 
 
 def check_output_type(output_type: str, allowed: tuple[str, ...]) -> None:
-    """Refuse another one.
+    """Reject an unknown ``output_type``.
 
     Raises:
-        ValueError: naming those there are.
+        ValueError: if it is not in ``allowed``.
     """
     if output_type not in allowed:
         raise ValueError(f"output_type={output_type!r} is unknown; use {' or '.join(allowed)}")
 
 
 def convert_output(images: Tensor, output_type: OutputType) -> Any:
-    """(B, 3, H, W) in [0, 1], or latents -> as ``output_type`` says."""
+    """(B, 3, H, W) in [0, 1], or latents -> a value of type ``output_type``."""
     if output_type == "pil":
         return [to_pil(image) for image in images]
     if output_type == "np":
@@ -52,16 +52,16 @@ def convert_output(images: Tensor, output_type: OutputType) -> Any:
 
 
 def center_crop(images: Tensor, height: int, width: int) -> Tensor:
-    """The middle (height, width) of (B, 3, H, W)."""
+    """(B, 3, H, W) -> (B, 3, height, width), cropped at the center."""
     top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
     return images[..., top : top + height, left : left + width]
 
 
 def to_tensor(image: ImageInput | Sequence[ImageInput]) -> Tensor:
-    """PIL images or tensors -> (B, 3, H, W) float32 in [0, 1]; what is transparent is white.
+    """PIL images or tensors -> (B, 3, H, W) float32 in [0, 1]; transparent pixels become white.
 
     Raises:
-        ValueError: if they are not images, or of several sizes, or no values in [0, 1].
+        ValueError: if they are not images, differ in size, or have values outside [0, 1].
     """
     return _batch(image, channels=3)
 
@@ -80,7 +80,7 @@ def _batch(image: ImageInput | Sequence[ImageInput], *, channels: int) -> Tensor
     tensors = [_tensor(part, channels) for part in parts]
     sizes = {tuple(tensor.shape[-2:]) for tensor in tensors}
     if len(sizes) != 1:
-        raise ValueError(f"images have the sizes {sorted(sizes)}; give one size, and one or more")
+        raise ValueError(f"images have the sizes {sorted(sizes)}; use one or more of the same size")
     return torch.cat(tensors)
 
 
@@ -90,13 +90,13 @@ def _tensor(part: ImageInput, channels: int) -> Tensor:
     if not isinstance(part, Tensor) or part.ndim not in (3, 4) or part.shape[-3] != channels:
         description = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
         raise ValueError(
-            f"{description} is not an image; give PIL's, or tensors (B, {channels}, H, W)"
+            f"{description} is not an image; give PIL images, or tensors (B, {channels}, H, W)"
         )
     values = part.float() if part.is_floating_point() else part.float() / 255
     if not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(
             f"an image has values from {float(values.min()):.3g} to {float(values.max()):.3g}; "
-            "give floats in [0, 1], or bytes"
+            "give floats in [0, 1], or uint8"
         )
     return values if values.ndim == 4 else values[None]
 
@@ -109,7 +109,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def pad_to(images: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, height, width), in the middle, its edge repeated around it."""
-    down, across = height - images.shape[-2], width - images.shape[-1]
-    around = (across // 2, across - across // 2, down // 2, down - down // 2)
-    return torch.nn.functional.pad(images, around, mode="replicate")
+    """(B, C, H, W) -> (B, C, height, width), centered, padded by repeating the edges."""
+    rows, columns = height - images.shape[-2], width - images.shape[-1]
+    padding = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    return torch.nn.functional.pad(images, padding, mode="replicate")

@@ -15,7 +15,7 @@ from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
 
 Tensors = dict[str, Tensor]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor | None]], Tensors | None]
-"""(sampler, step, time, tensors by name) -> those that it changed. An absent tensor is None."""
+"""(sampler, step, time, tensors by name) -> the changed ones. Absent tensors are None."""
 LegacyCallback = Callable[[int, Tensor, Tensor], None]
 """diffusers' deprecated form: (step, time, latents), which cannot change anything."""
 Conditioning = Sequence[BlockInputs | CachedConditioning]
@@ -25,7 +25,7 @@ TEXT, NEGATIVE = "text_encoder_hidden_states", "negative_prompt_embeds"
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiseParams:
-    """How to denoise; ``times`` decrease from the start to 0."""
+    """Parameters of the denoising loop; ``times`` decrease from the start to 0."""
 
     times: Sequence[float]
     generator: Generator
@@ -37,13 +37,13 @@ class DenoiseParams:
     """Label of the progress bar; None shows none."""
 
     def check(self, tensor_names: Sequence[str]) -> None:
-        """Refuse what would otherwise fail after some work.
+        """Reject values that would otherwise fail only after some steps.
 
         Args:
             tensor_names: the tensors that a callback may ask for.
 
         Raises:
-            ValueError: naming the argument and the fix.
+            ValueError: if the method or an input of the callback is unknown.
         """
         check_sampler(self.method)
         for name in self.callback_inputs:
@@ -55,11 +55,11 @@ class DenoiseParams:
 
 
 class StepState:
-    """What a callback may read and change while a sampler runs, named as in diffusers.
+    """State that a callback may read and change while a sampler runs, named as in diffusers.
 
     Set ``_guidance_scale`` to change the guidance from the next step on (1 or less turns it off;
-    it cannot be turned on in a run that started without), and ``_interrupt`` to stop after this
-    step.
+    it cannot be turned on in a run that started without), and ``_interrupt`` to stop after the
+    current step.
     """
 
     _guidance_scale: float = 0.0
@@ -96,7 +96,7 @@ class StepState:
 def with_legacy_callback(
     callback_on_step_end: StepCallback | None, legacy: LegacyCallback | None, every_steps: int
 ) -> StepCallback | None:
-    """Both kinds of callback as one.
+    """Combine both kinds of callback.
 
     Raises:
         ValueError: if ``every_steps`` is below 1.
@@ -128,21 +128,21 @@ def denoise(
     schedule: CosineSchedule,
     latents_hook: Callable[[Tensor, float], Tensor] = lambda x, t: x,
 ) -> Tensor:
-    """Follow a denoiser along ``params.times``.
+    """Denoise latents along ``params.times``.
 
     Args:
         predict_noise: latents and conditioning -> noise; see ``Prior.predict_noise``.
-        cache_conditioning: conditioning tensors -> what the blocks need of them, for 2B rows
+        cache_conditioning: conditioning tensors -> the blocks' conditioning, for 2B rows
             (conditional, unconditional) if ``params.guidance`` is on, else for B.
         latents: (B, C, h, w) at the first time.
-        tensors: the conditioning tensors by name, which a callback may read and replace.
+        tensors: conditioning tensors by name, which a callback may read and replace.
         params: times, guidance, generator, callback.
-        sampler: the sampler that the callback gets.
+        sampler: the sampler that is passed to the callback.
         schedule: the noise schedule.
         latents_hook: latents and their time -> latents for the next step.
 
     Returns:
-        (B, C, h, w) at the last time, or after the step that was interrupted.
+        (B, C, h, w) at the last time, or after the step at which it was interrupted.
     """
     rows = len(latents)
     conditioning = cache_conditioning(tensors)
@@ -184,7 +184,7 @@ def denoise(
 
 
 def _replace_tensors(tensors: Tensors, changed: Mapping[str, Tensor]) -> bool:
-    """Replace the conditioning tensors that a callback changed; returns whether there were any."""
+    """Replace the conditioning tensors that a callback changed; return whether there were any."""
     updates = {k: v for k, v in changed.items() if k in tensors and v is not tensors[k]}
     tensors.update(updates)
     if NEGATIVE in updates:  # the second half of the text states, conditional and unconditional

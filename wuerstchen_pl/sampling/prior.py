@@ -1,4 +1,4 @@
-"""Text to semantic latents: sampling of Stage C (arXiv 2306.00637, section 3.3)."""
+"""Text to semantic latents: sampling with Stage C (arXiv 2306.00637, section 3.3)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -52,10 +52,10 @@ class PriorOutput(OutputTuple, _PriorOutput):
 
 
 class InitLatents(NamedTuple):
-    """Latents to start from, in Stage C's scale, and where to generate new ones."""
+    """Initial latents in Stage C's scale, and the region to generate again."""
 
     latents: Tensor  # (B, S, h, w)
-    mask: Tensor | None  # (B, 1, h, w), 1 where to generate; None is everywhere
+    mask: Tensor | None  # (B, 1, h, w), 1 where to generate; None for everywhere
 
 
 class PriorSampler(StepState):
@@ -63,11 +63,11 @@ class PriorSampler(StepState):
 
     Args:
         prior: the denoiser.
-        text_encoder: prompts -> token states.
-        semantic_scale: Stage C works in (s + shift) / scale of the compressor's s (v1, v2: 42).
-        semantic_shift: see ``semantic_scale`` (v1, v2: 1).
+        text_encoder: maps prompts to text states.
+        semantic_scale: ``scale`` of ``LatentScaling`` (v1, v2: 42).
+        semantic_shift: ``shift`` of ``LatentScaling`` (v1, v2: 1).
         resolution_multiple: pixels per semantic position (v1, v2: 42.67).
-        placement: the device to work on; the CPU if not given.
+        placement: the device to run on; the CPU if None.
     """
 
     CALLBACK_INPUTS = ("latents", "text_encoder_hidden_states", "negative_prompt_embeds")
@@ -120,34 +120,34 @@ class PriorSampler(StepState):
         callback_steps: int = 1,
         progress: bool = True,
     ) -> PriorOutput | tuple[Any]:
-        """Draw; the arguments are those of diffusers' ``WuerstchenPriorPipeline``, and some more.
+        """Generate latents; extends the arguments of diffusers' ``WuerstchenPriorPipeline``.
 
         Args:
             prompt: one or several.
-            height: of the image to be, in pixels.
-            width: likewise.
+            height: height of the image in pixels.
+            width: width of the image in pixels.
             num_inference_steps: denoising steps (paper: 60).
-            timesteps: falling times in [0, 1] instead of equal steps.
-            guidance_scale: away from the negative prompt; up to 1 is none.
-            negative_prompt: one, or one for each prompt; empty if not given.
+            timesteps: decreasing times in [0, 1] instead of equal steps.
+            guidance_scale: away from the negative prompt; values up to 1 turn it off.
+            negative_prompt: one, or one per prompt; empty if not given.
             prompt_embeds: (N, L, D) text states instead of ``prompt``.
-            negative_prompt_embeds: likewise.
-            num_images_per_prompt: images of each prompt.
-            generator: of the whole batch, or a list with one for each image.
+            negative_prompt_embeds: (N, L, D) text states instead of ``negative_prompt``.
+            num_images_per_prompt: images per prompt.
+            generator: one for the whole batch, or a list with one per image.
             latents: (B, S, h, w) noise to start from.
             output_type: ``pt``, ``latent`` (the same) or ``np``.
             return_dict: False returns a tuple.
             callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
-                those it changed.
-            callback_on_step_end_tensor_inputs: names of the tensors that it is given.
-            seed: short for ``generator``: one for each image, or the first of as many as needed.
+                the tensors that it changed.
+            callback_on_step_end_tensor_inputs: names of the tensors passed to it.
+            seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
-            guidance_interval: likewise.
+            guidance_interval: see ``guidance_rescale``.
             image_embeddings: (B, S, h, w) or (1, S, h, w) semantic latents to start from, noised to
                 the time ``strength``.
-            strength: in [0, 1]; 0 changes nothing of ``image_embeddings``.
-            mask: (B, 1, h, w) or (1, 1, h, w), 1 where ``image_embeddings`` are to be drawn again.
+            strength: in [0, 1]; 0 returns ``image_embeddings`` unchanged.
+            mask: (B, 1, h, w) or (1, 1, h, w), 1 where ``image_embeddings`` are generated again.
             callback: diffusers' deprecated callback (step, time, latents).
             callback_steps: steps between two calls of ``callback``.
             progress: show a progress bar.
@@ -156,11 +156,11 @@ class PriorSampler(StepState):
             (B, S, h, w) semantic latents, in the compressor's scale.
 
         Raises:
-            ValueError: naming the argument, its value and the fix.
+            ValueError: if an argument is invalid.
         """
         check_output_type(output_type, ("pt", "np", "latent"))
         if image_embeddings is None and (strength != 1 or mask is not None):
-            raise ValueError("strength and mask need image_embeddings to start from; give them")
+            raise ValueError("strength and mask need image_embeddings; give them")
         inputs = ("latents",) if callback is not None else ()
         params = DenoiseParams(
             times=_times(num_inference_steps, timesteps, strength),
@@ -226,17 +226,17 @@ class PriorSampler(StepState):
             )  # fmt: skip
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Semantic positions of an image of so many pixels: 24 x 24 for 1024 px, as published."""
+        """Size (h, w) of an image's semantic latents: 24 x 24 for 1024 px as published."""
         multiple = self.resolution_multiple
-        # 1024 / 42.666... is a little more than 24
+        # 1024 / 42.666... may round to a little more than 24
         return math.ceil(height / multiple - 1e-6), math.ceil(width / multiple - 1e-6)
 
     def mask_for(self, mask: Tensor, height: int, width: int) -> Tensor:
-        """(B, 1, H, W) in [0, 1] -> (B, 1, h, w): the greatest of a position's pixels."""
+        """(B, 1, H, W) in [0, 1] -> (B, 1, h, w), the maximum over each position's pixels."""
         return F.adaptive_max_pool2d(mask, self.latent_size(height, width))
 
     def _noised(self, latents: Tensor, t: float, noise: Tensor) -> Tensor:
-        if t == 0:  # the schedule is clamped, and would leave a little noise
+        if t == 0:  # the clamped schedule would leave a little noise
             return latents
         times = torch.full((len(latents),), t, device=latents.device)
         return self.schedule.add_noise(latents, times, noise)
@@ -245,7 +245,7 @@ class PriorSampler(StepState):
 def initial_noise(
     shape: tuple[int, ...], latents: Tensor | None, generator: Generator, device: torch.device
 ) -> Tensor:
-    """The noise to start from: ``latents`` if given, else drawn.
+    """Initial noise: ``latents`` if given, else random.
 
     Raises:
         ValueError: if ``latents`` have another shape.
@@ -253,28 +253,28 @@ def initial_noise(
     if latents is None:
         return randn(shape, generator, device)
     if tuple(latents.shape) != shape:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}; give them {shape}")
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; use shape {shape}")
     return latents.to(device, torch.float32)
 
 
-def expand_rows(given: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """One row, a row for each prompt, or one for each image -> all the rows.
+def expand_rows(x: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """Repeat the rows of ``x``, one in all, per prompt or per image, to ``shape``.
 
     Raises:
-        ValueError: if they do not fit.
+        ValueError: if their number or shape does not fit.
     """
-    if given.shape[1:] != shape[1:] or not len(given) or shape[0] % len(given):
-        raise ValueError(f"{name} have shape {tuple(given.shape)}; give them {shape}, or one row")
-    return given.repeat_interleave(shape[0] // len(given), dim=0)
+    if x.shape[1:] != shape[1:] or not len(x) or shape[0] % len(x):
+        raise ValueError(f"{name} have shape {tuple(x.shape)}; use shape {shape}, or one row")
+    return x.repeat_interleave(shape[0] // len(x), dim=0)
 
 
-def _times(steps: int, given: Sequence[float] | None, strength: float) -> list[float]:
-    """Times to sample along, of which those above ``strength`` are left out."""
+def _times(steps: int, timesteps: Sequence[float] | None, strength: float) -> list[float]:
+    """Times to sample along, starting at ``strength``."""
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength} is out of range; use 0 to 1")
-    times = resolve_timesteps(steps, given)
+    times = resolve_timesteps(steps, timesteps)
     if 0 < strength <= times[-1]:
-        raise ValueError(f"strength={strength} is not above the last of timesteps, {times[-1]}")
+        raise ValueError(f"strength={strength} is too low; use 0, or more than {times[-1]}")
     if strength >= times[0]:
         return times
     return [strength, *(t for t in times if t < strength)]
