@@ -63,7 +63,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def with_local_data(arguments: list[str], workdir: Path) -> list[str]:
-    """Create the data of a command, and replace a data set of the hub by a local one."""
+    """Create the data of a command, and replace a data set on the hub with a local one."""
     if "data=shards" in arguments:
         folder = "my/shards" if "data.urls=my/shards" in arguments else "shards"
         shards(workdir / folder, 10, 2)
@@ -144,12 +144,8 @@ def test_the_papers_phases_run_with_one_command(cascade: Path, workdir: Path) ->
     data += [f"data.filters.{key}=null" for key in ("min_size", "min_aesthetic")]
     data += [f"data.filters.{key}=null" for key in ("max_pwatermark", "max_punsafe")]
     stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
-    assert (
-        run_program(
-            "train", [*command, *shrink, *data, *stage_paths, "callbacks.sample_grids=null"]
-        )
-        == 0
-    )
+    command += [*shrink, *data, *stage_paths, "callbacks.sample_grids=null"]
+    assert run_program("train", command) == 0
     for phase in range(1, 5):
         assert (workdir / f"paper_c_{phase}/c/checkpoints/step0000002.ckpt").is_file()
 
