@@ -1,13 +1,13 @@
 """Time this package: ``make bench``, or ``python scripts/bench.py inference --threads 1``.
 
-inference: the denoisers, Stage A's decoder and a whole text-to-image run, beside diffusers' own on
-the same weights, in turns, with outputs compared in the same run.
-prior: a training step of Stage C's prior and the memory it keeps, beside diffusers' prior.
-training: a step of each stage's network, forward, backward and AdamW, on random latents.
-data: from JPEG shards to batches, beside plain WebDataset with torchvision, on one core.
-cache: a training step of Stage C from a cache, beside diffusers' recipe, which encodes online.
+inference: the denoisers, Stage A's decoder and whole text-to-image runs, alternating with diffusers
+on the same weights; the outputs are compared too.
+prior: a training step of Stage C's prior and its activation memory, compared with diffusers' prior.
+training: forward, backward and AdamW of each stage's network, on random latents.
+data: loading batches from JPEG shards on one core, compared with WebDataset and torchvision.
+cache: a training step of Stage C from a cache, compared with diffusers' online encoding.
 
-Each writes a table into ``benchmarks/``. Do not time beside other work.
+Each benchmark writes a table to ``benchmarks/``. Run them on an otherwise idle machine.
 """
 
 import argparse
@@ -16,48 +16,46 @@ import torch
 
 from scripts import bench_data, bench_training
 
-THEMES = ["inference", "training", "prior", "cache", "data"]
+BENCHMARKS = ["inference", "training", "prior", "cache", "data"]
 
 
 def main() -> None:
-    """Read the command line, measure, print, write."""
+    """Run the benchmarks named on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cuda = torch.cuda.is_available()
-    parser.add_argument("themes", nargs="*", default=THEMES, metavar="THEME")
-    parser.add_argument("--threads", type=int, help="of the CPU; all if not given")
-    parser.add_argument("--rounds", type=int, default=7, help="of which the median is taken")
+    parser.add_argument("benchmarks", nargs="*", default=BENCHMARKS, metavar="BENCHMARK")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds; medians are reported")
     parser.add_argument(
         "--size", choices=["small", "published"], default="published" if cuda else "small",
-        help="of the networks that inference times",
+        help="network size for inference",
     )  # fmt: skip
-    parser.add_argument(
-        "--preset", default="v2" if cuda else "tiny", help="of the networks that training times"
-    )
-    parser.add_argument("--batch", type=int, default=16, help="of a training step")
+    parser.add_argument("--preset", default="v2" if cuda else "tiny", help="preset for training")
+    parser.add_argument("--batch", type=int, default=16, help="batch size for training")
     options = parser.parse_args()
-    if unknown := set(options.themes) - set(THEMES):
-        parser.error(f"no theme {unknown.pop()!r}; choose from {', '.join(THEMES)}")
+    if unknown := set(options.benchmarks) - set(BENCHMARKS):
+        parser.error(f"unknown benchmark {unknown.pop()!r}; choose from {', '.join(BENCHMARKS)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds} measures nothing; use 1 or more")
-    if "inference" in options.themes:
-        from scripts import bench_inference  # which needs diffusers
+        parser.error(f"--rounds {options.rounds} is out of range; use 1 or more")
+    if "inference" in options.benchmarks:
+        from scripts import bench_inference  # needs diffusers
 
         print(bench_inference.run(options.size, options.rounds))
-    if "training" in options.themes:
+    if "training" in options.benchmarks:
         print(bench_training.run(options.preset, options.batch))
-    if "prior" in options.themes:
-        from scripts import bench_prior  # which needs diffusers
+    if "prior" in options.benchmarks:
+        from scripts import bench_prior  # needs diffusers
 
         print(bench_prior.run(options.rounds))
-    if "cache" in options.themes:
-        from scripts import bench_cache  # which needs diffusers
+    if "cache" in options.benchmarks:
+        from scripts import bench_cache  # needs diffusers
 
         print(bench_cache.run(options.rounds))
-    if "data" in options.themes:  # last, as it takes one thread
+    if "data" in options.benchmarks:  # last, because it sets torch to one thread
         print(bench_data.run(options.rounds))
 
 

@@ -1,8 +1,8 @@
-"""Time a training step of Stage C from a cache, beside diffusers' recipe that encodes as it goes.
+"""Time a training step of Stage C from a cache, against diffusers' recipe, which encodes online.
 
-A prior of 8 blocks, 512 wide, at 24 x 24 positions (images of 1024 px), batch 1. diffusers' step
-puts an image through EfficientNetV2 and a caption through 12 layers of a text tower, adds noise
-and trains its own prior; ours reads latents and states from files of a cache and trains ours.
+A prior of 8 blocks of width 512, at 24 x 24 positions (images of 1024 px), batch 1. diffusers' step
+encodes an image with EfficientNetV2 and a caption with a 12-layer text tower, adds noise and trains
+its prior; our step reads latents and token states from cache files and trains our prior.
 """
 
 import tempfile
@@ -39,7 +39,7 @@ SAMPLES = 64
 
 
 def online(size: str) -> Work:
-    """A step of diffusers' recipe: encode, add noise, predict, mean squared error, AdamW."""
+    """diffusers' training step: encode, add noise, predict, mean squared error, AdamW."""
     features = getattr(torchvision.models, f"efficientnet_v2_{size}")(weights=None).features
     encoder = nn.Sequential(features, nn.Conv2d(1280, 16, 1), nn.BatchNorm2d(16, affine=False))
     encoder.eval().requires_grad_(False)
@@ -71,7 +71,7 @@ def online(size: str) -> Work:
 
 
 def write_cache(root: Path) -> None:
-    """A cache of random latents and states, as `python -m wuerstchen_pl.cache` writes one."""
+    """Write random latents and token states in the layout of `python -m wuerstchen_pl.cache`."""
     writer = ShardWriter(root / "train-00000-000.safetensors")
     for i in range(SAMPLES):
         sample = Sample(f"{i}", ("a caption",), 1024, 1024, "s")
@@ -86,17 +86,17 @@ def write_cache(root: Path) -> None:
 
 
 def cached(root: Path) -> Work:
-    """A step of ours: read a batch, add noise, predict, weighted error, AdamW."""
+    """Our training step: read a batch, add noise, predict, weighted error, AdamW."""
     module = CachedDataModule(root=str(root), batch_size=1)
     module.prepare_data()
     module.setup()
     loader = module.train_dataloader()
 
-    def forever() -> Iterator[dict]:
+    def endless() -> Iterator[dict]:
         while True:
             yield from loader
 
-    batches = forever()
+    batches = endless()
     prior = Prior(
         latent_channels=16, width=WIDTH, depth=DEPTH, num_heads=HEADS, text_dim=WIDTH
     ).train()
@@ -118,25 +118,25 @@ def cached(root: Path) -> Work:
 
 
 def run(rounds: int) -> Path:
-    """Measure, print, write."""
+    """Run the benchmark and write its table; returns the path."""
     warnings.filterwarnings("ignore")
     rows = []
     with tempfile.TemporaryDirectory() as name:
         write_cache(Path(name))
         ours = cached(Path(name))
         for size in ("s", "l"):
-            found = side_by_side(online(size), ours, rounds)
+            timing = side_by_side(online(size), ours, rounds)
             rows.append(
-                f"| EfficientNetV2-{size.upper()} | {found.theirs_ms:.0f} | {found.ours_ms:.0f} "
-                f"| {found.ratio:.2f} |"
+                f"| EfficientNetV2-{size.upper()} | {timing.theirs_ms:.0f} | {timing.ours_ms:.0f} "
+                f"| {timing.ratio:.2f} |"
             )
             print(rows[-1], flush=True)
     return write_table(
         "training_from_cache",
         "python scripts/bench.py cache --threads 1",
-        f"A step of Stage C, milliseconds: {DEPTH} blocks of {WIDTH}, 24 x 24 positions, batch 1, "
-        f"float32, a text tower of 12 layers; diffusers {VERSION} encodes online. Medians of "
-        f"{rounds} rounds in turns.",
+        f"Milliseconds per step of Stage C: {DEPTH} blocks of width {WIDTH}, 24 x 24 positions, "
+        f"batch 1, float32, 12-layer text tower; diffusers {VERSION} encodes online. Medians of "
+        f"{rounds} alternating rounds.",
         "| compressor | diffusers, online | ours, cached | ratio |",
         rows,
     )

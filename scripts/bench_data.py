@@ -1,7 +1,7 @@
-"""Time the way from JPEG shards to batches, beside plain WebDataset with torchvision.
+"""Time loading batches from JPEG shards, against plain WebDataset with torchvision.
 
-Images of a million pixels, in six shapes, with the spectrum of photographs; batches of about
-512 x 512. One process, one core: what a worker does.
+One-megapixel images of six shapes with the power spectrum of photographs; batches of about
+512 x 512. One process on one core, like a data loader worker.
 """
 
 import io
@@ -35,7 +35,7 @@ SIDE, BATCH = 512, 16
 
 
 def photograph(height: int, width: int, seed: int) -> Image.Image:
-    """An image whose amplitudes fall with the frequency, as photographs' do."""
+    """Random image whose amplitudes fall with frequency, like those of photographs."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     amplitude = 1 / np.maximum(frequency, 1 / max(height, width)) ** 1.2
@@ -50,7 +50,7 @@ def photograph(height: int, width: int, seed: int) -> Image.Image:
 
 
 def write_shards(folder: Path, count: int) -> list[bytes]:
-    """Write two shards of captioned images; returns the images."""
+    """Write two shards of captioned images; returns the encoded JPEGs."""
     images = []
     for shard in range(2):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
@@ -69,7 +69,7 @@ def write_shards(folder: Path, count: int) -> list[bytes]:
 
 
 def ours(folder: Path, **buckets: object) -> Iterator[dict]:
-    """Our batches for ever."""
+    """Our batches, endlessly."""
     module = ImageTextDataModule(
         source=ShardSource(urls=str(folder)),
         image_size=SIDE,
@@ -84,7 +84,7 @@ def ours(folder: Path, **buckets: object) -> Iterator[dict]:
 
 
 def theirs(folder: Path) -> Iterator[dict]:
-    """WebDataset's batches for ever: decoded, resized with antialiasing, cropped to a square."""
+    """WebDataset's batches, endlessly: decoded, resized with antialiasing, cropped to a square."""
     crop = RandomCrop(SIDE)
 
     def prepare(sample: dict) -> dict:
@@ -101,24 +101,24 @@ def theirs(folder: Path) -> Iterator[dict]:
         yield from DataLoader(data, batch_size=BATCH, drop_last=True)
 
 
-def take(batches: Iterator[dict], count: int) -> None:
-    """Draw some batches."""
+def consume(batches: Iterator[dict], count: int) -> None:
+    """Load ``count`` batches and discard them."""
     for _ in islice(batches, count):
         pass
 
 
-def centerd(img: np.ndarray) -> np.ndarray:
-    """The middle of an image, at the size of a batch."""
+def center_crop(img: np.ndarray) -> np.ndarray:
+    """Crop the center of an image and resize it to the size of a batch."""
     height, width = img.shape[:2]
     return resize(img, crop_box(height, width, (SIDE, SIDE), CENTER), (SIDE, SIDE))
 
 
 def decoders() -> dict[str, Callable[[bytes], object]]:
-    """Ways from a JPEG to 512 x 512 pixels."""
+    """Ways to get 512 x 512 pixels from a JPEG, by name."""
 
-    def own(data: bytes) -> np.ndarray:
+    def package(data: bytes) -> np.ndarray:
         img = decode_image(data, cover=(SIDE, SIDE))
-        return centerd(img)
+        return center_crop(img)
 
     def pil(data: bytes) -> np.ndarray:
         img = Image.open(io.BytesIO(data)).convert("RGB")
@@ -133,10 +133,10 @@ def decoders() -> dict[str, Callable[[bytes], object]]:
 
     def reduced(data: bytes) -> np.ndarray:
         pixels = simplejpeg.decode_jpeg(data, min_height=SIDE, min_width=SIDE, min_factor=1)
-        return centerd(pixels)
+        return center_crop(pixels)
 
     return {
-        "simplejpeg, torch on bytes (ours)": own,
+        "simplejpeg, torch on bytes (ours)": package,
         "simplejpeg at any eighth, torch on bytes": reduced,
         "PIL": pil,
         "torchvision": torchvision,
@@ -144,7 +144,7 @@ def decoders() -> dict[str, Callable[[bytes], object]]:
 
 
 def run(rounds: int, count: int = 192) -> Path:
-    """Measure, print, write."""
+    """Run the benchmark and write its table; returns the path."""
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -153,27 +153,29 @@ def run(rounds: int, count: int = 192) -> Path:
         batches = 6
         square = {"buckets": "sizes", "sizes": [[SIDE, SIDE]]}
         for label, settings in (("area buckets", {}), ("one square", square)):
-            own = ours(Path(name), **settings)
-            found = side_by_side(partial(take, peer, batches), partial(take, own, batches), rounds)
+            loader = ours(Path(name), **settings)
+            timing = side_by_side(
+                partial(consume, peer, batches), partial(consume, loader, batches), rounds
+            )
             rate = batches * BATCH * 1000
             rows.append(
-                f"| {label} | {rate / found.theirs_ms:.1f} | {rate / found.ours_ms:.1f} "
-                f"| {found.ratio:.2f} |"
+                f"| {label} | {rate / timing.theirs_ms:.1f} | {rate / timing.ours_ms:.1f} "
+                f"| {timing.ratio:.2f} |"
             )
             print(rows[-1], flush=True)
         for label, work in decoders().items():
             start = time.perf_counter()
             for data in images[:96]:
                 work(data)
-            alone = 96 / (time.perf_counter() - start)
-            rows.append(f"| decode and resize alone: {label} | | {alone:.1f} | |")
+            images_per_second = 96 / (time.perf_counter() - start)
+            rows.append(f"| decode and resize alone: {label} | | {images_per_second:.1f} | |")
             print(rows[-1], flush=True)
     kilobytes = sum(map(len, images)) // count // 1000
     return write_table(
         "data",
         "python scripts/bench.py data",
-        "Images per second and core, from JPEG shards to float batches of 16; images have a "
-        f"million pixels and about {kilobytes} KB. Medians of {rounds} rounds in turns. WebDataset "
+        "Images per second and core, from JPEG shards to float batches of 16; images have one "
+        f"megapixel and about {kilobytes} KB. Medians of {rounds} alternating rounds. WebDataset "
         "crops squares, with torchvision's decoder and antialiased bicubic resizing.",
         "| batches | WebDataset + torchvision | ours | ratio |",
         rows,

@@ -1,4 +1,4 @@
-"""Time inference beside diffusers: the same random weights, in turns, outputs compared."""
+"""Time inference against diffusers on the same random weights, and compare the outputs."""
 
 import tempfile
 import warnings
@@ -15,13 +15,13 @@ from scripts.timing import Work, side_by_side, write_table
 from wuerstchen_pl import WuerstchenPipeline
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Of the greatest difference; in bfloat16, of that in standard deviations of the output."""
+"""Largest allowed absolute difference; in bfloat16, in standard deviations of the output."""
 WHOLE = "whole run"
-HEADER = "| what | batch | mode | diffusers ms | ours ms | ratio | greatest difference |"
+HEADER = "| what | batch | mode | diffusers ms | ours ms | ratio | max difference |"
 
 
 class Size(NamedTuple):
-    """Networks as diffusers names their arguments, and what to draw with them."""
+    """Network sizes, with diffusers' argument names, and what to generate with them."""
 
     prior: dict[str, Any]
     decoder: dict[str, Any]
@@ -47,7 +47,7 @@ SIZES = {
 
 
 class Case(NamedTuple):
-    """One thing to time, both ways; each returns what is compared."""
+    """A computation to time in both implementations; each returns the output to compare."""
 
     name: str
     theirs: Work
@@ -55,20 +55,20 @@ class Case(NamedTuple):
 
 
 def run(size: str, rounds: int) -> Path:
-    """Measure, print, write.
+    """Run the benchmark and write its table; returns the path.
 
     Raises:
-        RuntimeError: if the outputs differ: then there is nothing to compare.
+        RuntimeError: if the outputs differ, because the timings would not be comparable.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    given = SIZES[size]
+    networks = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
-        decoder = {**reference_models.PUBLISHED_DECODER, **given.decoder}
-        theirs = reference_models.combined(Path(folder), given.prior, decoder, given.vqgan)
+        decoder = {**reference_models.PUBLISHED_DECODER, **networks.decoder}
+        theirs = reference_models.combined(Path(folder), networks.prior, decoder, networks.vqgan)
         paths = reference_models.save_pair(theirs, Path(folder))
         ours = WuerstchenPipeline.from_pretrained(str(paths[0]), prior=str(paths[1]))
     theirs.to(device, dtype)
@@ -78,8 +78,8 @@ def run(size: str, rounds: int) -> Path:
     for compiled in (False, True) if cuda else (False,):
         if compiled:
             _compile(theirs, ours)
-        for batch in given.batches:
-            for case in cases(theirs, ours, given, batch, device, dtype):
+        for batch in networks.batches:
+            for case in cases(theirs, ours, networks, batch, device, dtype):
                 rows.append(_row(case, batch, compiled, rounds, dtype))
                 print(rows[-1], flush=True)
     return write_table(
@@ -87,10 +87,10 @@ def run(size: str, rounds: int) -> Path:
         f"python scripts/bench.py inference --size {size} --rounds {rounds}"
         + ("" if cuda else f" --threads {torch.get_num_threads()}"),
         f"Against diffusers {reference_models.VERSION}, in {dtype}: milliseconds, medians of "
-        f"{rounds} rounds in turns; ratio is the median of the rounds' ratios, above 1 where this "
-        "package is faster. \"SDPA\" is diffusers with AttnProcessor2_0 in its prior. A run is "
-        f"{given.prior_steps} steps of Stage C with guidance 4, 12 of Stage B, and Stage A, "
-        f"{given.side} px.",
+        f"{rounds} alternating rounds; ratio is the median of the per-round ratios, above 1 where "
+        "this package is faster. \"SDPA\" is diffusers with AttnProcessor2_0 in its prior. A run "
+        f"is {networks.prior_steps} steps of Stage C with guidance 4, 12 of Stage B, and Stage A, "
+        f"{networks.side} px.",
         HEADER,
         rows,
     )  # fmt: skip
@@ -101,15 +101,15 @@ def _row(case: Case, batch: int, compiled: bool, rounds: int, dtype: torch.dtype
     difference = float((theirs - ours).abs().max())
     if dtype != torch.float32:
         difference /= float(theirs.std())
-    # in bfloat16, diffusers also draws the noise of a whole run in that type: another image
+    # in bfloat16, diffusers samples the initial noise in bfloat16 too, which gives another image
     comparable = dtype == torch.float32 or case.name != WHOLE
     if comparable and not difference < TOLERANCE[dtype]:
         raise RuntimeError(f"{case.name}: outputs differ by {difference}; nothing was timed")
-    found = side_by_side(case.theirs, case.ours, rounds)
+    timing = side_by_side(case.theirs, case.ours, rounds)
     mode = "compiled" if compiled else "eager"
     return (
-        f"| {case.name} | {batch} | {mode} | {found.theirs_ms:.1f} | {found.ours_ms:.1f} "
-        f"| {found.ratio:.2f} | {difference:.1e} |"
+        f"| {case.name} | {batch} | {mode} | {timing.theirs_ms:.1f} | {timing.ours_ms:.1f} "
+        f"| {timing.ratio:.2f} | {difference:.1e} |"
     )
 
 
@@ -124,27 +124,27 @@ def _compile(theirs: Any, ours: WuerstchenPipeline) -> None:
 def cases(
     theirs: Any, ours: WuerstchenPipeline, size: Size, batch: int, device: str, dtype: torch.dtype
 ) -> Iterator[Case]:
-    """The steps of Stage C and B, Stage A's decoder, and the whole."""
+    """A step of Stage C and of Stage B, Stage A's decoder, and a whole run."""
     rng = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=rng).to(device, dtype)
 
-    def quiet(work: Work) -> Work:
+    def without_grad(work: Work) -> Work:
         return torch.no_grad()(work)
 
     grid, latents = -(-size.side * 3 // 128), size.side // 4
     times = torch.tensor([0.5], device=device)
     t = times.to(dtype).expand(2 * batch)
-    # Stage C, two rows an image: guidance
+    # Stage C has two rows per image, for guidance
     x, text = (
         randn(2 * batch, 16, grid, grid),
         randn(2 * batch, 77, theirs.prior_prior.config.c_cond),
     )
     prior = [c.at_step(0) for c in ours.prior.prior.cache_conditioning(times, text)]
     plain = Case(
-        "Stage C step", quiet(lambda: theirs.prior_prior(x, t, text)),
-        quiet(lambda: ours.prior.predict_noise(x, prior)),
+        "Stage C step", without_grad(lambda: theirs.prior_prior(x, t, text)),
+        without_grad(lambda: ours.prior.predict_noise(x, prior)),
     )  # fmt: skip
     yield plain
     processors = theirs.prior_prior.attn_processors
@@ -159,13 +159,13 @@ def cases(
         for c in ours.decoder.decoder.cache_conditioning(times, semantic, clip, (latents, latents))
     ]
     yield Case(
-        "Stage B step", quiet(lambda: theirs.decoder(z, t[:batch], semantic, clip)),
-        quiet(lambda: ours.decoder.predict_noise(z, decoder)),
+        "Stage B step", without_grad(lambda: theirs.decoder(z, t[:batch], semantic, clip)),
+        without_grad(lambda: ours.decoder.predict_noise(z, decoder)),
     )  # fmt: skip
     scale = theirs.vqgan.config.scale_factor
     yield Case(
-        "Stage A decoding", quiet(lambda: theirs.vqgan.decode(z * scale).sample),
-        quiet(lambda: ours.decoder.decode(z)),
+        "Stage A decoding", without_grad(lambda: theirs.vqgan.decode(z * scale).sample),
+        without_grad(lambda: ours.decoder.decode(z)),
     )  # fmt: skip
 
     def whole(pipe: Any, **options: Any) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Train Stage C's prior beside diffusers', on the same weights and batch: time, and memory kept.
+"""Compare a training step of Stage C's prior with diffusers': time and activation memory.
 
-A prior of 8 blocks, 512 wide, at 24 x 24 positions, batch 2, without dropout so that losses can be
-compared; on a GPU, of the published size, in bfloat16 autocast. Memory is what a forward pass keeps
-for its backward pass, counted, weights apart.
+Same weights and batch, without dropout so that the losses can be compared: 8 blocks of width 512,
+24 x 24 positions, batch 2; on a GPU, the published size in bfloat16 autocast. Memory is the bytes
+that a forward pass saves for its backward pass, not counting weights.
 """
 
 import tempfile
@@ -47,24 +47,24 @@ def priors(config: dict[str, int]) -> tuple[Any, nn.Module]:
     return theirs.prior_prior, ours.prior.prior
 
 
-def kept(net: nn.Module, forward: Forward) -> int:
-    """Bytes that a forward pass keeps for the backward pass, weights apart."""
+def saved_bytes(net: nn.Module, forward: Forward) -> int:
+    """Bytes that a forward pass saves for the backward pass, not counting weights."""
     sizes: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         loss = forward()
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    total = sum(size for place, size in sizes.items() if place not in weights)
+    total = sum(size for data_ptr, size in sizes.items() if data_ptr not in weights)
     del loss
     return total
 
 
-def trained(net: nn.Module, forward: Forward, *, fused: bool) -> Work:
-    """A step: forward, backward, clipping by norm, AdamW."""
+def train_step(net: nn.Module, forward: Forward, *, fused: bool) -> Work:
+    """A training step: forward, backward, gradient clipping, AdamW."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9, fused=fused)
 
     def step() -> None:
@@ -77,10 +77,10 @@ def trained(net: nn.Module, forward: Forward, *, fused: bool) -> Work:
 
 
 def run(rounds: int) -> Path:
-    """Measure, print, write.
+    """Run the benchmark and write its table; returns the path.
 
     Raises:
-        RuntimeError: if the losses differ: then there is nothing to compare.
+        RuntimeError: if the losses differ, because the timings would not be comparable.
     """
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -108,7 +108,7 @@ def run(rounds: int) -> Path:
     for mode in ("plain", "activation checkpointing"):
         if mode != "plain":
             checkpoint_activations(ours)
-        # which is emptied of what it sets
+        # a copy, because diffusers empties the dict
         for attention, processor in {"default": {**default}, "SDPA": AttnProcessor2_0()}.items():
             theirs.set_attn_processor(processor)
             rows.append(row(theirs, ours, loss_of, f"{mode} | {attention}", rounds))
@@ -118,8 +118,8 @@ def run(rounds: int) -> Path:
         "python scripts/bench.py prior" + ("" if cuda else f" --threads {torch.get_num_threads()}"),
         f"A training step of the prior, batch {batch}, 24 x 24 positions, {config}, against "
         f"diffusers {reference_models.VERSION} with its default attention and AttnProcessor2_0; "
-        "ours plain and with activation checkpointing, theirs without. Medians of "
-        f"{rounds} rounds in turns. MB: what a forward pass keeps for its backward pass.",
+        "ours with and without activation checkpointing, theirs without. Medians of "
+        f"{rounds} alternating rounds. MB: saved by a forward pass for its backward pass.",
         "| ours | diffusers' attention | diffusers ms | ours ms | ratio | diffusers MB | ours MB "
         "| share |",
         rows,
@@ -130,13 +130,15 @@ def row(
     theirs: nn.Module, ours: nn.Module, loss_of: Callable[[nn.Module], Forward], name: str,
     rounds: int,
 ) -> str:  # fmt: skip
-    """One row of the table."""
+    """Measure one row of the table."""
     a, b = loss_of(theirs), loss_of(ours)
     if abs(float(a()) / float(b()) - 1) > (2e-2 if torch.cuda.is_available() else 1e-4):
         raise RuntimeError(f"losses are {float(a())} and {float(b())}; nothing was timed")
-    their_bytes, our_bytes = kept(theirs, a), kept(ours, b)
-    found = side_by_side(trained(theirs, a, fused=False), trained(ours, b, fused=True), rounds)
+    their_bytes, our_bytes = saved_bytes(theirs, a), saved_bytes(ours, b)
+    timing = side_by_side(
+        train_step(theirs, a, fused=False), train_step(ours, b, fused=True), rounds
+    )
     return (
-        f"| {name} | {found.theirs_ms:.0f} | {found.ours_ms:.0f} | {found.ratio:.2f} "
+        f"| {name} | {timing.theirs_ms:.0f} | {timing.ours_ms:.0f} | {timing.ratio:.2f} "
         f"| {their_bytes / 1e6:.0f} | {our_bytes / 1e6:.0f} | {our_bytes / their_bytes:.2f} |"
     )

@@ -12,7 +12,7 @@ from wuerstchen_pl.cli import conf_dir
 
 
 def stage_step(stage: str, preset: str, batch: int, device: torch.device) -> tuple[nn.Module, Work]:
-    """A stage's trained network, and one forward pass to a loss."""
+    """The network that a stage trains, and a callable that computes its loss."""
     overrides = [f"stage={stage}", f"preset={preset}"]
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = hydra.compose("train", overrides)
@@ -33,7 +33,7 @@ def stage_step(stage: str, preset: str, batch: int, device: torch.device) -> tup
 
 
 def measure(net: nn.Module, step: Work, device: torch.device, *, bf16: bool) -> float:
-    """Seconds of a training step, the median of seven after two to warm up."""
+    """Seconds per training step: the median of seven, after two warm-up steps."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
 
     def train() -> None:
@@ -47,21 +47,22 @@ def measure(net: nn.Module, step: Work, device: torch.device, *, bf16: bool) -> 
 
 
 def run(preset: str, batch: int) -> Path:
-    """Measure, print, write."""
+    """Run the benchmark and write its table; returns the path."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for stage in "abc":
         for bf16 in (False, True):
             net, step = stage_step(stage, preset, batch, device)
-            took = measure(net, step, device, bf16=bf16)
+            duration = measure(net, step, device, bf16=bf16)
             count = sum(p.numel() for p in net.parameters())
             row = f"| {stage} | {count:,} | {'bf16-mixed' if bf16 else '32-true'} "
-            rows.append(row + f"| {took * 1000:.1f} | {batch / took:.1f} |")
+            rows.append(row + f"| {duration * 1000:.1f} | {batch / duration:.1f} |")
             print(rows[-1], flush=True)
     return write_table(
         f"training_step_{preset}",
         f"python scripts/bench.py training --preset {preset} --batch {batch}",
-        "No data and no frozen parts; images of 64 px for the tiny preset, 512 px else.",
+        "Without data loading and frozen networks; images of 64 px for the tiny preset, else "
+        "512 px.",
         "| stage | parameters | precision | ms | samples/s |",
         rows,
     )

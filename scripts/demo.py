@@ -1,7 +1,7 @@
 """Train the three stages, sample, evaluate, and write one page: ``make demo``, ``make demo-full``.
 
-Each step is one of the package's commands, printed before it runs; what is finished is not done
-again, and what was interrupted goes on.
+Each step is one of the package's commands, printed before it runs. Finished steps are skipped, and
+interrupted ones resume.
 """
 
 import argparse
@@ -19,7 +19,7 @@ ROOT = Path("outputs")
 
 
 def bfloat16_is_faster() -> bool:
-    """Whether this machine multiplies bfloat16 matrices faster than float32 ones."""
+    """Whether matrix multiplication is faster in bfloat16 than in float32 on this machine."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
 
@@ -36,7 +36,7 @@ def bfloat16_is_faster() -> bool:
 
 
 def run(module: str, *overrides: str) -> None:
-    """Run one command of the package, and stop with it if it fails."""
+    """Run one command of the package; if it fails, exit with its exit code."""
     command = [sys.executable, "-m", f"wuerstchen_pl.{module}", *overrides]
     print("\n$ python -m", " ".join(command[2:]), flush=True)
     if code := subprocess.run(command).returncode:
@@ -44,7 +44,7 @@ def run(module: str, *overrides: str) -> None:
 
 
 def main() -> None:
-    """Run the steps of one experiment."""
+    """Train, evaluate and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiment", default="demo", choices=["demo", "openmoji"])
     experiment = parser.parse_args().experiment
@@ -61,15 +61,15 @@ def main() -> None:
             "ckpt=auto",
             f"trainer.precision={precision}",
         )
-    measured = folder / "evaluation"
+    evaluation = folder / "evaluation"
     newest = max((folder / "c/checkpoints").glob("step*.ckpt")).stat().st_mtime
-    if measured.is_dir() and measured.stat().st_mtime < newest:  # of weights before these
-        shutil.rmtree(measured)
-    if not (measured / "metrics.json").is_file():
-        run("evaluate", f"model={folder}/c", f"output_dir={measured}", f"bf16={bf16}")
+    if evaluation.is_dir() and evaluation.stat().st_mtime < newest:  # of older weights
+        shutil.rmtree(evaluation)
+    if not (evaluation / "metrics.json").is_file():
+        run("evaluate", f"model={folder}/c", f"output_dir={evaluation}", f"bf16={bf16}")
     page = write_page(folder, bf16=bf16)
     minutes = (time.monotonic() - start) / 60
-    print(f"\n{minutes:.1f} minutes on {torch.get_num_threads()} threads. Look at {page}")
+    print(f"\n{minutes:.1f} minutes on {torch.get_num_threads()} threads. Open {page}")
 
 
 if __name__ == "__main__":

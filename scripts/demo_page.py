@@ -1,4 +1,4 @@
-"""The demo's page: images, loss curves and numbers in one file of HTML."""
+"""The demo's report: images, loss curves and metrics in one HTML file."""
 
 import base64
 import csv
@@ -21,12 +21,12 @@ from wuerstchen_pl.sample import tile
 from wuerstchen_pl.sampling.images import to_tensor
 
 NUM_TRAINING = 32
-OWN_CAPTIONS = (
+NEW_CAPTIONS = (
     "black dog", "white bear", "red fish", "green bird", "tiger cat", "polar fox", "red pepper",
     "green tomato", "black horse", "tropical butterfly", "ice panda", "hot chocolate", "apple pie",
     "strawberry cake", "red mushroom", "pineapple pizza",
 )  # fmt: skip
-"""New combinations of words that the animals and food of the demo's captions hold."""
+"""New combinations of words from the demo's training captions (animals and food)."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
@@ -39,53 +39,53 @@ td, th { padding: 2px 14px 2px 0; text-align: left } svg { margin-right: 12px; b
 
 
 def write_page(folder: Path, *, bf16: bool) -> Path:
-    """Draw what the page shows with the trained stages of ``folder``, and write ``index.html``."""
+    """Generate images with the trained stages in ``folder`` and write ``folder/index.html``."""
     torch.manual_seed(0)
     pipeline = WuerstchenPipeline.from_pretrained(
         str(folder / "c"), torch_dtype=torch.bfloat16 if bf16 else torch.float32
     )
     data = run_data(folder / "c")
-    drawn = ImageFolder(folder / "evaluation/images")
-    number = min(NUM_TRAINING, len(drawn))
-    chosen = [i * len(drawn) // number for i in range(number)]
-    own = list(
+    generated = ImageFolder(folder / "evaluation/images")
+    count = min(NUM_TRAINING, len(generated))
+    indices = [i * len(generated) // count for i in range(count)]
+    new_images = list(
         tqdm(
             generate_images(
-                pipeline, OWN_CAPTIONS, seeds=range(len(OWN_CAPTIONS)), height=64, width=64
+                pipeline, NEW_CAPTIONS, seeds=range(len(NEW_CAPTIONS)), height=64, width=64
             ),
-            total=len(OWN_CAPTIONS),
-            desc="drawing own captions",
+            total=len(NEW_CAPTIONS),
+            desc="generating new captions",
             unit="image",
         )
     )
     body = "\n".join(
         [
             "<h1>Würstchen, trained on this machine</h1>",
-            section("Own captions", "Words that the model knows, in new combinations.",
-                    [figure(p, c) for p, c in zip(own, OWN_CAPTIONS, strict=True)]),
-            section("Training captions", "Left the drawing, right what the model draws from its "
-                    "caption alone (Stages C, B, A).",
-                    beside_their_drawings(drawn, data, chosen)),
+            section("New captions", "Words from the training captions, in new combinations.",
+                    [figure(p, c) for p, c in zip(new_images, NEW_CAPTIONS, strict=True)]),
+            section("Training captions", "Left: the training image. Right: the image generated "
+                    "from its caption (Stages C, B, A).",
+                    training_pairs(generated, data, indices)),
             section("Reconstructions of validation images", "Input, Stage A, and compressor + "
                     "Stage B + Stage A.", reconstructions(pipeline, data)),
             "<h2>Losses</h2>", *[curve(folder / s, s) for s in "abc"],
-            "<h2>Numbers</h2>", numbers(folder / "evaluation/metrics.json"),
+            "<h2>Metrics</h2>", metrics_table(folder / "evaluation/metrics.json"),
         ]
     )  # fmt: skip
     page = folder / "index.html"
     head = f"<meta charset=utf-8><title>Würstchen demo</title><style>{STYLE}</style>"
     page.write_text(f"<!doctype html>{head}{body}\n", encoding="utf-8")
-    to_pil(tile(own, columns=8)).save(folder / "own_captions.png")
+    to_pil(tile(new_images, columns=8)).save(folder / "new_captions.png")
     return page
 
 
 def section(title: str, text: str, items: list[str]) -> str:
-    """A heading, a sentence and images."""
+    """HTML of a heading, a sentence and images."""
     return f"<h2>{title}</h2><p>{text}</p><div>{''.join(items)}</div>"
 
 
 def figure(image: Tensor, label: str) -> str:
-    """(3, H, W) in [0, 1] over its label."""
+    """HTML of an image, (3, H, W) in [0, 1], with its label below."""
     buffer = io.BytesIO()
     to_pil(image).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -95,25 +95,25 @@ def figure(image: Tensor, label: str) -> str:
 
 
 def pair(*labeled: tuple[Tensor, str]) -> str:
-    """Images that belong together, in one frame."""
+    """HTML of labeled images in one frame."""
     return f'<div class="pair">{"".join(figure(*item) for item in labeled)}</div>'
 
 
-def beside_their_drawings(drawn: ImageFolder, data: object, chosen: list[int]) -> list[str]:
-    """A frame for each chosen image: the training image of its caption, and it."""
+def training_pairs(generated: ImageFolder, data: object, indices: list[int]) -> list[str]:
+    """A frame per selected image: the training image of its caption, and the generated image."""
     images = DatasetImages(data)
-    captioned, training = images.captioned(len(drawn)), list(images)
+    captioned, training = images.captioned(len(generated)), list(images)
     return [
         pair(
-            (training[captioned[i].place] / 255, "drawing"),
-            (to_tensor(drawn.image(i))[0], captioned[i].caption),
+            (training[captioned[i].place] / 255, "training image"),
+            (to_tensor(generated.image(i))[0], captioned[i].caption),
         )
-        for i in chosen
+        for i in indices
     ]
 
 
 def reconstructions(pipeline: WuerstchenPipeline, data: object) -> list[str]:
-    """A frame per validation image: input, through A, through compressor + B + A."""
+    """A frame per validation image: input, Stage A, and compressor + Stage B + Stage A."""
     frames = []
     for batch in data.in_order("val"):  # type: ignore[attr-defined]
         images = batch["image"]
@@ -125,7 +125,7 @@ def reconstructions(pipeline: WuerstchenPipeline, data: object) -> list[str]:
 
 
 def curve(run: Path, stage: str, width: int = 320, height: int = 160) -> str:
-    """Training (gray) and validation (blue) loss of a run, on a logarithmic axis, as SVG."""
+    """SVG of a run's training (gray) and validation (blue) loss, on a logarithmic axis."""
     series = defaultdict(list)
     with (run / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -134,7 +134,7 @@ def curve(run: Path, stage: str, width: int = 320, height: int = 160) -> str:
     values = [v for points in series.values() for _, v in points]
     steps = max(s for points in series.values() for s, _ in points)
     low, high = (torch.tensor(f(values)).log().item() for f in (min, max))
-    span = high - low or 1.0  # a run of one logged step has a point, and no range
+    span = high - low or 1.0  # one logged step has no range
     lines = ""
     for name, color in (("train/loss", "#aaa"), ("val/loss", "#06c")):
         points = " ".join(
@@ -148,11 +148,11 @@ def curve(run: Path, stage: str, width: int = 320, height: int = 160) -> str:
     return f'<svg width="{width}" height="{height}">{label}{lines}</svg>'
 
 
-def numbers(path: Path) -> str:
-    """The metrics as a table, with their 95 % intervals."""
+def metrics_table(path: Path) -> str:
+    """HTML table of the metrics with their 95 % intervals."""
     rows = ""
-    for name, found in json.loads(path.read_text())["metrics"].items():
-        low, high = found["low"], found["high"]
+    for name, score in json.loads(path.read_text())["metrics"].items():
+        low, high = score["low"], score["high"]
         interval = "" if low is None else f"{low:.4g} to {high:.4g}"
-        rows += f"<tr><th>{name}</th><td>{found['value']:.4g}</td><td>{interval}</td></tr>"
+        rows += f"<tr><th>{name}</th><td>{score['value']:.4g}</td><td>{interval}</td></tr>"
     return f"<table>{rows}</table>"

@@ -1,6 +1,6 @@
-"""Draw a metric against guidance and steps: ``python scripts/plot_sweep.py outputs/evaluate``.
+"""Plot a metric over guidance scale and steps: ``python scripts/plot_sweep.py outputs/evaluate``.
 
-Reads the reports of a sweep by ``python -m wuerstchen_pl.evaluate -m``, a folder each; needs
+Reads the reports of a ``python -m wuerstchen_pl.evaluate -m`` sweep, one folder per run. Needs
 ``pip install -e '.[plot]'``.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 
 class Point(NamedTuple):
-    """A run of a sweep."""
+    """One run of a sweep: its line in the plot, x, the metric and its 95 % interval."""
 
     line: str
     x: float
@@ -24,21 +24,21 @@ class Point(NamedTuple):
 
 
 def points(folder: Path, metric: str, x: str, by: str) -> list[Point]:
-    """What the reports below a folder say of a metric.
+    """The value of a metric in every report below a folder, sorted by line and x.
 
     Args:
-        folder: with ``metrics.json`` in folders below it.
-        metric: a name of theirs.
-        x: the setting along the axis.
-        by: the setting, or ``model``, that tells lines apart.
+        folder: searched recursively for ``metrics.json``.
+        metric: name of a metric in the reports.
+        x: the setting on the x axis.
+        by: the setting, or ``model``, that defines the lines.
 
     Raises:
-        SystemExit: if there is nothing to draw.
+        SystemExit: if there is no report, or a report lacks the metric or a setting.
     """
-    found = [_point(report, metric, x, by) for report in _reports(folder)]
-    if not found:
+    results = [_point(path, report, metric, x, by) for path, report in _reports(folder)]
+    if not results:
         sys.exit(f"{folder} holds no report; evaluate first, with -m")
-    return sorted(found)
+    return sorted(results)
 
 
 def _reports(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -46,34 +46,33 @@ def _reports(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path, json.loads(path.read_text(encoding="utf-8"))
 
 
-def _point(report: tuple[Path, dict[str, Any]], metric: str, x: str, by: str) -> Point:
-    path, told = report
-    if metric not in told["metrics"]:
-        sys.exit(f"{path} has no metric {metric}; choose from {', '.join(told['metrics'])}")
-    settings = {**told, **told["settings"]}
-    if lacking := [key for key in (x, by) if key not in settings]:
-        sys.exit(f"{path} has no setting {lacking[0]}; choose from {', '.join(told['settings'])}")
-    score = told["metrics"][metric]
+def _point(path: Path, report: dict[str, Any], metric: str, x: str, by: str) -> Point:
+    if metric not in report["metrics"]:
+        sys.exit(f"{path} has no metric {metric}; choose from {', '.join(report['metrics'])}")
+    settings = {**report, **report["settings"]}
+    if missing := [key for key in (x, by) if key not in settings]:
+        sys.exit(f"{path} has no setting {missing[0]}; choose from {', '.join(report['settings'])}")
+    score = report["metrics"][metric]
     low, high = (
         score[end] if score[end] is not None else score["value"] for end in ("low", "high")
     )
     return Point(f"{by} {settings[by]}", float(settings[x]), score["value"], low, high)
 
 
-def draw(found: list[Point], metric: str, x: str, to: Path) -> None:
-    """A line for each kind of run, with its intervals, as an image."""
+def plot(results: list[Point], metric: str, x: str, to: Path) -> None:
+    """Plot one line per ``Point.line``, with intervals, to an image file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     lines = defaultdict(list)
-    for point in found:
+    for point in results:
         lines[point.line].append(point)
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, own in lines.items():
-        xs, values = [p.x for p in own], [p.value for p in own]
-        errors = [[p.value - p.low for p in own], [p.high - p.value for p in own]]
+    for name, line in lines.items():
+        xs, values = [p.x for p in line], [p.value for p in line]
+        errors = [[p.value - p.low for p in line], [p.high - p.value for p in line]]
         axes.errorbar(xs, values, yerr=errors, marker="o", capsize=3, label=name)
     axes.set_xlabel(x.replace("_", " "))
     axes.set_ylabel(f"{metric} (95 % interval)")
@@ -87,14 +86,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of the sweep")
+    parser.add_argument("folder", type=Path, help="output folder of the sweep")
     parser.add_argument("--metric", default="fid", help="a name in metrics.json")
-    parser.add_argument("--x", default="prior_guidance_scale", help="the setting along the axis")
-    parser.add_argument("--by", default="prior_steps", help="the setting of a line; or model")
+    parser.add_argument("--x", default="prior_guidance_scale", help="the setting on the x axis")
+    parser.add_argument(
+        "--by", default="prior_steps", help="the setting that defines the lines, or model"
+    )
     options = parser.parse_args()
-    found = points(options.folder, options.metric, options.x, options.by)
+    results = points(options.folder, options.metric, options.x, options.by)
     to = options.folder / f"{options.metric.replace('/', '_')}.png"
-    draw(found, options.metric, options.x, to)
+    plot(results, options.metric, options.x, to)
     print(to)
 
 

@@ -1,8 +1,8 @@
-"""Small random Wuerstchen models of diffusers' and transformers' own, to compare with.
+"""Small random Wuerstchen models of diffusers and transformers, as references for comparison.
 
-Fresh ones would compare nothing: diffusers' decoder starts with its residual weights at almost 0,
-norms, Stage A's gates and the time maps start at 0, and Stage C's output may divide by about 0. So
-every parameter is drawn again here, and output layers are kept small.
+The default initialization would hide differences: diffusers' decoder starts with residual weights
+near 0, norms, Stage A's gates and the time projections start at 0, and Stage C's output may divide
+by almost 0. So every parameter is randomized here, and output layers are kept small.
 """
 
 import json
@@ -36,8 +36,8 @@ VQGAN: Config = {"bottleneck_blocks": 2, "embed_dim": 16, "num_vq_embeddings": 3
 
 
 @torch.no_grad()
-def randomised(net: Any, seed: int) -> Any:
-    """Every parameter and running mean drawn again, of a size that keeps activations near one."""
+def randomize(net: Any, seed: int) -> Any:
+    """Randomize all parameters and running statistics, at a scale that keeps activations near 1."""
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in net.named_parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 16
@@ -52,24 +52,24 @@ def randomised(net: Any, seed: int) -> Any:
 
 
 def text_encoder(width: int, seed: int) -> CLIPTextModel:
-    """A text tower of CLIP's kind."""
+    """A small random CLIP text model."""
     config = CLIPTextConfig(
         hidden_size=width, intermediate_size=width * 3, num_hidden_layers=2, num_attention_heads=2,
         vocab_size=49408, hidden_act="gelu", bos_token_id=49406, eos_token_id=49407,
     )  # fmt: skip
-    return randomised(CLIPTextModel(config), seed)
+    return randomize(CLIPTextModel(config), seed)
 
 
 def combined(
     folder: Path, prior: Config = PRIOR, decoder: Config = DECODER, vqgan: Config = VQGAN
 ) -> Any:
-    """A WuerstchenCombinedPipeline; ``folder`` takes the tokenizer's files."""
+    """A random WuerstchenCombinedPipeline; the tokenizer's files are written to ``folder``."""
     write_vocabulary(folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    stage_c = randomised(WuerstchenPrior(**prior), 1)
-    stage_b = randomised(WuerstchenDiffNeXt(**decoder), 3)
-    stage_a = randomised(PaellaVQModel(**vqgan), 4)
-    with torch.no_grad():  # noise of about unit variance, and images that few clamps touch
+    stage_c = randomize(WuerstchenPrior(**prior), 1)
+    stage_b = randomize(WuerstchenDiffNeXt(**decoder), 3)
+    stage_a = randomize(PaellaVQModel(**vqgan), 4)
+    with torch.no_grad():  # noise of about unit variance, images rarely clamped
         for layer in (stage_c.out[1], stage_b.clf[1], stage_a.out_block[0]):
             layer.weight.mul_(0.2)
             layer.bias.mul_(0.2)
@@ -92,7 +92,7 @@ def combined(
 
 
 def save_pair(pipe: Any, folder: Path) -> tuple[Path, Path]:
-    """Write the parts as published: a folder of the decoder's, and one of the prior's."""
+    """Save in the published layout: a decoder folder and a prior folder."""
     decoder, prior = folder / "wuerstchen", folder / "wuerstchen-prior"
     _save(
         pipe.decoder_pipe, decoder, ("text_encoder", "tokenizer", "decoder", "vqgan", "scheduler")

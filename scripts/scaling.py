@@ -1,8 +1,8 @@
-"""What the paper's recipes take: ``python -m scripts.scaling`` writes docs/scaling.md.
+"""Estimate the cost of the paper's recipes: ``python -m scripts.scaling`` writes docs/scaling.md.
 
-Operations are counted on networks without memory, from the recipes as they are composed; nothing is
-timed. Hours follow from an assumed share of the devices' peak rate, and beside them stands the
-share that the paper's own hours imply.
+FLOPs are counted on the meta device, with the networks of the composed recipes; nothing is timed.
+Hours follow from an assumed model FLOPs utilization (MFU), and are compared with the MFU that the
+paper's published hours imply.
 """
 
 import argparse
@@ -24,45 +24,45 @@ RECIPES = (
     "paper_a", "paper_b_512", "paper_b_1024", "paper_c_1", "paper_c_2", "paper_c_3", "paper_c_4",
 )  # fmt: skip
 PUBLISHED_HOURS = {"b": 11_000, "c": 24_602}  # arXiv 2306.00637
-PEAK = 312e12  # of an A100, dense bfloat16
-BYTES = 4 + 4 + 4 + 8  # of a trained weight: itself, its gradient, its average, its moments
+PEAK = 312e12  # FLOP/s of an A100, dense bfloat16
+BYTES = 4 + 4 + 4 + 8  # per trainable weight: weight, gradient, EMA weight, optimizer state
 
 
-class Need(NamedTuple):
-    """Of one recipe."""
+class RecipeCost(NamedTuple):
+    """Compute and size of one recipe."""
 
     name: str
     stage: str
     steps: int
     batch: int
-    flops: float  # of a sample, forward and backward
-    weights: int  # that are trained
+    flops: float  # per sample, forward and backward
+    weights: int  # trainable
 
     @property
     def samples(self) -> int:
-        """In all."""
+        """Number of training samples."""
         return self.steps * self.batch
 
-    def hours(self, share: float) -> float:
-        """Of one A100."""
-        return self.samples * self.flops / (PEAK * share) / 3600
+    def hours(self, mfu: float) -> float:
+        """A100 hours."""
+        return self.samples * self.flops / (PEAK * mfu) / 3600
 
 
-def need(name: str) -> Need:
-    """Count one recipe."""
+def recipe_cost(name: str) -> RecipeCost:
+    """Count the FLOPs and weights of a recipe."""
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = hydra.compose("train", [f"experiment={name}", "data.urls=x"])
         stage = name.split("_")[1]
-        below = {s: hydra.compose("train", [f"stage={s}", "preset=paper"]).stage for s in "ab"}
+        lower = {s: hydra.compose("train", [f"stage={s}", "preset=paper"]).stage for s in "ab"}
     with torch.device("meta"):
-        found = [operations(stage, cfg, below, *size) for size in sizes(cfg)]
-        trained = built(cfg, stage, below)
+        flops = [sample_flops(stage, cfg, lower, *size) for size in bucket_sizes(cfg)]
+        trained = trained_networks(cfg, stage)
     weights = sum(p.numel() for net in trained for p in net.parameters())
-    flops = sum(found) / len(found)
-    return Need(name, stage, cfg.trainer.max_steps, cfg.global_batch, flops, weights)
+    mean_flops = sum(flops) / len(flops)
+    return RecipeCost(name, stage, cfg.trainer.max_steps, cfg.global_batch, mean_flops, weights)
 
 
-def sizes(cfg: DictConfig) -> list[tuple[int, int]]:
+def bucket_sizes(cfg: DictConfig) -> list[tuple[int, int]]:
     """The (height, width) of a recipe's batches."""
     data = cfg.data
     ratios = list(data.ratios) if data.ratios else None
@@ -73,7 +73,7 @@ def sizes(cfg: DictConfig) -> list[tuple[int, int]]:
     return list(buckets.sizes)
 
 
-def built(cfg: DictConfig, stage: str, below: dict[str, DictConfig]) -> list[nn.Module]:
+def trained_networks(cfg: DictConfig, stage: str) -> list[nn.Module]:
     """The networks that a stage trains."""
     parts = {"a": ["vqgan", "discriminator"], "b": ["diffnext", "compressor"], "c": ["prior"]}
     return [_network(cfg.stage[part]) for part in parts[stage]]
@@ -86,136 +86,142 @@ def _network(node: Any) -> nn.Module:
     return hydra.utils.instantiate(node, _convert_="all")
 
 
-def operations(
-    stage: str, cfg: DictConfig, below: dict[str, DictConfig], height: int, width: int
+def sample_flops(
+    stage: str, cfg: DictConfig, lower: dict[str, DictConfig], height: int, width: int
 ) -> float:
-    """Of a sample's forward and backward pass, frozen networks included, on the meta device."""
+    """FLOPs of a training step per sample, including frozen networks; call on the meta device.
+
+    A backward pass counts as two forward passes. ``lower`` has the configs of Stages A and B.
+    """
     images = torch.rand(2, 3, height, width)
     if stage == "a":
-        vqgan, critic = built(cfg, stage, below)
+        vqgan, discriminator = trained_networks(cfg, stage)
         features = torchvision.models.vgg16().features
-        own = counted(lambda: vqgan.decode_features(vqgan.features(images)))  # type: ignore[operator]
-        # the critic sees real and drawn images to learn, and drawn ones to teach
-        return 3 * own + 8 * counted(lambda: critic(images)) + 3 * counted(lambda: features(images))
-    compressor = _network((cfg if stage == "b" else _b(below)).stage.compressor)
+        autoencode = count_flops(lambda: vqgan.decode_features(vqgan.features(images)))  # type: ignore[operator]
+        # 8: 3 each for real and generated images in its own step, 2 in the VQGAN's step
+        adversarial = count_flops(lambda: discriminator(images))
+        return 3 * autoencode + 8 * adversarial + 3 * count_flops(lambda: features(images))
+    compressor = _network((cfg.stage if stage == "b" else lower["b"]).compressor)
     h, w = compressor.latent_size(height, width)  # type: ignore[operator]
     t, semantic = torch.rand(2), torch.rand(2, 16, h, w)
-    encoding = counted(lambda: compressor(images))
+    encoding = count_flops(lambda: compressor(images))
     if stage == "c":
         prior = _network(cfg.stage.prior)
         text = torch.rand(2, 77, cfg.stage.text_encoder.width)
-        return 3 * counted(lambda: prior(semantic, t, text)) + encoding + text_operations(cfg)
-    diffnext, vqgan = _network(cfg.stage.diffnext), _network(below["a"].vqgan)
+        return 3 * count_flops(lambda: prior(semantic, t, text)) + encoding + text_flops(cfg)
+    diffnext, vqgan = _network(cfg.stage.diffnext), _network(lower["a"].vqgan)
     latents = torch.rand(2, 4, height // 4, width // 4)
-    own = counted(lambda: diffnext(latents, t, semantic, None)) + encoding
-    return 3 * own + counted(lambda: vqgan.encode(images))  # type: ignore[operator]
+    forward = count_flops(lambda: diffnext(latents, t, semantic, None)) + encoding
+    return 3 * forward + count_flops(lambda: vqgan.encode(images))  # type: ignore[operator]
 
 
-def _b(below: dict[str, DictConfig]) -> Any:
-    return type("Config", (), {"stage": below["b"]})
-
-
-def text_operations(cfg: DictConfig) -> float:
-    """Of a caption in a CLIP tower: two a weight and token, and the scores."""
+def text_flops(cfg: DictConfig) -> float:
+    """FLOPs of a caption in a CLIP text tower: 2 per weight and token, plus attention."""
     text, tokens = cfg.stage.text_encoder, 77
     return text.depth * (2 * 12 * text.width**2 * tokens + 4 * tokens**2 * text.width)
 
 
-def counted(forward: Callable[[], Tensor]) -> float:
-    """Operations of a forward pass of two samples, for one."""
+def count_flops(forward: Callable[[], Tensor]) -> float:
+    """FLOPs per sample of a forward pass of two samples."""
     with FlopCounterMode(display=False) as counter:
         forward()
     return counter.get_total_flops() / 2
 
 
-def page(share: float, image_kb: float) -> str:
-    """The document."""
-    needs = [need(name) for name in RECIPES]
+def page(mfu: float, image_kb: float) -> str:
+    """The text of docs/scaling.md."""
+    costs = [recipe_cost(name) for name in RECIPES]
     lines = [
-        "# What the paper's recipes take", "",
-        f"Written by `python -m scripts.scaling --share {share:g} --image-kb {image_kb:g}`: "
-        "operations and weights are",
-        "counted on the networks of `preset=paper`, and nothing was timed. Hours are of A100s (312",
-        f"TFLOP/s in bfloat16) at {share:.0%} of that rate, which is an assumption.", "",
-        "| recipe | samples | TFLOP a sample | A100 hours | days on 8 | 64 | 256 |",
+        "# Cost of the paper's recipes", "",
+        f"Written by `python -m scripts.scaling --mfu {mfu:g} --image-kb {image_kb:g}`. FLOPs and "
+        "weights are",
+        "counted on the networks of `preset=paper`; nothing was timed. A100 hours assume 312",
+        f"TFLOP/s (bfloat16) and a model FLOPs utilization (MFU) of {mfu:.0%}.", "",
+        "| recipe | samples | TFLOP per sample | A100 hours | days on 8 GPUs | 64 | 256 |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for n in needs:
-        hours = n.hours(share)
+    for cost in costs:
+        hours = cost.hours(mfu)
         days = " | ".join(f"{hours / gpus / 24:.1f}" for gpus in (8, 64, 256))
         lines.append(
-            f"| {n.name} | {n.samples / 1e6:.0f} M | {n.flops / 1e12:.3f} | {hours:,.0f} | {days} |"
+            f"| {cost.name} | {cost.samples / 1e6:.0f} M | {cost.flops / 1e12:.3f} | {hours:,.0f} "
+            f"| {days} |"
         )
-    lines += ["", "| stage | A100 hours so | published | share of the peak that these imply |"]
+    lines += [
+        "",
+        "| stage | estimated A100 hours | published | MFU implied by the published hours |",
+    ]
     lines += ["|---|---|---|---|"]
     for stage, published in PUBLISHED_HOURS.items():
-        hours = sum(n.hours(share) for n in needs if n.stage == stage)
-        implied = hours * share / published
+        hours = sum(cost.hours(mfu) for cost in costs if cost.stage == stage)
+        implied = hours * mfu / published
         lines.append(f"| {stage.upper()} | {hours:,.0f} | {published:,} | {implied:.0%} |")
     lines += [
-        "", "Weights, gradients, averages and moments take 20 bytes a weight, spread over the GPUs",
-        "by `trainer=fsdp`; a checkpoint, 16. Activations come on top: a run measures them before",
-        "its first step. FSDP moves 12 bytes a weight through each GPU's network in a step, DDP 8.",
-        "",
-        "| stage | weights | GB a GPU: 1 | 8 | 64 | 256 | checkpoint GB | GB a step, FSDP | DDP |",
+        "", "Weights, gradients, EMA weights and optimizer state take 20 bytes per weight, sharded",
+        "over the GPUs with `trainer=fsdp`; a checkpoint takes 16. Activations are extra: a run",
+        "measures them before its first step. Per step, each GPU communicates 12 bytes per weight",
+        "with FSDP and 8 with DDP.", "",
+        "| stage | weights | GB per GPU on 1 | 8 | 64 | 256 | checkpoint GB | GB per step, FSDP "
+        "| DDP |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for n in (needs[0], needs[1], needs[3]):
-        state = " | ".join(f"{BYTES * n.weights / gpus / 1e9:.2f}" for gpus in (1, 8, 64, 256))
+    for cost in (costs[0], costs[1], costs[3]):
+        state = " | ".join(f"{BYTES * cost.weights / gpus / 1e9:.2f}" for gpus in (1, 8, 64, 256))
         lines.append(
-            f"| {n.stage.upper()} | {n.weights / 1e6:,.0f} M | {state} "
-            + "".join(f"| {size * n.weights / 1e9:.1f} " for size in (16, 12, 8))
+            f"| {cost.stage.upper()} | {cost.weights / 1e6:,.0f} M | {state} "
+            + "".join(f"| {size * cost.weights / 1e9:.1f} " for size in (16, 12, 8))
             + "|"
         )
     lines += [
-        "", f"Images of {image_kb:g} KB, an assumption too: 103 M of them are "
-        f"{103e6 * image_kb / 1e9:,.0f} TB. They come at", "",
-        "| recipe | images/s on 8 | 64 | 256 | MB/s on 256 | decoding cores a GPU |",
+        "", f"With images of {image_kb:g} KB, also an assumption, 103 M images are "
+        f"{103e6 * image_kb / 1e9:,.0f} TB, read at these rates:", "",
+        "| recipe | images/s on 8 GPUs | 64 | 256 | MB/s on 256 | decoding cores per GPU |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for n in needs:
-        rate = PEAK * share / n.flops
+    for cost in costs:
+        rate = PEAK * mfu / cost.flops
         rates = " | ".join(f"{rate * gpus:,.0f}" for gpus in (8, 64, 256))
         lines.append(
-            f"| {n.name} | {rates} | {rate * 256 * image_kb / 1e3:,.0f} | {rate / CORE_RATE:.1f} |"
+            f"| {cost.name} | {rates} | {rate * 256 * image_kb / 1e3:,.0f} "
+            f"| {rate / CORE_RATE:.1f} |"
         )
     return "\n".join([*lines, "", CLOSING])
 
 
 CORE_RATE = 126.2
-"""Images of 1024 px a second and core to 512 px; benchmarks/, AMD EPYC, 2026-11-21."""
-CLOSING = f"""Decoding at {CORE_RATE} images a second and core, measured for JPEGs of 1024 px that
-become batches of 512 px (`benchmarks/`, AMD EPYC, 2026-11-21); larger images decode slower.
+"""Images per second and core, 1024 px JPEGs to 512 px; benchmarks/, AMD EPYC, 2026-11-21."""
+CLOSING = f"""Decoding cores assume {CORE_RATE} images per second and core, measured from 1024
+px JPEGs to 512 px batches (`benchmarks/`, AMD EPYC, 2026-11-21). Larger images decode more slowly.
 
-## What would break first on the way to a billion images
+## What would limit a run on a billion images first
 
-1. **The first phases' data.** Stage A's steps are so cheap that decoding sets the pace: more cores,
-   or smaller images in the shards. `speed/data_wait` says when it is so.
-2. **Each machine downloads every shard that it reads from.** All processes walk one order and take
-   their part of each batch; a machine reads the shards of a window whole. At a billion images,
-   put the shards on a file system that all machines share, or make the cache once (`python -m
-   wuerstchen_pl.cache`: 18 KB an image at 24 x 24 in place of the image).
-3. **What grows with the set.** The names of all shards are in memory, 100,000 of them if each holds
-   10,000 images; samples are known for a window at a time. `deduplicate` takes 120 bytes a
-   image, and belongs into `data build`.
-4. **Checkpoints by one process.** With `ddp` one process writes and hashes all; `fsdp` writes in
-   parts, and one process still hashes them.
-5. **One node lost is the run lost**, up to the last checkpoint: the job exits, is put into the
-   queue, and goes on (`scripts/slurm.sh`). Elastic training is not attempted; fewer machines go on
-   with the same samples, if `global_batch` can be made with them.
+1. **Image decoding in the first phases.** Stage A's steps are so cheap that decoding limits them:
+   use more cores, or smaller images in the shards. `speed/data_wait` shows when this happens.
+2. **Downloads.** All processes follow one global order and take their part of each batch, so each
+   machine downloads every shard that its processes read. For a billion images, put the shards on a
+   shared file system, or build the cache once (`python -m wuerstchen_pl.cache`: 18 KB per image at
+   24 x 24).
+3. **Memory that grows with the data set.** The names of all shards are in memory: 100,000 of them
+   at 10,000 images per shard. Samples are listed for one window at a time. `deduplicate` takes 120
+   bytes per image; run it in `data build` instead.
+4. **Checkpoints.** With `ddp` one process writes and hashes the whole checkpoint; with `fsdp` all
+   processes write, but one process hashes all shards.
+5. **Node failures.** Losing a node loses the work since the last checkpoint: the job exits, is
+   requeued and resumes (`scripts/slurm.sh`). Elastic training is not supported; a run can resume on
+   fewer machines with the same samples if they can form the `global_batch`.
 """
 
 
 def main() -> None:
-    """The command-line program."""
+    """Write the document."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--share", type=float, default=0.4, help="of the peak rate")
-    parser.add_argument("--image-kb", type=float, default=200, help="of an image in the shards")
+    parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilization")
+    parser.add_argument("--image-kb", type=float, default=200, help="KB per image in the shards")
     parser.add_argument("--to", type=Path, default=Path("docs/scaling.md"))
     options = parser.parse_args()
-    options.to.write_text(page(options.share, options.image_kb))
+    options.to.write_text(page(options.mfu, options.image_kb))
     print(options.to)
 
 

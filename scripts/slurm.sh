@@ -1,8 +1,9 @@
 #!/bin/bash
-# Train on Slurm, over pre-emptions and time limits: sbatch --nodes=8 scripts/slurm.sh stage=c experiment=laion
+# Train on Slurm across preemptions and time limits:
+#   sbatch --nodes=8 scripts/slurm.sh stage=c experiment=laion
 #
-# Slurm's notice reaches the run 5 minutes before the end; it saves and exits with 75, and the job
-# goes to the queue again. So it does after a pre-emption.
+# Slurm signals the run 5 minutes before the time limit; the run saves a checkpoint and exits with
+# 75, and the job is requeued. The same happens on preemption.
 #SBATCH --job-name=wuerstchen
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

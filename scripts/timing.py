@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing side by side, and the table that they leave."""
+"""Shared by the benchmarks: paired timing, and writing the result table."""
 
 import platform
 import statistics
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 Work = Callable[[], Any]
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+OUTPUT_DIR = Path(__file__).parents[1] / "benchmarks"
 
 
 class SideBySide(NamedTuple):
-    """Medians in milliseconds, and the median of each round's ratio."""
+    """Median times in milliseconds, and the median of the per-round ratios theirs / ours."""
 
     theirs_ms: float
     ours_ms: float
@@ -23,7 +23,7 @@ class SideBySide(NamedTuple):
 
 
 def seconds(work: Work) -> float:
-    """How long it takes, what it started on a GPU included."""
+    """Wall-clock seconds of one call, including the GPU work that it launches."""
     start = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -32,23 +32,23 @@ def seconds(work: Work) -> float:
 
 
 def side_by_side(theirs: Work, ours: Work, rounds: int) -> SideBySide:
-    """Time two works in turns, each first in every other round, after one round to warm up."""
+    """Time two callables in alternating order, after one warm-up round."""
     pairs = []
     for i in range(rounds + 1):
         if i % 2:
             pairs.append((seconds(theirs), seconds(ours)))
         else:
             pairs.append((seconds(ours), seconds(theirs))[::-1])
-    kept = pairs[1:]
+    measured = pairs[1:]
     return SideBySide(
-        statistics.median(a for a, _ in kept) * 1000,
-        statistics.median(b for _, b in kept) * 1000,
-        statistics.median(a / b for a, b in kept),
+        statistics.median(a for a, _ in measured) * 1000,
+        statistics.median(b for _, b in measured) * 1000,
+        statistics.median(a / b for a, b in measured),
     )
 
 
 def hardware() -> str:
-    """The GPU, or the CPU with the threads in use."""
+    """Name of the GPU, or of the CPU with the number of threads in use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = [
@@ -60,15 +60,15 @@ def hardware() -> str:
     return f"{(names or [platform.machine()])[0]} CPU {threads} thread{'s' * (threads > 1)}"
 
 
-def write_table(theme: str, command: str, notes: str, header: str, rows: Sequence[str]) -> Path:
-    """Write ``benchmarks/<theme>_<hardware>_<date>.md``: what, where, when, how, and the rows."""
+def write_table(benchmark: str, command: str, notes: str, header: str, rows: Sequence[str]) -> Path:
+    """Write ``benchmarks/<benchmark>_<hardware>_<date>.md``, with the command that produced it."""
     lines = [
-        f"# {theme.replace('_', ' ').capitalize()}", "",
+        f"# {benchmark.replace('_', ' ').capitalize()}", "",
         f"{hardware()}, torch {torch.__version__}, {date.today()}.",
         f"`{command}`", "", notes, "", header, "|" + "---|" * (header.count("|") - 1), *rows, "",
     ]  # fmt: skip
     slug = "-".join(hardware().lower().replace("(r)", "").replace("(tm)", "").split())
-    path = BENCHMARKS / f"{theme}_{slug}_{date.today()}.md"
+    path = OUTPUT_DIR / f"{benchmark}_{slug}_{date.today()}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines))
     return path

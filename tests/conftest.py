@@ -1,4 +1,4 @@
-"""A cascade of the smallest networks, trained for a few steps once for all tests."""
+"""Shared fixtures: a cascade of tiny networks, trained for a few steps once per session."""
 
 import sys
 from collections.abc import Callable
@@ -61,7 +61,7 @@ PROGRAMS = {
 
 
 def small(stage: str, root: Path, steps: int = 4) -> list[str]:
-    """The command line that trains a small stage under ``root``."""
+    """The arguments of ``train`` for a small stage, with outputs under ``root``."""
     return [
         f"stage={stage}",
         f"paths.root={root}",
@@ -85,27 +85,27 @@ def what_cache_reads(arguments: list[str]) -> list[str]:
 
 
 def run_program(name: str, arguments: list[str]) -> int:
-    """Run one of the commands in this process; its exit code."""
-    before = sys.argv
+    """Run a program in this process; returns its exit code."""
+    original_argv = sys.argv
     sys.argv = [f"wuerstchen-{name}", *arguments]
     try:
         PROGRAMS[name].main()
     except SystemExit as stop:
         return int(stop.code or 0)
     finally:
-        sys.argv = before
+        sys.argv = original_argv
     return 0
 
 
 @pytest.fixture
 def program() -> Callable[..., int]:
-    """Runs a command: ``program("sample", "prompt=...")`` gives its exit code."""
+    """Run a program: ``program("sample", "prompt=...")`` returns its exit code."""
     return lambda name, *arguments: run_program(name, list(arguments))
 
 
 @pytest.fixture(scope="session")
 def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs a, b and c of a small cascade."""
+    """A folder with the runs ``a``, ``b`` and ``c`` of a small cascade."""
     root = tmp_path_factory.mktemp("outputs")
     for stage in "abc":
         assert run_program("train", small(stage, root)) == 0
@@ -114,7 +114,7 @@ def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of a small CLIP with random weights."""
+    """The checkpoint of a small CLIP with random weights."""
     torch.manual_seed(0)
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     vision = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8}
@@ -125,6 +125,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def frozen_text(clip: Path, length: int = 77) -> list[str]:
+    """The arguments that give Stage C a frozen text encoder with the weights of ``clip``."""
     return [
         "stage.train_text_encoder=false",
         f"+stage.text_encoder.weights={clip}",

@@ -1,4 +1,4 @@
-"""The authors' weights, inputs and outputs at small sizes, and their way into our networks."""
+"""Reference weights, inputs and outputs of the authors' code at small sizes, and their loading."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-    """The authors' arguments, the weights, and the inputs and outputs of a reference file."""
+    """Read a reference file: constructor arguments, weights, and inputs with outputs."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         config = json.loads(file.metadata()["config"])
@@ -24,12 +24,12 @@ def golden(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
 
 
 def load(net: nn.Module, config: dict, weights: dict[str, Tensor]) -> nn.Module:
-    """Put the authors' weights into a network of ours."""
+    """Load the authors' weights into our network."""
     shapes = {k: tuple(v.shape) for k, v in net.state_dict().items() if k != "scale_factor"}
     table = key_mappings({"_target_": type(net).__name__, **config}, shapes, "upstream")
     theirs = {name: in_memory(tensor) for name, tensor in weights.items()}
     ours = from_upstream(theirs, table, shapes, "the golden file")
     state = {name: lazy.load() for name, lazy in ours.items()}
-    faults = net.load_state_dict(state, strict=False)
-    assert set(faults.missing_keys) <= {"scale_factor"}, faults
+    result = net.load_state_dict(state, strict=False)
+    assert set(result.missing_keys) <= {"scale_factor"}, result
     return net.eval()

@@ -1,4 +1,4 @@
-"""The import rule of docs/architecture.md, and the sizes that keep files readable."""
+"""The import rule of docs/architecture.md, and the limit on file length."""
 
 import ast
 from collections.abc import Iterator
@@ -12,8 +12,9 @@ PACKAGE = Path(wuerstchen_pl.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 VERBS = {"train", "sample", "evaluate", "cache", "convert", "export", "interpolate"}
-# A layer is a folder or a file of the package; what it may import besides itself.
+# A layer is a folder or a file of the package.
 PROGRAM = {"cli", "config"}
+# layer -> the layers that it may import besides itself
 MAY_IMPORT: dict[str, set[str]] = {
     "train": PROGRAM
     | {"batch", "callbacks", "checkpointing", "distributed", "models", "stages", "formats", "io"},
@@ -72,17 +73,17 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 
 def layer_of(path: Path) -> str:
-    """wuerstchen_pl/data/ordering/stream.py -> data.order; wuerstchen_pl/cli.py -> cli."""
-    if path.name == "__main__.py":  # a program, and no part of its folder
+    """wuerstchen_pl/data/ordering/stream.py -> data.ordering; wuerstchen_pl/cli.py -> cli."""
+    if path.name == "__main__.py":  # a program, not part of its folder's layer
         return f"{path.parent.name}.__main__"
     relative = path.relative_to(PACKAGE).with_suffix("")
-    if (own := ".".join(relative.parts)) in MAY_IMPORT:
-        return own
+    if (module := ".".join(relative.parts)) in MAY_IMPORT:
+        return module
     return ".".join(relative.parts[:-1]) or path.stem
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Names below the package that are imported at run time: not those for type checking only."""
+    """Modules of the package that are imported at run time, without type-checking imports."""
     if isinstance(tree, ast.If) and "TYPE_CHECKING" in ast.unparse(tree.test):
         for node in tree.orelse:
             yield from imports(node)
@@ -99,9 +100,9 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def forbidden(path: Path, source: str) -> list[str]:
-    """What a file at ``path`` imports and may not."""
-    own = layer_of(path)
-    allowed = MAY_IMPORT[own] | {own}
+    """Forbidden imports of a file at ``path``."""
+    own_layer = layer_of(path)
+    allowed = MAY_IMPORT[own_layer] | {own_layer}
     return [
         name
         for name in imports(ast.parse(source))
@@ -135,11 +136,11 @@ def test_an_upward_import_is_found(source: str) -> None:
     assert len(forbidden(PACKAGE / "models" / "planted.py", source)) == 1
 
 
-def test_an_import_for_types_alone_is_no_import() -> None:
+def test_a_type_checking_import_is_ignored() -> None:
     source = "if TYPE_CHECKING:\n    from wuerstchen_pl.stages.stage import Stage"
     assert forbidden(PACKAGE / "models" / "planted.py", source) == []
 
 
-def test_files_are_short_and_none_is_a_drawer() -> None:
+def test_files_are_short_and_none_is_a_catch_all() -> None:
     assert [p for p in FILES if len(p.read_text().splitlines()) > 300] == []
     assert [p for p in FILES if p.stem in ("utils", "util", "helpers", "misc", "common")] == []

@@ -1,4 +1,4 @@
-"""Caches: training from one equals training on images, and a stale one is refused."""
+"""Caches: training from a cache equals training on images, and a stale cache is an error."""
 
 import json
 import os
@@ -18,28 +18,34 @@ from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.data.caches.cached_dataset import CachedDataModule, CachedSource
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 
-STEPS = 8  # two passes over the small data
+STEPS = 8  # two epochs of the small data
 
 
-def arguments(stage: str, root: Path, above: Path, *more: str) -> list[str]:
-    paths = [f"paths.stage_{s}={above / s}" for s in "ab"]
-    return [*small(stage, root, STEPS), *paths, f"paths.data={above.parent / 'data'}", *more]
+SOURCE_KEYS = ("data.limit=24", "data.val_fraction=0.2")
+"""Arguments that a cache does not take."""
 
 
-def make(stage: str, out: Path, above: Path, *more: str) -> int:
-    options = arguments(stage, out.parent / "none", above, f"out={out}", "dtype=float32", *more)
-    return run_program("cache", what_cache_reads(options))
+def arguments(stage: str, root: Path, cascade: Path, *overrides: str) -> list[str]:
+    paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    return [*small(stage, root, STEPS), *paths, f"paths.data={cascade.parent / 'data'}", *overrides]
 
 
-def train(stage: str, root: Path, above: Path, *more: str) -> dict[str, torch.Tensor]:
-    told = arguments(stage, root, above, *more)
-    if "data=cached" in told:
-        told = [a for a in told if a not in ("data.limit=24", "data.val_fraction=0.2")]
-    assert run_program("train", told) == 0
+def make(stage: str, out: Path, cascade: Path, *overrides: str) -> int:
+    command = arguments(
+        stage, out.parent / "none", cascade, f"out={out}", "dtype=float32", *overrides
+    )
+    return run_program("cache", what_cache_reads(command))
+
+
+def train(stage: str, root: Path, cascade: Path, *overrides: str) -> dict[str, torch.Tensor]:
+    command = arguments(stage, root, cascade, *overrides)
+    if "data=cached" in command:
+        command = [a for a in command if a not in SOURCE_KEYS]
+    assert run_program("train", command) == 0
     return load.read_checkpoint(load.find_checkpoint(root / "default" / stage))["state_dict"]
 
 
-def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def max_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
 
@@ -51,9 +57,9 @@ def test_training_from_a_cache_equals_training_on_images(
     online = train(stage, tmp_path / "online", cascade, "data.crop=center")
     assert make(stage, tmp_path / "cache", cascade, "data.crop=center") == 0
     cached = ["data=cached", f"data.root={tmp_path / 'cache'}", "data.num_workers=0"]
-    assert furthest(online, train(stage, tmp_path / "cached", cascade, *cached)) < 1e-5
+    assert max_difference(online, train(stage, tmp_path / "cached", cascade, *cached)) < 1e-5
     shifted = train(stage, tmp_path / "seed", cascade, *cached, "data.seed=5")
-    assert furthest(online, shifted) > 1e-4  # another order is another result
+    assert max_difference(online, shifted) > 1e-4  # another order gives another result
 
 
 def test_cached_text_is_dropped_as_captions_are(cascade: Path, tmp_path: Path, clip: Path) -> None:
@@ -61,23 +67,23 @@ def test_cached_text_is_dropped_as_captions_are(cascade: Path, tmp_path: Path, c
     online = train("c", tmp_path / "online", cascade, "data.crop=center", *text)
     assert make("c", tmp_path / "cache", cascade, "data.crop=center", "text=true", *text) == 0
     cached = ["data=cached", f"data.root={tmp_path / 'cache'}", "data.num_workers=0"]
-    assert furthest(online, train("c", tmp_path / "cached", cascade, *cached, *text)) < 1e-5
-    kept = [*cached, *text, "stage.caption_drop_prob=0"]
-    assert furthest(online, train("c", tmp_path / "kept", cascade, *kept)) > 1e-4
+    assert max_difference(online, train("c", tmp_path / "cached", cascade, *cached, *text)) < 1e-5
+    undropped = [*cached, *text, "stage.caption_drop_prob=0"]
+    assert max_difference(online, train("c", tmp_path / "undropped", cascade, *undropped)) > 1e-4
 
 
-def module_of(root: Path, above: Path, **changes: Any) -> ImageTextDataModule:
-    """The data module of a run's config, and changes to it."""
+def module_of(root: Path, cascade: Path, **changes: Any) -> ImageTextDataModule:
+    """The data module of Stage C's run config, with changed arguments."""
     import yaml
 
-    config = yaml.safe_load((above / "c/config.yaml").read_text())["data"] | changes
+    config = yaml.safe_load((cascade / "c/config.yaml").read_text())["data"] | changes
     module: ImageTextDataModule = load.instantiate_allowed(config)
     module.prepare_data()
     module.setup()
     return module
 
 
-def test_the_crops_are_those_of_trainings_first_passes(cascade: Path, tmp_path: Path) -> None:
+def test_the_crops_are_those_of_the_first_epochs(cascade: Path, tmp_path: Path) -> None:
     assert make("b", tmp_path / "cache", cascade, "crops=2") == 0
     online = module_of(tmp_path, cascade).train_dataloader()
     seen: dict[str, list[torch.Tensor]] = {}
@@ -89,26 +95,26 @@ def test_the_crops_are_those_of_trainings_first_passes(cascade: Path, tmp_path: 
     for group in source.groups("train"):
         for name in group.shards:
             with safe_open(tmp_path / "cache" / name, framework="pt") as file:
-                for found in source.open(name).samples:
-                    rows = file.get_slice(f"image/{found.height}x{found.width}")
-                    crops = rows[found.offset : found.offset + 2].float() / 255
-                    assert torch.equal(crops[0], seen[found.key][0])
-                    assert torch.equal(crops[1], seen[found.key][1])
+                for sample in source.open(name).samples:
+                    rows = file.get_slice(f"image/{sample.height}x{sample.width}")
+                    crops = rows[sample.offset : sample.offset + 2].float() / 255
+                    assert torch.equal(crops[0], seen[sample.key][0])
+                    assert torch.equal(crops[1], seen[sample.key][1])
                     different += not torch.equal(crops[0], crops[1])
     assert different > 3
 
 
-def test_a_cached_module_draws_among_crops_and_captions(cascade: Path, tmp_path: Path) -> None:
+def test_a_cached_module_samples_among_the_crops(cascade: Path, tmp_path: Path) -> None:
     assert make("b", tmp_path / "cache", cascade, "crops=3") == 0
     module = CachedDataModule(root=str(tmp_path / "cache"), batch_size=4)
     module.prepare_data()
     module.setup()
-    loader, found = module.train_dataloader(), {}
+    loader, crops_by_key = module.train_dataloader(), {}
     for _ in range(12):
         for batch in loader:
             for key, image in zip(batch["key"], batch["image"], strict=True):
-                found.setdefault(key, set()).add(image.numpy().tobytes())
-    assert {len(crops) for crops in found.values()} >= {1, 3}
+                crops_by_key.setdefault(key, set()).add(image.numpy().tobytes())
+    assert {len(crops) for crops in crops_by_key.values()} >= {1, 3}
     first, second = (list(module.val_dataloader()) for _ in range(2))
     assert [b["key"] for b in first] == [b["key"] for b in second]
     assert all(torch.equal(a["latents"], b["latents"]) for a, b in zip(first, second, strict=True))
@@ -122,7 +128,7 @@ def test_training_from_a_cache_resumes_bit_for_bit(
     cached = ["data=cached", f"data.root={tmp_path / 'cache'}", "data.num_workers=0"]
     whole = train("c", tmp_path / "whole", cascade, *cached)
     train("c", tmp_path / "parts", cascade, *cached, f"trainer.max_steps={stop}")
-    assert furthest(whole, train("c", tmp_path / "parts", cascade, *cached, "ckpt=auto")) == 0
+    assert max_difference(whole, train("c", tmp_path / "parts", cascade, *cached, "ckpt=auto")) == 0
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -132,21 +138,21 @@ def contents(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_a_cache_goes_on_where_it_was_stopped(
+def test_an_interrupted_cache_resumes(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from wuerstchen_pl.data.caches import build_cache
 
     out, write, written = tmp_path / "parts", build_cache._write, []
 
-    def stops(path: Path, *rest: Any) -> None:
+    def interrupted_write(path: Path, *rest: Any) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path.name)
         write(path, *rest)
 
     monkeypatch.setattr(build_cache, "_samples_per_file", lambda *_: 6)
-    monkeypatch.setattr(build_cache, "_write", stops)
+    monkeypatch.setattr(build_cache, "_write", interrupted_write)
     assert make("c", out, cascade) != 0
     assert not (out / "cache.json").exists()
     with pytest.raises(FileNotFoundError, match="is not a finished cache"):
@@ -167,20 +173,20 @@ def _times(folder: Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_two_processes_make_the_same_cache(cascade: Path, tmp_path: Path) -> None:
     assert make("c", tmp_path / "one", cascade) == 0
-    told = arguments("c", tmp_path, cascade, f"out={tmp_path / 'two'}", "dtype=float32")
-    command = [sys.executable, "-m", "wuerstchen_pl.cache", *what_cache_reads(told)]
-    running = [
+    overrides = arguments("c", tmp_path, cascade, f"out={tmp_path / 'two'}", "dtype=float32")
+    command = [sys.executable, "-m", "wuerstchen_pl.cache", *what_cache_reads(overrides)]
+    processes = [
         subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-# What is refused
+# Errors
 
 
-def test_a_stale_cache_is_refused_by_name(
+def test_a_stale_cache_is_an_error_that_names_the_difference(
     cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert make("c", tmp_path / "cache", cascade) == 0
@@ -190,16 +196,16 @@ def test_a_stale_cache_is_refused_by_name(
         == 0
     )
     shutil.copytree(tmp_path / "new/default/b", other)
-    told = arguments(
+    command = arguments(
         "c", tmp_path / "run", cascade, "data=cached", f"data.root={tmp_path / 'cache'}"
     )
-    told = [a for a in told if a not in ("data.limit=24", "data.val_fraction=0.2")]
+    command = [a for a in command if a not in SOURCE_KEYS]
     capsys.readouterr()
-    assert run_program("train", [*told, f"paths.stage_b={tmp_path / 'new/default/b'}"]) == 1
+    assert run_program("train", [*command, f"paths.stage_b={tmp_path / 'new/default/b'}"]) == 1
     assert "is a cache made with encoder " in capsys.readouterr().err
     manifest = json.loads((tmp_path / "cache/cache.json").read_text())
     (tmp_path / "cache/cache.json").write_text(json.dumps(manifest | {"preprocessing": 0}))
-    assert run_program("train", told) == 1
+    assert run_program("train", command) == 1
     assert "is stale" in capsys.readouterr().err
 
 
@@ -210,14 +216,14 @@ def test_a_cache_of_another_text_encoder_is_refused(
     state = torch.load(clip, weights_only=True)
     changed = tmp_path / "changed.safetensors"
     save_file({k: v.contiguous() * 1.01 for k, v in state.items()}, changed)
-    told = arguments(
+    command = arguments(
         "c", tmp_path / "run", cascade, "data=cached", f"data.root={tmp_path / 'cache'}"
     )
-    told = [a for a in told if a not in ("data.limit=24", "data.val_fraction=0.2")]
+    command = [a for a in command if a not in SOURCE_KEYS]
     capsys.readouterr()
-    assert run_program("train", [*told, *frozen_text(changed)]) == 1
+    assert run_program("train", [*command, *frozen_text(changed)]) == 1
     assert "is a cache made with text_encoder " in capsys.readouterr().err
-    assert run_program("train", told) == 1  # this one trains its own
+    assert run_program("train", command) == 1  # this run trains its own text encoder
     assert "this run has none" in capsys.readouterr().err
 
 
@@ -243,13 +249,13 @@ def test_what_cannot_be_cached_is_refused(
     message: str,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    told = what_cache_reads(arguments(stage, tmp_path, cascade))
-    assert run_program("cache", [*told, f"out={tmp_path / 'out'}", *more]) == 1
+    command = what_cache_reads(arguments(stage, tmp_path, cascade))
+    assert run_program("cache", [*command, f"out={tmp_path / 'out'}", *more]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_something_else_or_other_settings_is_refused(
+def test_a_folder_with_other_files_or_other_settings_is_refused(
     cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "mine").mkdir()

@@ -1,4 +1,4 @@
-"""How the programs fail, help and sweep."""
+"""Error messages, help and sweeps of the command-line programs."""
 
 import json
 import logging
@@ -17,18 +17,18 @@ from wuerstchen_pl.cli import _with_full_key, explain, help_text, one_line_error
 Program = Any
 
 
-def test_an_error_that_users_mend_is_shown_without_its_type() -> None:
+def test_a_users_error_is_shown_without_its_type() -> None:
     assert explain(ValueError("seed=-1 is\n  out of range")) == "seed=-1 is out of range"
     assert explain(FileNotFoundError("x is missing")) == "x is missing"
 
 
-def test_an_error_of_the_program_says_where_to_look() -> None:
+def test_an_internal_error_says_how_to_get_a_traceback() -> None:
     shown = explain(RuntimeError("mat1 and mat2"))
     assert shown == "RuntimeError: mat1 and mat2 (HYDRA_FULL_ERROR=1 shows where)"
     assert explain(KeyError()).startswith("KeyError")
 
 
-def test_an_interrupt_says_nothing_and_exits_as_shells_expect(
+def test_an_interrupt_prints_nothing_and_exits_with_130(
     capsys: pytest.CaptureFixture,
 ) -> None:
     with pytest.raises(SystemExit) as stop, one_line_errors():
@@ -37,7 +37,7 @@ def test_an_interrupt_says_nothing_and_exits_as_shells_expect(
     assert capsys.readouterr().err == ""
 
 
-def test_a_failed_run_leaves_nothing_for_the_next_in_its_process(
+def test_a_failed_run_leaves_no_global_state(
     program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -48,25 +48,23 @@ def test_a_failed_run_leaves_nothing_for_the_next_in_its_process(
     assert capsys.readouterr().err.count("\n") == 3
 
 
-def test_a_traceback_is_shown_to_who_asks(
-    program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_traceback_is_shown_on_request(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match="seed is 'x'"):
         program("train", "stage=a", "seed=x")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_process_shows_a_traceback_only_if_asked(asked: bool) -> None:
+@pytest.mark.parametrize("requested", [True, False])
+def test_a_process_shows_a_traceback_only_on_request(requested: bool) -> None:
     env = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
     command = [sys.executable, "-m", "wuerstchen_pl.train", "stage=a", "seed=x"]
-    env |= {"HYDRA_FULL_ERROR": "1"} if asked else {}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert ("Traceback" in done.stderr) is asked
-    assert asked or done.stderr == "error: seed is 'x', and must be int; set seed=...\n"
+    env |= {"HYDRA_FULL_ERROR": "1"} if requested else {}
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert ("Traceback" in process.stderr) is requested
+    assert requested or process.stderr == "error: seed is 'x', and must be int; set seed=...\n"
 
 
 @pytest.mark.parametrize(
@@ -76,9 +74,9 @@ def test_help_names_every_key_and_choice(
     name: str, program: Program, capsys: pytest.CaptureFixture
 ) -> None:
     assert program(name, "--help") == 0
-    said = capsys.readouterr().out
-    assert f"python -m wuerstchen_pl.{name}" in said
-    assert "hydra" not in said
+    shown = capsys.readouterr().out
+    assert f"python -m wuerstchen_pl.{name}" in shown
+    assert "hydra" not in shown
     expected = {
         "train": ["stage=a|b|c|ldm", "|demo|laion|", "init_from: null # "],
         "sample": ["prompt: null # one, or a list", "num_images_per_prompt: 1 # images per prompt"],
@@ -87,7 +85,7 @@ def test_help_names_every_key_and_choice(
         "interpolate": ["weight: 0.5 # 0 to 1", "format: native"],
         "export": ["ckpt: ??? # a run's folder", "license: null # "],
     }
-    assert all(each in said for each in expected[name])
+    assert all(text in shown for text in expected[name])
 
 
 def test_help_does_not_change_what_runs() -> None:
@@ -101,7 +99,7 @@ def finished(folder: Path) -> bool:
     return json.loads((folder / "run.json").read_text())["steps"] == 1
 
 
-def test_a_sweep_numbers_its_runs_and_mixes_nothing(program: Program, tmp_path: Path) -> None:
+def test_a_sweep_numbers_its_runs_and_keeps_them_apart(program: Program, tmp_path: Path) -> None:
     arguments = [*small("a", tmp_path, steps=1), "stage.optimizer.lr=1e-3,1e-4"]
     arguments.remove("stage.optimizer.lr=1e-3")
     assert program("train", "-m", *arguments) == 0

@@ -1,4 +1,4 @@
-"""Configs that cannot lie: what is shipped composes, and what is wrong is refused by name."""
+"""Config validation: every shipped combination is valid, and errors name the wrong key."""
 
 import re
 from collections.abc import Iterator
@@ -32,22 +32,22 @@ CHOICES = [
         group_choices("logger"),
         group_choices("trainer"),
     )
-    if experiment == "null" or data == "openmoji"  # an experiment chooses its data
+    if experiment == "null" or data == "openmoji"  # an experiment sets its own data
 ]
 
 
 def composed(*overrides: str, program: str = "train") -> DictConfig:
-    """The config of a command line, as the program gets it; what the user must give is given."""
+    """The config that a program gets from a command line, with mandatory values filled in."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(program, list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
     for key in OmegaConf.missing_keys(cfg):
-        asked = {"weights", "urls", "root", "name", "sources"}
-        asked |= {"from", "to", "ckpt"} if program != "train" else set()
+        mandatory = {"weights", "urls", "root", "name", "sources"}
+        mandatory |= {"from", "to", "ckpt"} if program != "train" else set()
         name = key.rpartition(".")[2]
-        assert name in asked, f"{key} is a surprise to users"
+        assert name in mandatory, f"{key} has no default"
         OmegaConf.update(cfg, key, {} if name == "sources" else "given")
     return cfg
 
@@ -57,23 +57,21 @@ def cfg() -> DictConfig:
     return composed("stage=a")
 
 
-# composing takes a tenth of a second: fast, each choice once with the tiny networks, and the others
-# with the usual choices; slow, each with each
+# composing takes 0.1 s: the fast test varies one group at a time, with the tiny networks; the slow
+# test covers all combinations
 @pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("stage", "preset"), NETWORKS)
-def test_every_shipped_combination_holds_only_what_is_read(
-    stage: str, preset: str, fast: bool
-) -> None:
-    differing = (1 if preset == "tiny" else 0) if fast else 4
+def test_every_shipped_combination_has_only_used_keys(stage: str, preset: str, fast: bool) -> None:
+    max_changed = (1 if preset == "tiny" else 0) if fast else 4
     for chosen in CHOICES:
-        other = {group: name for group, name in chosen.items() if USUAL[group] != name}
-        if len(other) <= differing:
-            overrides = [f"{group}={name}" for group, name in other.items()]
+        changed = {group: name for group, name in chosen.items() if USUAL[group] != name}
+        if len(changed) <= max_changed:
+            overrides = [f"{group}={name}" for group, name in changed.items()]
             check_config(composed(f"stage={stage}", f"preset={preset}", *overrides))
 
 
 @pytest.mark.parametrize(
-    ("program", "read"),
+    ("program", "known_keys"),
     [
         ("sample", sample.KNOWN_KEYS),
         ("evaluate", evaluate.KNOWN_KEYS),
@@ -81,15 +79,13 @@ def test_every_shipped_combination_holds_only_what_is_read(
         ("export", export.KNOWN_KEYS),
     ],
 )
-def test_the_programs_that_use_a_cascade_hold_only_what_is_read(
-    program: str, read: dict[str, Any]
-) -> None:
+def test_the_other_programs_have_only_used_keys(program: str, known_keys: dict[str, Any]) -> None:
     cfg = composed(program=program)
-    check_config(cfg, read)
-    assert read.keys() == cfg.keys()
+    check_config(cfg, known_keys)
+    assert known_keys.keys() == cfg.keys()
 
 
-def test_every_key_that_train_offers_is_read() -> None:
+def test_every_key_of_train_is_used() -> None:
     source = (Path(sample.__file__).parent / "train.py").read_text()
     in_program = {f"{m}" for m in re.findall(r"cfg\.(paths\.\w+|\w+)", source)}
     in_yaml = {
@@ -145,7 +141,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_key_or_value_that_is_wrong_in_a_yaml_is_refused_by_name(
+def test_a_wrong_key_or_value_in_a_yaml_is_an_error_that_names_it(
     cfg: DictConfig, case: str
 ) -> None:
     key, value, message = REFUSED[case]
@@ -154,14 +150,14 @@ def test_a_key_or_value_that_is_wrong_in_a_yaml_is_refused_by_name(
         check_config(cfg)
 
 
-def test_a_needed_key_that_a_yaml_lacks_is_named(cfg: DictConfig) -> None:
+def test_a_missing_mandatory_key_is_named(cfg: DictConfig) -> None:
     with open_dict(cfg):
         del cfg.stage.vqgan
     with pytest.raises(ValueError, match=r"stage\.vqgan is missing, and .*StageA needs it"):
         check_config(cfg)
 
 
-def test_what_a_logger_hands_on_is_no_unknown_key(cfg: DictConfig) -> None:
+def test_keyword_arguments_that_a_logger_forwards_are_accepted(cfg: DictConfig) -> None:
     OmegaConf.update(cfg, "logger.tensorboard.flush_secs", 5, force_add=True)
     check_config(cfg)
 
@@ -216,33 +212,33 @@ def test_a_wrong_command_line_ends_with_one_line(
 ) -> None:
     arguments, message = COMMAND_LINES[case]
     assert program("train", *arguments, f"paths.root={nothing_written}") == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert message in said
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert message in stderr
 
 
 def test_a_size_that_the_stages_cannot_divide_is_refused_before_training(
     cascade: Path, program: Any, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    lines = [*small("b", tmp_path), f"paths.stage_a={cascade / 'a'}"]
+    valid = [*small("b", tmp_path), f"paths.stage_a={cascade / 'a'}"]
     wrong = ["image_size=24", "data.bucket_multiple=8", "stage.diffnext.patch_size=4"]
-    assert program("train", *lines, *wrong) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "set data.bucket_multiple=" in said
+    assert program("train", *valid, *wrong) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "set data.bucket_multiple=" in stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_key_of_a_users_own_yaml_is_refused(
     program: Any, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    own = tmp_path / "experiment" / "mine.yaml"
-    own.parent.mkdir()
-    own.write_text("# @package _global_\n" + yaml.dump({"stage": {"vqgan": {"depht": 3}}}))
+    path = tmp_path / "experiment" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text("# @package _global_\n" + yaml.dump({"stage": {"vqgan": {"depht": 3}}}))
     arguments = ["--config-dir", str(tmp_path), "stage=a", "experiment=mine"]
     assert program("train", *arguments, f"paths.root={tmp_path / 'out'}") == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "stage.vqgan.depht" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "stage.vqgan.depht" in stderr
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The commands around format: export, convert, interpolate."""
+"""The programs for models on disk: export, convert and interpolate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,40 +33,40 @@ def exported(program: Program, cascade: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_an_exported_cascade_draws_what_its_run_draws(cascade: Path, exported: Path) -> None:
-    drawn = [
+def test_an_exported_cascade_generates_the_same_image(cascade: Path, exported: Path) -> None:
+    images = [
         WuerstchenPipeline.from_pretrained(str(path))(
             "red apple", 64, 64, 3, num_inference_steps=2, seed=1, output_type="pt", progress=False
         ).images
         for path in (cascade / "c", exported)
     ]
-    assert torch.equal(*drawn)
+    assert torch.equal(*images)
 
 
-def test_averaged_weights_are_exported_or_raw_ones(
+def test_ema_weights_are_exported_or_raw_weights(
     program: Program, cascade: Path, exported: Path, tmp_path: Path
 ) -> None:
     path = load.find_checkpoint(cascade / "c")
     content = load.read_checkpoint(path)
     name = "prior.blocks.0.res.expand.weight"
-    averaged = load_file(exported / "prior" / "model.safetensors")[name.removeprefix("prior.")]
-    assert torch.equal(averaged, content["ema"]["shadow"][name])
+    ema = load_file(exported / "prior" / "model.safetensors")[name.removeprefix("prior.")]
+    assert torch.equal(ema, content["ema"]["shadow"][name])
     assert program("export", f"ckpt={path}", f"to={tmp_path / 'raw'}", "ema=false") == 0
     raw = load_file(tmp_path / "raw" / "prior" / "model.safetensors")[name.removeprefix("prior.")]
     assert torch.equal(raw, content["state_dict"][name])
-    assert not torch.equal(raw, averaged)
-    below = "decoder/model.safetensors"  # what Stage C was trained over
-    assert_bit_equal(load_file(tmp_path / "raw" / below), load_file(exported / below))
+    assert not torch.equal(raw, ema)
+    decoder = "decoder/model.safetensors"  # frozen in Stage C
+    assert_bit_equal(load_file(tmp_path / "raw" / decoder), load_file(exported / decoder))
 
 
-def test_a_tokenizer_that_a_run_was_trained_with_goes_along(
+def test_the_tokenizer_of_a_run_is_exported(
     program: Program, cascade: Path, tmp_path: Path
 ) -> None:
     write_vocabulary(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 49408}')
-    above = [f"paths.stage_{stage}={cascade / stage}" for stage in "ab"]
-    own = f"+stage.text_encoder.tokenizer={tmp_path / 'tokenizer'}"
-    assert program("train", *small("c", tmp_path, steps=1), *above, own) == 0
+    stage_paths = [f"paths.stage_{stage}={cascade / stage}" for stage in "ab"]
+    tokenizer = f"+stage.text_encoder.tokenizer={tmp_path / 'tokenizer'}"
+    assert program("train", *small("c", tmp_path, steps=1), *stage_paths, tokenizer) == 0
     run = tmp_path / "default" / "c"
     assert program("export", f"ckpt={run}", f"to={tmp_path / 'model'}") == 0
     for source in (run, tmp_path / "model"):
@@ -74,7 +74,7 @@ def test_a_tokenizer_that_a_run_was_trained_with_goes_along(
         assert encoder.tokenizer.encode("<cat-toy>") == [49408]
 
 
-def test_the_card_says_what_was_trained_how_and_on_what(cascade: Path, exported: Path) -> None:
+def test_the_model_card_describes_the_training(cascade: Path, exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
     rows = [line for line in card.splitlines() if line.startswith("| Stage")]
@@ -85,7 +85,7 @@ def test_the_card_says_what_was_trained_how_and_on_what(cascade: Path, exported:
     compile(code, "card", "exec")
 
 
-def test_convert_tells_what_it_wrote_and_what_has_no_place(
+def test_convert_reports_written_and_dropped_parts(
     program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     registry.write_model(random_model(torch.float16), tmp_path / "native", "native")
@@ -96,34 +96,32 @@ def test_convert_tells_what_it_wrote_and_what_has_no_place(
                 assert program("convert", f"from={tmp_path / 'native'}", to, "format=upstream") == 0
         else:
             assert program("convert", f"from={tmp_path / 'native'}", to, "format=diffusers") == 0
-    told = capsys.readouterr().out
+    report = capsys.readouterr().out
     count = sum(lazy.load().numel() for lazy in random_model().parts["prior"].tensors.values())
-    assert f"prior                {count:15,d} numbers, float16" in told
+    assert f"prior                {count:15,d} numbers, float16" in report
 
 
-def test_convert_brings_text_encoders_to_the_authors_files(
-    program: Program, tmp_path: Path
-) -> None:
+def test_convert_adds_text_encoders_to_upstream_files(program: Program, tmp_path: Path) -> None:
     model = random_model()
-    wide = {**CONFIGS["prior_text_encoder"], "width": 64, "num_heads": 1}  # 64 a head, as CLIP's
+    wide = {**CONFIGS["prior_text_encoder"], "width": 64, "num_heads": 1}  # 64 per head, as in CLIP
     model.parts["prior_text_encoder"] = random_part(wide)
-    kept = {k: v for k, v in model.parts.items() if not k.endswith("text_encoder")}
-    registry.write_model(Model(kept, model.settings), tmp_path / "upstream", "upstream")
+    networks = {k: v for k, v in model.parts.items() if not k.endswith("text_encoder")}
+    registry.write_model(Model(networks, model.settings), tmp_path / "upstream", "upstream")
     registry.write_model(model, tmp_path / "diffusers", "diffusers")
     clip = {
         name.removeprefix("tower."): lazy.load()
         for name, lazy in model.parts["prior_text_encoder"].tensors.items()
     }
     torch.save({**clip, "visual.proj": torch.zeros(1), "epoch": 3}, tmp_path / "clip.pt")
-    given = [
+    text_encoders = [
         f"text_encoder={tmp_path / 'diffusers' / 'wuerstchen' / 'text_encoder'}",
         f"prior_text_encoder={tmp_path / 'clip.pt'}",
     ]
-    arguments = (f"from={tmp_path / 'upstream'}", f"to={tmp_path / 'whole'}", *given)
+    arguments = (f"from={tmp_path / 'upstream'}", f"to={tmp_path / 'whole'}", *text_encoders)
     assert program("convert", *arguments) == 0
-    found = registry.read_model(str(tmp_path / "whole"))
-    assert_bit_equal(tensors(found), tensors(model))
-    assert found.parts["text_encoder"].config["activation"] == "quick_gelu"
+    converted = registry.read_model(str(tmp_path / "whole"))
+    assert_bit_equal(tensors(converted), tensors(model))
+    assert converted.parts["text_encoder"].config["activation"] == "quick_gelu"
 
 
 @pytest.mark.parametrize(
@@ -138,20 +136,20 @@ def test_bad_conversions_end_with_one_line(
     arguments: list[str], message: str, program: Program, capsys: pytest.CaptureFixture
 ) -> None:
     assert program("convert", *arguments) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert message in told
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert message in stderr
 
 
 def shifted(model: Model, by: float) -> Model:
-    """Another model: every float moved."""
+    """The model with every float shifted by ``by``."""
     other = random_model()
     for part in other.parts.values():
         for name, lazy in part.tensors.items():
             if lazy.dtype.is_floating_point:
-                moved = lazy.load() + by
-                part.tensors[name] = lazy._replace(load=lambda moved=moved: moved)
+                tensor = lazy.load() + by
+                part.tensors[name] = lazy._replace(load=lambda tensor=tensor: tensor)
     return other
 
 
@@ -164,7 +162,7 @@ def test_interpolated_weights_lie_between(weight: float) -> None:
         torch.testing.assert_close(between[name], expected)
 
 
-def test_models_of_different_shape_are_not_interpolated() -> None:
+def test_models_of_different_shapes_are_not_interpolated() -> None:
     first, second = random_model(), random_model()
     prior = second.parts["prior"].tensors
     prior["head.bias"] = prior["head.bias"]._replace(shape=(7,))

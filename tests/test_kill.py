@@ -1,4 +1,4 @@
-"""Runs that are killed, and go on: the weights are those of a run that nobody disturbed."""
+"""Runs that are killed and resumed end with the weights of an undisturbed run."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from tests.test_resume import differing
 from wuerstchen_pl.checkpointing import load
 
 pytestmark = pytest.mark.slow
-STEPS = 40  # several passes over what is trained on
+STEPS = 40  # several epochs
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def web(tmp_path: Path) -> Iterator[str]:
         yield server.url + "/{00000..00004}.tar"
 
 
-def told_of(kind: str, tmp_path: Path, web: str, cascade: Path) -> list[str]:
-    """The arguments that choose a kind of data."""
+def data_arguments(kind: str, tmp_path: Path, web: str, cascade: Path) -> list[str]:
+    """Create data of a kind; returns the arguments that select it."""
     if kind == "web":
         return ["data=shards", f"data.urls='{web}'", f"data.download_dir={tmp_path / 'down'}"]
     if kind == "shards":
@@ -40,11 +40,11 @@ def told_of(kind: str, tmp_path: Path, web: str, cascade: Path) -> list[str]:
             (tmp_path / f"images/{i}.jpg").write_bytes(image(str(i), 40 + i, 48))
             (tmp_path / f"images/{i}.txt").write_text(f"number {i}")
         return ["data=folder", f"data.root={tmp_path / 'images'}"]
-    images = told_of("shards", tmp_path, web, cascade)
-    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    images = data_arguments("shards", tmp_path, web, cascade)
+    stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
     command = [
         *what_cache_reads(arguments(tmp_path / "none", images, 0)),
-        *above,
+        *stage_paths,
         f"out={tmp_path / 'cache'}",
     ]
     subprocess.run([sys.executable, "-m", "wuerstchen_pl.cache", *command], check=True)
@@ -52,18 +52,18 @@ def told_of(kind: str, tmp_path: Path, web: str, cascade: Path) -> list[str]:
 
 
 def arguments(root: Path, data: list[str], workers: int) -> list[str]:
-    kept = [a for a in small("c", root, STEPS) if not a.startswith(("data.limit", "validate_"))]
+    usual = [a for a in small("c", root, STEPS) if not a.startswith(("data.limit", "validate_"))]
     more = ["data.shuffle_samples=12", "validate_every_steps=10", "checkpoint_every_steps=1"]
     if "data=cached" in data:
-        kept = [a for a in kept if not a.startswith("data.val_fraction")]
+        usual = [a for a in usual if not a.startswith("data.val_fraction")]
     else:
         more.append("data.max_upscale=null")
-    return [*kept, *more, *data, f"data.num_workers={workers}"]
+    return [*usual, *more, *data, f"data.num_workers={workers}"]
 
 
-def start(told: list[str], processes: int) -> subprocess.Popen:
+def start(overrides: list[str], processes: int) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*(launcher if processes > 1 else []), "-m", "wuerstchen_pl.train", *told]
+    command = [*(launcher if processes > 1 else []), "-m", "wuerstchen_pl.train", *overrides]
     if processes > 1:
         command += ["trainer=ddp", f"trainer.devices={processes}", "trainer.accelerator=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -74,13 +74,13 @@ def start(told: list[str], processes: int) -> subprocess.Popen:
 
 
 def kill_at(process: subprocess.Popen, run: Path, step: int) -> None:
-    """Kill a run and all its processes as soon as it has written a step."""
+    """Kill a run with all its processes once it has a checkpoint of ``step``."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if any(load.parse_step(p) >= step for p in run.glob("checkpoints/step*.ckpt")):
             break
         time.sleep(0.02)
-    assert process.poll() is None, "it ended before it was killed"
+    assert process.poll() is None, "the run ended before it was killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -92,17 +92,17 @@ def kill_at(process: subprocess.Popen, run: Path, step: int) -> None:
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     kind: str, workers: int, processes: int, cascade: Path, tmp_path: Path, web: str
 ) -> None:
-    data = told_of(kind, tmp_path, web, cascade)
-    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    data = data_arguments(kind, tmp_path, web, cascade)
+    stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
 
-    def told(name: str) -> list[str]:
-        return [*arguments(tmp_path / name, data, workers), *above]
+    def overrides(name: str) -> list[str]:
+        return [*arguments(tmp_path / name, data, workers), *stage_paths]
 
-    assert start(told("whole"), processes).wait(timeout=300) == 0
+    assert start(overrides("whole"), processes).wait(timeout=300) == 0
     run = tmp_path / "parts/default/c"
     for step in (5, 17):
-        kill_at(start([*told("parts"), "ckpt=auto"], processes), run, step)
-    assert start([*told("parts"), "ckpt=auto"], processes).wait(timeout=300) == 0
+        kill_at(start([*overrides("parts"), "ckpt=auto"], processes), run, step)
+    assert start([*overrides("parts"), "ckpt=auto"], processes).wait(timeout=300) == 0
     whole = load.read_checkpoint(load.find_checkpoint(tmp_path / "whole/default/c"))
     parts = load.read_checkpoint(load.find_checkpoint(run))
     assert whole["global_step"] == parts["global_step"] == STEPS

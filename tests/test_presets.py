@@ -1,4 +1,4 @@
-"""The shipped configs, on the meta device, against the sizes of the paper and the releases."""
+"""Network sizes of the shipped configs against the paper and the releases, on the meta device."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ COUNTS = [
     ("c", "paper", "prior", 347_037_472),
     ("c", "v1", "prior", 993_243_680),
     ("c", "v2", "prior", 993_636_896),
-    ("ldm", "paper", "prior", 894_654_752),  # ours: the paper tells widths and depths
+    ("ldm", "paper", "prior", 894_654_752),  # computed: the paper gives only widths and depths
 ]
 
 
 def part_config(stage: str, preset: str, part: str) -> dict[str, Any]:
-    """The arguments of a network as a preset has them."""
+    """The constructor arguments of a network in a preset."""
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("train", [f"stage={stage}", f"preset={preset}"])
     return OmegaConf.to_container(cfg.stage[part])  # type: ignore[return-value]
@@ -39,18 +39,18 @@ def test_a_preset_has_the_published_number_of_parameters(
     assert sum(p.numel() for p in net.parameters()) == count
 
 
-def test_the_compressors_published_positions() -> None:
+def test_the_compressor_has_the_published_latent_sizes() -> None:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("train", ["stage=b", "preset=v2", "stage.compressor.backbone.weights=null"])
     with torch.device("meta"):
         compressor = instantiate(cfg.stage.compressor, _convert_="all")
-        seen = compressor(torch.empty(1, 3, 1024, 1024))
-    assert compressor.latent_size(1024, 1024) == tuple(seen.shape[-2:]) == (24, 24)
+        semantic = compressor(torch.empty(1, 3, 1024, 1024))
+    assert compressor.latent_size(1024, 1024) == tuple(semantic.shape[-2:]) == (24, 24)
     assert compressor.latent_size(1024, 1536) == (24, 36)  # ceil(px / 42.67)
 
 
 @pytest.mark.parametrize(("preset", "model"), [("v1", "ViT-H-14"), ("v2", "ViT-bigG-14")])
-def test_the_text_towers_are_clips(preset: str, model: str) -> None:
+def test_the_text_encoders_match_clip(preset: str, model: str) -> None:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("train", ["stage=c", f"preset={preset}", "stage.text_encoder.weights=null"])
     clip = open_clip.get_model_config(model)

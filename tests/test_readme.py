@@ -1,4 +1,4 @@
-"""The README's commands, as they stand there, with a few steps and small networks."""
+"""The commands of the README and docs/ run, with few steps and small networks."""
 
 import itertools
 import re
@@ -23,12 +23,12 @@ TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 
 
 def commands(name: str) -> list[list[str]]:
-    """The arguments of every ``python -m wuerstchen_pl.<name>`` in the code blocks of the README,
-    docs/data.md and docs/evaluation.md, each once."""
+    """The distinct arguments of every ``python -m wuerstchen_pl.<name>`` in the code blocks of the
+    README, docs/data.md and docs/evaluation.md."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README + DATA + EVALUATION, re.DOTALL))
     lines = [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m")]
-    found = [line[3:] for line in lines if line[2] == f"wuerstchen_pl.{name}"]
-    return [one for i, one in enumerate(found) if one not in found[:i]]
+    matches = [line[3:] for line in lines if line[2] == f"wuerstchen_pl.{name}"]
+    return [one for i, one in enumerate(matches) if one not in matches[:i]]
 
 
 def test_the_readme_is_short_and_has_every_command() -> None:
@@ -40,20 +40,20 @@ def test_the_readme_is_short_and_has_every_command() -> None:
 
 def test_make_targets_in_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    wanted = set(re.findall(r"`?make ([a-z-]+)", README))
-    assert wanted >= {"demo", "test", "help"}
-    assert not [t for t in wanted if not re.search(rf"^{t}:", makefile, re.MULTILINE)]
+    targets = set(re.findall(r"`?make ([a-z-]+)", README))
+    assert targets >= {"demo", "test", "help"}
+    assert not [t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)]
 
 
 def test_paths_in_the_readme_exist() -> None:
-    named = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    assert named
-    assert not [path for path in named if not (ROOT / path.partition("#")[0]).exists()]
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    assert links
+    assert not [path for path in links if not (ROOT / path.partition("#")[0]).exists()]
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to are in that holds the images and shards that the README speaks of."""
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the images that the README's commands use."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my/images").mkdir(parents=True)
     for i in range(12):
@@ -62,21 +62,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def on_own_data(arguments: list[str], place: Path) -> list[str]:
-    """Put what is at hand in place of what is on the hub."""
+def with_local_data(arguments: list[str], workdir: Path) -> list[str]:
+    """Create the data of a command, and replace a data set on the hub with a local one."""
     if "data=shards" in arguments:
         folder = "my/shards" if "data.urls=my/shards" in arguments else "shards"
-        shards(place / folder, 10, 2)
+        shards(workdir / folder, 10, 2)
     if "data=cached" in arguments:
         return arguments
     if "data=hf" in arguments:
         datasets = pytest.importorskip("datasets", reason="extra: hf")
-        images = {"image": [str(p) for p in sorted((place / "my/images").glob("*.jpg"))]}
+        images = {"image": [str(p) for p in sorted((workdir / "my/images").glob("*.jpg"))]}
         table = datasets.Dataset.from_dict({**images, "text": ["a"] * 12})
         table = table.cast_column("image", datasets.Image())
-        datasets.DatasetDict(train=table).save_to_disk(str(place / "saved"))
+        datasets.DatasetDict(train=table).save_to_disk(str(workdir / "saved"))
         arguments = [a for a in arguments if not a.startswith("data.name=")]
-        arguments.append(f"data.name={place / 'saved'}")
+        arguments.append(f"data.name={workdir / 'saved'}")
     return [*arguments, "data.num_workers=0", "data.max_upscale=null"]
 
 
@@ -86,54 +86,54 @@ ON_GPUS = [c for c in commands("train") if "trainer=fsdp_a100" in c]
 @pytest.mark.parametrize(
     "arguments", [c for c in commands("train") if c not in ON_GPUS], ids=lambda a: " ".join(a)[:60]
 )
-def test_training_commands(arguments: list[str], cascade: Path, place: Path) -> None:
+def test_training_commands(arguments: list[str], cascade: Path, workdir: Path) -> None:
     stage = next(a.partition("=")[2] for a in arguments if a.startswith("stage="))
     if "hydra/sweeper=optuna" in arguments:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="extra: sweep")
         arguments = [a.replace("n_trials=4", "n_trials=1") for a in arguments]
     arguments = [a for a in arguments if not a.startswith("trainer.max_steps=")]
-    shrink = [a for a in small(stage, place, steps=2) if a.split("=")[0] not in keys(arguments)]
-    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    shrink = [a for a in small(stage, workdir, steps=2) if a.split("=")[0] not in keys(arguments)]
+    stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
     if "data=cached" in arguments:
-        cache = what_cache_reads(small("c", place, 2))
-        assert run_program("cache", [*cache, *above, "out=outputs/cache"]) == 0
+        cache = what_cache_reads(small("c", workdir, 2))
+        assert run_program("cache", [*cache, *stage_paths, "out=outputs/cache"]) == 0
         shrink = [a for a in shrink if not a.startswith(("data.limit", "data.val_fraction"))]
     elif any(a.startswith("data=") for a in arguments):
         shrink = [a for a in shrink if not a.startswith("data.limit")]
-        arguments = on_own_data(arguments, place)
-    before = set(place.rglob("*.ckpt"))
-    assert run_program("train", [*arguments, *shrink, *above]) == 0
-    assert set(place.rglob("step0000002.ckpt")) > before
+        arguments = with_local_data(arguments, workdir)
+    before = set(workdir.rglob("*.ckpt"))
+    assert run_program("train", [*arguments, *what_cache_reads(shrink), *stage_paths]) == 0
+    assert set(workdir.rglob("step0000002.ckpt")) > before
 
 
 def swept(arguments: list[str]) -> Iterator[list[str]]:
-    """The command lines of a sweep; those that a cluster's plugin starts have none of it."""
-    told = [a for a in arguments if a != "-m" and not a.startswith("hydra/launcher")]
+    """The single command lines of a sweep, without the keys of a launcher."""
+    overrides = [a for a in arguments if a != "-m" and not a.startswith("hydra/launcher")]
     choices = [
         [f"{key}={value}" for value in values.split(",")] if "," in values else [f"{key}={values}"]
-        for key, _, values in (a.partition("=") for a in told)
+        for key, _, values in (a.partition("=") for a in overrides)
     ]
     yield from map(list, itertools.product(*choices))
 
 
 def on_several_devices() -> list[list[str]]:
-    """The trainings of the README and docs/training.md that need more than this machine."""
+    """The training commands of the README and docs/training.md that need several devices."""
     lines = re.findall(r"^(?:torchrun .*|python) -m wuerstchen_pl\.train (.*)$", TRAINING, re.M)
-    found = [*ON_GPUS, *map(shlex.split, lines)]
-    return [one for arguments in found for one in swept(arguments)]
+    all_arguments = [*ON_GPUS, *map(shlex.split, lines)]
+    return [one for arguments in all_arguments for one in swept(arguments)]
 
 
 @pytest.mark.parametrize("arguments", on_several_devices(), ids=lambda a: " ".join(a)[:60])
-def test_commands_for_several_devices_hold_only_what_is_read(arguments: list[str]) -> None:
+def test_commands_for_several_devices_have_only_used_keys(arguments: list[str]) -> None:
     check_config(composed(*arguments))
 
 
-def test_the_papers_phases_run_by_one_command(cascade: Path, place: Path) -> None:
-    told = next(c for c in ON_GPUS if any("paper_c_4" in a for a in c))
-    shards(place / "tars", 2, 8)
-    told = [a for a in told if not a.startswith(("data.urls", "trainer="))]
-    shrink = [a for a in small("c", place, steps=2) if not a.startswith(("stage=", "data."))]
-    data = [f"data.urls={place / 'tars'}", "data.val_fraction=0.5", "data.num_workers=0"]
+def test_the_papers_phases_run_with_one_command(cascade: Path, workdir: Path) -> None:
+    command = next(c for c in ON_GPUS if any("paper_c_4" in a for a in c))
+    shards(workdir / "tars", 2, 8)
+    command = [a for a in command if not a.startswith(("data.urls", "trainer="))]
+    shrink = [a for a in small("c", workdir, steps=2) if not a.startswith(("stage=", "data."))]
+    data = [f"data.urls={workdir / 'tars'}", "data.val_fraction=0.5", "data.num_workers=0"]
     data += ["data.max_upscale=null", "data.batch_size=2", "global_batch=2", "image_size_at_12=64"]
     data += [
         "image_size_at_24=96",
@@ -143,33 +143,34 @@ def test_the_papers_phases_run_by_one_command(cascade: Path, place: Path) -> Non
     ]
     data += [f"data.filters.{key}=null" for key in ("min_size", "min_aesthetic")]
     data += [f"data.filters.{key}=null" for key in ("max_pwatermark", "max_punsafe")]
-    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
-    assert run_program("train", [*told, *shrink, *data, *above, "callbacks.sample_grids=null"]) == 0
+    stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    command += [*shrink, *data, *stage_paths, "callbacks.sample_grids=null"]
+    assert run_program("train", command) == 0
     for phase in range(1, 5):
-        assert (place / f"paper_c_{phase}/c/checkpoints/step0000002.ckpt").is_file()
+        assert (workdir / f"paper_c_{phase}/c/checkpoints/step0000002.ckpt").is_file()
 
 
-def test_the_papers_phases_are_told_by_one_command() -> None:
+def test_the_papers_phases_are_one_command() -> None:
     phases = [a for a in on_several_devices() if any("experiment=paper_c" in x for x in a)]
     names = {next(x for x in a if x.startswith("experiment=")) for a in phases}
     assert names == {f"experiment=paper_c_{n}" for n in (1, 2, 3, 4)}
 
 
 @pytest.mark.parametrize("arguments", commands("data"), ids=lambda a: " ".join(a)[:60])
-def test_data_commands(arguments: list[str], place: Path) -> None:
+def test_data_commands(arguments: list[str], workdir: Path) -> None:
     fast = ["image_size=64"] + (["num_workers=0"] if arguments[0] == "build" else [])
     assert run_program("data", [*arguments, *fast]) == 0
     to = next((a[3:] for a in arguments if a.startswith("to=")), "")
     written = "outputs/check/sizes.png" if arguments[0] == "check" else f"{to}/shards.json"
-    assert (place / written).is_file()
+    assert (workdir / written).is_file()
 
 
 @pytest.mark.parametrize("arguments", commands("cache"), ids=lambda a: " ".join(a)[:60])
-def test_caching_commands(arguments: list[str], cascade: Path, place: Path) -> None:
-    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
-    shrink = [a for a in small("c", place, 2) if a.split("=")[0] not in keys(arguments)]
-    assert run_program("cache", [*arguments, *what_cache_reads(shrink), *above]) == 0
-    assert (place / "outputs/cache/cache.json").is_file()
+def test_caching_commands(arguments: list[str], cascade: Path, workdir: Path) -> None:
+    stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    shrink = [a for a in small("c", workdir, 2) if a.split("=")[0] not in keys(arguments)]
+    assert run_program("cache", [*arguments, *what_cache_reads(shrink), *stage_paths]) == 0
+    assert (workdir / "outputs/cache/cache.json").is_file()
 
 
 def keys(arguments: list[str]) -> set[str]:
@@ -192,7 +193,7 @@ def test_sampling_commands(
 
 
 TO_DOWNLOAD = [c for c in commands("evaluate") if "metric=[fid,is,clip,pickscore]" in c]
-"""The paper's protocol, which takes COCO and three networks of others."""
+"""The paper's protocol, which needs COCO and three downloaded networks."""
 
 
 @pytest.mark.parametrize(
@@ -206,10 +207,10 @@ def test_evaluation_commands(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red heart\na blue bird\n")
     if "images=outputs/demo/evaluation/images" in arguments:
-        drawn = tmp_path / "outputs/demo/evaluation/images"
-        drawn.mkdir(parents=True)
+        images = tmp_path / "outputs/demo/evaluation/images"
+        images.mkdir(parents=True)
         for i in range(8):
-            (drawn / f"{i}.png").write_bytes(image(str(i), 64, 64))
+            (images / f"{i}.png").write_bytes(image(str(i), 64, 64))
     arguments = [a for a in arguments if not a.startswith(("num_prompts=", "output_dir="))]
     arguments = [a.replace("=1,2,4,8", "=1,4").replace("=12,29,60", "=2,3") for a in arguments]
     arguments = [re.sub(r"outputs/\w+/(c|ldm)\b", str(cascade / "c"), a) for a in arguments]
@@ -224,9 +225,9 @@ def test_evaluation_commands(
     assert len(list(Path("out").rglob("metrics.json"))) == runs
 
 
-def test_the_papers_protocol_holds_only_what_is_read() -> None:
-    (told,) = TO_DOWNLOAD
-    check_config(composed(*told, program="evaluate"), evaluate.KNOWN_KEYS)
+def test_the_papers_protocol_has_only_used_keys() -> None:
+    (command,) = TO_DOWNLOAD
+    check_config(composed(*command, program="evaluate"), evaluate.KNOWN_KEYS)
 
 
 @pytest.fixture
@@ -240,32 +241,32 @@ def exported(cascade: Path, tmp_path: Path) -> Path:
 def test_exporting_and_converting_commands(
     arguments: list[str], exported: Path, cascade: Path, tmp_path: Path
 ) -> None:
-    own = ("ckpt=", "from=", "to=")
-    kept = [a for a in arguments if not a.startswith(own)]
+    settings = [a for a in arguments if not a.startswith(("ckpt=", "from=", "to="))]
     to = f"to={tmp_path / 'written'}"
     if arguments in commands("export"):
-        assert run_program("export", [*kept, f"ckpt={cascade / 'c'}", to]) == 0
+        assert run_program("export", [*settings, f"ckpt={cascade / 'c'}", to]) == 0
     else:
-        assert run_program("convert", [*kept, f"from={exported}", to]) == 0
+        assert run_program("convert", [*settings, f"from={exported}", to]) == 0
     assert (tmp_path / "written" / "wuerstchen_pl.json").is_file()
 
 
 def test_the_readmes_python_runs(cascade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands, but that the small cascade takes the place of the published one, and the CPU
-    that of the GPU."""
+    """With the small cascade instead of the published one, and on the CPU."""
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    real = WuerstchenPipeline.from_pretrained
-    asked: list[tuple[str, ...]] = []
+    from_pretrained = WuerstchenPipeline.from_pretrained
+    requested: list[tuple[str, ...]] = []
 
-    def small_one(path: str, prior: str | None = None) -> WuerstchenPipeline:
-        asked.append((path, prior or ""))
-        return real(cascade / "c")
+    def load_small(path: str, prior: str | None = None) -> WuerstchenPipeline:
+        requested.append((path, prior or ""))
+        return from_pretrained(cascade / "c")
 
-    monkeypatch.setattr(WuerstchenPipeline, "from_pretrained", small_one)
+    monkeypatch.setattr(WuerstchenPipeline, "from_pretrained", load_small)
     names: dict[str, Any] = {}
-    small = code.replace('"cuda", torch.bfloat16', "torch.bfloat16").replace("1024, 1536", "64, 96")
-    exec(small, names)
-    assert asked == [
+    small_code = code.replace('"cuda", torch.bfloat16', "torch.bfloat16").replace(
+        "1024, 1536", "64, 96"
+    )
+    exec(small_code, names)
+    assert requested == [
         ("warp-ai/wuerstchen", "warp-ai/wuerstchen-prior"),
         ("outputs/demo/c", ""),
     ]

@@ -1,4 +1,4 @@
-"""A run that was interrupted ends bit-equal to one that was not."""
+"""An interrupted and resumed run ends bit-equal to an uninterrupted one."""
 
 from pathlib import Path
 
@@ -8,24 +8,24 @@ import torch
 from tests.conftest import run_program, small
 from wuerstchen_pl.checkpointing import load
 
-STEPS = 7  # an epoch of the small data has 4 or 5
+STEPS = 7  # an epoch of the small data has 4 or 5 steps
 
 
-def train(stage: str, root: Path, above: Path, *overrides: str) -> dict:
-    """Run the program; the contents of the newest checkpoint."""
+def train(stage: str, root: Path, cascade: Path, *overrides: str) -> dict:
+    """Train a small stage; returns the contents of the newest checkpoint."""
     arguments = [a for a in small(stage, root, STEPS) if not a.startswith("validate_every")]
-    above_keys = [f"paths.stage_{s}={above / s}" for s in "ab"]
-    data = f"paths.data={above.parent / 'data'}"
-    arguments += ["validate_every_steps=2", "checkpoint_every_steps=1", data, *above_keys]
+    stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    data = f"paths.data={cascade.parent / 'data'}"
+    arguments += ["validate_every_steps=2", "checkpoint_every_steps=1", data, *stage_paths]
     assert run_program("train", [*arguments, *overrides]) == 0
     return load.read_checkpoint(load.find_checkpoint(root / "default" / stage))
 
 
 def differing(one: dict, other: dict) -> list[str]:
-    """Names of the tensors that differ in weights, averages or optimizers."""
-    found = [k for k, v in one["state_dict"].items() if not torch.equal(v, other["state_dict"][k])]
+    """Names of the tensors that differ in weights, EMA weights or optimizer state."""
+    names = [k for k, v in one["state_dict"].items() if not torch.equal(v, other["state_dict"][k])]
     shadow = other["ema"]["shadow"]
-    found += [f"ema.{k}" for k, v in one["ema"]["shadow"].items() if not torch.equal(v, shadow[k])]
+    names += [f"ema.{k}" for k, v in one["ema"]["shadow"].items() if not torch.equal(v, shadow[k])]
     pairs = zip(one["optimizer_states"], other["optimizer_states"], strict=True)
     for mine, theirs in pairs:
         for index, state in mine["state"].items():
@@ -33,12 +33,12 @@ def differing(one: dict, other: dict) -> list[str]:
                 if not torch.equal(
                     torch.as_tensor(value), torch.as_tensor(theirs["state"][index][name])
                 ):
-                    found.append(f"optimizer.{index}.{name}")
-    return found
+                    names.append(f"optimizer.{index}.{name}")
+    return names
 
 
 FAST = (("a", 4), ("b", 5), ("c", 3))
-"""In the midst of an epoch, and at both ends that it may have; the others are slow."""
+"""During an epoch, and at both of its possible last steps; the other cases are slow."""
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ FAST = (("a", 4), ("b", 5), ("c", 3))
 def test_resume_is_bit_exact(stage: str, stop: int, cascade: Path, tmp_path: Path) -> None:
     whole = train(stage, tmp_path / "whole", cascade)
     train(stage, tmp_path / "parts", cascade, f"trainer.max_steps={stop}")
-    first = train(stage, tmp_path / "parts", cascade, "ckpt=auto")
-    assert first["global_step"] == whole["global_step"] == STEPS
-    assert not differing(whole, first)
+    resumed = train(stage, tmp_path / "parts", cascade, "ckpt=auto")
+    assert resumed["global_step"] == whole["global_step"] == STEPS
+    assert not differing(whole, resumed)
 
 
-def test_the_comparison_sees_another_seed(cascade: Path, tmp_path: Path) -> None:
+def test_the_comparison_detects_another_seed(cascade: Path, tmp_path: Path) -> None:
     whole = train("c", tmp_path / "whole", cascade)
     assert differing(whole, train("c", tmp_path / "other", cascade, "seed=1"))
 
@@ -70,7 +70,7 @@ def test_the_log_of_a_resumed_run_has_each_step_once(cascade: Path, tmp_path: Pa
     assert steps == list(range(STEPS))
 
 
-def test_a_finished_run_is_not_done_again(
+def test_a_finished_run_is_not_repeated(
     cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     train("c", tmp_path, cascade)

@@ -1,4 +1,4 @@
-"""Drawing from the command line: what it writes, and what it does with bad input."""
+"""The sample program: what it writes, and its errors for bad input."""
 
 import errno
 import os
@@ -15,12 +15,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
-from wuerstchen_pl import sample
+from wuerstchen_pl import sample as sample_program
 from wuerstchen_pl.checkpointing.load import find_checkpoint
 from wuerstchen_pl.sample import quote_prompt
 
 FAST = ("sample.prior_steps=2", "sample.decoder_steps=1", "device=cpu")
-Draw = Callable[..., int]
+Sample = Callable[..., int]
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def draw(program: Any, cascade: Path, out: Path) -> Draw:
-    """Runs ``sample`` with a small cascade; its exit code."""
+def sample(program: Any, cascade: Path, out: Path) -> Sample:
+    """Run ``sample`` with a small cascade; returns the exit code."""
     usual = (f"model={cascade / 'c'}", f"output_dir={out}", *FAST)
 
     def run(*arguments: str) -> int:
@@ -44,7 +44,7 @@ def images(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.png") if p.name != "grid.png")
 
 
-def facts(path: Path) -> dict[str, str]:
+def png_text(path: Path) -> dict[str, str]:
     with Image.open(path) as image:
         return dict(image.text)  # type: ignore[attr-defined]
 
@@ -52,9 +52,11 @@ def facts(path: Path) -> dict[str, str]:
 # Good input
 
 
-def test_an_image_says_how_to_draw_it_again(draw: Draw, out: Path, tmp_path: Path) -> None:
+def test_an_image_can_be_reproduced_from_its_metadata(
+    sample: Sample, out: Path, tmp_path: Path
+) -> None:
     assert (
-        draw(
+        sample(
             'prompt="a red heart"',
             "num_images_per_prompt=2",
             "seed=7",
@@ -64,41 +66,45 @@ def test_an_image_says_how_to_draw_it_again(draw: Draw, out: Path, tmp_path: Pat
         == 0
     )
     first, second = images(out)
-    told = facts(second)
-    assert told["seed"] == "8"
-    again = [f"{key}={told[key]}" for key in ("prompt", "seed", "model", "height", "width", "bf16")]
-    again += [
+    metadata = png_text(second)
+    assert metadata["seed"] == "8"
+    overrides = [
+        f"{key}={metadata[key]}" for key in ("prompt", "seed", "model", "height", "width", "bf16")
+    ]
+    overrides += [
         f"sample.{key}={value}"
-        for key, value in told.items()
+        for key, value in metadata.items()
         if key not in ("prompt", "seed", "model", "model_sha256", "height", "width", "bf16")
     ]
-    assert draw(*again, f"output_dir={tmp_path / 'again'}") == 0
-    (redrawn,) = images(tmp_path / "again")
-    old, new = (np.asarray(Image.open(path), dtype=int) for path in (second, redrawn))
+    assert sample(*overrides, f"output_dir={tmp_path / 'again'}") == 0
+    (repeated,) = images(tmp_path / "again")
+    old, new = (np.asarray(Image.open(path), dtype=int) for path in (second, repeated))
     assert old.shape == (64, 48, 3)
-    # a batch of one may round the last bit of a float otherwise than a batch of two
+    # batch sizes 1 and 2 may round the last bit of a float differently
     assert np.abs(old - new).max() <= 1
-    assert facts(redrawn) == told
+    assert png_text(repeated) == metadata
     assert np.abs(old - np.asarray(Image.open(first), dtype=int)).max() > 1
 
 
-def test_a_single_image_is_redrawn_to_the_pixel(draw: Draw, out: Path, tmp_path: Path) -> None:
-    assert draw("prompt=frog") == 0
-    assert draw("prompt=frog", f"output_dir={tmp_path / 'again'}") == 0
+def test_a_single_image_is_reproduced_exactly(sample: Sample, out: Path, tmp_path: Path) -> None:
+    assert sample("prompt=frog") == 0
+    assert sample("prompt=frog", f"output_dir={tmp_path / 'again'}") == 0
     (old,), (new,) = images(out), images(tmp_path / "again")
     assert old.read_bytes() == new.read_bytes()
     assert not (out / "grid.png").exists(), "one image needs no grid"
 
 
-def test_prompts_of_the_command_line_and_of_a_file(draw: Draw, out: Path, tmp_path: Path) -> None:
+def test_prompts_of_the_command_line_and_of_a_file(
+    sample: Sample, out: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffgreen frog\r\n\n  \n  Bär, 熊 = {x}\n", encoding="utf-8")
     assert (
-        draw("prompt=[red heart,'blue, fish']", f"prompts={file}", "num_images_per_prompt=2") == 0
+        sample("prompt=[red heart,'blue, fish']", f"prompts={file}", "num_images_per_prompt=2") == 0
     )
-    told = [facts(path)["prompt"] for path in images(out)]
+    prompts = [png_text(path)["prompt"] for path in images(out)]
     expected = ["red heart", "blue, fish", "green frog", "Bär, 熊 = {x}"]
-    assert told == [prompt for prompt in expected for _ in range(2)]
+    assert prompts == [prompt for prompt in expected for _ in range(2)]
     with Image.open(out / "grid.png") as grid:
         assert grid.size == (2 * 66, 4 * 66), "a row for each prompt"
 
@@ -129,7 +135,7 @@ def test_any_text_is_taken_literally() -> None:
     parts = ["\\", "'", '"', "$", "{", "}", "[", "(", ",", "=", "a", " ", "\n", "é", "${a}", "%"]
     rng = random.Random(0)
     for _ in range(300):
-        # a bracket or a quote in front may make a list or a quoted text, which are meant so
+        # starts with w: a leading bracket or quote would be a list or a quoted string
         prompt = "w" + "".join(rng.choice(parts) for _ in range(rng.randint(0, 8)))
         assert read_back(prompt) == prompt
 
@@ -140,7 +146,7 @@ def read_back(prompt: str) -> str:
     return str(OmegaConf.create({"prompt": value}).prompt)
 
 
-def test_lists_and_quotes_are_hydras_and_interpolate_nothing() -> None:
+def test_lists_and_quotes_follow_hydra_without_interpolation() -> None:
     def read(text: str) -> Any:
         value: Any = OverridesParser.create().parse_override(quote_prompt(text)).value()
         return OmegaConf.to_container(OmegaConf.create({"p": value}), resolve=True)["p"]  # type: ignore[index, call-overload]
@@ -152,27 +158,27 @@ def test_lists_and_quotes_are_hydras_and_interpolate_nothing() -> None:
     assert quote_prompt("seed=3") == "seed=3"
 
 
-def test_an_awkward_prompt_reaches_the_metadata(draw: Draw, out: Path) -> None:
+def test_an_awkward_prompt_reaches_the_metadata(sample: Sample, out: Path) -> None:
     prompt = "${HOME}, it's \\"
-    assert draw(f"prompt={prompt}") == 0
-    assert [facts(path)["prompt"] for path in images(out)] == [prompt]
+    assert sample(f"prompt={prompt}") == 0
+    assert [png_text(path)["prompt"] for path in images(out)] == [prompt]
 
 
-def test_a_sweeps_images_do_not_overwrite_each_other(draw: Draw, out: Path) -> None:
-    assert draw("-m", "prompt=frog", "sample.sampler=ddpm,ddim") == 0
-    told = [facts(path)["sampler"] for path in sorted(out.glob("*/*.png"))]
-    assert told == ["ddpm", "ddim"]
+def test_a_sweeps_images_do_not_overwrite_each_other(sample: Sample, out: Path) -> None:
+    assert sample("-m", "prompt=frog", "sample.sampler=ddpm,ddim") == 0
+    samplers = [png_text(path)["sampler"] for path in sorted(out.glob("*/*.png"))]
+    assert samplers == ["ddpm", "ddim"]
 
 
-def test_the_end_of_a_long_prompt_is_cut_off_and_told(draw: Draw, out: Path) -> None:
+def test_the_end_of_a_long_prompt_is_cut_off_with_a_warning(sample: Sample, out: Path) -> None:
     with pytest.warns(UserWarning, match="reads 16 tokens; truncated: 'frog frog"):
-        assert draw("prompt=" + "frog " * 20) == 0
+        assert sample("prompt=" + "frog " * 20) == 0
     assert len(images(out)) == 1
 
 
-def test_a_size_between_steps_is_drawn_and_cropped(draw: Draw, out: Path) -> None:
+def test_a_size_between_multiples_is_cropped(sample: Sample, out: Path) -> None:
     with pytest.warns(UserWarning, match="generating 64 x 80 px and cropping"):
-        assert draw("prompt=frog", "height=60", "width=70") == 0
+        assert sample("prompt=frog", "height=60", "width=70") == 0
     with Image.open(images(out)[0]) as image:
         assert image.size == (70, 60)
 
@@ -204,24 +210,24 @@ BAD = {
 
 
 def one_line(capsys: pytest.CaptureFixture) -> str:
-    """What stderr said behind any progress bar: one line, and no traceback."""
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    line = said.rstrip("\n").rpartition("\n")[2]
+    """The error line in stderr, after any progress bar; there must be no traceback."""
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    line = stderr.rstrip("\n").rpartition("\n")[2]
     assert line.startswith("error: ")
     return line
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_with_one_line_and_writes_nothing(
-    case: str, draw: Draw, out: Path, capsys: pytest.CaptureFixture
+    case: str, sample: Sample, out: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments, message = BAD[case]
-    assert draw(*arguments) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert message in said
+    assert sample(*arguments) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert message in stderr
     assert not out.exists()
 
 
@@ -235,29 +241,29 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
         ("🐸\n".encode(), "contains no word"),
     ],
 )
-def test_a_bad_file_of_prompts_is_refused_before_drawing(
-    content: bytes, message: str, draw: Draw, out: Path, tmp_path: Path, capsys: Any
+def test_a_bad_prompt_file_is_refused_before_sampling(
+    content: bytes, message: str, sample: Sample, out: Path, tmp_path: Path, capsys: Any
 ) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
-    assert draw(f"prompts={tmp_path / 'prompts.txt'}") == 1
+    assert sample(f"prompts={tmp_path / 'prompts.txt'}") == 1
     assert message in one_line(capsys)
     assert not out.exists()
 
 
 def test_a_model_of_another_stage_is_refused_by_name(
-    draw: Draw, out: Path, cascade: Path, capsys: pytest.CaptureFixture
+    sample: Sample, out: Path, cascade: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert draw("prompt=a", f"model={cascade / 'a'}") == 1
+    assert sample("prompt=a", f"model={cascade / 'a'}") == 1
     assert "lacks decoder, prior, prior_text_encoder; name a whole cascade" in one_line(capsys)
     assert not out.exists()
 
 
 def test_a_truncated_model_is_refused_by_name(
-    draw: Draw, out: Path, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    sample: Sample, out: Path, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     half = tmp_path / "half.ckpt"
     half.write_bytes(find_checkpoint(cascade / "c").read_bytes()[:5000])
-    assert draw("prompt=a", f"model={half}") == 1
+    assert sample("prompt=a", f"model={half}") == 1
     assert "half.ckpt is damaged" in one_line(capsys)
     assert not out.exists()
 
@@ -276,40 +282,40 @@ def half_written(self: Image.Image, path: Path, **kwargs: object) -> None:
 )
 @pytest.mark.parametrize("existed", [False, True])
 def test_a_full_disk_leaves_nothing_half_written(
-    call: str, replacement: Any, existed: bool, draw: Draw, out: Path,
+    call: str, replacement: Any, existed: bool, sample: Sample, out: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     if existed:
         out.mkdir()
     monkeypatch.setattr(call, replacement)
-    assert draw("prompt=frog") == 1
+    assert sample("prompt=frog") == 1
     assert "0000-frog-0.png could not be written: No space left on device" in one_line(capsys)
     assert out.exists() is existed
     assert not existed or list(out.iterdir()) == []
 
 
 def test_an_output_that_is_a_file_is_refused_before_the_model_loads(
-    draw: Draw, out: Path, capsys: pytest.CaptureFixture
+    sample: Sample, out: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out.write_text("mine")
     for folder in (out, out / "deeper"):
-        assert draw("prompt=frog", f"output_dir={folder}", "model=/no/such") == 1
+        assert sample("prompt=frog", f"output_dir={folder}", "model=/no/such") == 1
         assert f"{out} is a file" in one_line(capsys)
     assert out.read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_output_that_may_not_be_written_is_refused(
-    draw: Draw, out: Path, capsys: pytest.CaptureFixture
+    sample: Sample, out: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out.mkdir(mode=0o500)
-    assert draw("prompt=frog", f"output_dir={out / 'deeper'}") == 1
+    assert sample("prompt=frog", f"output_dir={out / 'deeper'}") == 1
     assert "no right to write" in one_line(capsys)
 
 
 @pytest.mark.parametrize(("grid", "most"), [(True, 7), (False, 2)])
 def test_images_stay_in_memory_only_for_the_grid(
-    draw: Draw, out: Path, monkeypatch: pytest.MonkeyPatch, grid: bool, most: int
+    sample: Sample, out: Path, monkeypatch: pytest.MonkeyPatch, grid: bool, most: int
 ) -> None:
     created: list[weakref.ref] = []
     alive: list[int] = []
@@ -321,7 +327,7 @@ def test_images_stay_in_memory_only_for_the_grid(
             alive.append(sum(each() is not None for each in created))
             yield image
 
-    monkeypatch.setattr(sample, "generate_images", generate)
-    assert draw("prompt=frog", "num_images_per_prompt=7", f"grid={str(grid).lower()}") == 0
+    monkeypatch.setattr(sample_program, "generate_images", generate)
+    assert sample("prompt=frog", "num_images_per_prompt=7", f"grid={str(grid).lower()}") == 0
     assert max(alive) == most
     assert len(images(out)) == 7

@@ -1,4 +1,4 @@
-"""Training that cannot go on: one line, the last checkpoint intact, nothing half-written."""
+"""The train program: signals, faults and errors leave the last checkpoint intact."""
 
 import errno
 import os
@@ -26,12 +26,12 @@ from wuerstchen_pl.train import REQUEUE, accumulation
 
 
 def arguments(cascade: Path, root: Path, *overrides: str) -> list[str]:
-    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
     data = f"paths.data={cascade.parent / 'data'}"
-    return [*small("c", root), "checkpoint_every_steps=2", data, *above, *overrides]
+    return [*small("c", root), "checkpoint_every_steps=2", data, *stage_paths, *overrides]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(
+def test_a_full_disk_leaves_the_previous_checkpoint(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     replace = os.replace
@@ -43,9 +43,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
     monkeypatch.setattr(os, "replace", full)
     assert run_program("train", arguments(cascade, tmp_path)) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: checkpoint ")
-    assert said.endswith("could not be written: No space left on device")
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: checkpoint ")
+    assert line.endswith("could not be written: No space left on device")
     folder = tmp_path / "default/c/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [
         *("step0000002.ckpt", "step0000002.ckpt.sha256")
@@ -53,14 +53,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert load.read_checkpoint(load.find_checkpoint(folder.parent))["global_step"] == 2
 
 
-def signalled(monkeypatch: pytest.MonkeyPatch, signals: list[int], *, step: int) -> None:
+def send_signals(monkeypatch: pytest.MonkeyPatch, signals: list[int], *, step: int) -> None:
     """Send signals to this process during a step of Stage C."""
     train = StageC.training_step
 
     def interrupted(stage: StageC, batch: Batch, batch_idx: int) -> Tensor:
         if stage.global_step == step:
-            for each in signals:
-                os.kill(os.getpid(), each)
+            for number in signals:
+                os.kill(os.getpid(), number)
         return train(stage, batch, batch_idx)
 
     monkeypatch.setattr(StageC, "training_step", interrupted)
@@ -69,17 +69,17 @@ def signalled(monkeypatch: pytest.MonkeyPatch, signals: list[int], *, step: int)
 @pytest.mark.parametrize(
     ("name", "code"), [("SIGINT", 130), ("SIGTERM", REQUEUE), ("SIGUSR1", REQUEUE)]
 )
-def test_a_signal_saves_the_step_it_came_in_and_the_run_goes_on(
+def test_a_signal_saves_the_current_step_and_the_run_resumes(
     name: str, code: int, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run, kept = tmp_path / "default/c", "checkpoint_every_steps=100"
+    run, rarely = tmp_path / "default/c", "checkpoint_every_steps=100"
     with pytest.MonkeyPatch.context() as patch:
-        signalled(patch, [signal.Signals[name]], step=2)
-        assert run_program("train", arguments(cascade, tmp_path, kept)) == code
+        send_signals(patch, [signal.Signals[name]], step=2)
+        assert run_program("train", arguments(cascade, tmp_path, rarely)) == code
     assert f"was stopped by {name} after step 3, which is saved" in capsys.readouterr().err
     assert load.parse_step(load.find_checkpoint(run)) == 3
-    assert run_program("train", arguments(cascade, tmp_path, kept, "ckpt=auto")) == 0
-    assert run_program("train", arguments(cascade, tmp_path / "whole", kept)) == 0
+    assert run_program("train", arguments(cascade, tmp_path, rarely, "ckpt=auto")) == 0
+    assert run_program("train", arguments(cascade, tmp_path / "whole", rarely)) == 0
     whole = load.read_checkpoint(load.find_checkpoint(tmp_path / "whole/default/c"))
     assert not differing(whole, load.read_checkpoint(load.find_checkpoint(run)))
 
@@ -90,10 +90,10 @@ def test_a_signal_to_the_whole_process_group_spares_the_workers(
 ) -> None:
     run = tmp_path / "default/c"
     shards(tmp_path / "tars", 4, 8)
-    kept = [a for a in arguments(cascade, tmp_path) if not a.startswith(("data.", "trainer.max"))]
+    usual = [a for a in arguments(cascade, tmp_path) if not a.startswith(("data.", "trainer.max"))]
     data = ["data=shards", f"data.urls={tmp_path / 'tars'}", "data.num_workers=2"]
     more = ["data.max_upscale=null", "data.batch_size=4", "trainer.max_steps=100000"]
-    command = [sys.executable, "-m", "wuerstchen_pl.train", *kept, *data, *more]
+    command = [sys.executable, "-m", "wuerstchen_pl.train", *usual, *data, *more]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not (list(run.glob("checkpoints/*.ckpt")) or process.poll() is not None):
         time.sleep(0.05)
@@ -104,30 +104,30 @@ def test_a_signal_to_the_whole_process_group_spares_the_workers(
     assert load.parse_step(load.find_checkpoint(run)) == saved
 
 
-def test_a_second_ctrl_c_is_not_kept_waiting(
+def test_a_second_ctrl_c_exits_at_once(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     handler = signal.getsignal(signal.SIGINT)
-    signalled(monkeypatch, [signal.SIGINT, signal.SIGINT], step=3)
+    send_signals(monkeypatch, [signal.SIGINT, signal.SIGINT], step=3)
     assert run_program("train", arguments(cascade, tmp_path)) == 130
-    signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones for good
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores all further signals
     assert "interrupted at step 3; ckpt=auto resumes" in capsys.readouterr().err
     assert load.parse_step(load.find_checkpoint(tmp_path / "default/c")) == 2
 
 
-def test_a_run_that_has_ended_listens_no_more(cascade: Path, tmp_path: Path) -> None:
+def test_signal_handlers_are_removed_after_a_run(cascade: Path, tmp_path: Path) -> None:
     assert run_program("train", arguments(cascade, tmp_path)) == 0
-    handlers = [getattr(signal.getsignal(each), "__self__", None) for each in STOP_SIGNALS]
+    handlers = [getattr(signal.getsignal(number), "__self__", None) for number in STOP_SIGNALS]
     assert not any(isinstance(owner, PreemptionHandler) for owner in handlers)
 
 
-def test_a_step_has_its_whole_global_batch_and_validation_comes_by_steps(
+def test_a_step_has_its_whole_global_batch_and_validation_follows_steps(
     cascade: Path, tmp_path: Path
 ) -> None:
-    # an epoch has five batches of four: two steps of two, and none of the one that is left
-    kept = [a for a in arguments(cascade, tmp_path) if not a.startswith("validate_every_steps")]
-    told = [*kept, "global_batch=8", "validate_every_steps=2", "trainer.log_every_n_steps=1"]
-    assert run_program("train", told) == 0
+    # an epoch has five batches of four: two steps of two batches, and one batch that is left out
+    usual = [a for a in arguments(cascade, tmp_path) if not a.startswith("validate_every_steps")]
+    command = [*usual, "global_batch=8", "validate_every_steps=2", "trainer.log_every_n_steps=1"]
+    assert run_program("train", command) == 0
     run = tmp_path / "default/c"
     content = load.read_checkpoint(load.find_checkpoint(run))
     assert content["global_step"] == 4
@@ -140,16 +140,17 @@ def test_a_step_has_its_whole_global_batch_and_validation_comes_by_steps(
 def test_accumulated_steps_resume_bit_for_bit_and_save_nothing_between(
     cascade: Path, tmp_path: Path
 ) -> None:
-    def told(root: Path, *more: str) -> list[str]:
-        return [*arguments(cascade, root), "global_batch=8", "callbacks.checkpoints.keep=9", *more]
+    def accumulating(root: Path, *overrides: str) -> list[str]:
+        usual = arguments(cascade, root)
+        return [*usual, "global_batch=8", "callbacks.checkpoints.keep=9", *overrides]
 
-    assert run_program("train", told(tmp_path / "whole")) == 0
-    assert run_program("train", told(tmp_path / "parts", "trainer.max_steps=2")) == 0
+    assert run_program("train", accumulating(tmp_path / "whole")) == 0
+    assert run_program("train", accumulating(tmp_path / "parts", "trainer.max_steps=2")) == 0
     run = tmp_path / "parts/default/c"
     first = load.find_checkpoint(run)
     before = first.read_bytes()
-    assert run_program("train", told(tmp_path / "parts", "ckpt=auto")) == 0
-    assert first.read_bytes() == before  # and is not saved again with half a step's gradients
+    assert run_program("train", accumulating(tmp_path / "parts", "ckpt=auto")) == 0
+    assert first.read_bytes() == before  # not overwritten with half a step's gradients
     whole = load.read_checkpoint(load.find_checkpoint(tmp_path / "whole/default/c"))
     assert not differing(whole, load.read_checkpoint(load.find_checkpoint(run)))
     steps = sorted(load.parse_step(p) for p in run.glob("checkpoints/*.ckpt"))
@@ -157,50 +158,50 @@ def test_accumulated_steps_resume_bit_for_bit_and_save_nothing_between(
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "batch_size", "processes", "wanted"),
+    ("global_batch", "batch_size", "processes", "expected"),
     [(1536, 24, 64, 1), (1536, 24, 8, 8), (1536, 6, 256, 1), (8, 8, 1, 1)],
 )
-def test_batches_of_a_step_follow_from_the_global_batch(
-    global_batch: int, batch_size: int, processes: int, wanted: int
+def test_accumulation_follows_from_the_global_batch(
+    global_batch: int, batch_size: int, processes: int, expected: int
 ) -> None:
-    assert accumulation(global_batch, batch_size, processes) == wanted
+    assert accumulation(global_batch, batch_size, processes) == expected
 
 
-def test_a_global_batch_that_cannot_be_made_is_refused_with_what_can() -> None:
+def test_an_impossible_global_batch_is_an_error_that_names_a_possible_one() -> None:
     message = r"global_batch=1536 is not a multiple of 6144.*divisor of 6$"
     with pytest.raises(ValueError, match=message):
         accumulation(1536, 24, 256)
 
 
-def test_a_run_stands_by_the_clip_that_it_was_trained_with(
+def test_a_run_requires_the_clip_that_it_was_trained_with(
     cascade: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    own = shutil.copy(clip, tmp_path / "clip.pt")
-    told = [*arguments(cascade, tmp_path), *frozen_text(Path(own))]
-    assert run_program("train", [*told, "trainer.max_steps=2"]) == 0
+    clip_copy = shutil.copy(clip, tmp_path / "clip.pt")
+    command = [*arguments(cascade, tmp_path), *frozen_text(Path(clip_copy))]
+    assert run_program("train", [*command, "trainer.max_steps=2"]) == 0
     run = tmp_path / "default/c"
     content = load.read_checkpoint(load.find_checkpoint(run))
     assert content["files"]["text_encoder"]["sha256"] == atomic.sha256(clip)
     assert content["versions"].keys() == {"torch", "lightning"}
-    assert load.load_stage(run=run, stage="c").text_encoder.weights == str(own)
-    torch.save({k: v * 2 for k, v in torch.load(own, weights_only=True).items()}, own)
+    assert load.load_stage(run=run, stage="c").text_encoder.weights == str(clip_copy)
+    torch.save({k: v * 2 for k, v in torch.load(clip_copy, weights_only=True).items()}, clip_copy)
     with pytest.raises(ValueError, match=r"text_encoder\.weights=.*clip\.pt has sha256"):
         load.load_stage(run=run, stage="c")
-    assert run_program("train", [*told, "ckpt=auto"]) == 1
+    assert run_program("train", [*command, "ckpt=auto"]) == 1
     assert "restore that file" in capsys.readouterr().err
 
 
 def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:
     more = ["checkpoint_every_steps=1", "callbacks.checkpoints.keep_every_steps=2"]
-    kept = [a for a in arguments(cascade, tmp_path) if "max_steps" not in a]
-    told = [*kept, *more, "callbacks.checkpoints.keep=1", "trainer.max_steps=5"]
-    assert run_program("train", told) == 0
-    found = (tmp_path / "default/c/checkpoints").glob("*.ckpt")
-    assert sorted(load.parse_step(path) for path in found) == [2, 4, 5]
+    usual = [a for a in arguments(cascade, tmp_path) if "max_steps" not in a]
+    command = [*usual, *more, "callbacks.checkpoints.keep=1", "trainer.max_steps=5"]
+    assert run_program("train", command) == 0
+    checkpoints = (tmp_path / "default/c/checkpoints").glob("*.ckpt")
+    assert sorted(load.parse_step(path) for path in checkpoints) == [2, 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "message"),
     [
         ("trainer.precision=bf16-true", "use bf16-mixed or 32-true"),
         pytest.param(
@@ -221,29 +222,29 @@ def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:
         ("ckpt=nowhere", "nowhere"),
     ],
 )
-def test_what_cannot_train_is_refused_before_anything_is_written(
-    override: str, sentence: str, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_invalid_settings_are_refused_before_anything_is_written(
+    override: str, message: str, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     key = override.split("=")[0]
-    kept = [a for a in arguments(cascade, tmp_path) if a.split("=")[0] != key]
-    assert run_program("train", [*kept, override]) == 1
-    said = capsys.readouterr().err.strip()
-    assert sentence in said
-    assert "Traceback" not in said
+    usual = [a for a in arguments(cascade, tmp_path) if a.split("=")[0] != key]
+    assert run_program("train", [*usual, override]) == 1
+    stderr = capsys.readouterr().err.strip()
+    assert message in stderr
+    assert "Traceback" not in stderr
     assert not (tmp_path / "default").exists()
 
 
 def test_an_8_bit_optimizer_of_sharded_weights_is_refused(
     cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """The strategy is recognized by the class that the config names, whatever it is called."""
+    """The strategy is recognized by its class in the config, not by the name of the YAML."""
     eight_bit = ["trainer=fsdp", "trainer.accelerator=cpu", "optimizer@stage.optimizer=adamw_8bit"]
     assert run_program("train", [*arguments(cascade, tmp_path), *eight_bit]) == 1
     assert "adamw_8bit does not support sharded weights" in capsys.readouterr().err
     assert not (tmp_path / "default").exists()
 
 
-def test_starting_weights_are_those_of_the_run_named(cascade: Path, tmp_path: Path) -> None:
+def test_init_from_starts_from_the_weights_of_that_run(cascade: Path, tmp_path: Path) -> None:
     source = load.read_checkpoint(load.find_checkpoint(cascade / "c"))["ema"]["shadow"]
     slow = arguments(cascade, tmp_path, f"init_from={cascade / 'c'}")
     slow = [a for a in slow if not a.startswith(("stage.optimizer.lr", "trainer.max_steps"))]
@@ -259,7 +260,7 @@ def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Pat
     for i in range(8):
         (tmp_path / f"images/{i}.jpg").write_bytes(image(str(i), 64, 64))
         (tmp_path / f"images/{i}.txt").write_text(f"number {i}")
-    told = [a for a in arguments(cascade, tmp_path) if not a.startswith("data.limit")]
+    usual = [a for a in arguments(cascade, tmp_path) if not a.startswith("data.limit")]
     package = "wuerstchen_pl.data.sources"
     sources = (
         f"{{web:{{_target_:{package}.shards.ShardSource,urls:{tmp_path / 'tars'}}},"
@@ -267,7 +268,7 @@ def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Pat
     )
     more = [f"data.sources={sources}", "data.weights={web:1,own:2}", "data.num_workers=0"]
     filters = ["data.max_upscale=2", "data.filters.max_ratio=1.9", "trainer.max_steps=24"]
-    assert run_program("train", [*told, "data=mix", *more, *filters]) == 0
+    assert run_program("train", [*usual, "data=mix", *more, *filters]) == 0
     log = (tmp_path / "default/c/metrics.csv").read_text()
     for name in ("seen", "bad/unreadable image", "dropped/max_ratio", "cropped_share"):
         assert f"data/{name}," in log, log
@@ -288,12 +289,12 @@ def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Pat
         (["data=openmoji", "data.batch_size=many"], "data.batch_size is 'many', and must be int"),
     ],
 )
-def test_wrong_data_end_with_one_sentence(
+def test_wrong_data_is_an_error_of_one_line(
     cascade: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
-    kept = ("data.limit", "data.val_fraction", "data.batch_size")
-    told = [a for a in arguments(cascade, tmp_path / "run") if not a.startswith(kept)]
-    assert run_program("train", [*told, *more]) == 1
-    said = capsys.readouterr().err.strip().splitlines()
-    assert message in said[-1]
+    replaced = ("data.limit", "data.val_fraction", "data.batch_size")
+    usual = [a for a in arguments(cascade, tmp_path / "run") if not a.startswith(replaced)]
+    assert run_program("train", [*usual, *more]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1]
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The wheel works outside of the checkout: it carries conf/ and the console commands."""
+"""The wheel works outside the checkout: it contains conf/ and the console commands."""
 
 import os
 import subprocess
@@ -32,15 +32,15 @@ def test_an_installed_wheel_finds_its_configs(tmp_path: Path) -> None:
             cwd=tmp_path, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert shown.returncode == 0, shown.stderr
-        wanted = (
+        expected = (
             "format: native"
             if program in ("convert", "export", "interpolate")
             else "_target_: wuerstchen_pl."
         )
-        assert wanted in shown.stdout
-    where = "import wuerstchen_pl.cli as c; print(c.conf_dir())"
-    found = subprocess.run(
-        [sys.executable, "-c", where], cwd=tmp_path, env=environment,
+        assert expected in shown.stdout
+    code = "import wuerstchen_pl.cli as c; print(c.conf_dir())"
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert found.stdout.strip() == str(site / "wuerstchen_pl/conf")
+    assert process.stdout.strip() == str(site / "wuerstchen_pl/conf")
