@@ -105,7 +105,7 @@ def beside_their_drawings(drawn: ImageFolder, data: object, chosen: list[int]) -
     captioned, training = images.captioned(len(drawn)), list(images)
     return [
         pair(
-            (training[captioned[i].place] / 255, "drawing"),
+            (training[captioned[i].dataset_index] / 255, "drawing"),
             (to_tensor(drawn.image(i))[0], captioned[i].caption),
         )
         for i in chosen
