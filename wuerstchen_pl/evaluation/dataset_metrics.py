@@ -58,7 +58,7 @@ def autoencoders(pipeline: CascadePipeline) -> str:
 def reconstructed_batches(
     pipeline: CascadePipeline, data: Any, settings: SamplingConfig, stage: str, split: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, reconstructions) of a split: by Stage A, or by compressor + B + A for ``b``."""
+    """Yield (images, reconstructions) of a split; ``b`` reconstructs by compressor + B + A."""
     batches = data.in_order(split, alone=True)
     for batch in tqdm(batches, desc=f"stage {stage}, {split}", unit="batch"):
         images = batch["image"]

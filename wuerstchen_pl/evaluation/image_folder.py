@@ -118,8 +118,8 @@ def check_same_number(number: int, theirs: ImageFolder) -> None:
     """
     if number != len(theirs):
         raise ValueError(
-            f"{theirs.key}={theirs.path} contains {len(theirs)} images, but there are {number} to "
-            "compare with; generate both for the same prompts"
+            f"{theirs.key}={theirs.path} contains {len(theirs)} images, but there are {number} "
+            "to compare with; generate both for the same prompts"
         )
 
 

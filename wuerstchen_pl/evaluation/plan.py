@@ -67,7 +67,7 @@ class EvaluationPlan:
         }
         for name, metrics in needs.items():
             if getattr(self, name) is None and (lacking := set(metrics) & set(self.metric)):
-                raise ValueError(f"metric={lacking.pop()} needs {name}, which is not set; set {name}=")
+                raise ValueError(f"metric={lacking.pop()} needs {name}; set {name}=")
         if "is" in self.metric and not isinstance(self.fid_features, Inception):
             raise ValueError("metric=is needs Inception's classes; set fid_features=inception")
         if self.baselines and "pickscore" not in self.metric:
