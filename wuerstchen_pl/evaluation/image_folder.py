@@ -106,7 +106,9 @@ def _prompts_of(path: Path) -> list[str]:
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError("a prompt is not a string")
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); set prompts= to a file of prompts") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); set prompts= to a file of prompts"
+        ) from error
     return prompts
 
 

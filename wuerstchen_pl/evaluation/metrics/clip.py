@@ -60,7 +60,7 @@ class PickScore(Clip):
     """PickScore (Kirstain et al. 2023, arXiv 2305.01569): a CLIP tuned on human preferences."""
 
     def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-        """(N,) logit scale x cosine; a softmax over a text's images gives preference probabilities."""
+        """(N,) logit scale x cosine; a softmax over images of one text gives preferences."""
         scale = float(self.net.logit_scale.exp())  # type: ignore[operator]
         return scale * self.cosines(images, texts)
 
@@ -78,9 +78,7 @@ def clip(*, name: str, weights: str) -> Clip:
         FileNotFoundError: if the weights cannot be downloaded.
     """
     if name not in open_clip.list_models():
-        raise ValueError(
-            f"clip.name={name} is not an open_clip model; see open_clip.list_models()"
-        )
+        raise ValueError(f"clip.name={name} is not an open_clip model; see open_clip.list_models()")
     config = dict(open_clip.get_model_config(name) or {})
     text = config.get("text_cfg", {})
     if config.get("custom_text") or {"hf_tokenizer_name", "hf_model_name"} & text.keys():

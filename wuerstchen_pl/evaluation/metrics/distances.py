@@ -33,7 +33,9 @@ class FrechetDistance:
 
     def __init__(self, reference: Tensor) -> None:
         features = _Identity(reference.shape[1])
-        self.metric = FrechetInceptionDistance(feature=features, reset_real_features=False, **NO_SYNC)
+        self.metric = FrechetInceptionDistance(
+            feature=features, reset_real_features=False, **NO_SYNC
+        )
         self.metric.update(reference.double(), real=True)
 
     def __call__(self, ours: Tensor) -> float:

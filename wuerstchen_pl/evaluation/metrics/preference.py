@@ -10,5 +10,7 @@ def pairwise_wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]
         ValueError: if the numbers of scores differ.
     """
     if len(ours) != len(theirs):
-        raise ValueError(f"{len(ours)} and {len(theirs)} scores cannot be paired; score both for the same prompts")
+        raise ValueError(
+            f"{len(ours)} and {len(theirs)} scores cannot be paired; score both for the same prompts"
+        )
     return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]

@@ -89,7 +89,11 @@ def proportion_score(per_sample: Sequence[float], **facts: Any) -> Score:
 
 
 def set_score(
-    measure: Callable[[np.ndarray], float], number: int, *, min_value: float = -math.inf, **facts: Any
+    measure: Callable[[np.ndarray], float],
+    number: int,
+    *,
+    min_value: float = -math.inf,
+    **facts: Any,
 ) -> Score:
     """A set metric +- 1.96 standard deviations over bootstrap samples of the set.
 
