@@ -11,6 +11,6 @@ def pairwise_wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]
     """
     if len(ours) != len(theirs):
         raise ValueError(
-            f"{len(ours)} and {len(theirs)} scores cannot be paired; score both for the same prompts"
+            f"{len(ours)} and {len(theirs)} scores do not match; use the same prompts for both"
         )
     return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
