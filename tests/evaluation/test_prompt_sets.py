@@ -62,7 +62,7 @@ def test_prompts_are_read(tmp_path: Path, name: str, text: str, expected: list[s
         ("a.txt", " \n\n", "contains no prompts; write one per line"),
     ],
 )
-def test_invalid_files_are_rejected_by_name(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_invalid_files_are_rejected(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_prompts(str(tmp_path / name))

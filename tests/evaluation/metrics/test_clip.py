@@ -101,9 +101,7 @@ def test_a_tags_activation_and_preprocessing_are_used(
     assert torch.equal(white, torch.ones(3, 32, 32))  # (1 - 0.5) / 0.5
 
 
-def test_damaged_or_malicious_weights_are_rejected(
-    published: Path, tmp_path: Path
-) -> None:
+def test_damaged_or_malicious_weights_are_rejected(published: Path, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="was not loaded: it is damaged, does not match"):
         clip(name="ViT-B-32", weights=str(tmp_path / "weights.pt"))

@@ -27,7 +27,7 @@ from wuerstchen_pl.evaluation.metrics.feature_networks import (
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A weights file of a random Inception whose features still differ between images."""
+    """Random Inception weights whose features differ between images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(port, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
@@ -74,8 +74,8 @@ def test_fid_kid_and_is_equal_torch_fidelity(inception_file: Path) -> None:
     features = [torch.cat([net.features(b) for b in x.split(8)]) for x in (ours, reference)]
     logits = torch.cat([net.logits(b) for b in ours.split(8)])
     expected: dict[str, Any] = calculate_metrics(
-        input1=ImageDataset(ours), input2=ImageDataset(reference), fid=True, kid=True, isc=True, cuda=False,
-        kid_subset_size=24, kid_subsets=1, isc_splits=1, verbose=False, batch_size=8,
+        input1=ImageDataset(ours), input2=ImageDataset(reference), fid=True, kid=True, isc=True,
+        kid_subset_size=24, kid_subsets=1, isc_splits=1, verbose=False, batch_size=8, cuda=False,
         feature_extractor_weights_path=str(inception_file), save_cpu_ram=True, cache=False,
     )  # fmt: skip
     assert frechet(*features) == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
