@@ -41,7 +41,7 @@ def test_every_mismatch_of_tensors_is_listed(copy: Path) -> None:
         state["text_in.bias"] = torch.zeros(5)
 
     change_tensors(copy / "prior" / "model.safetensors", change)
-    with pytest.raises(ValueError, match="does not match its config") as caught:
+    with pytest.raises(ValueError, match="does not match the expected tensors") as caught:
         registry.read_model(str(copy))
     message = str(caught.value)
     assert "missing: head.bias, stem.weight" in message
@@ -58,7 +58,7 @@ def test_mismatches_are_listed_by_external_names(model: Model, tmp_path: Path) -
         state["lora.up"] = torch.zeros(1)
 
     change_tensors(folder / "diffusion_pytorch_model.safetensors", change)
-    with pytest.raises(ValueError, match="does not match its config") as caught:
+    with pytest.raises(ValueError, match="does not match the expected tensors") as caught:
         registry.read_model(str(tmp_path / "there"))
     assert "missing: blocks.2.attention.to_k.weight" in str(caught.value)
     assert "unexpected: lora.up" in str(caught.value)

@@ -183,4 +183,4 @@ def compare_shapes(
         mismatches = (f"{name} is {actual[name]}, expected {expected[name]}" for name in names)
         errors.append(f"wrong shape: {', '.join(mismatches)}")
     if errors:
-        raise ValueError(f"{where} does not match its config; {'; '.join(errors)}")
+        raise ValueError(f"{where} does not match the expected tensors; {'; '.join(errors)}")
