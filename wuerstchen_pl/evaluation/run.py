@@ -33,7 +33,7 @@ class EvalTarget:
     """The model, its data and its stages, as far as a plan needs them."""
 
     facts: dict[str, Any]
-    """Describe the target in the report."""
+    """Report fields that identify the target."""
     pipeline: CascadePipeline | None = None
     """None if the plan neither generates images nor runs networks."""
     stages: dict[str, Any] = field(default_factory=dict)
