@@ -181,7 +181,7 @@ BAD = {
     "empty prompt": (["prompt="], "holds no word"),
     "no prompt": ([], "no prompt; set prompt="),
     "emoji": (["prompt=🐸🐸"], "holds no word"),
-    "not UTF-8": (["prompt=fr\udcffog"], "is not text in UTF-8"),
+    "not UTF-8": (["prompt=fr\udcffog"], "is not UTF-8 text"),
     "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use 16 to 4096"),
     "height": (["prompt=a", "height=1000003"], "height=1000003 cannot be drawn"),
     "fraction": (["prompt=a", "height=64.5"], "height is 64.5, and must be int"),
@@ -228,7 +228,7 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
         (b"", "contains no prompts; write one per line"),
         (b"\n \r\n", "contains no prompts; write one per line"),
         (b"frog\nre\x00d heart\n", "holds a control character"),
-        (b"gr\xfcner Frosch\n", "is not text in UTF-8"),
+        (b"gr\xfcner Frosch\n", "is not UTF-8 text"),
         ("🐸\n".encode(), "holds no word"),
     ],
 )
