@@ -105,7 +105,7 @@ def training_pairs(generated: ImageFolder, data: object, indices: list[int]) -> 
     captioned, training = images.captioned(len(generated)), list(images)
     return [
         pair(
-            (training[captioned[i].place] / 255, "training image"),
+            (training[captioned[i].dataset_index] / 255, "training image"),
             (to_tensor(generated.image(i))[0], captioned[i].caption),
         )
         for i in indices

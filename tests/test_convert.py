@@ -190,4 +190,4 @@ def test_the_program_interpolates_two_folders(
         between["prior.head.weight"], tensors(first)["prior.head.weight"] + 0.5
     )
     assert program("interpolate", *arguments) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err

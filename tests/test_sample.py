@@ -234,10 +234,10 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no prompt; give one a line"),
-        (b"\n \r\n", "holds no prompt; give one a line"),
+        (b"", "contains no prompts; write one per line"),
+        (b"\n \r\n", "contains no prompts; write one per line"),
         (b"frog\nre\x00d heart\n", "contains a control character"),
-        (b"gr\xfcner Frosch\n", "is not text in UTF-8"),
+        (b"gr\xfcner Frosch\n", "is not UTF-8 text"),
         ("🐸\n".encode(), "contains no word"),
     ],
 )

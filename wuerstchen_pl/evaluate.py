@@ -148,10 +148,10 @@ def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) ->
         ValueError: if neither a model nor images are named, or a metric needs the data of a run.
     """
     facts: dict[str, Any] = {"images": cfg.images} if cfg.images else {}
-    if (plan.draws or plan.of_networks) and cfg.model is None:
+    if (plan.needs_generation or plan.needs_networks) and cfg.model is None:
         raise ValueError("model=null cannot generate images; name a model, or images with images=")
     trained = None if cfg.model is None else stage_of_run(cfg.model)
-    if plan.of_data and trained is None:
+    if plan.needs_data and trained is None:
         needing = [name for name in plan.metric if name in (*NETWORK_METRICS, "retrieval")]
         raise ValueError(
             f"model={cfg.model} is not a run, so it has no training data, which "
@@ -161,13 +161,13 @@ def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) ->
         )
     pipeline: CascadePipeline | None = None
     stages: dict[str, Any] = {}
-    if plan.draws or plan.of_networks:
+    if plan.needs_generation or plan.needs_networks:
         pipeline, stages = _load_model(cfg, plan, trained, device)
         facts |= {"model": str(cfg.model), "bf16": cfg.bf16}
         facts |= {} if cfg.prior is None else {"prior": cfg.prior}
         if pipeline.source is not None:
             facts["checkpoint_sha256"] = pipeline.source["sha256"]
-    data = run_data(Path(cfg.model)) if plan.of_data else None
+    data = run_data(Path(cfg.model)) if plan.needs_data else None
     return EvalTarget(facts=facts, pipeline=pipeline, stages=stages, data=data)
 
 

@@ -143,5 +143,5 @@ def test_what_could_not_be_measured_is_refused_before_training(
     wide = "callbacks.evaluation.plan.fid_features.widths=[9,9]"
     told = [*small("c", tmp_path, STEPS), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
     assert run_program("train", [*told, *EVALUATED, wide]) == 1
-    assert "metric=fid needs at least 19 images on both sides" in capsys.readouterr().err
+    assert "metric=fid needs at least 19 images in both sets" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -1,4 +1,4 @@
-"""A folder of images is decoded as training decodes it."""
+"""A folder of images is decoded exactly as in training."""
 
 import io
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_transparency_is_white_and_sixteen_bits_are_scaled(tmp_path: Path) -> No
     assert (abs(gray.astype(int) - 128) <= 1).all()
 
 
-def test_a_format_that_starts_programs_is_not_opened(tmp_path: Path) -> None:
+def test_formats_that_start_programs_are_not_opened(tmp_path: Path) -> None:
     data = io.BytesIO()
     Image.new("RGB", (8, 8)).save(data, "EPS")
     (tmp_path / "drawing.png").write_bytes(data.getvalue())

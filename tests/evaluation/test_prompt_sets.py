@@ -1,4 +1,4 @@
-"""Prompt sets, from small files of the true formats."""
+"""Prompt sets, read from small files in the real formats."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ PARTI = (
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "wanted"),
+    ("name", "text", "expected"),
     [
         (
             "captions.json",
@@ -47,33 +47,33 @@ PARTI = (
         ("prompts.txt", "\ufeffa red heart\r\n\n  a  blue bird \n", ["a red heart", "a blue bird"]),
     ],
 )
-def test_prompts_are_read(tmp_path: Path, name: str, text: str, wanted: list[str]) -> None:
+def test_prompts_are_read(tmp_path: Path, name: str, text: str, expected: list[str]) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    assert read_prompts(str(tmp_path / name)) == wanted
+    assert read_prompts(str(tmp_path / name)) == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
-        ("a.json", '{"images": []}', "cannot be read as COCO's captions: KeyError"),
-        ("a.json", "[1, 2", "cannot be read as COCO's captions: JSONDecodeError"),
+        ("a.json", '{"images": []}', "cannot be read as COCO captions: KeyError"),
+        ("a.json", "[1, 2", "cannot be read as COCO captions: JSONDecodeError"),
         ("a.jsonl", '{"image_id": "1"}', "cannot be read as Localized Narratives: KeyError"),
         ("a.tsv", "Text\tCategory\na\tb\n", "cannot be read as PartiPrompts: KeyError"),
-        ("a.txt", " \n\n", "holds no prompt; give one a line"),
+        ("a.txt", " \n\n", "contains no prompts; write one per line"),
     ],
 )
-def test_other_files_are_refused_by_name(tmp_path: Path, name: str, text: str, said: str) -> None:
+def test_invalid_files_are_rejected(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_prompts(str(tmp_path / name))
 
 
-def test_a_file_that_is_not_there_is_named() -> None:
+def test_a_missing_file_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"prompts=none\.txt is not a file"):
         read_prompts("none.txt")
 
 
-def test_some_prompts_are_the_same_ones_for_a_seed_in_their_order() -> None:
+def test_subsets_are_reproducible_and_keep_the_order() -> None:
     prompts = [f"{i:03d}" for i in range(100)]
     chosen = subsample(prompts, 10, seed=1)
     assert chosen == subsample(prompts, 10, seed=1) == sorted(set(chosen))

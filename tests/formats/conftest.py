@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 def random_part(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Part:
-    """A part with random weights; what is not a float counts up."""
+    """A part with random weights; integer tensors are ranges."""
     rng = torch.Generator().manual_seed(0)
     tensors = {}
     for name, tensor in build_on_meta(config).state_dict().items():
@@ -74,11 +74,11 @@ def tensors(model: Model) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_bit_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_bit_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +88,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="session")
 def ours(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model in our format."""
+    """The model in the native format."""
     path = tmp_path_factory.mktemp("format") / "native"
     registry.write_model(model, path, "native")
     return path

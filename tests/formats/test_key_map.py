@@ -1,4 +1,4 @@
-"""At the published sizes, on the meta device: names and shapes of the others' networks."""
+"""Names, shapes and arguments equal the external networks' at published sizes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,8 +28,8 @@ def shapes_of(tensors: Mapping[str, Any]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def published(config: dict[str, Any], format: ExternalFormat) -> Shapes:
-    """Names and shapes that a network of ours has elsewhere."""
+def external_shapes(config: dict[str, Any], format: ExternalFormat) -> Shapes:
+    """External names and shapes of a native network."""
     state = build_on_meta(config).state_dict()
     state.pop("scale_factor", None)
     tensors = {name: in_memory(tensor) for name, tensor in state.items()}
@@ -40,7 +40,7 @@ def preset(stage: str, name: str, part: str) -> dict[str, Any]:
     return with_defaults(part_config(stage, name, part))
 
 
-SAME = [
+NETWORKS = [
     ("c", "v2", "prior", lambda: WuerstchenPrior(c=1536, depth=32, nhead=24, c_cond=1280)),
     ("c", "v1", "prior", lambda: WuerstchenPrior(c=1536, depth=32, nhead=24, c_cond=1024)),
     ("c", "paper", "prior", lambda: WuerstchenPrior(c=1280, depth=16, nhead=16, c_cond=1024)),
@@ -49,53 +49,51 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "name", "part", "theirs"), SAME)
-def test_diffusers_networks_have_these_names_and_shapes(
-    stage: str, name: str, part: str, theirs: Any
-) -> None:
+@pytest.mark.parametrize(("stage", "name", "part", "theirs"), NETWORKS)
+def test_names_and_shapes_equal_diffusers(stage: str, name: str, part: str, theirs: Any) -> None:
     with torch.device("meta"):
         expected = shapes_of(theirs().state_dict())
     config = preset(stage, name, part)
-    if name == "paper":  # its text encoder is whatever it was trained with
+    if name == "paper":  # its text encoder is configurable
         expected["cond_mapper.0.weight"] = (1280, config["text_dim"])
-    assert published(config, "diffusers") == expected
+    assert external_shapes(config, "diffusers") == expected
 
 
-@pytest.mark.parametrize(("stage", "name", "part", "theirs"), SAME)
-def test_diffusers_networks_have_these_arguments(
-    stage: str, name: str, part: str, theirs: Any
-) -> None:
+@pytest.mark.parametrize(("stage", "name", "part", "theirs"), NETWORKS)
+def test_arguments_equal_diffusers(stage: str, name: str, part: str, theirs: Any) -> None:
     with torch.device("meta"):
         expected = dict(theirs().config)
     config = preset(stage, name, part)
     if name == "paper":
         expected["c_cond"] = config["text_dim"]
-    found = config_map.to_diffusers({**config, "scale_factor": 0.3764} if stage == "a" else config)
-    assert {key: found[key] for key in expected if key in found} == {
-        key: value for key, value in expected.items() if key in found
+    exported = config_map.to_diffusers(
+        {**config, "scale_factor": 0.3764} if stage == "a" else config
+    )
+    assert {key: exported[key] for key in expected if key in exported} == {
+        key: value for key, value in expected.items() if key in exported
     }
-    assert expected.keys() - found.keys() <= {"_use_default_values"}
-    back = config_map.from_diffusers(config["_target_"].removeprefix(MODELS), found, "here")
+    assert expected.keys() - exported.keys() <= {"_use_default_values"}
+    back = config_map.from_diffusers(config["_target_"].removeprefix(MODELS), exported, "file")
     assert back == {key: {**config, "scale_factor": 0.3764}[key] for key in back}
 
 
 @pytest.mark.parametrize(("stage", "name"), [("b", "v2"), ("c", "v2")])
-def test_transformers_text_towers_have_these_names_and_shapes(stage: str, name: str) -> None:
+def test_names_and_shapes_of_text_towers_equal_transformers(stage: str, name: str) -> None:
     config = with_defaults({**part_config(stage, name, "text_encoder"), "weights": None})
     config["vocab_size"] = 49408
     theirs = CLIPTextConfig(**config_map.to_diffusers(config))
     with torch.device("meta"):
         expected = shapes_of(CLIPTextModel(theirs).state_dict())
-    found, theirs = (
+    actual, unprefixed = (
         # transformers 4 writes the prefix, 5 does not
         {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
-        for shapes in (published(config, "diffusers"), expected)
+        for shapes in (external_shapes(config, "diffusers"), expected)
     )
-    assert found == theirs
+    assert actual == unprefixed
 
 
-class AuthorsCompressor(nn.Module):
-    """The structure of the authors' EfficientNetEncoder: names, and nothing else."""
+class UpstreamCompressor(nn.Module):
+    """Module names and shapes of the upstream EfficientNetEncoder."""
 
     def __init__(self, size: str) -> None:
         super().__init__()
@@ -104,18 +102,18 @@ class AuthorsCompressor(nn.Module):
 
 
 @pytest.mark.parametrize(("name", "size"), [("v2", "s"), ("v1", "l")])
-def test_the_authors_compressor_has_these_names_and_shapes(name: str, size: str) -> None:
+def test_names_and_shapes_of_the_compressor_equal_upstream(name: str, size: str) -> None:
     backbone = {"_target_": MODELS + "compressor.EfficientNet", "size": size, "weights": None}
     config = with_defaults(
         {"_target_": MODELS + "compressor.SemanticCompressor", "backbone": backbone}
     )
     with torch.device("meta"):
-        expected = shapes_of(AuthorsCompressor(size).state_dict())
-    assert published(config, "upstream") == expected
+        expected = shapes_of(UpstreamCompressor(size).state_dict())
+    assert external_shapes(config, "upstream") == expected
     assert config_map.from_shapes("compressor", expected) == config
 
 
-ORIGINAL = [
+UPSTREAM = [
     ("prior", preset("c", "v2", "prior")),
     ("prior", preset("c", "v1", "prior")),
     ("decoder", preset("b", "v2", "diffnext")),
@@ -124,15 +122,15 @@ ORIGINAL = [
 ]
 
 
-@pytest.mark.parametrize(("part", "config"), ORIGINAL, ids=["c2", "c1", "b2", "b1", "a"])
-def test_published_arguments_are_found_in_the_shapes(part: str, config: dict[str, Any]) -> None:
-    found = config_map.from_shapes(part, published(config, "upstream"))
-    assert found == {key: config[key] for key in found}
-    # as many blocks up as down, which is None
-    assert config.keys() - found.keys() <= {"dropout", "num_up_blocks"}
+@pytest.mark.parametrize(("part", "config"), UPSTREAM, ids=["c2", "c1", "b2", "b1", "a"])
+def test_published_arguments_are_inferred_from_shapes(part: str, config: dict[str, Any]) -> None:
+    inferred = config_map.from_shapes(part, external_shapes(config, "upstream"))
+    assert inferred == {key: config[key] for key in inferred}
+    # num_up_blocks=None: as many blocks up as down
+    assert config.keys() - inferred.keys() <= {"dropout", "num_up_blocks"}
     assert config.get("num_up_blocks") is None
 
 
-def test_shapes_of_something_else_are_refused() -> None:
-    with pytest.raises(ValueError, match="not weights of a prior"):
+def test_shapes_of_another_network_are_rejected() -> None:
+    with pytest.raises(ValueError, match="not the weights of a prior"):
         config_map.from_shapes("prior", {"conv.weight": (1, 2)})

@@ -1,4 +1,4 @@
-"""Ours to another format and back: bit for bit, type for type."""
+"""Conversions from the native format to another one and back are bit-exact and keep dtypes."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ TEXT = ("text_encoder", "prior_text_encoder")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("format", ["native", "diffusers"])
-def test_ours_to_a_layout_of_folders_and_back(
+def test_folder_formats_round_trip(
     format: registry.FormatName, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = random_model(dtype)
@@ -37,7 +37,7 @@ def test_ours_to_a_layout_of_folders_and_back(
 @pytest.mark.parametrize(
     "kept", [["prior"], ["vqgan"], ["prior_text_encoder"], ["text_encoder"], ["compressor"]]
 )
-def test_some_parts_alone_there_and_back(
+def test_single_parts_round_trip(
     kept: list[str], format: registry.FormatName, model: Model, tmp_path: Path
 ) -> None:
     part = Model({name: model.parts[name] for name in kept})
@@ -45,32 +45,34 @@ def test_some_parts_alone_there_and_back(
     assert_bit_equal(tensors(registry.read_model(str(tmp_path / "there"))), tensors(part))
 
 
-def test_a_stage_c_apart_brings_its_parts_and_settings_alone(model: Model, tmp_path: Path) -> None:
+def test_a_separate_stage_c_replaces_only_its_parts_and_settings(
+    model: Model, tmp_path: Path
+) -> None:
     other = random_model(torch.float16)
     other.settings = {**SETTINGS, "semantic_scale": 7.0, "latent_dim_scale": 5.0}
     for name, written in (("a", model), ("b", other)):
         registry.write_model(written, tmp_path / name, "native")
     registry.write_model(model, tmp_path / "c", "diffusers")
     for source in ("a", "c"):
-        found = registry.read_model(str(tmp_path / source), prior=str(tmp_path / "b"))
-        assert found.settings == {**SETTINGS, "semantic_scale": 7.0}
+        combined = registry.read_model(str(tmp_path / source), prior=str(tmp_path / "b"))
+        assert combined.settings == {**SETTINGS, "semantic_scale": 7.0}
         expected = Model({**model.parts, **{n: other.parts[n] for n in registry.STAGE_C_PARTS}})
-        assert_bit_equal(tensors(found), tensors(expected))
+        assert_bit_equal(tensors(combined), tensors(expected))
     registry.write_model(Model({"vqgan": model.parts["vqgan"]}), tmp_path / "d", "native")
-    with pytest.raises(ValueError, match="holds no Stage C"):
+    with pytest.raises(ValueError, match="has no Stage C"):
         registry.read_model(str(tmp_path / "a"), prior=str(tmp_path / "d"))
 
 
-def test_a_card_goes_along(model: Model, tmp_path: Path) -> None:
-    told = Model({"vqgan": model.parts["vqgan"]}, card="# mine\n\nlicense: mit\n")
-    registry.write_model(told, tmp_path / "there", "native")
+def test_the_model_card_is_kept(model: Model, tmp_path: Path) -> None:
+    with_card = Model({"vqgan": model.parts["vqgan"]}, card="# mine\n\nlicense: mit\n")
+    registry.write_model(with_card, tmp_path / "there", "native")
     registry.write_model(
         registry.read_model(str(tmp_path / "there")), tmp_path / "again", "diffusers"
     )
-    assert (tmp_path / "again" / "README.md").read_text() == told.card
+    assert (tmp_path / "again" / "README.md").read_text() == with_card.card
 
 
-def test_added_tokens_are_taken_whole(model: Model, tmp_path: Path) -> None:
+def test_added_tokens_are_kept(model: Model, tmp_path: Path) -> None:
     write_vocabulary(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 49408}')
     part = model.parts["text_encoder"]
@@ -90,7 +92,7 @@ def test_added_tokens_are_taken_whole(model: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_ours_to_original_and_back(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_upstream_format_round_trips(dtype: torch.dtype, tmp_path: Path) -> None:
     whole = random_model(dtype)
     model = Model({k: v for k, v in whole.parts.items() if k not in TEXT}, whole.settings)
     registry.write_model(model, tmp_path / "there", "upstream")
@@ -102,31 +104,31 @@ def test_ours_to_original_and_back(dtype: torch.dtype, tmp_path: Path) -> None:
     }
 
 
-def test_the_authors_files_say_their_own_arguments(model: Model, tmp_path: Path) -> None:
-    # a compressor of theirs is an EfficientNet; see test_names
+def test_arguments_of_published_upstream_files_are_inferred(model: Model, tmp_path: Path) -> None:
+    # an upstream compressor is an EfficientNet; see test_key_map
     parts = {k: v for k, v in model.parts.items() if k not in (*TEXT, "compressor")}
     registry.write_model(Model(parts, model.settings), tmp_path / "there", "upstream")
     for path in (tmp_path / "there").glob("*.pt"):
         content = torch.load(path, weights_only=True)
-        del content["wuerstchen_pl"]  # what only we write
+        del content["wuerstchen_pl"]  # published files do not have it
         torch.save(content, path)
-    found = registry.read_model(str(tmp_path / "there"))
-    assert_bit_equal(tensors(found), tensors(Model(parts)))
+    inferred = registry.read_model(str(tmp_path / "there"))
+    assert_bit_equal(tensors(inferred), tensors(Model(parts)))
     for name, part in parts.items():
-        assert found.parts[name].config == {
-            key: part.config[key] for key in found.parts[name].config
+        assert inferred.parts[name].config == {
+            key: part.config[key] for key in inferred.parts[name].config
         }
 
 
 @pytest.mark.parametrize("name", ["model_v3_stage_c.pt", "vqgan_f4_v1_500k.pt"])
-def test_one_of_the_authors_files_is_read_alone(model: Model, name: str, tmp_path: Path) -> None:
+def test_a_single_upstream_file_is_read(model: Model, name: str, tmp_path: Path) -> None:
     part = "prior" if "stage_c" in name else "vqgan"
     registry.write_model(Model({part: model.parts[part]}), tmp_path / "there", "upstream")
-    found = registry.read_model(str(tmp_path / "there" / name))
-    assert_bit_equal(tensors(found), tensors(Model({part: model.parts[part]})))
+    read_back = registry.read_model(str(tmp_path / "there" / name))
+    assert_bit_equal(tensors(read_back), tensors(Model({part: model.parts[part]})))
 
 
-def test_what_is_written_is_what_safetensors_writes(model: Model, ours: Path) -> None:
+def test_written_files_equal_those_of_safetensors(model: Model, ours: Path) -> None:
     path = ours / "decoder" / "model.safetensors"
     state = load_file(path)
     expected = {name: lazy.load() for name, lazy in model.parts["decoder"].tensors.items()}
@@ -143,13 +145,13 @@ def test_shards_are_read(model: Model, ours: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     names = sorted(state)
     shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
-    for shard, held in shards.items():
-        save_file({name: state[name] for name in held}, folder / shard)
-    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    for shard, shard_names in shards.items():
+        save_file({name: state[name] for name in shard_names}, folder / shard)
+    index = {"weight_map": {name: shard for shard, keys in shards.items() for name in keys}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_bit_equal(tensors(registry.read_model(str(tmp_path / "sharded"))), tensors(model))
     (folder / "two.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names two\.safetensors, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"lists two\.safetensors, which does not exist"):
         registry.read_model(str(tmp_path / "sharded"))
 
 
@@ -164,8 +166,8 @@ print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.slow
-def test_a_part_of_a_billion_parameters_is_converted_in_little_memory(tmp_path: Path) -> None:
-    """v2's Stage C in bfloat16, 2 GB: within 3 GB over its own size, as files are mapped."""
+def test_a_part_of_a_billion_parameters_is_converted_in_bounded_memory(tmp_path: Path) -> None:
+    """v2's Stage C in bfloat16, 2 GB: at most 3 GB above its size, as files are mapped."""
     make = (
         "import sys; from pathlib import Path; import torch;"
         "from tests.test_presets import part_config;"
@@ -182,21 +184,21 @@ def test_a_part_of_a_billion_parameters_is_converted_in_little_memory(tmp_path: 
     subprocess.run([sys.executable, "-c", make, str(source)], check=True)
     size = (source / "prior" / "model.safetensors").stat().st_size
     assert size > 2 * 993_636_896
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", CONVERT, str(source), str(target)],
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    before, after = (int(kilobytes) * 1024 for kilobytes in told.split())
+    before, after = (int(kilobytes) * 1024 for kilobytes in output.split())
     assert after - before < 3e9
     assert after < size + 3e9
 
 
-def test_nothing_is_written_over_and_nothing_half(
+def test_nothing_is_overwritten_or_partially_written(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    with pytest.raises(FileExistsError, match="is there already; choose another folder"):
+    with pytest.raises(FileExistsError, match="already exists; choose another folder"):
         registry.write_model(model, tmp_path / "full", "native")
 
     def full_disk(*args: object) -> None:

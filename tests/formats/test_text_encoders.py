@@ -1,4 +1,4 @@
-"""Text encoders that transformers saved are read, whichever of its two classes saved them."""
+"""Text encoders are read from both of the classes that transformers saves."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from wuerstchen_pl.formats import clip
 
 @pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
 def test_both_text_models_of_transformers_are_read(kind: type, tmp_path: Path) -> None:
-    """The projection is not used by Stage B or C, and is left out."""
+    """The projection is not used by Stage B or C and is dropped."""
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=49408, hidden_size=64, intermediate_size=256, num_hidden_layers=2,

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and damage that is detected."""
+"""Atomic writes and detection of damaged files."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.io import atomic
 
 
-def published(folder: Path, step: int, content: bytes) -> Path:
+def commit_checkpoint(folder: Path, step: int, content: bytes) -> Path:
     path = folder / f"checkpoints/step{step:07d}.ckpt"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
@@ -21,8 +21,8 @@ def published(folder: Path, step: int, content: bytes) -> Path:
     return path
 
 
-def test_the_hash_beside_a_file_is_what_sha256sum_reads(tmp_path: Path) -> None:
-    path = published(tmp_path, 1, b"weights")
+def test_the_sidecar_is_readable_by_sha256sum(tmp_path: Path) -> None:
+    path = commit_checkpoint(tmp_path, 1, b"weights")
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, f"{path.name}.sha256"]
     command = ["sha256sum", "--check", f"{path.name}.sha256"]
     subprocess.run(command, cwd=path.parent, capture_output=True, check=True)
@@ -31,8 +31,10 @@ def test_the_hash_beside_a_file_is_what_sha256sum_reads(tmp_path: Path) -> None:
     assert not atomic.is_intact(path)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path: Path) -> None:
-    first, second, third = (published(tmp_path, step, b"%d" % step * 100) for step in (9, 10, 100))
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one_with_a_warning(tmp_path: Path) -> None:
+    first, second, third = (
+        commit_checkpoint(tmp_path, step, b"%d" % step * 100) for step in (9, 10, 100)
+    )
     assert load.find_checkpoint(tmp_path) == third
     third.write_bytes(third.read_bytes()[:-1])
     with pytest.warns(
@@ -50,8 +52,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_pa
         load.find_checkpoint(tmp_path)
 
 
-def test_a_checkpoint_without_a_hash_is_taken(tmp_path: Path) -> None:
-    path = published(tmp_path, 1, b"from elsewhere")
+def test_a_checkpoint_without_a_sidecar_is_accepted(tmp_path: Path) -> None:
+    path = commit_checkpoint(tmp_path, 1, b"from elsewhere")
     path.with_name(f"{path.name}.sha256").unlink()
     path.write_bytes(b"changed")
     assert load.find_checkpoint(tmp_path) == path
@@ -64,13 +66,13 @@ def test_a_checkpoint_without_a_hash_is_taken(tmp_path: Path) -> None:
         ("fsync", 1, b"before"),
         ("replace", 0, b"before"),
         ("replace", 1, b"before"),
-        ("fsync", 2, b"after"),  # only the folder's entry may still be lost
+        ("fsync", 2, b"after"),  # only the sync of the folder entry fails
     ],
 )
-def test_a_full_disk_at_any_point_leaves_a_whole_checkpoint(
+def test_a_full_disk_at_any_point_leaves_an_intact_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at: int, newest: bytes
 ) -> None:
-    published(tmp_path, 1, b"before")
+    commit_checkpoint(tmp_path, 1, b"before")
     calls, real = [], getattr(os, name)
 
     def fails(*arguments: object) -> None:
@@ -81,13 +83,13 @@ def test_a_full_disk_at_any_point_leaves_a_whole_checkpoint(
 
     monkeypatch.setattr(os, name, fails)
     with pytest.raises(OSError, match="No space left"):
-        published(tmp_path, 2, b"after")
+        commit_checkpoint(tmp_path, 2, b"after")
     monkeypatch.undo()
     assert load.find_checkpoint(tmp_path).read_bytes() == newest
 
 
-def test_the_hash_goes_with_the_file(tmp_path: Path) -> None:
-    path = published(tmp_path, 1, b"old")
+def test_the_sidecar_is_removed_with_the_file(tmp_path: Path) -> None:
+    path = commit_checkpoint(tmp_path, 1, b"old")
     atomic.remove(path)
     assert list(path.parent.iterdir()) == []
 
@@ -97,8 +99,8 @@ def test_the_hash_goes_with_the_file(tmp_path: Path) -> None:
 def test_a_kill_at_any_point_of_an_overwrite_leaves_an_intact_file(
     tmp_path: Path, name: str, call: int
 ) -> None:
-    """Old or new, but never one that its own sidecar calls damaged."""
-    path = published(tmp_path, 1, b"before")
+    """The file is the old or the new one, and always matches its sidecar."""
+    path = commit_checkpoint(tmp_path, 1, b"before")
     if (child := os.fork()) == 0:
         calls, real = [], getattr(os, name)
 
@@ -109,7 +111,7 @@ def test_a_kill_at_any_point_of_an_overwrite_leaves_an_intact_file(
             real(*arguments, **options)
 
         setattr(os, name, dies)
-        published(tmp_path, 1, b"after")
+        commit_checkpoint(tmp_path, 1, b"after")
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status in (0, 9)
@@ -121,12 +123,12 @@ def test_a_kill_at_any_point_of_an_overwrite_leaves_an_intact_file(
 def test_an_error_leaves_nothing_behind_and_names_the_path(write: Any, tmp_path: Path) -> None:
     target = tmp_path / "new" / "target"
 
-    def half() -> None:
+    def write_half() -> None:
         with write(target) as temporary:
             (temporary / "x" if temporary.is_dir() else temporary).write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(OSError, match=r"new/target could not be written: No space left"):
-        half()
+        write_half()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not target.exists()

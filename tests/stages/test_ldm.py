@@ -92,4 +92,4 @@ def test_a_baseline_is_no_cascade_to_export(
     baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run_program("export", [f"ckpt={baseline}", f"to={tmp_path / 'mine'}"]) == 1
-    assert "is a run of stage=ldm, which is not a stage of the cascade" in capsys.readouterr().err
+    assert "is a run of stage=ldm, which no model format supports" in capsys.readouterr().err

@@ -65,7 +65,7 @@ class EvaluationCallback(L.Callback):
                 "callbacks=with_evaluation draws images, which takes Stage C; use "
                 "callbacks=default for stage=a and stage=b"
             )
-        if hasattr(trainer.datamodule, "made_with") and self.plan.of_data:  # type: ignore[attr-defined]
+        if hasattr(trainer.datamodule, "made_with") and self.plan.needs_data:  # type: ignore[attr-defined]
             raise ValueError(
                 "callbacks=with_evaluation compares with training images, which data=cached has "
                 "none of; name a folder with callbacks.evaluation.plan.reference and a file with "
@@ -113,7 +113,7 @@ class EvaluationCallback(L.Callback):
                 pipeline=pipeline_from_stage(stage),
                 stages=stages_with_loss(stage.eval()),
                 data=trainer.datamodule,  # type: ignore[attr-defined]
-                kept=self._kept,
+                feature_cache=self._kept,
             )
             try:
                 return evaluate(self.plan, subject, folder, process)

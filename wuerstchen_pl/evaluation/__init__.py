@@ -1,1 +1,1 @@
-"""How good the images are: prompts -> a folder of images -> scores -> a report."""
+"""Evaluation: prompts -> a folder of generated images -> metrics -> a report."""

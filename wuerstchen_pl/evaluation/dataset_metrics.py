@@ -1,4 +1,4 @@
-"""Scores of a model on the data that it was trained on."""
+"""Metrics of a model on its own training and validation data."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -23,42 +23,42 @@ from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 
 NUM_BINS = 10
 SPLITS = {"val": "", "train": "_train"}
-"""And what stands behind a stage's name."""
+"""Split -> suffix of the stage's name in metric names."""
 
 
 def reconstructions(
     pipeline: CascadePipeline, data: Any, settings: SamplingConfig, lpips: Compare | None = None
 ) -> dict[str, Score]:
-    """Of Stage A, and of compressor + B + A, on both splits; and how the codebook is used.
+    """Reconstruction metrics of Stage A and of compressor + B + A on both splits; codebook usage.
 
     Args:
         pipeline: the cascade.
         data: the data module.
-        settings: Stage B's steps.
-        lpips: adds LPIPS.
+        settings: sampling settings, of which only Stage B's steps are used.
+        lpips: also measures LPIPS.
     """
-    by: dict[str, Compare] = {"psnr": psnr, "ssim": ssim}
+    metrics: dict[str, Compare] = {"psnr": psnr, "ssim": ssim}
     if lpips is not None:
-        by["lpips"] = lpips
-    found = {}
+        metrics["lpips"] = lpips
+    scores = {}
     for stage in autoencoders(pipeline):
         for split, suffix in SPLITS.items():
             pairs = reconstructed_batches(pipeline, data, settings, stage, split)
-            for name, each in compare_images(pairs, by).items():
-                found[f"stage_{stage}{suffix}/{name}"] = mean_score(each)
+            for name, values in compare_images(pairs, metrics).items():
+                scores[f"stage_{stage}{suffix}/{name}"] = mean_score(values)
     images = (batch["image"] for batch in data.in_order("train", alone=True))
-    return found | codebook(pipeline, images)
+    return scores | codebook(pipeline, images)
 
 
 def autoencoders(pipeline: CascadePipeline) -> str:
-    """``a``, and ``b`` where there is a compressor."""
+    """Stages that can reconstruct an image: ``a``, and ``b`` if there is a compressor."""
     return "a" if pipeline.compressor is None else "ab"
 
 
 def reconstructed_batches(
     pipeline: CascadePipeline, data: Any, settings: SamplingConfig, stage: str, split: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a split with what ``a``, or compressor, ``b`` and A, make of them."""
+    """Yield (images, reconstructions) of a split; ``b`` reconstructs by compressor + B + A."""
     batches = data.in_order(split, alone=True)
     for batch in tqdm(batches, desc=f"stage {stage}, {split}", unit="batch"):
         images = batch["image"]
@@ -66,23 +66,24 @@ def reconstructed_batches(
             yield images, autoencode(pipeline, images)
         else:
             assert isinstance(pipeline, WuerstchenPipeline)
-            seeds = [crc32(key.encode()) for key in batch["key"]]  # whatever else is in the batch
+            # seeds by sample, so that a reconstruction does not depend on its batch
+            seeds = [crc32(key.encode()) for key in batch["key"]]
             yield images, reconstruct(pipeline, images, settings.decoder_steps, seeds=seeds)
 
 
 @torch.no_grad()
 def codebook(pipeline: CascadePipeline, batches: Iterable[Tensor]) -> dict[str, Score]:
-    """Images (B, 3, H, W) in [0, 1] -> perplexity of their codes, and codes that none has."""
-    vqgan, number = pipeline.decoder.vqgan, 0
-    uses = torch.zeros(vqgan.quantizer.codebook.num_embeddings)
+    """Codebook perplexity and number of unused codes over images (B, 3, H, W) in [0, 1]."""
+    vqgan, num_images = pipeline.decoder.vqgan, 0
+    counts = torch.zeros(vqgan.quantizer.codebook.num_embeddings)
     for images in batches:
-        number += len(images)
+        num_images += len(images)
         indices = vqgan.quantizer.indices(vqgan.features(images.to(pipeline.placement.device)))
-        uses += torch.bincount(indices.flatten().cpu(), minlength=len(uses))
-    values = dict(zip(("perplexity", "dead"), map(float, codebook_usage(uses)), strict=True))
+        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
+    values = dict(zip(("perplexity", "dead"), map(float, codebook_usage(counts)), strict=True))
     return {
         f"codebook/{name}": Score(
-            value=value, low=None, high=None, number=number, facts={"codes": len(uses)}
+            value=value, low=None, high=None, number=num_images, facts={"codes": len(counts)}
         )
         for name, value in values.items()
     }
@@ -91,21 +92,21 @@ def codebook(pipeline: CascadePipeline, batches: Iterable[Tensor]) -> dict[str, 
 def rfid(
     pipeline: CascadePipeline, data: Any, settings: SamplingConfig, network: FeatureNetwork
 ) -> dict[str, Score]:
-    """Frechet distance of training images to what comes back of them.
+    """Frechet distance between training images and their reconstructions.
 
     Raises:
-        ValueError: if there are too few for a covariance.
+        ValueError: if there are too few images to estimate a covariance.
     """
     originals = features(DatasetImages(data), network, "training images")
     check_enough("rfid", network.width, len(originals))
-    measure, found = FrechetDistance(originals), {}
+    measure, scores = FrechetDistance(originals), {}
     for stage in autoencoders(pipeline):
         pairs = reconstructed_batches(pipeline, data, settings, stage, "train")
-        back = features(to_uint8(back for _, back in pairs), network, f"stage {stage}")
-        found[f"stage_{stage}_train/r{metric_name('fid', network)}"] = distance(
-            back, measure, **BIAS["fid"]
+        reconstructed = features(to_uint8(images for _, images in pairs), network, f"stage {stage}")
+        scores[f"stage_{stage}_train/r{metric_name('fid', network)}"] = distance(
+            reconstructed, measure, **BIAS["fid"]
         )
-    return found
+    return scores
 
 
 def to_uint8(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -115,64 +116,67 @@ def to_uint8(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def retrievals(
-    drawn: ImageFolder, own: Sequence[int], reference: Iterable[Tensor], pipeline: CascadePipeline
+    generated: ImageFolder,
+    targets: Sequence[int],
+    reference: Iterable[Tensor],
+    pipeline: CascadePipeline,
 ) -> dict[str, Score]:
-    """How often a drawn image's own training image is the nearest, or among the nearest five.
+    """Top-1 and top-5 retrieval of the training image whose caption an image was generated for.
 
-    By average-pooled pixels and by semantic latents, each beside the same with captions shuffled.
+    By average-pooled pixels and by semantic latents, each with a control of shuffled captions.
 
     Args:
-        drawn: images drawn for training captions.
-        own: the place of each one's image among the reference.
+        generated: images generated for training captions.
+        targets: for each of them, the index of its training image in ``reference``.
         reference: the training images, (3, H, W) uint8.
-        pipeline: whose compressor compares.
+        pipeline: its compressor computes the semantic latents.
     """
     spaces: dict[str, Callable[[Iterable[Tensor]], Tensor]] = {"": pooled_pixels}
     if isinstance(pipeline, WuerstchenPipeline) and pipeline.compressor is not None:
-        spaces["_semantic"] = lambda p: pooled_semantic(pipeline, p)
-    found: dict[str, Score] = {}
-    for suffix, space in spaces.items():
-        near = space(to_float(reference))
-        ours = space(to_float(drawn))
-        for control, places in (("", list(own)), ("_shuffled", shuffle_control(own))):
-            found |= topk_scores(
-                f"retrieval{suffix}{control}", ranks(ours, near, places), len(near)
+        spaces["_semantic"] = lambda images: pooled_semantic(pipeline, images)
+    scores: dict[str, Score] = {}
+    for suffix, embed in spaces.items():
+        candidates = embed(to_float(reference))
+        queries = embed(to_float(generated))
+        for control, indices in (("", list(targets)), ("_shuffled", shuffle_control(targets))):
+            scores |= topk_scores(
+                f"retrieval{suffix}{control}", ranks(queries, candidates, indices), len(candidates)
             )
-    return found
+    return scores
 
 
-def topk_scores(name: str, found: Sequence[int], references: int) -> dict[str, Score]:
-    """Ranks -> the shares of the first, and of the first five."""
+def topk_scores(name: str, target_ranks: Sequence[int], num_candidates: int) -> dict[str, Score]:
+    """Zero-based ranks of the targets -> top-1 and top-5 accuracy, with their chance levels."""
     return {
-        f"{name}/top{most}": proportion_score(
-            [float(rank < most) for rank in found],
-            reference=references,
-            chance=min(1.0, most / references),
+        f"{name}/top{k}": proportion_score(
+            [float(rank < k) for rank in target_ranks],
+            reference=num_candidates,
+            chance=min(1.0, k / num_candidates),
         )
-        for most in (1, 5)
+        for k in (1, 5)
     }
 
 
 def to_float(images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Bytes -> (3, H, W) in [0, 1]."""
+    """Images (3, H, W) uint8 -> the same in [0, 1]."""
     return (image.float() / 255 for image in images)
 
 
 def pooled_semantic(pipeline: WuerstchenPipeline, images: Iterable[Tensor]) -> Tensor:
     """Images (3, H, W) of any size -> (N, S * 4 * 4) average-pooled semantic latents."""
-    rows = [pipeline.encode(image[None])[0].float().cpu() for image in images]
-    pooled = [torch.nn.functional.adaptive_avg_pool2d(row, 4).flatten() for row in rows]
+    latents = [pipeline.encode(image[None])[0].float().cpu() for image in images]
+    pooled = [torch.nn.functional.adaptive_avg_pool2d(z, 4).flatten() for z in latents]
     return torch.stack(pooled)
 
 
 def validation_losses(stages: dict[str, Any], data: Any) -> dict[str, Score]:
-    """The losses of Stages B and C at times and with noise of each image's own, and over t.
+    """Validation losses, overall and per bin of t, at fixed timesteps and noise for each image.
 
     Args:
-        stages: those with such losses by name, in eval mode, with the weights to judge.
+        stages: name -> stage with a validation loss, in eval mode, with the weights to evaluate.
         data: the data module, whose validation split is used.
     """
-    found: dict[str, Score] = {}
+    scores: dict[str, Score] = {}
     for name, stage in stages.items():
         times: list[Tensor] = []
         losses: list[Tensor] = []
@@ -182,11 +186,11 @@ def validation_losses(stages: dict[str, Any], data: Any) -> dict[str, Score]:
             times.append(t.cpu())
             losses.append(loss.float().cpu())
         t, loss = torch.cat(times), torch.cat(losses)
-        found[f"stage_{name}/loss"] = mean_score(loss.mean(dim=1).tolist())
-        band = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        for number in range(NUM_BINS):
-            if (own := loss[band == number]).numel():
-                middle = (number + 0.5) / NUM_BINS
-                # of each image at times of this band
-                found[f"stage_{name}/loss_t{middle:.2f}"] = mean_score(own.tolist(), of="times")
-    return found
+        scores[f"stage_{name}/loss"] = mean_score(loss.mean(dim=1).tolist())
+        bins = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+        for index in range(NUM_BINS):
+            if (in_bin := loss[bins == index]).numel():
+                center = (index + 0.5) / NUM_BINS
+                # one value per image and timestep in this bin
+                scores[f"stage_{name}/loss_t{center:.2f}"] = mean_score(in_bin.tolist(), of="times")
+    return scores

@@ -1,4 +1,4 @@
-"""The data that a model was trained on, as prompts and as the images to compare with."""
+"""Training data as a source of prompts and of reference images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +11,16 @@ from wuerstchen_pl.checkpointing import load
 
 
 class CaptionedImage(NamedTuple):
-    """A training image's caption, size, and place among them all."""
+    """A training image's caption, size in pixels, and index in the training set."""
 
     caption: str
     height: int
     width: int
-    place: int
+    dataset_index: int
 
 
 class DatasetImages:
-    """The training images, cropped to their buckets, in their order.
+    """The training images in dataset order, cropped to their buckets.
 
     Args:
         data: the data module.
@@ -30,42 +30,45 @@ class DatasetImages:
         self.data = data
 
     def __iter__(self) -> Iterator[Tensor]:
-        """(3, H, W) uint8 each."""
+        """Yield images (3, H, W) uint8."""
         for batch in self.data.in_order("train", alone=True):
             yield from (batch["image"] * 255).round().byte()
 
     def captioned(self, number: int | None) -> list[CaptionedImage]:
-        """So many of them, spread over the set, so that no bucket is left out."""
-        found: list[CaptionedImage] = []
+        """Up to ``number`` samples, evenly spaced over the set so that all buckets occur."""
+        samples: list[CaptionedImage] = []
         for batch in self.data.in_order("train", alone=True):
             height, width = batch["image"].shape[-2:]
             for caption in batch["caption"]:
-                found.append(CaptionedImage(caption, height, width, len(found)))
-        count = min(number or len(found), len(found))
-        return [found[i * len(found) // count] for i in range(count)]
+                samples.append(CaptionedImage(caption, height, width, len(samples)))
+        count = min(number or len(samples), len(samples))
+        return [samples[i * len(samples) // count] for i in range(count)]
 
 
 def data_from_yaml(path: Path) -> Any:
-    """The data module of a YAML file: a run's ``config.yaml``, or its ``data`` alone.
+    """The data module of a YAML file: a run's ``config.yaml``, or only its ``data`` section.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it names what is not a data module, or a cache, which holds no images.
+        ValueError: if it does not define a data module, or defines a cache, which has no images.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not a file; name a run's config.yaml, or its data alone"
+            f"{path} is not a file; name a run's config.yaml, or a file of its data section"
         )
     config: Any = OmegaConf.to_container(OmegaConf.load(path))
     data = load.instantiate_allowed(
         config.get("data", config) if isinstance(config, dict) else config
     )
     if not hasattr(data, "in_order"):
-        raise ValueError(f"{path} names no data; give a run's config.yaml, or its data alone")
+        raise ValueError(
+            f"{path} does not define a data module; name a run's config.yaml, or a file of its "
+            "data section"
+        )
     if hasattr(data, "made_with"):
         raise ValueError(
-            f"{path} names a cache, which holds no images to measure on; name the data that it "
-            "was made of"
+            f"{path} defines a cache, which has no images; name the data that the cache "
+            "was built from"
         )
     data.prepare_data()
     data.setup()
@@ -76,11 +79,11 @@ def run_data(model: Path) -> Any:
     """The data module that the run at ``model`` was trained on, from its config.yaml.
 
     Raises:
-        FileNotFoundError: if the run's folder lacks it.
-        ValueError: see ``configured``.
+        FileNotFoundError: if the run's folder has no config.yaml.
+        ValueError: see ``data_from_yaml``.
     """
     folder = load.find_checkpoint(model).parent.parent
     path = folder / "config.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; evaluate reads there what data to measure on")
+        raise FileNotFoundError(f"{path} is missing; evaluate reads the run's data config from it")
     return data_from_yaml(path)

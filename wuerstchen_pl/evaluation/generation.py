@@ -1,4 +1,4 @@
-"""Generates the images of prompts in a folder; existing ones are kept, processes share the work."""
+"""Generate images for prompts into a folder: resumable, and split over processes."""
 
 import json
 import time
@@ -17,11 +17,11 @@ from wuerstchen_pl.pipelines.cascade import CascadePipeline
 from wuerstchen_pl.pipelines.generate import SamplingConfig, generate_images
 
 STALL_TIMEOUT_S = 600.0
-"""Seconds in which another process has to have drawn something, or is thought to be dead."""
+"""Seconds without a new image after which the other processes are considered dead."""
 
 
 class GenerationRequest(NamedTuple):
-    """An image to be drawn."""
+    """An image to be generated."""
 
     prompt: str
     seed: int
@@ -31,113 +31,113 @@ class GenerationRequest(NamedTuple):
 
 def generate_into(
     folder: Path,
-    wanted: Sequence[GenerationRequest],
+    requests: Sequence[GenerationRequest],
     pipeline: CascadePipeline,
     settings: SamplingConfig,
     facts: dict[str, Any],
     process: DistInfo,
 ) -> None:
-    """Draw this process's share of the images that are not there yet; the first waits for all.
+    """Generate this process's share of the missing images; rank 0 waits for all of them.
 
-    An image is ``<number of its prompt>-<seed>.png``, and appears whole or not at all.
+    An image is written atomically as ``<index of its prompt>-<seed>.png``.
 
     Args:
-        folder: for the images.
-        wanted: all of them, in order.
-        pipeline: draws them.
+        folder: output folder.
+        requests: the images of all processes, in order.
+        pipeline: generates the images.
         settings: steps, guidance, sampler.
-        facts: what images depend on besides, such as the weights' hash.
-        process: which one this is.
+        facts: what else the images depend on, such as the sha256 of the weights.
+        process: rank and world size of this process.
 
     Raises:
-        ValueError: if a size or prompt cannot be drawn, or the folder holds images that were
-            drawn otherwise.
+        ValueError: if a size or prompt is not supported, or the folder contains images that were
+            generated with other settings.
         OSError: if an image cannot be written.
     """
-    for height, width in {(each.height, each.width) for each in wanted}:
+    for height, width in {(request.height, request.width) for request in requests}:
         pipeline.padded_size(height, width)
-    for each in wanted:
-        pipeline.prior.text_encoder.check(each.prompt)
-    # the number drawn at once changes no image
-    how = {key: value for key, value in vars(settings).items() if key != "batch_size"}
-    claim_folder(folder, wanted, {**facts, **how}, process)
-    paths = [folder / file_name(number, each) for number, each in enumerate(wanted)]
-    # by number, and not by what is missing: another process may have begun
+    for request in requests:
+        pipeline.prior.text_encoder.check(request.prompt)
+    # the batch size does not affect the images
+    sampling = {key: value for key, value in vars(settings).items() if key != "batch_size"}
+    claim_folder(folder, requests, {**facts, **sampling}, process)
+    paths = [folder / file_name(index, request) for index, request in enumerate(requests)]
+    # split by index and not by what is missing: another process may have started already
     share = range(process.rank, len(paths), process.world_size)
-    own = [number for number in share if not paths[number].is_file()]
-    _draw({paths[n]: wanted[n] for n in own}, pipeline, settings, facts)
+    missing = [index for index in share if not paths[index].is_file()]
+    _generate({paths[i]: requests[i] for i in missing}, pipeline, settings, facts)
     if process.rank == 0:
         _wait_for(paths)
 
 
-def _draw(
-    own: dict[Path, GenerationRequest],
+def _generate(
+    requests: dict[Path, GenerationRequest],
     pipeline: CascadePipeline,
     settings: SamplingConfig,
     facts: dict[str, Any],
 ) -> None:
-    """Draw images, those of one size together, and write each to its path."""
+    """Generate images, batched by size, and write each to its path."""
     by_size: dict[tuple[int, int], list[Path]] = defaultdict(list)
-    for path, each in own.items():
-        by_size[each.height, each.width].append(path)
-    with tqdm(total=len(own), desc="drawing", unit="image", disable=not own) as bar:
+    for path, request in requests.items():
+        by_size[request.height, request.width].append(path)
+    with tqdm(total=len(requests), desc="generating", unit="image", disable=not requests) as bar:
         for (height, width), paths in by_size.items():
             images = generate_images(
                 pipeline,
-                [own[path].prompt for path in paths],
-                seeds=[own[path].seed for path in paths],
+                [requests[path].prompt for path in paths],
+                seeds=[requests[path].seed for path in paths],
                 height=height,
                 width=width,
                 settings=settings,
             )
             for path, image in zip(paths, images, strict=True):
-                prompt_facts = {"prompt": own[path].prompt, "seed": own[path].seed}
+                prompt_facts = {"prompt": requests[path].prompt, "seed": requests[path].seed}
                 write_png(path, image, {**prompt_facts, **facts})
                 bar.update()
 
 
-def file_name(number: int, wanted: GenerationRequest) -> str:
-    """The name of an image's file."""
-    return f"{number:06d}-{wanted.seed}.png"
+def file_name(index: int, request: GenerationRequest) -> str:
+    """The file name of an image: index of its prompt, and seed."""
+    return f"{index:06d}-{request.seed}.png"
 
 
 def claim_folder(
-    folder: Path, wanted: Sequence[GenerationRequest], facts: dict[str, Any], process: DistInfo
+    folder: Path, requests: Sequence[GenerationRequest], facts: dict[str, Any], process: DistInfo
 ) -> None:
-    """Note what a folder's images are drawn from, or see that it is the same.
+    """Record in a manifest how a folder's images are generated, or check an existing one.
 
     Raises:
-        ValueError: if they were drawn from something else.
+        ValueError: if the folder contains images that were generated differently.
     """
     path = folder / MANIFEST
     content = {
-        "prompts": [each.prompt for each in wanted],
-        "seeds": [each.seed for each in wanted],
-        "sizes": [[each.height, each.width] for each in wanted],
+        "prompts": [request.prompt for request in requests],
+        "seeds": [request.seed for request in requests],
+        "sizes": [[request.height, request.width] for request in requests],
         **facts,
     }
     content = json.loads(json.dumps(content))
-    if not path.is_file() or not any(folder.glob("*.png")):  # or of a command that drew nothing
+    if not path.is_file() or not any(folder.glob("*.png")):  # or from a run that generated nothing
         if process.rank == 0:
             write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        existing = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged; choose another output_dir") from error
-    differing = [k for k in {**content, **there} if there.get(k) != content.get(k)]
+    differing = [k for k in {**content, **existing} if existing.get(k) != content.get(k)]
     if differing:
         raise ValueError(
-            f"{folder} holds images of other {', '.join(differing)}; choose another output_dir, "
-            "or remove them"
+            f"{folder} contains images with other {', '.join(differing)}; choose another "
+            "output_dir, or remove them"
         )
 
 
 def _wait_for(paths: Sequence[Path]) -> None:
-    """Until the other processes have drawn theirs.
+    """Wait until the other processes have written their images.
 
     Raises:
-        TimeoutError: if none came for ten minutes.
+        TimeoutError: if no new image appears for ``STALL_TIMEOUT_S``.
     """
     missing, since = len(paths), time.monotonic()
     while left := sum(not path.is_file() for path in paths):
@@ -145,7 +145,7 @@ def _wait_for(paths: Sequence[Path]) -> None:
             missing, since = left, time.monotonic()
         if time.monotonic() - since > STALL_TIMEOUT_S:
             raise TimeoutError(
-                f"{paths[0].parent} lacks {left} images that other processes were to draw; run "
-                "the command again, which draws only these"
+                f"{paths[0].parent} lacks {left} images that other processes should have "
+                "generated; run the command again, which generates only the missing ones"
             )
         time.sleep(0.2)

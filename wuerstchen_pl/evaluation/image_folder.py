@@ -1,4 +1,4 @@
-"""A folder of images, each with the prompt that it was drawn for, where that is known."""
+"""A folder of images with their prompts, if known."""
 
 import hashlib
 import json
@@ -14,58 +14,58 @@ from torch import Tensor
 from wuerstchen_pl.io.images import IMAGE_SUFFIXES, decode_image, upright_size
 
 MANIFEST = "images.json"
-"""What they were drawn from, beside them."""
+"""File in the folder that records how its images were generated."""
 
 
 class ImageFolder:
-    """Images in the order of their names, numbers in these by their value.
+    """Images in natural order of their file names: 2.png before 10.png.
 
     Args:
-        path: of the folder.
-        key: of the config that named it, for messages.
-        prompts: of the images, in their order; None takes those that ``images.json`` has.
+        path: the folder.
+        key: config key that named it, for error messages.
+        prompts: of the images, in their order; None reads them from ``images.json``, if present.
 
     Raises:
         FileNotFoundError: if there is no image.
-        ValueError: if there are not as many prompts as images.
+        ValueError: if the numbers of prompts and images differ.
     """
 
     def __init__(
         self, path: Path, *, key: str = "images", prompts: Sequence[str] | None = None
     ) -> None:
         self.path, self.key = path, key
-        there = sorted(path.iterdir(), key=_by_numbers) if path.is_dir() else []
-        self.paths = [file for file in there if file.suffix[1:].lower() in IMAGE_SUFFIXES]
+        files = sorted(path.iterdir(), key=_by_numbers) if path.is_dir() else []
+        self.paths = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES]
         if not self.paths:
-            raise FileNotFoundError(f"{key}={path} holds no image; name a folder of them")
+            raise FileNotFoundError(f"{key}={path} contains no images; name a folder of images")
         if prompts is None and (path / MANIFEST).is_file():
             prompts = _prompts_of(path / MANIFEST)
         self.prompts = None if prompts is None else list(prompts)
         if self.prompts is not None and len(self.prompts) != len(self.paths):
             raise ValueError(
-                f"{key}={path} holds {len(self.paths)} images, and there are "
-                f"{len(self.prompts)} prompts; there must be an image for each"
+                f"{key}={path} contains {len(self.paths)} images, but there are "
+                f"{len(self.prompts)} prompts; provide one image per prompt"
             )
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """(3, H, W) uint8 each."""
-        for number in range(len(self)):
-            yield torch.from_numpy(self._pixels(number)).permute(2, 0, 1)
+        """Yield images (3, H, W) uint8."""
+        for index in range(len(self)):
+            yield torch.from_numpy(self._pixels(index)).permute(2, 0, 1)
 
-    def image(self, number: int) -> Image.Image:
-        """One image, RGB, decoded as training decodes it.
+    def image(self, index: int) -> Image.Image:
+        """One RGB image, decoded as in training.
 
         Raises:
             ValueError: if it is damaged.
         """
-        return Image.fromarray(self._pixels(number))
+        return Image.fromarray(self._pixels(index))
 
-    def _pixels(self, number: int) -> np.ndarray:
+    def _pixels(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8."""
-        path = self.paths[number]
+        path = self.paths[index]
         try:
             return decode_image(path.read_bytes())
         except OSError as error:
@@ -81,22 +81,22 @@ class ImageFolder:
         return sorted(sizes)
 
     def fingerprint(self) -> str:
-        """A hash of names, sizes and times: another one as soon as a file is changed."""
+        """A hash of file names, sizes and modification times."""
         stats = ((path.name, path.stat()) for path in self.paths)
         text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
         return hashlib.sha256(f"{self.path.resolve()}\n{text}".encode()).hexdigest()
 
 
 def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    """2.png before 10.png."""
+    """Sort key of natural order: 2.png before 10.png."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _damaged(path: Path, reason: object) -> ValueError:
     return ValueError(
-        f"{path} is damaged ({reason}); remove it if it was generated here, and run the command "
-        "again, which generates only what is missing; replace it otherwise"
+        f"{path} is damaged ({reason}); replace it, or, if it was generated here, remove it and "
+        "run the command again, which generates only missing images"
     )
 
 
@@ -104,35 +104,37 @@ def _prompts_of(path: Path) -> list[str]:
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))["prompts"]
         if not all(isinstance(prompt, str) for prompt in prompts):
-            raise TypeError("a prompt is not text")
+            raise TypeError("a prompt is not a string")
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); name the prompts with prompts=") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); set prompts= to a file of prompts"
+        ) from error
     return prompts
 
 
 def check_same_number(number: int, theirs: ImageFolder) -> None:
-    """Refuse a folder of another number of images than there are prompts.
+    """Check that a folder contains the expected number of images.
 
     Raises:
-        ValueError: naming both.
+        ValueError: naming both numbers.
     """
     if number != len(theirs):
         raise ValueError(
-            f"{theirs.key}={theirs.path} holds {len(theirs)} images, and there are {number} to "
-            "compare with; draw both for the same prompts"
+            f"{theirs.key}={theirs.path} contains {len(theirs)} images, but there are {number} "
+            "to compare with; generate both for the same prompts"
         )
 
 
 def check_same_prompts(ours: ImageFolder, theirs: ImageFolder) -> None:
-    """Refuse folders that were not drawn for the same prompts.
+    """Check that two folders were generated for the same prompts.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: naming the first difference.
     """
     check_same_number(len(ours), theirs)
     pairs = zip(ours.prompts or (), theirs.prompts or (), strict=False)
-    if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
+    if mismatch := next((pair for pair in pairs if pair[0] != pair[1]), None):
         raise ValueError(
-            f"{theirs.key}={theirs.path} was drawn for {other[1]!r}, where {ours.path} was for "
-            f"{other[0]!r}; draw both for the same prompts"
+            f"{theirs.key}={theirs.path} was generated for {mismatch[1]!r}, but {ours.path} for "
+            f"{mismatch[0]!r}; generate both for the same prompts"
         )

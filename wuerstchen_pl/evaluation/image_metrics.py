@@ -1,4 +1,4 @@
-"""Scores of images, whoever drew them: nothing here knows a stage or a sampler."""
+"""Metrics of images from any source, independent of stages and samplers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -26,7 +26,7 @@ from wuerstchen_pl.evaluation.metrics.score import Score, mean_score, proportion
 from wuerstchen_pl.io.atomic import atomic_write
 
 SIDE = {"fid": 256, "kid": 256, "is": 299}
-"""Pixels that images are resized to, as in the paper."""
+"""Side in pixels that images are resized to for each metric, as in the paper."""
 BATCH = 32
 
 
@@ -36,31 +36,31 @@ def set_metrics(
     network: FeatureNetwork,
     reference: Iterable[Tensor] | None,
     cache_dir: str | None = None,
-    kept: dict[str, Tensor] | None = None,
+    feature_cache: dict[str, Tensor] | None = None,
 ) -> dict[str, Score]:
-    """``fid`` and ``kid`` to a reference, and ``is``; of another network, ``fd_`` and ``kd_``.
+    """``fid`` and ``kid`` to a reference, and ``is``; ``fd_*`` and ``kd_*`` with another network.
 
     Args:
-        metrics: of these, those that are wanted.
-        images: to judge.
-        network: of features.
+        metrics: names of metrics; those that are not set metrics are ignored.
+        images: to evaluate.
+        network: computes features.
         reference: images (3, H, W) uint8 to compare with.
-        cache_dir: where a reference folder's features are kept.
-        kept: the same in memory, of whatever reference; found features are added.
+        cache_dir: where features of a reference folder are cached on disk.
+        feature_cache: in-memory cache of reference features by the network's sha256; updated.
 
     Raises:
-        ValueError: if there are too few for a covariance.
+        ValueError: if there are too few images to estimate a covariance.
     """
-    found = {}
-    if wanted := [name for name in ("fid", "kid") if name in metrics]:
+    scores = {}
+    if distances := [name for name in ("fid", "kid") if name in metrics]:
         assert reference is not None
-        ours = features(images, network, "drawn")
-        kept = {} if kept is None else kept
-        if network.weights_sha256 not in kept:
-            found_anew = cached_features(reference, network, cache_dir)
-            kept[network.weights_sha256] = found_anew
-        theirs = kept[network.weights_sha256]
-        for name in wanted:
+        ours = features(images, network, "generated")
+        feature_cache = {} if feature_cache is None else feature_cache
+        if network.weights_sha256 not in feature_cache:
+            reference_features = cached_features(reference, network, cache_dir)
+            feature_cache[network.weights_sha256] = reference_features
+        theirs = feature_cache[network.weights_sha256]
+        for name in distances:
             check_enough(name, network.width, len(ours), len(theirs))
             measure = (
                 FrechetDistance(theirs)
@@ -72,109 +72,109 @@ def set_metrics(
                 "weights_sha256": network.weights_sha256,
                 **BIAS[name],
             }
-            found[metric_name(name, network)] = distance(ours, measure, **facts)
+            scores[metric_name(name, network)] = distance(ours, measure, **facts)
     if "is" in metrics:
         assert isinstance(network, Inception)
         device = next(network.parameters()).device
         batches = batched(images, SIDE["is"], BATCH)
         logits = torch.cat([network.logits(batch.to(device)).cpu() for batch in batches])
         sha256 = network.weights_sha256
-        found["is"] = distance(logits, inception_score, weights_sha256=sha256)
-    return found
+        scores["is"] = distance(logits, inception_score, weights_sha256=sha256)
+    return scores
 
 
 def metric_name(name: str, network: FeatureNetwork) -> str:
-    """A distance's name: FID and KID are Inception's alone."""
+    """The name of a distance: ``fid`` and ``kid`` only with Inception features."""
     if network.name == "inception":
         return name
     return f"{name.replace('fid', 'fd').replace('kid', 'kd')}_{network.name}"
 
 
 BIAS: dict[str, dict[str, Any]] = {
-    "fid": {"least": 0.0, "bias": "upwards, in proportion to 1 / number of images"},
+    "fid": {"min_value": 0.0, "bias": "upwards, in proportion to 1 / number of images"},
     "kid": {"bias": "none"},
 }
-"""The finite-sample bias of a distance: compare Frechet distances of equal numbers only."""
+"""Finite-sample bias: Frechet distances are comparable only for equal numbers of images."""
 
 
 def distance(ours: Tensor, measure: Callable[[Tensor], float], **facts: Any) -> Score:
-    """The distance of (N, D) features from what ``measure`` compares with."""
-    return set_score(lambda own: measure(ours[own]), len(ours), **facts)
+    """Apply ``measure`` to (N, D) features, with its interval."""
+    return set_score(lambda indices: measure(ours[indices]), len(ours), **facts)
 
 
-def features(images: Iterable[Tensor], network: FeatureNetwork, what: str) -> Tensor:
-    """Images (3, H, W) uint8 -> (N, D) features on the CPU."""
+def features(images: Iterable[Tensor], network: FeatureNetwork, label: str) -> Tensor:
+    """Images (3, H, W) uint8 -> (N, D) features on the CPU; ``label`` names the progress bar."""
     device = next(network.parameters()).device  # type: ignore[attr-defined]
     squares = batched(images, SIDE["fid"], BATCH)
-    shown = tqdm(squares, desc=f"features, {what}", unit="batch")
-    return torch.cat([network.features(batch.to(device)).cpu() for batch in shown])
+    batches = tqdm(squares, desc=f"features, {label}", unit="batch")
+    return torch.cat([network.features(batch.to(device)).cpu() for batch in batches])
 
 
 def cached_features(
     reference: Iterable[Tensor], network: FeatureNetwork, cache_dir: str | None
 ) -> Tensor:
-    """Features of a reference, read again if its folder and the network are what they were."""
+    """Features of a reference; cached on disk for a folder, by its fingerprint and the network."""
     if cache_dir is None or not isinstance(reference, ImageFolder):
         return features(reference, network, "reference")
     name = f"{network.name}-{network.weights_sha256[:16]}-{reference.fingerprint()[:16]}"
     path = Path(cache_dir, f"{name.replace(' ', '')}.safetensors")
-    with suppress(OSError, SafetensorError, KeyError):  # none yet, or damaged: computed again
+    with suppress(OSError, SafetensorError, KeyError):  # missing or damaged: computed below
         return load_file(path)["features"]
-    found = features(reference, network, "reference")
+    computed = features(reference, network, "reference")
     with atomic_write(path) as temporary:
-        save_file({"features": found}, temporary)
-    return found
+        save_file({"features": computed}, temporary)
+    return computed
 
 
 def text_metric(images: ImageFolder, model: Clip, name: str) -> Score:
-    """How well each image fits its prompt.
+    """The mean score of how well each image matches its prompt.
 
     Raises:
-        ValueError: if the prompts are not known.
+        ValueError: if the prompts are unknown.
     """
     if images.prompts is None:
         raise ValueError(
-            f"metric={name} compares with texts, and {images.path} has no images.json that "
-            "names them; set prompts= to a file of them"
+            f"metric={name} needs prompts, but {images.path} has no images.json with them; "
+            "set prompts= to a file of prompts"
         )
-    found: list[float] = []
+    scores: list[float] = []
     for start in tqdm(range(0, len(images), BATCH), desc=name, unit="batch"):
-        numbers = range(start, min(start + BATCH, len(images)))
-        texts = [images.prompts[n] for n in numbers]
-        found += model.scores([images.image(n) for n in numbers], texts).tolist()
-    return mean_score(found, weights_sha256=model.weights_sha256)
+        indices = range(start, min(start + BATCH, len(images)))
+        texts = [images.prompts[i] for i in indices]
+        scores += model.scores([images.image(i) for i in indices], texts).tolist()
+    return mean_score(scores, weights_sha256=model.weights_sha256)
 
 
 def win_rates(
-    images: ImageFolder, others: Sequence[ImageFolder], ours: Score, model: Clip
+    images: ImageFolder, baselines: Sequence[ImageFolder], ours: Score, model: Clip
 ) -> dict[str, Score]:
-    """``win_rate/<folder>``: the share of prompts whose image is preferred to the other's.
+    """``win_rate/<folder>``: the share of prompts whose image scores above the baseline's.
 
     Raises:
-        ValueError: if another folder is not of the same prompts.
+        ValueError: if a baseline was generated for other prompts.
     """
-    for other in others:
-        check_same_prompts(images, other)
-    found = {}
-    for other in others:
-        other.prompts = images.prompts
-        theirs = text_metric(other, model, f"pickscore of {other.path.name}")
-        each = pairwise_wins(ours.per_sample, theirs.per_sample)
-        counts = {kind: each.count(share) for kind, share in OUTCOMES.items()}
-        found[f"win_rate/{_unique_name(other, others)}"] = proportion_score(
-            each, **counts, theirs=theirs.value
+    for baseline in baselines:
+        check_same_prompts(images, baseline)
+    scores = {}
+    for baseline in baselines:
+        baseline.prompts = images.prompts
+        theirs = text_metric(baseline, model, f"pickscore of {baseline.path.name}")
+        wins = pairwise_wins(ours.per_sample, theirs.per_sample)
+        counts = {outcome: wins.count(value) for outcome, value in OUTCOMES.items()}
+        scores[f"win_rate/{_unique_name(baseline, baselines)}"] = proportion_score(
+            wins, **counts, theirs=theirs.value
         )
-    return found
+    return scores
 
 
 OUTCOMES = {"won": 1.0, "tied": 0.5, "lost": 0.0}
 
 
-def _unique_name(folder: ImageFolder, others: Sequence[ImageFolder]) -> str:
-    """A folder's name, with as many above it as tell it from the others."""
+def _unique_name(folder: ImageFolder, folders: Sequence[ImageFolder]) -> str:
+    """The shortest suffix of a folder's path that is unique among ``folders``."""
     parts = folder.path.resolve().parts
     for depth in range(1, len(parts)):
         name = "/".join(parts[-depth:])
-        if sum("/".join(o.path.resolve().parts[-depth:]) == name for o in others) == 1:
+        if sum("/".join(o.path.resolve().parts[-depth:]) == name for o in folders) == 1:
             return name
     return str(folder.path)

@@ -1,4 +1,4 @@
-"""What is to be measured, and with what."""
+"""The evaluation plan: metrics, prompts, reference and the networks that score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,16 +11,16 @@ from wuerstchen_pl.pipelines.generate import SamplingConfig
 SET_METRICS = ("fid", "kid", "is")
 TEXT_METRICS = ("clip", "pickscore")
 IMAGE_METRICS = (*SET_METRICS, *TEXT_METRICS, "retrieval")
-"""Of images, drawn or given."""
+"""Metrics of images, whether generated or read from a folder."""
 NETWORK_METRICS = ("reconstruction", "rfid", "validation_loss")
-"""Of the model's networks on its own data."""
+"""Metrics of the model's networks on its own data."""
 TRAINING_DATA = "data"
-"""As prompts or as the reference: what the model was trained on."""
+"""Value of ``prompts`` and ``reference`` that selects the model's training data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """Metrics, prompts, and the networks that judge.
+    """Metrics, prompts, and the networks that score images.
 
     Raises:
         ValueError: if a metric is unknown, or lacks what it needs.
@@ -28,20 +28,20 @@ class EvaluationPlan:
 
     metric: Sequence[str]
     prompts: str = TRAINING_DATA
-    """``data``: training captions, each at its image's size; or a file, or a YAML of data."""
+    """``data``: training captions, each at its image's size; or a prompt file; or a data YAML."""
     num_prompts: int | None = 128
-    """Of the prompts, at most; None takes all."""
+    """Maximum number of prompts; None uses all."""
     images: str | None = None
-    """A folder of images to judge, instead of drawing."""
+    """A folder of images to evaluate instead of generating them."""
     reference: str = TRAINING_DATA
-    """A folder of images, or ``data``: the training images; or a YAML of data."""
+    """``data``: the training images; or a folder of images; or a data YAML."""
     baselines: Sequence[str] = ()
-    """Folders of images for the same prompts, to win against by PickScore."""
+    """Folders of images for the same prompts, for PickScore win rates."""
     height: int | None = None
-    """In pixels, for prompts of a file."""
+    """In pixels, for prompts from a file."""
     width: int | None = None
     seed: int = 0
-    """Of the first image; the next has one more."""
+    """Seed of the first image; each further image adds one."""
     settings: SamplingConfig = field(default_factory=SamplingConfig)
     fid_features: FeatureNetwork | None = None
     """For fid, kid, is and rfid."""
@@ -50,16 +50,16 @@ class EvaluationPlan:
     lpips: LPIPS | None = None
     """Adds LPIPS to reconstruction."""
     cache_dir: str | None = None
-    """Where features of a reference folder are kept; None keeps none."""
+    """Where features of a reference folder are cached; None disables the cache."""
 
     def __post_init__(self) -> None:
-        known = (*IMAGE_METRICS, *NETWORK_METRICS)
-        if not self.metric or not set(self.metric) <= set(known):
+        choices = (*IMAGE_METRICS, *NETWORK_METRICS)
+        if not self.metric or not set(self.metric) <= set(choices):
             raise ValueError(
-                f"metric={list(self.metric)} is unknown; choose from {', '.join(known)}"
+                f"metric={list(self.metric)} is unknown; choose from {', '.join(choices)}"
             )
         if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts={self.num_prompts} draws nothing; use at least 1")
+            raise ValueError(f"num_prompts={self.num_prompts} is out of range; use 1 or more")
         needs = {
             "clip": ("clip",),
             "pickscore": ("pickscore",),
@@ -67,38 +67,42 @@ class EvaluationPlan:
         }
         for name, metrics in needs.items():
             if getattr(self, name) is None and (lacking := set(metrics) & set(self.metric)):
-                raise ValueError(f"metric={lacking.pop()} needs {name}; choose one")
+                raise ValueError(f"metric={lacking.pop()} needs {name}; set {name}=")
         if "is" in self.metric and not isinstance(self.fid_features, Inception):
-            raise ValueError("metric=is is of Inception's classes; set fid_features=inception")
+            raise ValueError("metric=is needs Inception's classes; set fid_features=inception")
         if self.baselines and "pickscore" not in self.metric:
-            raise ValueError("baselines= compares by PickScore; add pickscore to metric=")
+            raise ValueError("baselines= are compared by PickScore; add pickscore to metric=")
         if "retrieval" in self.metric and (
             self.prompts != TRAINING_DATA or self.images is not None
         ):
             raise ValueError(
-                "metric=retrieval looks for the training images of the captions that it draws; "
-                "use prompts=data and images=null"
+                "metric=retrieval needs images generated for training captions; use prompts=data "
+                "and images=null"
             )
 
     @property
-    def judges(self) -> bool:
-        """Whether there have to be images."""
+    def needs_images(self) -> bool:
+        """Whether any metric scores images."""
         return any(name in IMAGE_METRICS for name in self.metric)
 
     @property
-    def draws(self) -> bool:
-        """Whether they have to be drawn."""
-        return self.judges and self.images is None
+    def needs_generation(self) -> bool:
+        """Whether images have to be generated."""
+        return self.needs_images and self.images is None
 
     @property
-    def of_networks(self) -> bool:
-        """Whether the model's networks have to be there, whoever drew."""
+    def needs_networks(self) -> bool:
+        """Whether any metric runs the model's networks, even if no image is generated."""
         return any(name in NETWORK_METRICS for name in self.metric)
 
     @property
-    def of_data(self) -> bool:
-        """Whether the data that the model was trained on are needed."""
+    def needs_data(self) -> bool:
+        """Whether the data that the model was trained on is needed."""
         by_reference = self.reference == TRAINING_DATA and any(
             m in ("fid", "kid") for m in self.metric
         )
-        return self.of_networks or by_reference or (self.draws and self.prompts == TRAINING_DATA)
+        return (
+            self.needs_networks
+            or by_reference
+            or (self.needs_generation and self.prompts == TRAINING_DATA)
+        )

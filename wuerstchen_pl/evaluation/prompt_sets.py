@@ -1,4 +1,4 @@
-"""Prompts to evaluate with: text, and the files of COCO, Localized Narratives, PartiPrompts."""
+"""Prompt files: plain text, COCO captions, Localized Narratives and PartiPrompts."""
 
 import csv
 import json
@@ -8,34 +8,34 @@ from pathlib import Path
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file, by its ending.
+    """The prompts of a file, whose format follows from its suffix.
 
-    ``.json``: COCO's captions, the first of each image in the order of their numbers. ``.jsonl``:
-    Localized Narratives. ``.tsv``: PartiPrompts. Anything else: text with a prompt a line.
+    ``.json``: COCO captions, the caption with the lowest id of each image, ordered by image id.
+    ``.jsonl``: Localized Narratives. ``.tsv``: PartiPrompts. Any other: text, one prompt per line.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is none of these, or has no prompt.
+        ValueError: if the file does not match its format, or contains no prompts.
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"prompts={path} is not a file; give one with a prompt a line")
+        raise FileNotFoundError(f"prompts={path} is not a file; name a prompt file")
     try:
-        found = READERS.get(file.suffix, _lines)(file.read_text(encoding="utf-8-sig"))
-        prompts = [" ".join(prompt.split()) for prompt in found]
+        lines = READERS.get(file.suffix, _lines)(file.read_text(encoding="utf-8-sig"))
+        prompts = [" ".join(prompt.split()) for prompt in lines]
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts={path} is not text in UTF-8: {error}") from error
+        raise ValueError(f"prompts={path} is not UTF-8 text: {error}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"prompts={path} cannot be read as {KINDS[file.suffix]}: {error!r}"
         ) from error
     if not (prompts := [prompt for prompt in prompts if prompt]):
-        raise ValueError(f"prompts={path} holds no prompt; give one a line")
+        raise ValueError(f"prompts={path} contains no prompts; write one per line")
     return prompts
 
 
 def subsample(prompts: list[str], number: int | None, seed: int) -> list[str]:
-    """So many of the prompts, drawn once for a seed and left in their order; None takes all."""
+    """A random subset of ``number`` prompts in their original order; None returns all."""
     if number is None or number >= len(prompts):
         return prompts
     chosen = sorted(random.Random(seed).sample(range(len(prompts)), number))
@@ -45,8 +45,8 @@ def subsample(prompts: list[str], number: int | None, seed: int) -> list[str]:
 def _coco(text: str) -> list[str]:
     first: dict[int, tuple[int, str]] = {}
     for annotation in json.loads(text)["annotations"]:
-        image, own = annotation["image_id"], (annotation["id"], annotation["caption"])
-        first[image] = min(first.get(image, own), own)
+        image, caption = annotation["image_id"], (annotation["id"], annotation["caption"])
+        first[image] = min(first.get(image, caption), caption)
     return [first[image][1] for image in sorted(first)]
 
 
@@ -67,5 +67,5 @@ READERS: dict[str, Callable[[str], list[str]]] = {
     ".json": _coco, ".jsonl": _narratives, ".tsv": _parti
 }  # fmt: skip
 KINDS = {
-    ".json": "COCO's captions", ".jsonl": "Localized Narratives", ".tsv": "PartiPrompts"
+    ".json": "COCO captions", ".jsonl": "Localized Narratives", ".tsv": "PartiPrompts"
 }  # fmt: skip

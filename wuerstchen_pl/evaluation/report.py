@@ -1,4 +1,4 @@
-"""What was found, as ``metrics.json``, ``scores.csv``, ``index.html`` and a table."""
+"""The report: ``metrics.json``, ``scores.csv``, ``index.html`` and a table for the terminal."""
 
 import csv
 import html
@@ -19,9 +19,9 @@ from wuerstchen_pl.io.atomic import write_text
 PACKAGES = ("wuerstchen_pl", "torch", "torchvision", "torchmetrics", "torch-fidelity",
             "open_clip_torch", "pillow")  # fmt: skip
 TITLE_KEYS = ("model", "run", "step", "images")
-"""Facts that a page is titled with."""
+"""Facts that form the title of the page."""
 NUM_EXAMPLES = 8
-"""Best and worst images of each score."""
+"""Number of best and of worst images shown per metric."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 figure { display: inline-block; margin: 4px; width: 128px; vertical-align: top; font-size: 12px }
@@ -34,33 +34,33 @@ td, th { padding: 2px 14px 2px 0; text-align: left } .number { text-align: right
 def write_report(
     folder: Path,
     facts: dict[str, Any],
-    of_networks: Mapping[str, Score],
-    of_drawn: Mapping[str, Score],
+    network_scores: Mapping[str, Score],
+    image_scores: Mapping[str, Score],
     images: ImageFolder | None,
 ) -> Path:
-    """Write the report into a folder; returns the path of ``metrics.json``.
+    """Write the report into a folder, and return the path of ``metrics.json``.
 
     Args:
-        folder: for the files.
-        facts: what was measured, such as the model.
-        of_networks: scores of the model on its own data.
-        of_drawn: scores of the images.
-        images: None if none were wanted.
+        folder: output folder.
+        facts: what was evaluated, such as the model and its step.
+        network_scores: scores of the model on its own data.
+        image_scores: scores of the images.
+        images: the images; None if no metric needs images.
 
     Raises:
-        OSError: if a file cannot be written, naming it.
+        OSError: if a file cannot be written; the message names it.
     """
     packages = {name: version(name) for name in PACKAGES}
     method = {"resized_by": RESIZE_METHOD, "interval": "95 %, bootstrap", "versions": packages}
-    scores = {**of_networks, **of_drawn}
+    scores = {**network_scores, **image_scores}
     numbers = {name: score_to_json(score) for name, score in scores.items()}
-    of_images = {name: score.per_sample for name, score in of_drawn.items() if score.per_sample}
+    per_image = {name: score.per_sample for name, score in image_scores.items() if score.per_sample}
     if images is not None:
         method["format"] = ", ".join(sorted({p.suffix[1:].upper() for p in images.paths}))
-        write_text(folder / "scores.csv", image_table(images, of_images))
+        write_text(folder / "scores.csv", image_table(images, per_image))
     else:
-        (folder / "scores.csv").unlink(missing_ok=True)  # of another command
-    write_text(folder / "index.html", html_page(scores, facts, images, of_images, folder))
+        (folder / "scores.csv").unlink(missing_ok=True)  # of an earlier run
+    write_text(folder / "index.html", html_page(scores, facts, images, per_image, folder))
     content = {**facts, **method, "metrics": numbers}
     path = folder / "metrics.json"
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -68,7 +68,7 @@ def write_report(
 
 
 def score_to_json(score: Score) -> dict[str, Any]:
-    """A score without its images."""
+    """A score as JSON, without its per-sample values; non-finite values become null."""
     entry: dict[str, Any] = {
         "value": score.value,
         "low": score.low,
@@ -80,7 +80,7 @@ def score_to_json(score: Score) -> dict[str, Any]:
 
 
 def table(scores: Mapping[str, Score]) -> str:
-    """The numbers for the terminal, a line each."""
+    """Scores as a plain-text table, one line each."""
     width = max(map(len, scores))
     return "\n".join(
         f"{name:{width}s} {score.value:10.4g}  {_interval(score):24s} {score.number} images"
@@ -92,14 +92,14 @@ def _interval(score: Score) -> str:
     return "" if score.low is None else f"{score.low:.4g} to {score.high:.4g}"
 
 
-def image_table(images: ImageFolder, of_images: Mapping[str, Sequence[float]]) -> str:
-    """Each image's scores as CSV."""
+def image_table(images: ImageFolder, per_image: Mapping[str, Sequence[float]]) -> str:
+    """Per-image scores as CSV."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["file", "prompt", *of_images])
-    for number, path in enumerate(images.paths):
-        prompt = images.prompts[number] if images.prompts else ""
-        rows.writerow([path.name, prompt, *(each[number] for each in of_images.values())])
+    rows.writerow(["file", "prompt", *per_image])
+    for index, path in enumerate(images.paths):
+        prompt = images.prompts[index] if images.prompts else ""
+        rows.writerow([path.name, prompt, *(values[index] for values in per_image.values())])
     return text.getvalue()
 
 
@@ -107,10 +107,10 @@ def html_page(
     scores: Mapping[str, Score],
     facts: dict[str, Any],
     images: ImageFolder | None,
-    of_images: Mapping[str, Sequence[float]],
+    per_image: Mapping[str, Sequence[float]],
     folder: Path,
 ) -> str:
-    """The numbers, and the best and worst images by each score that images have."""
+    """The scores, and the best and worst images by each per-image score."""
     title = html.escape(" ".join(f"{k} {facts[k]}" for k in TITLE_KEYS if facts.get(k) is not None))
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td class=number>{score.value:.4g}</td>"
@@ -119,18 +119,18 @@ def html_page(
     )
     head = "<tr><th></th><th></th><th>95 %</th><th>images</th></tr>"
     parts = [f"<h1>{title}</h1><table>{head}{rows}</table>"]
-    for name, each in of_images.items() if images is not None else ():
+    for name, values in per_image.items() if images is not None else ():
         assert images is not None
-        order = sorted(range(len(each)), key=lambda number: -each[number])
+        order = sorted(range(len(values)), key=lambda index: -values[index])
         for rank, chosen in (("best", order[:NUM_EXAMPLES]), ("worst", order[::-1][:NUM_EXAMPLES])):
-            figures = "".join(_figure(images, n, each[n], folder) for n in chosen)
+            figures = "".join(_figure(images, i, values[i], folder) for i in chosen)
             parts.append(f"<h2>{rank} by {html.escape(name)}</h2><div>{figures}</div>")
     style = f"<meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     return f"<!doctype html>{style}{''.join(parts)}\n"
 
 
-def _figure(images: ImageFolder, number: int, value: float, folder: Path) -> str:
-    source = html.escape(os.path.relpath(images.paths[number], folder))
-    prompt = html.escape(images.prompts[number] if images.prompts else "")
+def _figure(images: ImageFolder, index: int, value: float, folder: Path) -> str:
+    source = html.escape(os.path.relpath(images.paths[index], folder))
+    prompt = html.escape(images.prompts[index] if images.prompts else "")
     caption = f"{prompt}<br>{value:.4g}"
     return f'<figure><img alt="{prompt}" src="{source}"><figcaption>{caption}</figcaption></figure>'

@@ -1,4 +1,4 @@
-"""From a plan to scores and their report: the same for the command and within training."""
+"""Run an evaluation plan: used by the command and by the training callback."""
 
 import sys
 import warnings
@@ -22,108 +22,118 @@ from wuerstchen_pl.models.fingerprint import weights_fingerprint
 from wuerstchen_pl.pipelines.cascade import CascadePipeline
 
 IMAGES = "images"
-"""The folder, in that of the report, that images are drawn into."""
+"""Subfolder of the report for generated images."""
 YAML = (".yaml", ".yml")
 SIDE = 64
-"""Of an image in pixels, where nothing else is said."""
+"""Default height and width of an image in pixels."""
 
 
 @dataclass
 class EvalTarget:
-    """What is evaluated."""
+    """The model, its data and its stages, as far as a plan needs them."""
 
     facts: dict[str, Any]
-    """That name it, for the report."""
+    """Report fields that identify the target."""
     pipeline: CascadePipeline | None = None
-    """None if no image has to be generated."""
+    """None if the plan neither generates images nor runs networks."""
     stages: dict[str, Any] = field(default_factory=dict)
-    """See ``denoisers``, for their losses."""
+    """Stages whose validation loss is measured; see ``stages_with_loss``."""
     data: Any = None
-    """The data module that they were trained on."""
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    """Features of the reference, of an evaluation before."""
+    """The data module that the stages were trained on."""
+    feature_cache: dict[str, Tensor] = field(default_factory=dict)
+    """Reference features of an earlier evaluation, by the network's sha256."""
 
 
 def stages_with_loss(stage: Any) -> dict[str, Any]:
-    """Those with a validation loss: ``b`` and ``c`` of a Stage C, ``ldm`` of the baseline."""
+    """Stages with a validation loss: ``b`` and ``c`` for Stage C, ``ldm`` for the baseline."""
     if stage.name == "ldm":
         return {"ldm": stage}
     return {"b": stage.stage_b, "c": stage}
 
 
 def evaluate(
-    plan: EvaluationPlan, subject: EvalTarget, folder: Path, process: DistInfo
+    plan: EvaluationPlan, target: EvalTarget, folder: Path, process: DistInfo
 ) -> dict[str, Score] | None:
-    """Draw, measure, report.
+    """Generate images, measure, and write the report.
 
     Args:
         plan: what to measure.
-        subject: of what.
+        target: what to evaluate.
         folder: for images and report.
-        process: of several, which draw together; the first measures, and the others get None.
+        process: all processes generate images; rank 0 measures, and the others return None.
 
     Raises:
-        ValueError: if something does not fit; the images that were drawn are kept.
+        ValueError: if the plan does not fit the target; images generated so far are kept.
     """
-    judged: ImageFolder | None = (
-        None if plan.images is None or not plan.judges else given_images(plan)
+    images: ImageFolder | None = (
+        None if plan.images is None or not plan.needs_images else existing_images(plan)
     )
-    wanted, own = generation_requests(plan, subject.data) if plan.draws else ([], [])
-    others = [ImageFolder(Path(each), key="baselines") for each in plan.baselines]
-    reference = reference_images(plan, subject)
-    check_plan(plan, len(wanted if judged is None else judged), reference, others)
+    requests, retrieval_targets = (
+        generation_requests(plan, target.data) if plan.needs_generation else ([], [])
+    )
+    baselines = [ImageFolder(Path(path), key="baselines") for path in plan.baselines]
+    reference = reference_images(plan, target)
+    check_plan(plan, len(requests if images is None else images), reference, baselines)
     weights = {}
-    if subject.pipeline is not None:
-        weights = {"weights_sha256": weights_fingerprint(subject.pipeline.modules)}
-    facts = {**subject.facts, **weights}
-    if plan.draws:
-        assert subject.pipeline is not None
+    if target.pipeline is not None:
+        weights = {"weights_sha256": weights_fingerprint(target.pipeline.modules)}
+    facts = {**target.facts, **weights}
+    if plan.needs_generation:
+        assert target.pipeline is not None
         facts |= {"settings": vars(plan.settings), "seed": plan.seed, "prompts": plan.prompts}
         path = folder / IMAGES
-        generate_into(path, wanted, subject.pipeline, plan.settings, weights, process)
+        generate_into(path, requests, target.pipeline, plan.settings, weights, process)
     if process.rank != 0:
         return None
-    if plan.draws:
-        judged = ImageFolder(folder / IMAGES, key="output_dir")
-    of_drawn = {} if judged is None else image_scores(judged, plan, subject, own, reference, others)
-    of_networks = network_scores(plan, subject)
-    report.write_report(folder, facts, of_networks, of_drawn, judged)
-    return {**of_drawn, **of_networks}
+    if plan.needs_generation:
+        images = ImageFolder(folder / IMAGES, key="output_dir")
+    by_images = (
+        {}
+        if images is None
+        else image_scores(images, plan, target, retrieval_targets, reference, baselines)
+    )
+    by_networks = network_scores(plan, target)
+    report.write_report(folder, facts, by_networks, by_images, images)
+    return {**by_images, **by_networks}
 
 
 def check_plan(
-    plan: EvaluationPlan, number: int, reference: Iterable[Tensor] | None, others: list[ImageFolder]
+    plan: EvaluationPlan,
+    number: int,
+    reference: Iterable[Tensor] | None,
+    baselines: list[ImageFolder],
 ) -> None:
-    """Refuse what could not be measured once everything is drawn.
+    """Check before any image is generated that the plan can be measured.
 
     Args:
         plan: what to measure.
-        number: of images that there will be.
-        reference: to compare with.
-        others: to win against.
+        number: number of images to evaluate.
+        reference: images for FID and KID.
+        baselines: folders of images for win rates.
 
     Raises:
-        ValueError: naming what does not fit.
+        ValueError: if the numbers of images do not match or are too small.
     """
-    for other in others:
-        check_same_number(number, other)
+    for baseline in baselines:
+        check_same_number(number, baseline)
     for name in {"fid", "kid"} & set(plan.metric):
         assert plan.fid_features is not None
-        known = [len(reference)] if isinstance(reference, ImageFolder) else []
-        check_enough(name, plan.fid_features.width, number, *known)
+        reference_size = [len(reference)] if isinstance(reference, ImageFolder) else []
+        check_enough(name, plan.fid_features.width, number, *reference_size)
 
 
 def generation_requests(
     plan: EvaluationPlan, data: Any
 ) -> tuple[list[GenerationRequest], list[int]]:
-    """The images to draw; and of captions of the data, the places of their own images."""
+    """The images to generate, and for training captions the dataset indices of their images."""
     if plan.prompts == TRAINING_DATA or plan.prompts.endswith(YAML):
-        named = data if plan.prompts == TRAINING_DATA else data_from_yaml(Path(plan.prompts))
-        chosen = DatasetImages(named).captioned(plan.num_prompts)
-        wanted = [
-            GenerationRequest(c.caption, plan.seed + c.place, c.height, c.width) for c in chosen
+        source = data if plan.prompts == TRAINING_DATA else data_from_yaml(Path(plan.prompts))
+        samples = DatasetImages(source).captioned(plan.num_prompts)
+        requests = [
+            GenerationRequest(s.caption, plan.seed + s.dataset_index, s.height, s.width)
+            for s in samples
         ]
-        return wanted, [c.place for c in chosen]
+        return requests, [s.dataset_index for s in samples]
     height, width = plan.height or SIDE, plan.width or SIDE
     return [
         GenerationRequest(p, plan.seed + i, height, width) for i, p in enumerate(file_prompts(plan))
@@ -131,89 +141,89 @@ def generation_requests(
 
 
 def num_images(plan: EvaluationPlan) -> int:
-    """How many images there will be, as far as the plan knows; of data, at most."""
+    """Number of images that the plan will evaluate; an upper bound for prompts from data."""
     if plan.prompts == TRAINING_DATA or plan.prompts.endswith(YAML):
         return plan.num_prompts or sys.maxsize
     return len(file_prompts(plan))
 
 
 def file_prompts(plan: EvaluationPlan) -> list[str]:
-    """The prompts of a file, as many as the plan wants."""
+    """The plan's subset of the prompts in its file."""
     return subsample(read_prompts(plan.prompts), plan.num_prompts, plan.seed)
 
 
-def given_images(plan: EvaluationPlan) -> ImageFolder:
-    """The images that the plan names; a warning if they have several sizes."""
+def existing_images(plan: EvaluationPlan) -> ImageFolder:
+    """The folder of images that the plan names; warns if they differ in size."""
     assert plan.images is not None
     prompts = None
     if plan.prompts != TRAINING_DATA:
-        prompts = [each.prompt for each in generation_requests(plan, None)[0]]
-    judged = ImageFolder(Path(plan.images), prompts=prompts)
-    if len(sizes := judged.sizes()) > 1:
+        prompts = [request.prompt for request in generation_requests(plan, None)[0]]
+    images = ImageFolder(Path(plan.images), prompts=prompts)
+    if len(sizes := images.sizes()) > 1:
         examples = " and ".join(f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
         warnings.warn(
-            f"{judged.key}={judged.path} holds images of {len(sizes)} sizes, {examples} px among "
-            "them; each is resized by its shorter side, and its middle is taken",
+            f"{images.key}={images.path} contains images of {len(sizes)} sizes, such as {examples} "
+            "px; each is resized by its shorter side and center-cropped",
             stacklevel=2,
         )
-    return judged
+    return images
 
 
 def reference_images(
-    plan: EvaluationPlan, subject: EvalTarget
+    plan: EvaluationPlan, target: EvalTarget
 ) -> ImageFolder | DatasetImages | None:
-    """What ``fid`` and ``kid`` compare with."""
+    """The reference images of ``fid`` and ``kid``; None if neither is measured."""
     if not {"fid", "kid"} & set(plan.metric):
         return None
     if plan.reference == TRAINING_DATA:
-        return DatasetImages(subject.data)
+        return DatasetImages(target.data)
     if plan.reference.endswith(YAML):
         return DatasetImages(data_from_yaml(Path(plan.reference)))
     return ImageFolder(Path(plan.reference), key="reference")
 
 
 def image_scores(
-    judged: ImageFolder,
+    images: ImageFolder,
     plan: EvaluationPlan,
-    subject: EvalTarget,
-    own: list[int],
+    target: EvalTarget,
+    retrieval_targets: list[int],
     reference: ImageFolder | DatasetImages | None,
-    others: list[ImageFolder],
+    baselines: list[ImageFolder],
 ) -> dict[str, Score]:
-    """Scores of the images."""
-    found: dict[str, Score] = {}
+    """The plan's metrics of images; ``retrieval_targets`` are dataset indices, one per image."""
+    scores: dict[str, Score] = {}
     if any(name in SET_METRICS for name in plan.metric):
         assert plan.fid_features is not None
-        found |= image_metrics.set_metrics(
-            plan.metric, judged, plan.fid_features, reference, plan.cache_dir, subject.kept
+        scores |= image_metrics.set_metrics(
+            plan.metric, images, plan.fid_features, reference, plan.cache_dir, target.feature_cache
         )
     if "clip" in plan.metric:
         assert plan.clip is not None
-        found["clip"] = image_metrics.text_metric(judged, plan.clip, "clip")
+        scores["clip"] = image_metrics.text_metric(images, plan.clip, "clip")
     if "pickscore" in plan.metric:
         assert plan.pickscore is not None
-        found["pickscore"] = image_metrics.text_metric(judged, plan.pickscore, "pickscore")
-        found |= image_metrics.win_rates(judged, others, found["pickscore"], plan.pickscore)
+        scores["pickscore"] = image_metrics.text_metric(images, plan.pickscore, "pickscore")
+        scores |= image_metrics.win_rates(images, baselines, scores["pickscore"], plan.pickscore)
     if "retrieval" in plan.metric:
-        assert subject.pipeline is not None
-        found |= dataset_metrics.retrievals(
-            judged, own, DatasetImages(subject.data), subject.pipeline
+        assert target.pipeline is not None
+        scores |= dataset_metrics.retrievals(
+            images, retrieval_targets, DatasetImages(target.data), target.pipeline
         )
-    return found
+    return scores
 
 
-def network_scores(plan: EvaluationPlan, subject: EvalTarget) -> dict[str, Score]:
-    """Scores of the model on its own data."""
-    found: dict[str, Score] = {}
-    if not plan.of_networks:
-        return found
-    pipeline, data = subject.pipeline, subject.data
+def network_scores(plan: EvaluationPlan, target: EvalTarget) -> dict[str, Score]:
+    """The plan's metrics of the model on its own data."""
+    scores: dict[str, Score] = {}
+    if not plan.needs_networks:
+        return scores
+    pipeline, data = target.pipeline, target.data
     assert pipeline is not None
     if "reconstruction" in plan.metric:
-        found |= dataset_metrics.reconstructions(pipeline, data, plan.settings, plan.lpips)
+        scores |= dataset_metrics.reconstructions(pipeline, data, plan.settings, plan.lpips)
     if "rfid" in plan.metric:
         assert plan.fid_features is not None
-        found |= dataset_metrics.rfid(pipeline, data, plan.settings, plan.fid_features)
+        scores |= dataset_metrics.rfid(pipeline, data, plan.settings, plan.fid_features)
     if "validation_loss" in plan.metric:
-        found |= dataset_metrics.validation_losses(subject.stages, data)
-    return found
+        scores |= dataset_metrics.validation_losses(target.stages, data)
+    return scores

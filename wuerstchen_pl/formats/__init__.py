@@ -1,1 +1,1 @@
-"""Models on disk: ours, the authors' and diffusers' format, read and written as one ``Model``."""
+"""Model formats on disk (native, upstream, diffusers), read and written as a ``Model``."""

@@ -1,4 +1,4 @@
-"""A text encoder by itself, to go with weights that hold none: the authors'."""
+"""Read a separate CLIP text encoder, which upstream weights do not include."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from wuerstchen_pl.formats.model import Part, check_tensors, with_defaults
 
 
 def read_text_encoder(path: Path) -> Part:
-    """A text encoder: transformers' folder of a CLIPTextModel, or open_clip's file of a CLIP.
+    """Read a transformers folder of a CLIPTextModel, or an open_clip file of a CLIP.
 
     Raises:
-        FileNotFoundError: if there is nothing.
+        FileNotFoundError: if the path does not exist.
         ValueError: if it is neither.
     """
     if not path.exists():
@@ -26,27 +26,27 @@ def read_text_encoder(path: Path) -> Part:
 
 
 def _read_open_clip(path: Path) -> Part:
-    """The text tower of a whole CLIP; its tokenizer is open_clip's own."""
-    whole = (
+    """The text tower of a CLIP checkpoint; its tokenizer is open_clip's default one."""
+    checkpoint = (
         read_safetensors(path)
         if path.suffix == ".safetensors"
         else {
             name: in_memory(tensor)
-            for name, tensor in _flat(read_pickle(path)).items()
-            if isinstance(tensor, Tensor)  # beside the epoch, and the like
+            for name, tensor in _state_dict(read_pickle(path)).items()
+            if isinstance(tensor, Tensor)  # not the epoch, for example
         }
     )
-    found = {name.removeprefix("text."): lazy for name, lazy in whole.items()}
+    tensors = {name.removeprefix("text."): lazy for name, lazy in checkpoint.items()}
     prefixes = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
-    tower = {f"tower.{name}": lazy for name, lazy in found.items() if name.startswith(prefixes)}
+    tower = {f"tower.{name}": lazy for name, lazy in tensors.items() if name.startswith(prefixes)}
     if "tower.token_embedding.weight" not in tower:
-        raise ValueError(f"{path} holds no text tower of a CLIP; name open_clip's checkpoint")
+        raise ValueError(f"{path} has no CLIP text tower; name an open_clip checkpoint")
     part = Part(_config(tower), tower)
     check_tensors(part, str(path))
     return part
 
 
-def _flat(content: dict[str, Any]) -> dict[str, Any]:
+def _state_dict(content: dict[str, Any]) -> dict[str, Any]:
     return content.get("state_dict", content)
 
 

@@ -1,7 +1,7 @@
-"""A network's arguments here, in diffusers' and transformers' ``config.json``, and in the weights.
+"""Constructor arguments: to and from diffusers' and transformers' ``config.json``, and from shapes.
 
-The authors' files hold no arguments: ``from_shapes`` finds them in the shapes of the tensors, and
-heads, which no shape shows, in what was published.
+Upstream files do not store arguments: ``from_shapes`` infers them from the shapes of the tensors.
+The number of heads cannot be inferred; it follows from the published head widths.
 """
 
 import re
@@ -14,14 +14,15 @@ Config = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
 SCALE_FACTOR = 0.3764
-"""Of the published Stage A; a constant of the authors' code."""
+"""Latent scale of the published Stage A, a constant in the upstream code."""
 HEAD_WIDTH = 64
-"""Of v2's networks and of v1's Stage C."""
+"""Channels per attention head in v2's networks and v1's Stage C."""
 PAELLA_HEAD_WIDTH = 80
+"""Channels per attention head in v1's Stage B."""
 
 
 class Scheme(NamedTuple):
-    """A network elsewhere: its class, its arguments by ours, and those that ours always has."""
+    """An external network: class name, native -> external arguments, and required fixed values."""
 
     class_name: str
     names: dict[str, str]
@@ -71,97 +72,99 @@ SCHEMES = {
 
 
 def from_diffusers(kind: str, config: Mapping[str, Any], where: str) -> Config:
-    """``config.json`` -> our arguments, with ``_target_``.
+    """``config.json`` -> native arguments, with ``_target_``.
 
     Args:
-        kind: our class, as in ``SCHEMES``.
-        config: the contents.
-        where: the file, for the message.
+        kind: native class, a key of ``SCHEMES``.
+        config: contents of ``config.json``.
+        where: the file, for error messages.
 
     Raises:
-        ValueError: naming a key that is missing, or whose value our networks cannot take.
+        ValueError: naming a key that is missing, or whose value is not supported.
     """
     scheme = SCHEMES[kind]
     for key, value in {"_class_name": scheme.class_name, **scheme.fixed}.items():
         if config.get(key, value) != value:
-            raise ValueError(f"{where} has {key}={config[key]!r}; only {value!r} can be read")
+            raise ValueError(f"{where} has {key}={config[key]!r}; only {value!r} is supported")
     if config.get("hidden_act", "gelu") not in ("gelu", "quick_gelu"):
         raise ValueError(
-            f"{where} has hidden_act={config['hidden_act']!r}; only gelu and quick_gelu can be read"
+            f"{where} has hidden_act={config['hidden_act']!r}; only gelu and quick_gelu are "
+            "supported"
         )
     if missing := sorted(theirs for theirs in scheme.names.values() if theirs not in config):
         raise ValueError(f"{where} lacks {', '.join(missing)}; it is not a {scheme.class_name}")
-    found = {ours: config[theirs] for ours, theirs in scheme.names.items()}
-    if any(value is None for value in found.values()):
-        null = next(theirs for ours, theirs in scheme.names.items() if found[ours] is None)
-        raise ValueError(f"{where} has {null}=null; give its value")
+    arguments = {ours: config[theirs] for ours, theirs in scheme.names.items()}
+    if any(value is None for value in arguments.values()):
+        null = next(theirs for ours, theirs in scheme.names.items() if arguments[ours] is None)
+        raise ValueError(f"{where} has {null}=null; set its value")
     if kind == "diffnext.DiffNeXt":
-        found |= _diffnext_from(config, where)
+        arguments |= _from_diffnext(config, where)
     if kind == "text.TextEncoder":
-        found["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
-    return {"_target_": MODELS + kind, **found}
+        arguments["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
+    return {"_target_": MODELS + kind, **arguments}
 
 
-def _diffnext_from(config: Mapping[str, Any], where: str) -> Config:
+def _from_diffnext(config: Mapping[str, Any], where: str) -> Config:
     heads = [n if n > 0 else None for n in config["nhead"]]
-    wanted = ["CT" if n is None else "CTA" for n in heads]
-    # Published: a level without attention has heads -1; a "CT" level needs none, whatever is named.
+    supported = ["CT" if n is None else "CTA" for n in heads]
+    # Published configs have nhead=-1 without attention; a "CT" level ignores its nhead.
     heads = [None if kind == "CT" else n for kind, n in zip(config["level_config"], heads)]  # noqa: B905
     if list(config["level_config"]) != ["CT" if n is None else "CTA" for n in heads]:
         raise ValueError(
-            f"{where} has level_config={list(config['level_config'])}; only {wanted} can be read"
+            f"{where} has level_config={list(config['level_config'])}; only {supported} is "
+            "supported"
         )
     if config.get("c_out", config["c_in"]) != config["c_in"]:
-        raise ValueError(f"{where} has c_out={config['c_out']}; only c_in={config['c_in']} can be")
+        raise ValueError(
+            f"{where} has c_out={config['c_out']}; only {config['c_in']}, as c_in, is supported"
+        )
     dropout = config["dropout"]
-    if isinstance(dropout, list):  # one per level; it matters to training alone
+    if isinstance(dropout, list):  # one per level; only used in training
         dropout = max(dropout)
     return {"num_heads": heads, "dropout": dropout}
 
 
 def to_diffusers(config: Config) -> Config:
-    """Our arguments -> ``config.json``.
+    """Native arguments -> ``config.json``.
 
     Raises:
-        ValueError: for a network that diffusers has not.
+        ValueError: if diffusers has no such network.
     """
     kind = config["_target_"].removeprefix(MODELS)
     if kind not in SCHEMES:
-        raise ValueError(f"diffusers has no {kind}; keep format=native")
+        raise ValueError(f"diffusers has no {kind}; use format=native")
     if config.get("text_dim", 0) is None:
-        raise ValueError(
-            "diffusers has no Stage B without text (text_dim=null); keep format=native"
-        )
+        raise ValueError("diffusers has no Stage B without text (text_dim=null); use format=native")
     scheme = SCHEMES[kind]
-    found = {theirs: config[ours] for ours, theirs in scheme.names.items()} | scheme.fixed
+    external = {theirs: config[ours] for ours, theirs in scheme.names.items()} | scheme.fixed
     if kind == "text.TextEncoder":
-        return found | {
+        return external | {
             "architectures": [scheme.class_name],
             "intermediate_size": round(config["width"] * config["mlp_ratio"]),
-            # they matter to a pooled state and to training alone, but transformers asks for them
+            # only used for pooling and in training, but required by transformers
             "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1,
             "projection_dim": config["width"], "initializer_factor": 1.0,
         }  # fmt: skip
     if kind == "diffnext.DiffNeXt":
-        found |= {
+        external |= {
             "nhead": [-1 if n is None else n for n in config["num_heads"]],
             "level_config": ["CT" if n is None else "CTA" for n in config["num_heads"]],
             "c_out": config["latent_channels"],
         }
-    return {"_class_name": scheme.class_name, "_diffusers_version": "0.21.0", **found}
+    return {"_class_name": scheme.class_name, "_diffusers_version": "0.21.0", **external}
 
 
 def from_shapes(part: str, shapes: Shapes) -> Config:
-    """The arguments of a network in the authors' format, found in its tensors' shapes.
+    """The arguments of a network in the upstream format, inferred from its tensors' shapes.
 
     Raises:
-        ValueError: if they are those of no such network.
+        ValueError: if a tensor of the network is missing.
     """
     finder = {"prior": _prior, "decoder": _decoder, "vqgan": _vqgan, "compressor": _compressor}
     try:
         return finder[part](shapes)
     except KeyError as error:
-        raise ValueError(f"these are not weights of a {part}: {error} is missing") from None
+        raise ValueError(f"these are not the weights of a {part}: {error} is missing") from None
 
 
 def _prior(shapes: Shapes) -> Config:
@@ -184,13 +187,11 @@ def _decoder(shapes: Shapes) -> Config:
     head_width = PAELLA_HEAD_WIDTH if paella else HEAD_WIDTH
     widths, blocks, heads = [], [], []
     for i in range(levels):
-        inside = {
-            key: shape for key, shape in shapes.items() if key.startswith(f"down_blocks.{i}.")
-        }
-        widths.append(next(s[0] for k, s in inside.items() if k.endswith("depthwise.weight")))
-        blocks.append(sum(key.endswith("depthwise.weight") for key in inside))
-        attends = any(key.endswith("kv_mapper.1.weight") for key in inside)
-        heads.append(widths[-1] // head_width if attends else None)
+        level = {key: shape for key, shape in shapes.items() if key.startswith(f"down_blocks.{i}.")}
+        widths.append(next(s[0] for k, s in level.items() if k.endswith("depthwise.weight")))
+        blocks.append(sum(key.endswith("depthwise.weight") for key in level))
+        has_attention = any(key.endswith("kv_mapper.1.weight") for key in level)
+        heads.append(widths[-1] // head_width if has_attention else None)
     shared: Config = {
         "widths": widths, "num_blocks": blocks, "num_heads": heads, "patch_size": PATCH_SIZE,
         "time_dim": shapes["down_blocks.0.1.mapper.weight"][1], "dropout": 0.1,
@@ -249,8 +250,8 @@ EFFICIENTNET_S_STAGES = 8
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the greatest index."""
-    found = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
-    if not found:
+    """One more than the highest index in the keys that match."""
+    indices = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
+    if not indices:
         raise KeyError(pattern.replace("\\", "").replace("(d+)", "N"))
-    return 1 + max(found)
+    return 1 + max(indices)

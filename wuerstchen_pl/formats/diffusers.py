@@ -1,8 +1,8 @@
-"""The format of ``warp-ai/wuerstchen`` and ``warp-ai/wuerstchen-prior``, for diffusers.
+"""The diffusers format of ``warp-ai/wuerstchen`` and ``warp-ai/wuerstchen-prior``.
 
-Two folders, one of Stage C and one of Stages A and B, or one with all parts, where Stage C's are
-prefixed ``prior_``. The published ones hold no compressor; ours is written beside the decoder,
-under the authors' names, where diffusers does not look.
+Either two folders, one with Stage C and one with Stages A and B, or a single folder with all parts,
+in which Stage C's have the prefix ``prior_``. The published folders have no compressor; ours is
+written beside the decoder in upstream names, which diffusers ignores.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ from wuerstchen_pl.formats.native import copy_tokenizer, dump_json, find_weights
 
 INDEX = "model_index.json"
 PAIR = ("wuerstchen", "wuerstchen-prior")
-"""Folders of what we write, named as the published ones."""
+"""The two folders that are written, named like the published repositories."""
 SCHEDULE = {"scaler": 1.0, "s": 0.008}
 KINDS = {
     "prior": "prior.Prior", "decoder": "diffnext.DiffNeXt", "vqgan": "vqgan.VQGAN",
@@ -52,7 +52,7 @@ SETTINGS = {
 
 
 def matches(path: Path) -> bool:
-    """Whether a folder is of this format, or holds some of the two that we write."""
+    """Whether a folder has this format, or contains one of the two folders that are written."""
     return bool(_folders(path))
 
 
@@ -61,7 +61,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def read(path: Path, *, variant: str | None = None) -> Model:
-    """The parts of a pipeline's folder, or of the two that we write.
+    """Read a pipeline's folder, or the two folders that are written.
 
     Args:
         path: the folder.
@@ -69,19 +69,19 @@ def read(path: Path, *, variant: str | None = None) -> Model:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if one does not fit.
+        ValueError: if a file is damaged or not supported.
     """
     model = Model()
     for folder in _folders(path):
         index = load_json(folder / INDEX)
-        # Stage C's own folder does not prefix its parts
-        alone = index.get("_class_name") == "WuerstchenPriorPipeline" or "prior" in index
+        # in a folder of Stage C only, the parts have no prefix
+        only_prior = index.get("_class_name") == "WuerstchenPriorPipeline" or "prior" in index
         for name in ("text_encoder", "prior", "decoder", "vqgan"):
             for prefix in ("", "prior_"):
                 if f"{prefix}{name}" not in index:
                     continue
-                own = name if name == "prior" else f"{'prior_' if alone else prefix}{name}"
-                model.parts[own] = _read_part(folder, f"{prefix}{name}", own, variant)
+                part = name if name == "prior" else f"{'prior_' if only_prior else prefix}{name}"
+                model.parts[part] = _read_part(folder, f"{prefix}{name}", part, variant)
         _check_schedules(folder)
         settings = {ours: index[theirs] for ours, theirs in SETTINGS.items() if theirs in index}
         model.settings |= validate_settings(settings, str(folder / INDEX))
@@ -95,23 +95,23 @@ def _check_schedules(folder: Path) -> None:
         config = load_json(path)
         for key, value in SCHEDULE.items():
             if config.get(key, value) != value:
-                raise ValueError(f"{path} has {key}={config[key]}; only {value} can be sampled")
+                raise ValueError(f"{path} has {key}={config[key]}; only {value} is supported")
 
 
-def _read_part(folder: Path, name: str, own: str, variant: str | None) -> Part:
+def _read_part(folder: Path, name: str, part: str, variant: str | None) -> Part:
     if name.endswith("text_encoder"):
         tokenizer = folder / name.replace("text_encoder", "tokenizer")
         if not tokenizer.is_dir():
-            raise FileNotFoundError(f"{tokenizer} is missing, without which no prompt can be read")
+            raise FileNotFoundError(f"{tokenizer} is missing; add the tokenizer of {name}")
         return read_text_encoder(folder / name, tokenizer, variant)
     config = folder / name / "config.json"
     weights = find_weights(folder / name, "diffusion_pytorch_model", variant)
-    ours = with_defaults(from_diffusers(KINDS[own], load_json(config), str(config)))
+    ours = with_defaults(from_diffusers(KINDS[part], load_json(config), str(config)))
     return Part(ours, _import_tensors(read_safetensors(weights), ours, "diffusers", str(weights)))
 
 
 def read_text_encoder(folder: Path, tokenizer: Path, variant: str | None = None) -> Part:
-    """transformers' CLIPTextModel; the folder ``tokenizer``, if it is there, holds its files."""
+    """Read a transformers CLIPTextModel, and the files of its tokenizer if that folder exists."""
     config, weights = folder / "config.json", find_weights(folder, "model", variant)
     ours = with_defaults(from_diffusers("text.TextEncoder", load_json(config), str(config)))
     tensors = _with_prefix(read_safetensors(weights))
@@ -121,12 +121,12 @@ def read_text_encoder(folder: Path, tokenizer: Path, variant: str | None = None)
 
 
 def _with_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The names of transformers 4, which have a prefix; those of transformers 5 have none."""
+    """Names with the prefix of transformers 4, which transformers 5 omits."""
     prefix = "text_model."
-    found = {f"{prefix}{name.removeprefix(prefix)}": lazy for name, lazy in tensors.items()}
-    found.pop("text_model.embeddings.position_ids", None)  # 0, 1, 2, ..., of older releases
-    found.pop("text_model.text_projection.weight", None)  # of CLIPTextModelWithProjection
-    return found
+    prefixed = {f"{prefix}{name.removeprefix(prefix)}": lazy for name, lazy in tensors.items()}
+    prefixed.pop("text_model.embeddings.position_ids", None)  # 0, 1, 2, ..., in older releases
+    prefixed.pop("text_model.text_projection.weight", None)  # in CLIPTextModelWithProjection
+    return prefixed
 
 
 def _read_compressor(folder: Path) -> Part:
@@ -139,21 +139,21 @@ def _read_compressor(folder: Path) -> Part:
 def _import_tensors(
     tensors: dict[str, LazyTensor], config: dict[str, Any], format: ExternalFormat, where: str
 ) -> dict[str, LazyTensor]:
-    """Their tensors under our names, and the scale of Stage A, which they hold in the config."""
+    """External tensors under native names; Stage A's scale becomes a tensor again."""
     state = build_on_meta(config).state_dict()
     shapes = {name: tuple(t.shape) for name, t in state.items() if name != SCALE}
-    found = from_upstream(tensors, key_mappings(config, shapes, format), shapes, where)
+    imported = from_upstream(tensors, key_mappings(config, shapes, format), shapes, where)
     if SCALE in state:
-        found[SCALE] = in_memory(torch.tensor(config[SCALE]))
-    return found
+        imported[SCALE] = in_memory(torch.tensor(config[SCALE]))
+    return imported
 
 
 def write(model: Model, path: Path) -> None:
-    """Write the two folders, with those parts that there are.
+    """Write the two folders with the parts of the model.
 
     Raises:
-        OSError: if they cannot be written.
-        ValueError: for a part that diffusers has not.
+        OSError: if a file cannot be written.
+        ValueError: if diffusers does not support a part.
     """
     written = {name: move_scale_to_config(part) for name, part in model.parts.items()}
     configs = {
@@ -163,12 +163,12 @@ def write(model: Model, path: Path) -> None:
         (PAIR[0], "", "WuerstchenDecoderPipeline"),
         (PAIR[1], "prior_", "WuerstchenPriorPipeline"),
     ):
-        own = {"prior"} if prefix else {"decoder", "vqgan", "compressor"}
-        if not ({f"{prefix}text_encoder"} | own) & written.keys():
+        networks = {"prior"} if prefix else {"decoder", "vqgan", "compressor"}
+        if not ({f"{prefix}text_encoder"} | networks) & written.keys():
             continue
         index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.21.0"}
         for name, config in configs.items():
-            if name not in own and name != f"{prefix}text_encoder":
+            if name not in networks and name != f"{prefix}text_encoder":
                 continue
             theirs = name.removeprefix(prefix) if name.endswith("text_encoder") else name
             _write_part(written[name], config, path / folder / theirs)

@@ -1,8 +1,8 @@
-"""One tensor's name in our format, in the authors' and in diffusers'.
+"""Tensor names in the native, the upstream and the diffusers format.
 
-The rules lead from ours to theirs, and are followed backwards as well. Values do not change; a few
-tensors are kept in another form: published response norms are (1, 1, 1, C), ours (C); diffusers
-keeps query, key and value apart, we and the authors in one.
+The rules map native names to external ones; the inverse is derived from the same rules. Values do
+not change, but some shapes do: published global response norms are (1, 1, 1, C), native ones (C);
+diffusers stores query, key and value separately, the other two formats concatenate them.
 """
 
 import re
@@ -80,54 +80,50 @@ _TEXT_LAYER: Rules = [
 
 
 class KeyMapping(NamedTuple):
-    """A tensor of ours, and what it is elsewhere."""
+    """A native tensor and its counterparts in an external format."""
 
     ours: str
-    theirs: tuple[str, ...]  # several are ours, one below the other
-    spread: bool  # (C) here, (1, 1, 1, C) there
+    theirs: tuple[str, ...]  # several are concatenated along dim 0 in ours
+    is_grn: bool  # native (C), external (1, 1, 1, C)
 
 
 def key_mappings(
     config: Mapping[str, Any], keys: Iterable[str], format: ExternalFormat
 ) -> list[KeyMapping]:
-    """Our names of a part's tensors, and theirs.
-
-    Raises:
-        ValueError: for a part that has no name there.
-    """
+    """The external names of a part's tensors, given the native ones."""
     kind = config["_target_"].rpartition(".")[2]
     name_of = {
         "Prior": _prior, "DiffNeXt": _u_net, "Paella": _u_net, "VQGAN": _vqgan,
         "SemanticCompressor": _compressor, "TextEncoder": _text,
     }[kind]  # fmt: skip
-    found = []
+    mappings = []
     for key in keys:
         name = name_of(key, config)
         theirs = (name,) if format == "upstream" else _for_diffusers(name, kind)
-        spread = kind in ("Prior", "DiffNeXt", "Paella") and key.endswith((".gamma", ".beta"))
-        found.append(KeyMapping(key, theirs, spread))
-    return found
+        is_grn = kind in ("Prior", "DiffNeXt", "Paella") and key.endswith((".gamma", ".beta"))
+        mappings.append(KeyMapping(key, theirs, is_grn))
+    return mappings
 
 
 def to_upstream(
     tensors: Mapping[str, LazyTensor], table: Iterable[KeyMapping]
 ) -> dict[str, LazyTensor]:
-    """Our tensors -> theirs."""
-    found: dict[str, LazyTensor] = {}
-    for ours, theirs, spread in table:
+    """Native tensors -> external ones."""
+    converted: dict[str, LazyTensor] = {}
+    for ours, theirs, is_grn in table:
         lazy = tensors[ours]
         for i, name in enumerate(theirs):
-            shape = (1, 1, 1, *lazy.shape) if spread else lazy.shape
+            shape = (1, 1, 1, *lazy.shape) if is_grn else lazy.shape
             if len(theirs) > 1:
                 shape = (shape[0] // len(theirs), *shape[1:])
-            found[name] = LazyTensor(shape, lazy.dtype, _nth(lazy, i, len(theirs), shape))
-    return found
+            converted[name] = LazyTensor(shape, lazy.dtype, _chunk(lazy, i, len(theirs), shape))
+    return converted
 
 
-def _nth(lazy: LazyTensor, i: int, of: int, shape: tuple[int, ...]) -> Any:
-    if of == 1:
+def _chunk(lazy: LazyTensor, i: int, num_chunks: int, shape: tuple[int, ...]) -> Any:
+    if num_chunks == 1:
         return lambda: lazy.load().reshape(shape)
-    return lambda: lazy.load().chunk(of)[i]
+    return lambda: lazy.load().chunk(num_chunks)[i]
 
 
 def from_upstream(
@@ -136,29 +132,30 @@ def from_upstream(
     shapes: Mapping[str, tuple[int, ...]],
     where: str,
 ) -> dict[str, LazyTensor]:
-    """Their tensors -> ours.
+    """External tensors -> native ones.
 
     Args:
-        tensors: theirs, all of them.
-        table: the links.
-        shapes: our names -> our shapes.
-        where: the file, for the message.
+        tensors: all external tensors.
+        table: from ``key_mappings``.
+        shapes: native names -> native shapes.
+        where: the file, for error messages.
 
     Raises:
-        ValueError: listing by their names what is missing, unexpected or of another shape.
+        ValueError: listing by external name all tensors that are missing, unexpected or of the
+            wrong shape.
     """
-    blank = {k: LazyTensor(shapes[k], torch.float32, lambda: torch.empty(0)) for k, _, _ in table}
-    wanted = {name: lazy.shape for name, lazy in to_upstream(blank, table).items()}
-    compare_shapes(wanted, {name: lazy.shape for name, lazy in tensors.items()}, where)
+    empty = {k: LazyTensor(shapes[k], torch.float32, lambda: torch.empty(0)) for k, _, _ in table}
+    expected = {name: lazy.shape for name, lazy in to_upstream(empty, table).items()}
+    compare_shapes(expected, {name: lazy.shape for name, lazy in tensors.items()}, where)
     return {
         ours: LazyTensor(
-            shapes[ours], tensors[theirs[0]].dtype, _joined(tensors, theirs, shapes[ours])
+            shapes[ours], tensors[theirs[0]].dtype, _concatenated(tensors, theirs, shapes[ours])
         )
         for ours, theirs, _ in table
     }
 
 
-def _joined(
+def _concatenated(
     tensors: Mapping[str, LazyTensor], names: tuple[str, ...], shape: tuple[int, ...]
 ) -> Any:
     if len(names) == 1:
@@ -167,10 +164,10 @@ def _joined(
 
 
 def _rename(key: str, rules: Rules) -> str:
-    """The key with the first rule that fits it."""
+    """The key with the first matching rule applied."""
     for pattern, name in rules:
-        key, found = re.subn(pattern, name, key)
-        if found:
+        key, replaced = re.subn(pattern, name, key)
+        if replaced:
             break
     return key
 
@@ -183,7 +180,7 @@ def _prior(key: str, config: Mapping[str, Any]) -> str:
 
 
 def _u_net(key: str, config: Mapping[str, Any]) -> str:
-    """A published level is one flat list: the resampler into it, its blocks' parts, the one out."""
+    """A published level is a flat list: incoming resampler, parts of its blocks, outgoing one."""
     parts = [2 if heads is None else 3 for heads in config["num_heads"]]
     last = len(parts) - 1
     if match := re.match(r"(down|up)\.(\d+)\.semantic_mapper\.(.*)", key):
@@ -227,7 +224,7 @@ def _text(key: str, config: Mapping[str, Any]) -> str:
 
 
 def _for_diffusers(name: str, kind: str) -> tuple[str, ...]:
-    """The authors' name -> diffusers' and transformers', which split attention in three."""
+    """Upstream name -> names in diffusers and transformers, which split query, key and value."""
     if kind == "VQGAN":
         return (name.replace("vquantizer.codebook.", "vquantizer.embedding."),)
     name = name.replace("attention.attn.out_proj.", "attention.to_out.0.")

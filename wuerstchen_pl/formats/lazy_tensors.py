@@ -1,7 +1,7 @@
-"""Tensors that are read when they are wanted, and written one by one.
+"""Tensors that are read on demand and written one by one.
 
-A conversion holds one tensor at a time; what a file holds is never all in memory, but for the
-authors' pickles on the way out, which torch writes at once.
+A conversion has one tensor in memory at a time, except when it writes upstream pickles, which
+torch saves as a whole.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 HEADER_BYTES = 8
-NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-"""What safetensors calls the types."""
-TYPES = {name: dtype for dtype, name in NAMES.items()}
+"""dtype -> its name in safetensors."""
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class LazyTensor(NamedTuple):
-    """A tensor to be read."""
+    """Shape and dtype of a tensor, and a function that reads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -34,15 +34,15 @@ class LazyTensor(NamedTuple):
 
 
 def in_memory(tensor: Tensor) -> LazyTensor:
-    """A tensor that is in memory already."""
+    """Wrap a tensor that is already in memory."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, or of the shards that a ``*.index.json`` names.
+    """The tensors of a safetensors file, or of the shards that a ``*.index.json`` lists.
 
     Raises:
-        ValueError: if a file is damaged, or a shard lacks what the index says it has.
+        ValueError: if a file is damaged, or the index does not match the shards.
         FileNotFoundError: if a shard is missing.
     """
     if path.name.endswith(".index.json"):
@@ -50,15 +50,15 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {
+            tensors = {
                 name: LazyTensor(
-                    tuple(part.get_shape()), TYPES[part.get_dtype()], _loader(path, name)
+                    tuple(part.get_shape()), DTYPES[part.get_dtype()], _loader(path, name)
                 )
                 for name, part in slices.items()
             }
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    return found
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    return tensors
 
 
 def _loader(path: Path, name: str) -> Callable[[], Tensor]:
@@ -75,52 +75,59 @@ def _read_shards(index: Path) -> dict[str, LazyTensor]:
         if not all(str(shard).endswith(".safetensors") for shard in shard_of.values()):
             raise ValueError("its shards are not safetensors files")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is not an index of shards: {error}") from error
+        raise ValueError(f"{index} is not a shard index: {error}") from error
     shards: dict[str, dict[str, LazyTensor]] = {}
     for name in sorted(set(shard_of.values())):
-        path = index.parent / Path(name).name  # a name with folders would lead elsewhere
+        path = (
+            index.parent / Path(name).name
+        )  # drop folders: an untrusted name must not leave this one
         if not path.is_file():
-            raise FileNotFoundError(f"{index} names {path.name}, which is not there")
+            raise FileNotFoundError(
+                f"{index} lists {path.name}, which does not exist; add the shard"
+            )
         shards[name] = read_safetensors(path)
-    lost = [name for name, shard in shard_of.items() if name not in shards[shard]]
-    if lost:
-        raise ValueError(f"{index} names tensors that its shards lack: {', '.join(sorted(lost))}")
-    held_by = {name for shard in shards.values() for name in shard}
-    if unnamed := sorted(held_by - shard_of.keys()):
-        raise ValueError(f"{index} does not name tensors of its shards: {', '.join(unnamed)}")
+    missing = [name for name, shard in shard_of.items() if name not in shards[shard]]
+    if missing:
+        raise ValueError(
+            f"{index} lists tensors that its shards lack: {', '.join(sorted(missing))}"
+        )
+    stored = {name for shard in shards.values() for name in shard}
+    if unlisted := sorted(stored - shard_of.keys()):
+        raise ValueError(f"{index} does not list tensors of its shards: {', '.join(unlisted)}")
     return {name: shards[shard][name] for name, shard in shard_of.items()}
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """A ``.pt`` file of tensors and plain values; it runs no code, and reads tensors when used.
+    """Read a ``.pt`` file of tensors and plain values, memory-mapped and without running code.
 
     Raises:
-        ValueError: if it is damaged, or wants more than that.
+        ValueError: if it is damaged, or contains other objects.
     """
-    for mmap in (True, False):  # files of the old format cannot be mapped
+    for mmap in (True, False):  # legacy files cannot be memory-mapped
         with contextlib.suppress(Exception):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             if isinstance(content, dict):
                 return content
     raise ValueError(
-        f"{path} is damaged, or holds more than tensors and plain values; it is not loaded"
+        f"{path} was not loaded: it is damaged or contains more than tensors and plain values; use "
+        "another file"
     )
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write tensors one by one: a header with their places, then their bytes.
+    """Write tensors one by one: a header with their byte offsets, then their data.
 
     Raises:
         OSError: if the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # by falling alignment, as safetensors itself does
+    # by decreasing item size, as safetensors does
     ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     for name in ordered:
         shape, dtype, _ = tensors[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_BYTES)
     with path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""The model card of an exported cascade: what it was trained on, how long, by which recipe."""
+"""The model card of an exported cascade: data, hyperparameters and training time per stage."""
 
 import json
 from collections.abc import Sequence
@@ -48,14 +48,14 @@ def render_card(checkpoints: Sequence[Path], *, license: str | None, ema: bool) 
     """The card in Markdown, with the front matter that hubs read.
 
     Args:
-        checkpoints: of the stages, the last one first.
-        license: of the weights, as hubs spell it (``mit``).
-        ema: whether the first one's weights are averaged ones.
+        checkpoints: checkpoints of the stages, the last stage first.
+        license: license of the weights, as hubs spell it (``mit``).
+        ema: whether the first checkpoint's EMA weights were exported.
     """
     rows = [_row(path, with_ema=ema or i > 0) for i, path in enumerate(checkpoints)]
     return CARD.format(
         license=license or "other",
-        stated=license or "not stated by who exported them",
+        stated=license or "not stated",
         rows="\n".join(rows),
         side=_config(checkpoints[0]).get("image_size", 1024),
     )
@@ -81,23 +81,23 @@ def _row(path: Path, *, with_ema: bool) -> str:
 
 
 def _source(data: dict[str, Any]) -> str:
-    """The kind of data and its arguments, without folders of this machine."""
+    """The class of the data module and its arguments, without local paths."""
     if not data:
         return UNKNOWN
     kind = data["_target_"].rpartition(".")[2]
-    described = [
+    arguments = [
         f"{k}={data[k]}" for k in ("urls", "name", "groups", "limit") if data.get(k) is not None
     ]
-    return f"{kind} ({', '.join(described)})" if described else kind
+    return f"{kind} ({', '.join(arguments)})" if arguments else kind
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """The whole config of a checkpoint's run, if it is there."""
+    """The full config of a checkpoint's run; empty if its config.yaml is missing."""
     file = path.parent.parent / "config.yaml"
     return OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}  # type: ignore[return-value]
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What a checkpoint's run wrote of itself at its end, if it came to that."""
+    """The run metadata that a completed run writes; empty if run.json is missing."""
     file = path.parent.parent / "run.json"
     return json.loads(file.read_text()) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""Our format: a folder with a manifest, and for each part a config and its tensors."""
+"""The native format: a folder with a manifest, and for each part a config and its tensors."""
 
 import json
 import shutil
@@ -22,21 +22,21 @@ FORMAT = 1
 
 
 def matches(path: Path) -> bool:
-    """Whether a folder is of this format."""
+    """Whether a folder has this format."""
     return (path / MANIFEST).is_file()
 
 
 def read(path: Path) -> Model:
-    """The model of a folder.
+    """Read the model of a folder.
 
     Raises:
-        ValueError: if it is damaged, or of a later format.
+        ValueError: if it is damaged, or has another format version.
         FileNotFoundError: if a part is missing.
     """
     manifest = load_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{path / MANIFEST} has format {manifest.get('format')}, and this release reads "
+            f"{path / MANIFEST} has format {manifest.get('format')}, but this release reads "
             f"{FORMAT}; update the package"
         )
     model = Model(settings=validate_settings(manifest.get("settings"), str(path / MANIFEST)))
@@ -44,7 +44,7 @@ def read(path: Path) -> Model:
         model.card = (path / CARD).read_text(encoding="utf-8", errors="replace")
     for name in manifest.get("parts", ()):
         if name not in PARTS:
-            raise ValueError(f"{path / MANIFEST} names a part {name!r}; there is no such part")
+            raise ValueError(f"{path / MANIFEST} has an unknown part {name!r}; update the package")
         model.parts[name] = _read_part(path / name)
     return model
 
@@ -64,7 +64,7 @@ def write(model: Model, path: Path) -> None:
     """Write a model into a folder.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if a file cannot be written.
     """
     for name, part in model.parts.items():
         folder = path / name
@@ -77,14 +77,14 @@ def write(model: Model, path: Path) -> None:
     dump_json(path / MANIFEST, manifest)
 
 
-# What the other format of folders share
+# Helpers shared with the diffusers format
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     """The safetensors file of a folder, or the index of its shards.
 
     Raises:
-        FileNotFoundError: if there is neither.
+        FileNotFoundError: if neither exists.
     """
     dotted = f".{variant}" if variant else ""
     names = (f"{stem}{dotted}.safetensors", f"{stem}.safetensors.index{dotted}.json")
@@ -99,7 +99,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if it is missing.
-        ValueError: if it holds no object.
+        ValueError: if it is not a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -108,7 +108,7 @@ def load_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object; it is not a config")
+        raise ValueError(f"{path} is not a JSON object; use a config file")
     return content
 
 
@@ -119,7 +119,7 @@ def dump_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def copy_tokenizer(part: Part, target: Path) -> None:
-    """Copy a tokenizer's files as they are, or write those of open_clip's own vocabulary."""
+    """Copy a tokenizer's files, or write those of open_clip's vocabulary if the part has none."""
     if part.tokenizer is None:
         tokenizer.write_vocabulary(target, part.config["context_length"])
         return

@@ -1,4 +1,4 @@
-"""Any format, wherever it lies, to a model; and a model to any format."""
+"""Read a model from any format, path or hub repository, and write it in any format."""
 
 from pathlib import Path
 from typing import Literal
@@ -13,15 +13,15 @@ from wuerstchen_pl.io.atomic import atomic_folder
 FormatName = Literal["native", "diffusers", "upstream"]
 FORMATS = {"native": native, "diffusers": diffusers, "upstream": upstream}
 HUB_PATTERNS = ["*.json", "*.txt", "*.safetensors"]
-"""Files of a hub repository: no pickles."""
+"""Files that are downloaded from a hub repository; pickles are not."""
 
 
 def detect_format(path: Path) -> FormatName:
     """The format of a file or folder.
 
     Raises:
-        FileNotFoundError: if there is nothing.
-        ValueError: if it is of none.
+        FileNotFoundError: if the path does not exist.
+        ValueError: if it has none of the formats.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -35,8 +35,8 @@ def detect_format(path: Path) -> FormatName:
     if upstream.matches(path):
         return "upstream"
     raise ValueError(
-        f"{path} is not a model: it has neither {native.MANIFEST} nor {diffusers.INDEX}, and none "
-        "of the authors' .pt files"
+        f"{path} is not a model: it has no {native.MANIFEST}, {diffusers.INDEX} or upstream .pt "
+        "file; name another path"
     )
 
 
@@ -44,22 +44,23 @@ STAGE_C_PARTS = ("prior", "prior_text_encoder")
 
 
 def read_model(source: str, *, prior: str | None = None, variant: str | None = None) -> Model:
-    """The model at a path, of a run, or of a hub repository.
+    """Read a model from a path, a run or a hub repository.
 
     Args:
-        source: a path, or an id such as ``warp-ai/wuerstchen``.
-        prior: likewise, where Stage C lies apart: its parts and settings are taken from there.
-        variant: ``fp16`` reads those files of diffusers' format.
+        source: a path, or a hub id such as ``warp-ai/wuerstchen``.
+        prior: path or id of a separate Stage C, whose parts and settings replace those of
+            ``source``.
+        variant: ``fp16`` reads the files of that variant in the diffusers format.
 
     Raises:
-        FileNotFoundError: if there is nothing, or the hub cannot be reached.
-        ValueError: if it is of no format, or damaged.
+        FileNotFoundError: if the path does not exist, or the hub cannot be reached.
+        ValueError: if it is damaged or not a model.
     """
     model = _read(source, variant)
     if prior is not None:
         other = _read(prior, variant)
         if "prior" not in other.parts:
-            raise ValueError(f"prior={prior} holds no Stage C; name one that does")
+            raise ValueError(f"prior={prior} has no Stage C; name a model that has one")
         model.parts |= {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
         model.settings |= {k: v for k, v in other.settings.items() if k != "latent_dim_scale"}
     return model
@@ -74,48 +75,47 @@ def _read(source: str, variant: str | None) -> Model:
         return diffusers.read(path, variant=variant)
     if variant is not None:
         raise ValueError(
-            f"variant={variant} is of diffusers' format, and {path} of another; drop it"
+            f"variant={variant} applies to the diffusers format, but {path} has the {format} "
+            "format; remove variant="
         )
     return FORMATS[format].read(path)
 
 
 def resolve_source(source: str, variant: str | None = None) -> Path:
-    """A path as it is, or the folder into which a hub repository was downloaded.
+    """A local path unchanged, or the folder of a downloaded hub repository.
 
     Raises:
-        FileNotFoundError: if it is not a path, and cannot be downloaded.
+        FileNotFoundError: if it is not a path and cannot be downloaded.
     """
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/")):
         return Path(source)
     try:
-        unwanted = ["*.fp16.*"] if variant is None else []
-        return Path(
-            snapshot_download(source, allow_patterns=HUB_PATTERNS, ignore_patterns=unwanted)
-        )
+        ignored = ["*.fp16.*"] if variant is None else []
+        return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS, ignore_patterns=ignored))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{source} is not a path, and could not be had from the hub: {reason}"
+            f"{source} is not a path and could not be downloaded from the hub: {reason}"
         ) from error
 
 
 def check_output_empty(path: Path) -> None:
-    """Refuse a folder that holds something.
+    """Check that an output folder is empty or does not exist.
 
     Raises:
-        FileExistsError: if it does, or is a file.
+        FileExistsError: if it is not empty, or is a file.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already; choose another folder, or remove it")
+        raise FileExistsError(f"{path} already exists; choose another folder, or remove it")
 
 
 def write_model(model: Model, path: Path, format: FormatName) -> None:
-    """Write a model, and its card, into a new folder, whole or not at all.
+    """Atomically write a model and its card into a new folder.
 
     Raises:
-        FileExistsError: if the folder is there and not empty.
-        OSError: if it cannot be written, naming the folder.
-        ValueError: if the format cannot hold the model.
+        FileExistsError: if the folder exists and is not empty.
+        OSError: if it cannot be written; the message names the folder.
+        ValueError: if the format does not support the model.
     """
     check_output_empty(path)
     with atomic_folder(path) as folder:

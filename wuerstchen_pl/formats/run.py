@@ -1,4 +1,4 @@
-"""A trained run as a model: the stage in a checkpoint, and the frozen stages below it."""
+"""Read a training run as a model: the stage of a checkpoint and its frozen stages."""
 
 from pathlib import Path
 from typing import Any
@@ -18,32 +18,32 @@ STAGE_PARTS = {
     "b": {"diffnext": "decoder", "compressor": "compressor", "text_encoder": "text_encoder"},
     "c": {"prior": "prior", "text_encoder": "prior_text_encoder"},
 }
-"""Networks of each stage by attribute, and the names of the parts."""
+"""Stage -> attribute of the network -> name of the part."""
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is a run's folder, or a checkpoint."""
+    """Whether a path is a run's folder or a checkpoint."""
     return path.suffix == ".ckpt" or (path / "checkpoints").is_dir()
 
 
 def read_run(run: str | Path, *, ema: bool = True) -> Model:
-    """The networks of a run's newest checkpoint, and of the stages below it.
+    """Read the networks of a run's newest checkpoint and of its frozen stages.
 
     Args:
         run: a run's folder, or a checkpoint in it.
-        ema: use the EMA weights of its stage; False uses the raw ones. The stages below it always
-            have EMA weights, which it was trained over.
+        ema: use EMA weights of the trained stage; False uses its raw weights. The frozen stages
+            always have EMA weights, with which the stage was trained.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is damaged.
+        ValueError: if it is damaged, or not of Stage A, B or C.
     """
     path = find_checkpoint(run)
     content = read_checkpoint(path, optimizer_state=False)
     if (name := trained_stage(content)) not in STAGE_PARTS:
         raise ValueError(
-            f"{run} is a run of stage={name}, which is not a stage of the cascade; sample and "
-            "evaluate accept it, but no format can store it"
+            f"{run} is a run of stage={name}, which no model format supports; use it with sample "
+            "and evaluate only"
         )
     stage: Any = build_stage(path, content, ema=ema)
     model = Model(source=stage.provenance.source)

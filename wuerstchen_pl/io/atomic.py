@@ -1,7 +1,7 @@
-"""Files and folders that survive a kill or a power cut whole, and whose damage is detected.
+"""Atomic writes of files and folders, and detection of damage by sha256.
 
-``atomic_write`` is for any file. ``commit`` is for checkpoints: it also forces the data to the disk
-and writes a sidecar with the sha256 of each file, in the format of ``sha256sum --check``.
+``atomic_write`` is for any file. ``commit`` is for checkpoints: it also syncs the data to disk and
+writes a sidecar with the sha256 of each file, in the format of ``sha256sum --check``.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from pathlib import Path
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, which is renamed to ``path`` after the block.
 
-    After an error nothing is left, and ``path`` is as it was. Several processes may write the same
-    path at a time: the last one wins.
+    After an error no temporary file remains and ``path`` is unchanged. Several processes may write
+    the same path concurrently: the last one wins.
 
     Raises:
-        OSError: if the folder or the file cannot be written, naming ``path``.
+        OSError: if the folder or the file cannot be written; the message names ``path``.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     created = not path.parent.exists()
@@ -45,7 +45,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill, which is renamed to ``path`` after the block.
 
     Raises:
-        OSError: if it cannot be written, naming ``path``.
+        OSError: if it cannot be written; the message names ``path``.
     """
     path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -62,20 +62,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all; see ``atomic_write``."""
+    """Write a UTF-8 text file atomically; see ``atomic_write``."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Rename a file or folder to ``path``, durably, and write its sidecar.
+    """Rename a file or folder to ``path``, synced to disk, and write its sidecar.
 
-    Where ``path`` is a file already, the sidecar lists the old hash and the new one while the file
-    is replaced: whenever the process is killed, what is there is intact. A folder cannot be
-    replaced at once: the old one is removed first.
+    If ``path`` is an existing file, the sidecar lists both the old and the new hash while the file
+    is replaced, so that ``path`` matches its sidecar whenever the process is killed. A folder
+    cannot be replaced atomically: the old one is removed first.
 
     Raises:
-        OSError: if the disk is full or fails; ``path`` is then as it was, or its replacement.
+        OSError: if the disk is full or fails; ``path`` is then either unchanged or replaced.
     """
     for file in _files(temporary):
         _sync(file)
@@ -93,7 +93,7 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, and its sidecar."""
+    """Remove a file or folder together with its sidecar."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -110,7 +110,7 @@ def is_intact(path: Path) -> bool:
 
 
 def _hash_lines(path: Path, name: str) -> list[str]:
-    """``sha256  name/file`` for each file of a folder, or for the file itself."""
+    """``sha256  name/file`` lines for each file of a folder, or for a single file."""
     return [f"{sha256(file)}  {Path(name, file.relative_to(path))}" for file in _files(path)]
 
 
@@ -134,7 +134,7 @@ def _write_sidecar(path: Path, lines: list[str]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's bytes; for a folder, of its files' hashes and names."""
+    """The sha256 of a file; for a folder, of the hashes and names of its files."""
     if path.is_dir():
         listing = "".join(f"{sha256(f)}  {f.relative_to(path)}\n" for f in _files(path))
         return hashlib.sha256(listing.encode()).hexdigest()
@@ -144,13 +144,13 @@ def sha256(path: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _file_sha256(path: Path, modified_ns: int, size: int, inode: int) -> str:
-    """The hash of a file's bytes, computed once per version of the file: some have gigabytes."""
+    """The sha256 of a file, cached by modification time because checkpoints can be large."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """The files of a folder in the order of their names, or the file itself."""
+    """The files of a folder sorted by path, or the file itself."""
     return iter(sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path])
 
 
@@ -159,7 +159,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Force a file's data, or a folder's entries, to the disk."""
+    """Sync a file's data, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

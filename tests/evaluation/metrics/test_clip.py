@@ -1,4 +1,4 @@
-"""CLIP score and PickScore are those of transformers' CLIPModel with the same weights."""
+"""CLIP score and PickScore equal those of a transformers CLIPModel with the same weights."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ IMAGES = [image(i, size) for i, size in enumerate([(64, 64), (90, 40), (33, 77),
 
 @pytest.fixture(scope="module", params=["gelu", "quick_gelu"])
 def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small CLIPModel with random weights in transformers' own layout."""
+    """A small CLIPModel with random weights, saved by transformers."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     shared = {"intermediate_size": 48, "num_attention_heads": 2, "hidden_act": request.param}
@@ -44,33 +44,33 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return path
 
 
-def wanted(folder: Path) -> torch.Tensor:
-    """(4, 4) exp(logit scale) x cosines of transformers' model, images by texts."""
+def reference_logits(folder: Path) -> torch.Tensor:
+    """(4, 4) exp(logit scale) x cosines of the transformers model, images by texts."""
     transformers = pytest.importorskip("transformers")
     model = transformers.CLIPModel.from_pretrained(folder).eval()
-    pixels = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    seen = pixels(size={"shortest_edge": 32}, crop_size=32)(IMAGES, return_tensors="pt")
+    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    inputs = processor(size={"shortest_edge": 32}, crop_size=32)(IMAGES, return_tensors="pt")
     ids, _ = Tokenizer()(TEXTS)
     with torch.no_grad():
-        return model(input_ids=ids, pixel_values=seen["pixel_values"]).logits_per_image
+        return model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits_per_image
 
 
-def test_pickscore_is_that_of_transformers(published: Path) -> None:
-    found = pickscore(weights=str(published)).scores(IMAGES, TEXTS)
-    right = wanted(published).diagonal()
-    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
-    assert float(found.std()) > 0.1  # and they differ
+def test_pickscore_equals_transformers(published: Path) -> None:
+    scores = pickscore(weights=str(published)).scores(IMAGES, TEXTS)
+    expected = reference_logits(published).diagonal()
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    assert float(scores.std()) > 0.1  # the scores are not constant
 
 
-def test_clip_score_is_that_of_transformers(published: Path) -> None:
+def test_clip_score_equals_transformers(published: Path) -> None:
     model = pickscore(weights=str(published))
-    cosines = wanted(published).diagonal() / np.exp(3.0)
+    cosines = reference_logits(published).diagonal() / np.exp(3.0)
     plain = Clip(model.net, transform=model.transform, weights_sha256="")
-    plain.net.visual.proj.data *= cosines.sign()[0]  # which makes the first one positive
+    plain.net.visual.proj.data *= cosines.sign()[0]  # make the first cosine positive
     cosines = cosines * cosines.sign()[0]
-    found = plain.scores(IMAGES, TEXTS)
-    torch.testing.assert_close(found, 100 * cosines.clamp(min=0), rtol=1e-5, atol=1e-4)
-    assert float(found.std()) > 0.1
+    scores = plain.scores(IMAGES, TEXTS)
+    torch.testing.assert_close(scores, 100 * cosines.clamp(min=0), rtol=1e-5, atol=1e-4)
+    assert float(scores.std()) > 0.1
 
 
 SMALL = {
@@ -81,10 +81,10 @@ SMALL = {
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_a_tags_activation_and_preprocessing_are_its_own(
+def test_a_tags_activation_and_preprocessing_are_used(
     quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No tensor shows them, so that other ones would go unnoticed, and give other scores."""
+    """They are not stored in the weights, so wrong ones would silently change the scores."""
     (tmp_path / "small-test.json").write_text(json.dumps(SMALL))
     open_clip.add_model_config(tmp_path / "small-test.json")
     torch.manual_seed(0)
@@ -101,45 +101,43 @@ def test_a_tags_activation_and_preprocessing_are_its_own(
     assert torch.equal(white, torch.ones(3, 32, 32))  # (1 - 0.5) / 0.5
 
 
-def test_weights_that_are_damaged_or_run_code_are_refused_in_a_sentence(
-    published: Path, tmp_path: Path
-) -> None:
+def test_damaged_or_malicious_weights_are_rejected(published: Path, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="or hold more than tensors; they are not loaded"):
+    with pytest.raises(ValueError, match="was not loaded: it is damaged, does not match"):
         clip(name="ViT-B-32", weights=str(tmp_path / "weights.pt"))
     (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="is not a CLIPModel of transformers"):
+    with pytest.raises(ValueError, match="is not a transformers CLIPModel"):
         pickscore(weights=str(tmp_path))
 
 
-def test_models_that_read_other_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="reads other tokens than CLIP's"):
+def test_models_with_another_tokenizer_are_rejected() -> None:
+    with pytest.raises(ValueError, match="does not use CLIP's tokenizer"):
         clip(name="ViT-B-16-SigLIP", weights="webli")
 
 
-def test_a_folder_that_is_no_clip_is_refused(published: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_clip_model_is_rejected(published: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"lacks config\.json"):
         pickscore(weights=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
         pickscore(weights=str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes((published / "model.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="is not a CLIPModel of transformers: 'text_config'"):
+    with pytest.raises(ValueError, match="is not a transformers CLIPModel: 'text_config'"):
         pickscore(weights=str(tmp_path))
-    told = json.loads((published / "config.json").read_text())
-    told["text_config"]["num_hidden_layers"] = 5
-    (tmp_path / "config.json").write_text(json.dumps(told))
-    with pytest.raises(ValueError, match="is not a CLIPModel of transformers"):
+    config = json.loads((published / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is not a transformers CLIPModel"):
         pickscore(weights=str(tmp_path))
     with pytest.raises(ValueError, match=r"lm_head\.weight is not a tensor of a CLIPModel"):
         from_transformers({"lm_head.weight": torch.zeros(1)})
 
 
-def test_clip_models_and_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"clip\.name=ViT-X is not a model of open_clip"):
+def test_unknown_clip_models_and_weights_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"clip\.name=ViT-X is not an open_clip model"):
         clip(name="ViT-X", weights="openai")
     with pytest.raises(
-        ValueError, match=r"clip\.weights=none is not a file, and no tag of ViT-B-32; use"
+        ValueError, match=r"clip\.weights=none is neither a file nor a tag of ViT-B-32; use"
     ):
         clip(name="ViT-B-32", weights="none")

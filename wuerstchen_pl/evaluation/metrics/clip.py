@@ -1,4 +1,4 @@
-"""How well images fit their texts: CLIP score and PickScore, both by open_clip."""
+"""Image-text metrics: CLIP score and PickScore, both computed with open_clip."""
 
 import json
 import math
@@ -26,9 +26,9 @@ class Clip(nn.Module):
     """A CLIP model that compares images with texts.
 
     Args:
-        net: open_clip's.
-        transform: an image -> what the network sees.
-        weights_sha256: of its weights.
+        net: the open_clip model.
+        transform: preprocessing, from an image to the network's input.
+        weights_sha256: sha256 of the weights file.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-        """N images and the text of each -> (N,) cosines of their embeddings."""
+        """N images and one text for each -> (N,) cosine similarities of their embeddings."""
         device = next(self.net.parameters()).device
-        seen = torch.stack([self.transform(image) for image in images]).to(device)
+        pixels = torch.stack([self.transform(image) for image in images]).to(device)
         distinct = list(dict.fromkeys(texts))
         ids, _ = self.tokenizer(distinct)
-        read: Any = self.net.encode_text(ids.to(device))  # type: ignore[operator]
-        image_embeds = F.normalize(self.net.encode_image(seen), dim=-1)  # type: ignore[operator]
-        text_embeds = F.normalize(read, dim=-1)[[distinct.index(text) for text in texts]]
+        encoded: Any = self.net.encode_text(ids.to(device))  # type: ignore[operator]
+        image_embeds = F.normalize(self.net.encode_image(pixels), dim=-1)  # type: ignore[operator]
+        text_embeds = F.normalize(encoded, dim=-1)[[distinct.index(text) for text in texts]]
         return (image_embeds * text_embeds).sum(dim=-1).float().cpu()
 
     def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
@@ -57,96 +57,96 @@ class Clip(nn.Module):
 
 
 class PickScore(Clip):
-    """PickScore (Kirstain et al. 2023, arXiv 2305.01569): what people prefer, learned by a CLIP."""
+    """PickScore (Kirstain et al. 2023, arXiv 2305.01569): a CLIP tuned on human preferences."""
 
     def scores(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-        """(N,) logit scale x cosine; softmax over the images of a text is their preference."""
+        """(N,) logit scale x cosine; a softmax over images of one text gives preferences."""
         scale = float(self.net.logit_scale.exp())  # type: ignore[operator]
         return scale * self.cosines(images, texts)
 
 
 def clip(*, name: str, weights: str) -> Clip:
-    """One of open_clip's models.
+    """Load a CLIP model by open_clip.
 
     Args:
-        name: of the architecture, such as ``ViT-L-14``.
-        weights: a tag of open_clip's, such as ``openai``, which is downloaded, or a local file; of
-            OpenAI's own training, that goes with a name on ``-quickgelu``.
+        name: open_clip's name of the architecture, such as ``ViT-L-14``.
+        weights: an open_clip tag such as ``openai``, which is downloaded, or a local file. A local
+            file of OpenAI's weights needs a name that ends in ``-quickgelu``.
 
     Raises:
-        ValueError: if there is no such model, or no such weights.
-        FileNotFoundError: if the weights cannot be had.
+        ValueError: if the model or the weights do not exist, or do not match.
+        FileNotFoundError: if the weights cannot be downloaded.
     """
     if name not in open_clip.list_models():
-        raise ValueError(
-            f"clip.name={name} is not a model of open_clip; see open_clip.list_models()"
-        )
+        raise ValueError(f"clip.name={name} is not an open_clip model; see open_clip.list_models()")
     config = dict(open_clip.get_model_config(name) or {})
     text = config.get("text_cfg", {})
     if config.get("custom_text") or {"hf_tokenizer_name", "hf_model_name"} & text.keys():
         raise ValueError(
-            f"clip.name={name} reads other tokens than CLIP's; use one such as ViT-L-14"
+            f"clip.name={name} does not use CLIP's tokenizer; use a model such as ViT-L-14"
         )
     local = Path(weights).is_file()
     if not local and weights not in open_clip.list_pretrained_tags_by_model(name):
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise ValueError(f"clip.weights={weights} is not a file, and no tag of {name}; use {known}")
-    path = Path(weights) if local else _tagged(name, weights)
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise ValueError(
+            f"clip.weights={weights} is neither a file nor a tag of {name}; use one of {tags}"
+        )
+    path = Path(weights) if local else _download(name, weights)
     pretrained = {} if local else open_clip.get_pretrained_cfg(name, weights)
     try:
         net, transform = open_clip.create_model_from_pretrained(
             name,
             pretrained=str(path),
-            force_quick_gelu=bool(pretrained.get("quick_gelu")),  # no tensor shows it
+            force_quick_gelu=bool(pretrained.get("quick_gelu")),  # not stored in the weights
             image_mean=pretrained.get("mean"),
             image_std=pretrained.get("std"),
             image_interpolation=pretrained.get("interpolation"),
             image_resize_mode=pretrained.get("resize_mode"),
             weights_only=True,
         )
-    except Exception as error:  # torch's own text advises to load it all the same
+    except Exception as error:  # torch's own message suggests weights_only=False
         raise ValueError(
-            f"clip.weights={weights} are damaged, not those of {name}, or hold more than tensors; "
-            "they are not loaded"
+            f"clip.weights={weights} was not loaded: it is damaged, does not match {name}, or "
+            "contains more than tensors; use other weights"
         ) from error
     return Clip(net, transform=transform, weights_sha256=atomic.sha256(path))
 
 
-def _tagged(name: str, tag: str) -> Path:
-    found = open_clip.get_pretrained_cfg(name, tag)
+def _download(name: str, tag: str) -> Path:
+    config = open_clip.get_pretrained_cfg(name, tag)
     try:
-        return Path(open_clip.download_pretrained(found))
-    except Exception as error:  # of urllib, requests or the hub's client
+        return Path(open_clip.download_pretrained(config))
+    except Exception as error:  # from urllib, requests or the hub client
         raise FileNotFoundError(
             f"clip.weights={tag} of {name} cannot be downloaded ({type(error).__name__}); name a "
-            "local file of them"
+            "local file of the weights"
         ) from error
 
 
 def pickscore(*, weights: str) -> PickScore:
-    """PickScore from its published layout, transformers' of a CLIPModel.
+    """Load PickScore from its published format, a transformers CLIPModel.
 
     Args:
-        weights: a folder with ``config.json`` and ``model.safetensors``, or an id of the hub.
+        weights: a folder with ``config.json`` and ``model.safetensors``, or a hub repository id.
 
     Raises:
-        FileNotFoundError: if it cannot be had.
+        FileNotFoundError: if a file is missing, or the repository cannot be downloaded.
         ValueError: if it is not a CLIPModel.
     """
     folder = Path(weights)
     if not folder.is_dir():
         try:
-            wanted = ["config.json", "model.safetensors"]
-            folder = Path(snapshot_download(weights, allow_patterns=wanted))
-        except Exception as error:  # of requests or the hub's client
+            patterns = ["config.json", "model.safetensors"]
+            folder = Path(snapshot_download(weights, allow_patterns=patterns))
+        except Exception as error:  # from requests or the hub client
             raise FileNotFoundError(
-                f"pickscore.weights={weights} is not a folder, and cannot be downloaded "
+                f"pickscore.weights={weights} is not a folder and cannot be downloaded "
                 f"({type(error).__name__}); name a folder with config.json and model.safetensors"
             ) from error
     config, path = folder / "config.json", folder / "model.safetensors"
     for file in (config, path):
         if not file.is_file():
-            raise FileNotFoundError(f"pickscore.weights={weights} lacks {file.name}")
+            raise FileNotFoundError(f"pickscore.weights={weights} lacks {file.name}; add that file")
     try:
         clip_config = json.loads(config.read_text(encoding="utf-8"))
         net, side = _network(clip_config)
@@ -155,7 +155,7 @@ def pickscore(*, weights: str) -> PickScore:
         ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError
     ) as error:  # fmt: skip
         raise ValueError(
-            f"pickscore.weights={weights} is not a CLIPModel of transformers: "
+            f"pickscore.weights={weights} is not a transformers CLIPModel: "
             f"{str(error).splitlines()[0]}"
         ) from error
     transform = image_transform(
@@ -165,11 +165,11 @@ def pickscore(*, weights: str) -> PickScore:
 
 
 def _network(config: dict[str, Any]) -> tuple[nn.Module, int]:
-    """open_clip's network, and its side in pixels, of transformers' config."""
+    """The open_clip network of a transformers config, and its input side in pixels."""
     text, vision = config["text_config"], config["vision_config"]
-    quick = {text.get("hidden_act", "quick_gelu"), vision.get("hidden_act", "quick_gelu")}
-    if len(quick) != 1 or not quick <= {"gelu", "quick_gelu"}:
-        raise ValueError(f"hidden_act={sorted(quick)} is none that open_clip has")
+    activations = {text.get("hidden_act", "quick_gelu"), vision.get("hidden_act", "quick_gelu")}
+    if len(activations) != 1 or not activations <= {"gelu", "quick_gelu"}:
+        raise ValueError(f"hidden_act={sorted(activations)} is not supported by open_clip")
     net = open_clip.CLIP(
         embed_dim=config["projection_dim"],
         vision_cfg={
@@ -188,7 +188,7 @@ def _network(config: dict[str, Any]) -> tuple[nn.Module, int]:
             "layers": text["num_hidden_layers"],
             "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
         },
-        quick_gelu=quick == {"quick_gelu"},
+        quick_gelu=activations == {"quick_gelu"},
         init_logit_scale=math.log(1 / 0.07),
     )
     return net, int(vision["image_size"])

@@ -1,4 +1,4 @@
-"""From transformers' names of a CLIPModel's tensors to open_clip's."""
+"""Convert the state dict of a transformers CLIPModel to open_clip's names."""
 
 import re
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 TOWERS = {"text_model": "", "vision_model": "visual."}
-OF_LAYER = {
+LAYER_PARTS = {
     "layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
     "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
 }  # fmt: skip
-OUTSIDE = {
+TOP_LEVEL = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm.weight": "ln_final.weight",
@@ -25,37 +25,40 @@ OUTSIDE = {
     "vision_model.post_layernorm.bias": "visual.ln_post.bias",
     "logit_scale": "logit_scale",
 }
-TURNED = {"text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj"}
-"""Linear maps there, and matrices to multiply by here."""
+TRANSPOSED = {
+    "text_projection.weight": "text_projection",
+    "visual_projection.weight": "visual.proj",
+}
+"""Linear layers in transformers, stored as transposed matrices in open_clip."""
 LAYER = re.compile(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under open_clip's names, with queries, keys and values in one.
+    """The tensors under open_clip's names, with query, key and value concatenated.
 
     Raises:
-        ValueError: for a name that no CLIPModel has.
+        ValueError: if a name is not a tensor of a CLIPModel.
     """
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("position_ids"):
             continue
         layer = LAYER.fullmatch(name)
-        if name in OUTSIDE:
-            found[OUTSIDE[name]] = tensor
-        elif name in TURNED:
-            found[TURNED[name]] = tensor.T.contiguous()
+        if name in TOP_LEVEL:
+            converted[TOP_LEVEL[name]] = tensor
+        elif name in TRANSPOSED:
+            converted[TRANSPOSED[name]] = tensor.T.contiguous()
         elif layer is None:
             raise ValueError(f"{name} is not a tensor of a CLIPModel")
         elif layer[3].startswith("self_attn.") and layer[3] != "self_attn.out_proj":
             if layer[3] == "self_attn.q_proj":
                 parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-                found[f"{_block(layer)}.attn.in_proj_{layer[4]}"] = torch.cat(parts)
-        elif layer[3] in OF_LAYER:
-            found[f"{_block(layer)}.{OF_LAYER[layer[3]]}.{layer[4]}"] = tensor
+                converted[f"{_block(layer)}.attn.in_proj_{layer[4]}"] = torch.cat(parts)
+        elif layer[3] in LAYER_PARTS:
+            converted[f"{_block(layer)}.{LAYER_PARTS[layer[3]]}.{layer[4]}"] = tensor
         else:
             raise ValueError(f"{name} is not a tensor of a CLIPModel")
-    return found
+    return converted
 
 
 def _block(layer: re.Match[str]) -> str:

@@ -1,7 +1,4 @@
-"""How far two sets of images are apart, by their features; torchmetrics' own computations.
-
-Features can be passed in place of images.
-"""
+"""Distances between sets of images, computed by torchmetrics from precomputed features."""
 
 import warnings
 from typing import Any
@@ -14,8 +11,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 SUBSET_SIZE = 1000
 SUBSETS = 100
-ALONE: dict[str, Any] = {"sync_on_compute": False}
-"""One process measures; torchmetrics would wait for the others."""
+NO_SYNC: dict[str, Any] = {"sync_on_compute": False}
+"""Only one process measures; torchmetrics would wait for the other ones."""
 
 
 class _Identity(nn.Module):
@@ -28,15 +25,17 @@ class _Identity(nn.Module):
 
 
 class FrechetDistance:
-    """Frechet distance to a set, both taken as normal (Heusel et al. 2017, arXiv 1706.08500).
+    """Frechet distance to a reference set (Heusel et al. 2017, arXiv 1706.08500).
 
     Args:
         reference: (M, D) features.
     """
 
     def __init__(self, reference: Tensor) -> None:
-        given = _Identity(reference.shape[1])
-        self.metric = FrechetInceptionDistance(feature=given, reset_real_features=False, **ALONE)
+        features = _Identity(reference.shape[1])
+        self.metric = FrechetInceptionDistance(
+            feature=features, reset_real_features=False, **NO_SYNC
+        )
         self.metric.update(reference.double(), real=True)
 
     def __call__(self, ours: Tensor) -> float:
@@ -47,45 +46,45 @@ class FrechetDistance:
 
 
 def check_enough(name: str, width: int, *numbers: int) -> None:
-    """Refuse sets that are too small for a distance.
+    """Check that sets are large enough for a distance.
 
-    A covariance of fewer images than features has no full rank, and the Frechet distance then
-    says little; a kernel's takes two images.
+    With fewer images than features the covariance is rank-deficient and the Frechet distance is
+    not meaningful; the kernel distance needs two images.
 
     Args:
         name: ``fid``, ``rfid`` or ``kid``.
         width: number of features.
-        numbers: of images, of each side that is known.
+        numbers: number of images in each set whose size is known.
 
     Raises:
-        ValueError: naming the numbers.
+        ValueError: naming the required and the actual numbers.
     """
     needed = 2 if name == "kid" else width + 1
     if min(numbers) < needed:
         instead = "" if name == "kid" else ", or use metric=[kid]"
         counts = " and ".join(map(str, numbers))
         raise ValueError(
-            f"metric={name} needs at least {needed} images on both sides, and there are {counts}; "
-            f"give more{instead}"
+            f"metric={name} needs at least {needed} images in both sets, but there are {counts}; "
+            f"use more images{instead}"
         )
 
 
 def kernel_distance(ours: Tensor, reference: Tensor, *, subset_size: int = SUBSET_SIZE) -> float:
     """Squared maximum mean discrepancy, cubic kernel (Binkowski et al. 2018, arXiv 1801.01401).
 
-    The mean of 100 random subsets of each side, always the same; of one, if it is the whole set.
+    The mean over 100 pairs of random subsets with a fixed seed, or over one if it is the whole set.
 
     Args:
         ours: (N, D) features.
-        reference: (M, D).
-        subset_size: images of a subset, at most as many as there are.
+        reference: (M, D) features.
+        subset_size: number of images in a subset, clipped to the size of the smaller set.
     """
     size = min(subset_size, len(ours), len(reference))
     subsets = 1 if size == len(ours) == len(reference) else SUBSETS
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*save all extracted features.*")  # as they are
+        warnings.filterwarnings("ignore", message=".*save all extracted features.*")
         metric = KernelInceptionDistance(
-            feature=_Identity(ours.shape[1]), subsets=subsets, subset_size=size, **ALONE
+            feature=_Identity(ours.shape[1]), subsets=subsets, subset_size=size, **NO_SYNC
         )
     metric.update(reference.double(), real=True)
     metric.update(ours.double(), real=False)
@@ -95,16 +94,16 @@ def kernel_distance(ours: Tensor, reference: Tensor, *, subset_size: int = SUBSE
 
 
 def inception_score(logits: Tensor, *, splits: int = 10) -> float:
-    """Inception Score (Salimans et al. 2016, arXiv 1606.03498), the mean of so many splits.
+    """Inception Score (Salimans et al. 2016, arXiv 1606.03498), the mean over splits.
 
     Args:
-        logits: (N, C) of a classifier.
-        splits: into which the images are dealt, always in the same way; at most N.
+        logits: (N, C) classifier logits.
+        splits: number of random splits with a fixed seed, clipped to N.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*save all extracted features.*")
         metric = InceptionScore(
-            feature=_Identity(logits.shape[1]), splits=min(splits, len(logits)), **ALONE
+            feature=_Identity(logits.shape[1]), splits=min(splits, len(logits)), **NO_SYNC
         )
     metric.update(logits.double())
     with torch.random.fork_rng([]):

@@ -1,7 +1,7 @@
-"""Networks whose features tell sets of images apart, and how images come to them.
+"""Feature networks for distances between image sets, and their preprocessing.
 
-The resampling filter and the file format alone move FID (Parmar et al., arXiv 2104.11222), so both
-are fixed: bytes as in a PNG, resized once by torch's antialiased bicubic.
+FID depends on the resampling filter and the file format (Parmar et al., arXiv 2104.11222), so both
+are fixed: 8-bit pixels as in a PNG, resized once by torch's antialiased bicubic filter.
 """
 
 import tempfile
@@ -24,13 +24,13 @@ RESIZE_METHOD = "torch, antialiased bicubic, shorter side, then the middle"
 
 
 class FeatureNetwork(Protocol):
-    """A network of features: (B, 3, S, S) bytes -> (B, D)."""
+    """A network that computes image features: (B, 3, S, S) uint8 -> (B, D)."""
 
     name: str
-    """``inception``, or what stands behind ``fd_``."""
+    """``inception``, or the suffix of ``fd_`` and ``kd_``."""
     weights_sha256: str
     width: int
-    """D."""
+    """Number of features D."""
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, D) float32."""
@@ -38,14 +38,14 @@ class FeatureNetwork(Protocol):
 
 
 class Inception(nn.Module):
-    """Inception-v3 of 2015, in torch-fidelity's port: the network of FID, KID and IS.
+    """Inception-v3 (2015) in torch-fidelity's port: the network of FID, KID and IS.
 
     Args:
-        weights: a local file of it; None takes torch-fidelity's release, which is downloaded once.
+        weights: a local file; None downloads torch-fidelity's release once.
 
     Raises:
-        FileNotFoundError: if there is no such file, or no way to the release.
-        ValueError: if the file holds something else.
+        FileNotFoundError: if the file does not exist, or the release cannot be downloaded.
+        ValueError: if the file does not contain Inception-v3.
     """
 
     name = "inception"
@@ -58,20 +58,20 @@ class Inception(nn.Module):
         path = Path(weights) if weights is not None else _downloaded(port.URL_INCEPTION_V3)
         if not path.is_file():
             raise FileNotFoundError(
-                f"fid_features.weights={weights} is not a file; name Inception's"
+                f"fid_features.weights={weights} is not a file; name Inception's weights file"
             )
         self.weights_sha256 = atomic.sha256(path)
         outputs = ["2048", "logits_unbiased"]
         with tempfile.TemporaryDirectory() as folder:
-            # The port unpickles whatever it is given, so it is given a file of ours: tensors alone.
-            own = Path(folder, "tensors.pt")
-            torch.save(_tensors(path), own)
+            # The port unpickles without restrictions, so it gets a copy that has only tensors.
+            tensors_only = Path(folder, "tensors.pt")
+            torch.save(_tensors(path), tensors_only)
             try:
                 self.net = port.FeatureExtractorInceptionV3(
-                    "inception-v3-compat", outputs, feature_extractor_weights_path=str(own)
+                    "inception-v3-compat", outputs, feature_extractor_weights_path=str(tensors_only)
                 )
             except RuntimeError as error:
-                raise ValueError(f"fid_features.weights={path} holds no Inception-v3") from error
+                raise ValueError(f"fid_features.weights={path} is not an Inception-v3") from error
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, 1008)."""
+        """(B, 3, S, S) uint8 -> (B, 1008) class logits."""
         return self.net(images)[1]
 
 
@@ -89,9 +89,8 @@ def _downloaded(url: str) -> Path:
         torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
     except (URLError, OSError) as error:
         raise FileNotFoundError(
-            f"Inception's weights cannot be downloaded ({error}); name a file of them "
-            f"({url.rpartition('/')[2]}) with fid_features.weights=, or measure with "
-            "fid_features=random"
+            f"Inception's weights cannot be downloaded ({error}); name a local copy of "
+            f"{url.rpartition('/')[2]} with fid_features.weights=, or use fid_features=random"
         ) from error
     return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
 
@@ -99,20 +98,21 @@ def _downloaded(url: str) -> Path:
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own text advises to load it all the same
+    except Exception as error:  # torch's own message suggests weights_only=False
         raise ValueError(
-            f"fid_features.weights={path} is damaged, or holds more than tensors; it is not loaded"
+            f"fid_features.weights={path} was not loaded: it is damaged or contains more than "
+            "tensors; use another file"
         ) from error
 
 
 class RandomConvFeatures(nn.Module):
-    """Convolutions with fixed random weights: nothing to download, and a poor judge of meaning.
+    """Convolutions with fixed random weights: nothing to download, but blind to semantics.
 
-    They see colors, edges and textures. Distances by them are not FID and compare with none.
+    The features respond to colors, edges and textures. Their distances are not comparable to FID.
 
     Args:
-        widths: channels of each layer, each of half the resolution of the one before.
-        seed: of the weights.
+        widths: channels of each layer; each layer halves the resolution.
+        seed: seed of the weights.
     """
 
     name = "random"
@@ -130,7 +130,7 @@ class RandomConvFeatures(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, sum of widths) means of each channel over the image."""
+        """(B, 3, S, S) uint8 -> (B, sum of widths) spatial means of each layer's channels."""
         x, means = images.float() / 127.5 - 1, []
         for layer in self.layers:
             x = F.relu(layer(x))
@@ -139,7 +139,7 @@ class RandomConvFeatures(nn.Module):
 
 
 def square(image: Tensor, side: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, side, side): resized once by its shorter side, then its middle."""
+    """(3, H, W) uint8 -> (3, side, side): resized by the shorter side, then center-cropped."""
     resized = TF.resize(image, [side], InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop(resized, [side, side])
 

@@ -1,4 +1,4 @@
-"""How well images come back: PSNR and SSIM by torchmetrics."""
+"""Reconstruction metrics: PSNR and SSIM by torchmetrics."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,35 +9,35 @@ from torchmetrics.functional.image import (
 )
 
 Compare = Callable[[Tensor, Tensor], Tensor]
-"""Two (1, 3, H, W) in [0, 1] -> one number."""
+"""A metric: two images (1, 3, H, W) in [0, 1] -> a scalar."""
 
 
-def psnr(original: Tensor, back: Tensor) -> Tensor:
+def psnr(original: Tensor, reconstruction: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of one image, in dB."""
-    return peak_signal_noise_ratio(back, original, data_range=1.0)
+    return peak_signal_noise_ratio(reconstruction, original, data_range=1.0)
 
 
-def ssim(original: Tensor, back: Tensor) -> Tensor:
+def ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
     """Structural similarity of one image, at most 1."""
-    found = structural_similarity_index_measure(back, original, data_range=1.0)
-    return found[0] if isinstance(found, tuple) else found
+    value = structural_similarity_index_measure(reconstruction, original, data_range=1.0)
+    return value[0] if isinstance(value, tuple) else value
 
 
 def compare_images(
-    pairs: Iterable[tuple[Tensor, Tensor]], by: dict[str, Compare]
+    pairs: Iterable[tuple[Tensor, Tensor]], metrics: dict[str, Compare]
 ) -> dict[str, list[float]]:
     """Compare batches of (original, reconstruction), image by image.
 
     Args:
-        pairs: two (B, 3, H, W) in [0, 1] each; sizes may differ from batch to batch.
-        by: name -> what compares.
+        pairs: two tensors (B, 3, H, W) in [0, 1] each; sizes may differ between batches.
+        metrics: name -> metric.
 
     Returns:
-        name -> a number for each image.
+        name -> one value per image.
     """
-    found: dict[str, list[float]] = {name: [] for name in by}
-    for original, back in pairs:
-        for x, y in zip(original.split(1), back.split(1), strict=True):
-            for name, compare in by.items():
-                found[name].append(float(compare(x, y)))
-    return found
+    values: dict[str, list[float]] = {name: [] for name in metrics}
+    for original, reconstruction in pairs:
+        for x, y in zip(original.split(1), reconstruction.split(1), strict=True):
+            for name, compare in metrics.items():
+                values[name].append(float(compare(x, y)))
+    return values

@@ -1,4 +1,4 @@
-"""Does the text matter? How often a drawn image is nearest to the image of its own caption."""
+"""Retrieval: whether a generated image is nearest to the training image of its caption."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,24 +15,24 @@ def pooled_pixels(images: Iterable[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-def ranks(drawn: Tensor, reference: Tensor, own: Sequence[int]) -> list[int]:
-    """How many other references are as near to each drawn image as the one of its own caption.
+def ranks(generated: Tensor, reference: Tensor, targets: Sequence[int]) -> list[int]:
+    """Rank of each generated image's target among all candidates.
 
     Args:
-        drawn: (N, D) features of drawn images.
+        generated: (N, D) features of generated images.
         reference: (M, D) features of all candidates.
-        own: N indices into ``reference``: the image of the caption that was drawn.
+        targets: N indices into ``reference``: the image whose caption was the prompt.
 
     Returns:
-        N ranks from 0 on, by Euclidean distance; a tie counts against the drawn image.
+        N zero-based ranks by Euclidean distance; ties count against the target.
     """
-    distance = torch.cdist(drawn.double(), reference.double())
-    right = torch.as_tensor(own, device=drawn.device)
-    own_distance = distance.gather(1, right[:, None])
-    return ((distance <= own_distance).sum(dim=1) - 1).tolist()  # itself is not another
+    distance = torch.cdist(generated.double(), reference.double())
+    columns = torch.as_tensor(targets, device=generated.device)
+    target_distance = distance.gather(1, columns[:, None])
+    return ((distance <= target_distance).sum(dim=1) - 1).tolist()  # the target counts itself
 
 
-def shuffle_control(own: Sequence[int]) -> list[int]:
-    """The same indices, each given to another drawn image: a control that text cannot pass."""
-    half = max(1, len(own) // 2)
-    return [*own[half:], *own[:half]]
+def shuffle_control(targets: Sequence[int]) -> list[int]:
+    """The targets, rotated by half their number: a control in which no caption matches."""
+    half = max(1, len(targets) // 2)
+    return [*targets[half:], *targets[:half]]

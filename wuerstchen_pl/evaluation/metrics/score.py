@@ -1,4 +1,4 @@
-"""A number with what it was measured on, and its 95 % interval."""
+"""Metric values with sample sizes and 95 % confidence intervals."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,22 +10,22 @@ import numpy as np
 Z_95 = 1.96
 """Two-sided 95 % quantile of the normal distribution."""
 RESAMPLES = 1000
-"""Bootstrap samples for the mean of a score per image."""
+"""Bootstrap samples for the mean of a per-image score."""
 RESAMPLES_OF_SETS = 20
-"""Bootstrap samples for a distance between sets; each takes as long as the distance itself."""
+"""Bootstrap samples for a set metric; each takes as long as the metric itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A metric: its value and 95 % interval.
+    """The value of a metric and its 95 % confidence interval.
 
     Args:
         value: the metric.
-        low: lower end of the interval; None where there is too little to tell.
-        high: its upper end.
-        number: of images.
-        per_sample: of every image, in their order; empty for a metric of the whole set.
-        facts: what else to know of it, such as the reference's size.
+        low: lower end of the interval; None if there are too few samples for an interval.
+        high: upper end of the interval.
+        number: number of images.
+        per_sample: values of the images, in their order; empty for a metric of the whole set.
+        facts: what else to report, such as the reference's size.
     """
 
     value: float
@@ -37,13 +37,13 @@ class Score:
 
 
 def mean_score(per_sample: Sequence[float], **facts: Any) -> Score:
-    """The mean of a score per image, with the percentiles of bootstrap means.
+    """The mean of a per-image score, with a percentile bootstrap interval.
 
     Raises:
-        ValueError: if there is no image.
+        ValueError: if there are no images.
     """
     if not len(per_sample):
-        raise ValueError("no image to measure; the data's split is empty")
+        raise ValueError("there are no images to measure; use a data split that is not empty")
     values = np.asarray(per_sample, dtype=np.float64)
     rng, number = np.random.default_rng(0), len(values)
     means = [values[rng.integers(number, size=number)].mean() for _ in range(RESAMPLES)]
@@ -65,14 +65,14 @@ def proportion_score(per_sample: Sequence[float], **facts: Any) -> Score:
     A bootstrap gives [1, 1] for 128 successes of 128; Wilson's interval is [0.971, 1].
 
     Args:
-        per_sample: 1 for a success, 0 for a failure; a tie is half of each.
+        per_sample: 1 for a success, 0 for a failure, 1/2 for a tie.
         facts: what else to report.
 
     Raises:
-        ValueError: if there is no sample.
+        ValueError: if there are no samples.
     """
     if not len(per_sample):
-        raise ValueError("no image to measure; the data's split is empty")
+        raise ValueError("there are no images to measure; use a data split that is not empty")
     number, share = len(per_sample), float(np.mean(per_sample))
     scale = 1 + Z_95**2 / number
     center = (share + Z_95**2 / (2 * number)) / scale
@@ -89,22 +89,26 @@ def proportion_score(per_sample: Sequence[float], **facts: Any) -> Score:
 
 
 def set_score(
-    measure: Callable[[np.ndarray], float], number: int, *, least: float = -math.inf, **facts: Any
+    measure: Callable[[np.ndarray], float],
+    number: int,
+    *,
+    min_value: float = -math.inf,
+    **facts: Any,
 ) -> Score:
-    """A metric of a set, with 1.96 standard deviations of its values for resampled sets around it.
+    """A set metric +- 1.96 standard deviations over bootstrap samples of the set.
 
-    Only the deviation is used, not percentiles: a resampled set contains images twice, which makes
-    a Frechet distance larger.
+    The deviation is used instead of percentiles, because a bootstrap sample contains duplicates,
+    which increase a Frechet distance.
 
     Args:
         measure: indices of images -> the metric of these images.
         number: number of images.
-        least: the smallest value that the metric can have; the interval ends there.
+        min_value: the smallest possible value of the metric; the interval is clipped to it.
         facts: what else to report.
     """
     value = measure(np.arange(number))
     rng = np.random.default_rng(0)
     resampled = [measure(rng.integers(number, size=number)) for _ in range(RESAMPLES_OF_SETS)]
     half = Z_95 * float(np.std(resampled, ddof=1))
-    low = max(least, value - half)
+    low = max(min_value, value - half)
     return Score(value=value, low=low, high=value + half, number=number, facts=facts)
