@@ -165,7 +165,7 @@ def _hints(function: Callable | None) -> dict[str, Any]:
         return {}
     try:
         return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    except (NameError, TypeError):  # imported for type checking only, or a builtin
+    except (NameError, TypeError):  # imported for type checking only, or implemented in C
         return {}
 
 

@@ -87,7 +87,7 @@ def fit(
             "the same command with ckpt=auto resumes it",
             code,
         ) from None
-    except SystemExit:  # Lightning raises it on Ctrl-C; here, on the second one
+    except SystemExit:  # Lightning raises it for a Ctrl-C that PreemptionHandler did not defer
         raise Exit(
             f"{output_dir} was interrupted at step {trainer.global_step}; ckpt=auto resumes from "
             "its last checkpoint",
@@ -146,8 +146,8 @@ def check_ranges(cfg: DictConfig) -> None:
     precision = str(cfg.trainer.precision)
     if precision not in ("32-true", "bf16-mixed"):
         raise ValueError(
-            f"trainer.precision={precision} is not supported by these networks; use bf16-mixed or "
-            "32-true"
+            f"trainer.precision={precision} would overflow or mix types in these networks; use "
+            "bf16-mixed or 32-true"
         )
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
