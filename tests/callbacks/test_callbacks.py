@@ -225,7 +225,7 @@ def test_a_chart_shows_the_newest_reading_darkest() -> None:
 
 def test_rates_stop_while_it_validates() -> None:
     callback = Throughput()
-    callback._forget()
+    callback._reset()
     begun = callback._since
     callback.on_validation_start(None, None)  # type: ignore[arg-type]
     time.sleep(0.05)
