@@ -65,13 +65,14 @@ class EvaluationCallback(L.Callback):
                 "callbacks=with_evaluation generates images, which needs Stage C; use "
                 "callbacks=default for other stages"
             )
-        if hasattr(trainer.datamodule, "made_with") and self.plan.of_data:  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "made_with") and self.plan.of_data:
             raise ValueError(
                 "callbacks=with_evaluation compares with training images, but data=cached has "
                 "none; set callbacks.evaluation.plan.reference to a folder and "
                 "callbacks.evaluation.plan.prompts to a file"
             )
-        target = EvalTarget(facts={}, data=trainer.datamodule)  # type: ignore[attr-defined]
+        target = EvalTarget(facts={}, data=data)
         baselines = [ImageFolder(Path(path), key="baselines") for path in self.plan.baselines]
         check_plan(self.plan, num_images(self.plan), reference_images(self.plan, target), baselines)
 
