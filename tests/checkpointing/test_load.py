@@ -181,7 +181,7 @@ def test_a_stage_a_that_changed_under_stage_b_is_refused(moved: Path) -> None:
     weights = torch.load(find_checkpoint(moved / "a"), weights_only=True)["state_dict"]
     rewrite(moved / "a", state_dict={key: value + 1 for key, value in weights.items()})
     for stage in "bc":
-        with pytest.raises(ValueError, match=r"was trained over .* with sha256 .* has changed to"):
+        with pytest.raises(ValueError, match=r"was trained with .* of sha256 .* has changed to"):
             load_stage(run=moved / stage, stage=stage)
 
 

@@ -228,12 +228,12 @@ def _find_trained(run: str | Path, stage: str) -> Path:
 def _sampling_config(content: dict[str, Any]) -> dict[str, Any]:
     """The config of a checkpoint's stage, without the arguments that only training needs."""
     config = content["stage"]
-    training_only = hydra.utils.get_class(config["_target_"]).TRAINING_ONLY  # type: ignore[attr-defined]
+    stage_class: Any = hydra.utils.get_class(config["_target_"])
     trained = {key.partition(".")[0] for key in content["state_dict"]}
     return {
         key: drop_weight_paths(value) if key in trained else value
         for key, value in config.items()
-        if key not in training_only
+        if key not in stage_class.TRAINING_ONLY
     }
 
 

@@ -90,15 +90,15 @@ def read_sharded(
         ValueError: if a tensor is missing or incomplete.
     """
     reader = HuggingFaceStorageReader(str(folder))
-    rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    content = torch.load(folder / REST, map_location="cpu", weights_only=True)
     stored = reader.read_metadata().state_dict_metadata
     complete = {
-        name for name, shape in rest["tensors"].items() if _is_complete(stored.get(name), shape)
+        name for name, shape in content["tensors"].items() if _is_complete(stored.get(name), shape)
     }
-    if missing := sorted(rest["tensors"].keys() - complete):
+    if missing := sorted(content["tensors"].keys() - complete):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     tensors = {}
-    names = [name for name in rest["tensors"] if name.partition(SEPARATOR)[0] not in skip]
+    names = [name for name in content["tensors"] if name.partition(SEPARATOR)[0] not in skip]
     for name in names:
         path, metadata = tuple(_key(step) for step in name.split(SEPARATOR)), stored[name]
         size, dtype = metadata.size, metadata.properties.dtype  # type: ignore[union-attr]
@@ -109,7 +109,7 @@ def read_sharded(
             dcp.load(tensors, storage_reader=reader, no_dist=template is None)
         except CheckpointException as error:
             raise OSError(f"{folder} cannot be read: {_reason(error)}") from error
-    checkpoint = rest["rest"]
+    checkpoint = content["rest"]
     for name, tensor in tensors.items():
         _insert_tensor(checkpoint, [_key(step) for step in name.split(SEPARATOR)], tensor)
     return checkpoint

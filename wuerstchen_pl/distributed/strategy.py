@@ -125,7 +125,7 @@ class _ParameterIndex:
 
 
 def _gather_tree(node: Any, *, keep: bool) -> Any:
-    """A copy of nested containers with full tensors in host memory, or None if ``keep`` is False."""
+    """A copy of nested containers with full tensors in host memory; None for each if not kept."""
     if isinstance(node, dict):
         return {k: _gather_tree(v, keep=keep) for k, v in node.items()}
     if isinstance(node, list | tuple):
