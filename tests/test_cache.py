@@ -224,11 +224,11 @@ def test_a_cache_of_another_text_encoder_is_refused(
 @pytest.mark.parametrize(
     ("stage", "more", "message"),
     [
-        ("a", [], "stage=a learns from images themselves"),
+        ("a", [], "stage=a trains on images, not on a cache"),
         ("c", ["crops=0"], "crops=0 is out of range"),
         ("c", ["dtype=int8"], "dtype is 'int8'"),
-        ("c", ["text=true"], "stage.train_text_encoder is true"),
-        ("b", ["text=true"], "this stage=b reads none"),
+        ("c", ["text=true"], "stage.train_text_encoder=true; set text=false"),
+        ("b", ["text=true"], "stage=b has none"),
     ],
 )
 def test_what_cannot_be_cached_is_refused(

@@ -181,7 +181,7 @@ BAD = {
     "empty prompt": (["prompt="], "holds no word"),
     "no prompt": ([], "no prompt; set prompt="),
     "emoji": (["prompt=🐸🐸"], "holds no word"),
-    "not UTF-8": (["prompt=fr\udcffog"], "is not text in UTF-8"),
+    "not UTF-8": (["prompt=fr\udcffog"], "is not valid UTF-8"),
     "no height": (["prompt=a", "height=0"], "height=0 cannot be drawn; use 16 to 4096"),
     "height": (["prompt=a", "height=1000003"], "height=1000003 cannot be drawn"),
     "fraction": (["prompt=a", "height=64.5"], "height is 64.5, and must be int"),

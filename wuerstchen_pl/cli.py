@@ -208,7 +208,7 @@ def _explain_composition(error: BaseException) -> str | None:
     """A message with the fix for an error in the command line; None for other errors."""
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override!r} cannot be parsed; write key=value, and quote a value with any of "
+            f"{error.override!r} cannot be read; write key=value, and quote a value with any of "
             ",=:[]{}() twice: 'key=\"a,b\"'"
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
@@ -225,7 +225,7 @@ def _explain_composition(error: BaseException) -> str | None:
         return f"{group} is missing; choose {choices}"
     if str(error).startswith("Error resolving interpolation"):
         name = str(error).split("'")[1]
-        return f"{name} selects a config file and cannot be swept; run once per value"
+        return f"{name} selects a config file and cannot be swept; run once for each value"
     if str(error).startswith("Config group override must be"):
         for group, _, name in (argument.partition("=") for argument in sys.argv[1:]):
             if group_choices(group) and name not in group_choices(group):

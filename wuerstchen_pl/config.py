@@ -176,7 +176,7 @@ def _check_value(key: str, value: Any, hint: Any) -> None:
         name = hint.__name__ if inspect.isclass(hint) else str(hint)
         name = re.sub(r"(\w+\.)+", "", name).replace("NoneType", "null").replace("None", "null")
         shown = "an object" if isinstance(value, dict) else "null" if value is None else repr(value)
-        raise ValueError(f"{key} is {shown}, but must be {name}; set {key}=...")
+        raise ValueError(f"{key} is {shown}, and must be {name}; set {key}=...")
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -83,8 +83,8 @@ def fit(
     except Preempted as stop:
         code = INTERRUPTED if stop.signum == signal.SIGINT else REQUEUE
         raise Exit(
-            f"{output_dir} was stopped by {stop}, and saved at step {trainer.global_step}; "
-            "the same command with ckpt=auto resumes it",
+            f"{output_dir} was stopped by {stop} after step {trainer.global_step}; a checkpoint "
+            "was saved, and the same command with ckpt=auto resumes it",
             code,
         ) from None
     except SystemExit:  # Lightning raises it for a Ctrl-C that PreemptionHandler did not defer
@@ -146,12 +146,12 @@ def check_ranges(cfg: DictConfig) -> None:
     precision = str(cfg.trainer.precision)
     if precision not in ("32-true", "bf16-mixed"):
         raise ValueError(
-            f"trainer.precision={precision} would overflow or mix types in these networks; use "
+            f"trainer.precision={precision} overflows or mixes types in these networks; use "
             "bf16-mixed or 32-true"
         )
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"trainer.accelerator={cfg.trainer.accelerator} needs a GPU, and torch finds none; "
+            f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use; "
             "use trainer.accelerator=cpu, or fix the driver"
         )
     strategy = OmegaConf.select(cfg, "trainer.strategy._target_")
