@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ def same(one: object, other: object) -> bool:
         assert isinstance(other, dict)
         return one.keys() == other.keys() and all(same(v, other[k]) for k, v in one.items())
     if isinstance(one, list | tuple):
-        return type(one) is type(other) and all(map(same, one, other))  # type: ignore[call-overload]
+        items: Any = other
+        return type(one) is type(other) and all(map(same, one, items))
     return one == other
 
 

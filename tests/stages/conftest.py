@@ -1,4 +1,4 @@
-"""Small stages without files: A in B, B in C."""
+"""Small stages that need no files: B contains A, and C contains B."""
 
 from functools import partial
 
@@ -26,9 +26,9 @@ CAPTIONS = ["red apple", "green frog", "black bear", "polar bear"]
 
 
 def training(lr: float) -> dict:
-    """What a stage needs to train."""
+    """Constructor arguments for training."""
     return {
-        # without decay, which would move a parameter that no gradient reaches
+        # without weight decay, which would change parameters without gradients
         "optimizer": partial(torch.optim.AdamW, lr=lr, weight_decay=0.0, fused=True),
         "ema": EMA(decay=0.9),
     }
@@ -98,7 +98,7 @@ def batch() -> Batch:
 
 
 def fit(stage: Stage, batch: Batch, steps: int, **options: object) -> L.Trainer:
-    """Train on one batch, again and again."""
+    """Train for ``steps`` steps on one batch."""
     torch.manual_seed(0)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False,
