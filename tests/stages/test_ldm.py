@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -63,11 +64,9 @@ def test_the_command_generates_the_same_image_as_the_stage(baseline: Path, tmp_p
     assert run_program("sample", overrides) == 0
     image = np.asarray(Image.open(next(tmp_path.glob("0000-*.png")))).astype(int)
     pipeline = LatentDiffusionPipeline.from_run(baseline)
-    stage = load_stage(run=baseline, stage="ldm")
-    latents = stage.sample(["red apple"], size=(64, 48), seeds=[5], num_steps=3)  # type: ignore[operator]
-    expected = stage.decode_semantic(  # type: ignore[operator]
-        latents, size=(64, 48), seeds=[5], captions=["red apple"]
-    )
+    stage: Any = load_stage(run=baseline, stage="ldm")
+    latents = stage.sample(["red apple"], size=(64, 48), seeds=[5], num_steps=3)
+    expected = stage.decode_semantic(latents, size=(64, 48), seeds=[5], captions=["red apple"])
     assert pipeline.size_multiple == 16
     assert image.shape == (64, 48, 3)
     assert np.abs(image - expected[0].permute(1, 2, 0).numpy() * 255).max() < 1

@@ -1,8 +1,8 @@
 """Exponential moving average of a module's trainable parameters.
 
-Lightning's ``WeightAveraging`` is not used because it copies frozen networks too, averages integer
-buffers, does not support sharded weights, and leaves raw and EMA weights swapped if validation
-raises.
+Lightning's ``WeightAveraging`` is not used because it copies frozen networks too, takes the mean of
+integer buffers, does not support sharded weights, and leaves raw and EMA weights swapped if
+validation raises.
 """
 
 from collections.abc import Iterator
