@@ -230,15 +230,15 @@ def test_a_cache_of_another_text_encoder_is_refused(
 @pytest.mark.parametrize(
     ("stage", "more", "message"),
     [
-        ("a", [], "stage=a learns from images themselves"),
+        ("a", [], "stage=a trains on images, not on a cache"),
         ("c", ["crops=0"], "crops=0 is out of range"),
-        ("c", ["trainer.max_steps=9"], "trainer.max_steps does not change a cache; remove it"),
-        ("c", ["logger=csv"], "logger does not change a cache; remove it"),
-        ("c", ["stage.optimizer.lr=1"], "stage.optimizer.lr does not change a cache"),
-        ("c", ["optimizer@stage.optimizer=adamw"], "stage.optimizer does not change a cache"),
+        ("c", ["trainer.max_steps=9"], "trainer.max_steps does not change the contents of a cache; remove it"),
+        ("c", ["logger=csv"], "logger does not change the contents of a cache; remove it"),
+        ("c", ["stage.optimizer.lr=1"], "stage.optimizer.lr does not change the contents of a cache"),
+        ("c", ["optimizer@stage.optimizer=adamw"], "stage.optimizer does not change the contents of a cache"),
         ("c", ["dtype=int8"], "dtype is 'int8'"),
-        ("c", ["text=true"], "stage.train_text_encoder is true"),
-        ("b", ["text=true"], "this stage=b reads none"),
+        ("c", ["text=true"], "stage.train_text_encoder=true; set text=false"),
+        ("b", ["text=true"], "stage=b has none"),
     ],
 )
 def test_what_cannot_be_cached_is_refused(

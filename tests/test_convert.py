@@ -92,7 +92,7 @@ def test_convert_reports_written_and_dropped_parts(
     for format in ("diffusers", "upstream"):
         to = f"to={tmp_path / format}"
         if format == "upstream":
-            with pytest.warns(UserWarning, match="no place for prior_text_encoder and text_enc"):
+            with pytest.warns(UserWarning, match="cannot store prior_text_encoder and text_enc"):
                 assert program("convert", f"from={tmp_path / 'native'}", to, "format=upstream") == 0
         else:
             assert program("convert", f"from={tmp_path / 'native'}", to, "format=diffusers") == 0
@@ -169,7 +169,7 @@ def test_models_of_different_shapes_are_not_interpolated() -> None:
     with pytest.raises(ValueError, match=r"prior in b.*head\.bias is \(7,\)"):
         interpolate(first, second, 0.5)
     del second.parts["prior"]
-    with pytest.raises(ValueError, match="use models of the same parts"):
+    with pytest.raises(ValueError, match="use models with the same parts"):
         interpolate(first, second, 0.5)
     with pytest.raises(ValueError, match=r"weight=2\.0 is out of range"):
         interpolate(first, first, 2.0)

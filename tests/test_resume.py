@@ -78,7 +78,7 @@ def test_a_finished_run_is_not_repeated(
     before = path.stat().st_mtime_ns
     train("c", tmp_path, cascade, "ckpt=auto")
     assert path.stat().st_mtime_ns == before
-    assert "is finished, at step 7" in capsys.readouterr().err
+    assert "is already finished at step 7" in capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten(

@@ -190,7 +190,7 @@ BAD = {
     "empty prompt": (["prompt="], "contains no word"),
     "no prompt": ([], "no prompt; set prompt="),
     "emoji": (["prompt=🐸🐸"], "contains no word"),
-    "not UTF-8": (["prompt=fr\udcffog"], "is not text in UTF-8"),
+    "not UTF-8": (["prompt=fr\udcffog"], "is not valid UTF-8"),
     "no height": (["prompt=a", "height=0"], "height=0 is not supported; use 16 to 4096"),
     "height": (["prompt=a", "height=1000003"], "height=1000003 is not supported"),
     "fraction": (["prompt=a", "height=64.5"], "height is 64.5, and must be int"),

@@ -76,7 +76,7 @@ def test_a_signal_saves_the_current_step_and_the_run_resumes(
     with pytest.MonkeyPatch.context() as patch:
         send_signals(patch, [signal.Signals[name]], step=2)
         assert run_program("train", arguments(cascade, tmp_path, rarely)) == code
-    assert f"was stopped by {name} after step 3, which is saved" in capsys.readouterr().err
+    assert f"was stopped by {name} after step 3; a checkpoint was saved" in capsys.readouterr().err
     assert load.parse_step(load.find_checkpoint(run)) == 3
     assert run_program("train", arguments(cascade, tmp_path, rarely, "ckpt=auto")) == 0
     assert run_program("train", arguments(cascade, tmp_path / "whole", rarely)) == 0
@@ -212,7 +212,7 @@ def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:
         ("validate_every_steps=0", "validate_every_steps=0 is out of range"),
         ("checkpoint_every_steps=0", "checkpoint_every_steps=0 is out of range"),
         ("callbacks.checkpoints.keep_every_steps=3", "keep_every_steps=3 is not a multiple of"),
-        ("stage.optimizer.lr=-1", "stage.optimizer.lr=-1 learns nothing"),
+        ("stage.optimizer.lr=-1", "stage.optimizer.lr=-1 is out of range"),
         ("data.bucket_multiple=8", "set data.bucket_multiple=16"),
         ("stage.prior.latent_channels=8", "stage.prior.latent_channels=8"),
         ("stage.prior.text_dim=99", "stage.prior.text_dim=99"),

@@ -6,7 +6,7 @@ __all__ = ["DEFAULT_STAGE_C_TIMESTEPS", "WuerstchenPipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the pipeline when it is asked for: the commands' help does without."""
+    """Import the pipeline lazily, as the commands' help does not need it."""
     if name == "WuerstchenPipeline":
         from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 

@@ -1,4 +1,4 @@
-"""The batch contract: what a data module yields and a stage reads."""
+"""The batch contract between data modules and stages."""
 
 from typing import TypedDict
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class Batch(TypedDict, total=False):
-    """One batch of one process. All of its images have one size, that of its bucket.
+    """One batch of one process. All of its images have the size of their bucket.
 
-    ``caption``, ``key`` and ``is_unique`` are always there. ``image`` is absent from a cache for
+    ``caption``, ``key`` and ``is_unique`` are always present. ``image`` is absent from a cache for
     Stage C; ``semantic``, ``latents``, ``text``, ``empty_text`` and ``size`` come only from caches.
     """
 
@@ -19,14 +19,15 @@ class Batch(TypedDict, total=False):
     key: list[str]
     """B sample names."""
     is_unique: bool
-    """False if another process has the same samples, as at the end of a validation split."""
+    """False if another process has the same samples, as can happen at the end of a validation
+    split."""
     semantic: Tensor
-    """(B, 16, h, w) float32 semantic latents in the compressor's scale."""
+    """(B, 16, h, w) float32 semantic latents, as the compressor outputs them."""
     latents: Tensor
-    """(B, 4, H / 4, W / 4) float32 latents of Stage A, of unit variance."""
+    """(B, 4, H / 4, W / 4) float32 latents of Stage A, with unit variance."""
     text: Tensor
     """(B, L, D) float32 token states of the captions."""
     empty_text: Tensor
     """(1, L, D) float32 token states of the empty caption."""
     size: tuple[int, int]
-    """(H, W) in pixels of the images that were cached."""
+    """(H, W) in pixels of the cached images."""

@@ -1,10 +1,9 @@
-"""Compute what Stage B or C is conditioned on, once: ``python -m wuerstchen_pl.cache stage=c``.
+"""Precompute the frozen networks' outputs for Stage B or C: ``python -m wuerstchen_pl.cache``.
 
-Takes those keys of a training run that choose data and frozen networks (``data``, ``preset``,
-``experiment``, ``paths``; ``python -m wuerstchen_pl.train --help`` lists them), and writes the
-output of those networks for every image. Then train with ``data=cached data.root=OUT``. Run it
-again to resume where it was stopped. With several processes, ``torchrun --nproc-per-node=8 -m
-wuerstchen_pl.cache ...``, each does a part.
+Takes the training keys that select data and frozen networks (``data``, ``preset``, ``experiment``,
+``paths``; see ``python -m wuerstchen_pl.train --help``) and writes the outputs of those networks
+for every image. Train on them with ``data=cached data.root=OUT``. Run the same command again to
+resume. With ``torchrun --nproc-per-node=8 -m wuerstchen_pl.cache``, the processes share the work.
 """
 
 import logging
@@ -38,24 +37,24 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "device": str | None,
 }
 TENSORS = {"b": ["latents", "image"], "c": ["semantic"]}
-"""What a stage reads in place of images."""
+"""Tensors that are cached for each stage."""
 READ = re.compile(
     r"(stage|preset|data|experiment|paths|name|seed|image_size|image_size_at_\d+|bucket_multiple)$"
     r"|(data|paths|preset)[.@/]|stage\.(stage_[ab]|compressor|text_encoder|train_text_encoder)\b"
     r"|(out|text|crops|dtype|shard_mb|device)$"
 )
-"""Keys of a training that decide what is cached, and the program's own."""
+"""Keys that determine the contents of a cache."""
 
 
 class Encoders:
-    """The frozen networks of a stage that learns from a cache.
+    """The frozen networks whose outputs are cached.
 
     Args:
         stage: ``b`` or ``c``.
         encoder: the trained stage that encodes the images.
-        text_encoder: frozen; None leaves captions as they are.
-        dtype: of what is written.
-        device: where they work.
+        text_encoder: frozen; None does not cache text states.
+        dtype: type of the cached tensors.
+        device: device of the networks.
     """
 
     def __init__(
@@ -68,14 +67,14 @@ class Encoders:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What a cache depends on; ``train`` compares it with what a stage has."""
+        """Hashes of the networks; ``train`` refuses a cache whose hashes differ from its own."""
         return encoder_fingerprints(
             self.stage, encoder=self.encoder, text_encoder=self.text_encoder
         )
 
     @torch.no_grad()
     def images(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) in [0, 1] -> what the stage reads in their place, on the CPU."""
+        """(B, 3, H, W) in [0, 1] -> the tensors of ``TENSORS``, on the CPU."""
         encoded = self.encoder.encode(images.to(self.device)).to("cpu", self.dtype)
         if self.stage == "c":
             return {"semantic": encoded}
@@ -83,14 +82,14 @@ class Encoders:
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor | None:
-        """B captions -> (B, L, D) states, or None."""
+        """B captions -> (B, L, D) token states, or None without a text encoder."""
         if self.text_encoder is None:
             return None
         return self.text_encoder(captions).to("cpu", self.dtype)
 
 
 def run(cfg: DictConfig) -> None:
-    """Check, encode what is missing, and write the manifest when nothing is."""
+    """Encode the shards that are missing, and write the manifest once all exist."""
     check_config(cfg, KNOWN_KEYS)
     stage = str(cfg.stage._target_).rpartition(".Stage")[2].lower()
     check_ranges(cfg, stage)
@@ -119,7 +118,7 @@ def run(cfg: DictConfig) -> None:
         "data": {key: value for key, value in source.items() if key not in RUNTIME_KEYS},
     }
     claim_output(folder, settings, key="out")
-    launched = DistInfo.from_env()
+    dist_info = DistInfo.from_env()
     missing = build_cache(
         data,
         encoders,
@@ -127,15 +126,15 @@ def run(cfg: DictConfig) -> None:
         settings=settings,
         crops=cfg.crops,
         shard_mb=cfg.shard_mb,
-        rank=launched.rank,
-        world_size=launched.world_size,
+        rank=dist_info.rank,
+        world_size=dist_info.world_size,
     )
     logger.info("%s", data.splits.stats.summary())
     if missing:
         logger.warning(
-            "%d shards are missing, such as %s: they cannot be read, or other processes are still "
-            "working on them; run the same command again to resume, with one process to finish "
-            "without them",
+            "%d shards are missing, such as %s: they are unreadable, or other processes are still "
+            "writing them; run the same command again to resume, or with a single process to "
+            "finish without them",
             len(missing), missing[0],
         )  # fmt: skip
     if (folder / MANIFEST).is_file():
@@ -143,35 +142,35 @@ def run(cfg: DictConfig) -> None:
 
 
 def check_typed_keys() -> None:
-    """Refuse keys on the command line that change training but not what is cached.
+    """Refuse command-line keys that do not change the contents of a cache.
 
     Raises:
         ValueError: naming the first of them.
     """
     for key in typed_keys():
         if not READ.match(key):
-            raise ValueError(f"{key} does not change a cache; remove it")
+            raise ValueError(f"{key} does not change the contents of a cache; remove it")
 
 
 def check_ranges(cfg: DictConfig, stage: str) -> None:
-    """Refuse what cannot be cached.
+    """Refuse a config that cannot be cached.
 
     Raises:
         ValueError: naming the key.
     """
     if stage not in TENSORS:
-        raise ValueError(f"stage={stage} learns from images themselves; cache stage=b or stage=c")
+        raise ValueError(f"stage={stage} trains on images, not on a cache; use stage=b or stage=c")
     if "crop" not in cfg.data:
-        raise ValueError("data=cached is a cache already; name the images, such as data=folder")
+        raise ValueError("data=cached is already a cache; choose images, such as data=folder")
     for key in ("crops", "shard_mb"):
         if cfg[key] < 1:
             raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")
     if cfg.text and "text_encoder" not in cfg.stage:
-        raise ValueError(f"text=true caches captions' states, and this stage={stage} reads none")
+        raise ValueError(f"text=true needs a text encoder, and stage={stage} has none; remove it")
     if cfg.text and cfg.stage.get("train_text_encoder", False):
         raise ValueError(
-            "text=true caches the states of a frozen text encoder, and stage.train_text_encoder is "
-            "true; leave text=false"
+            "text=true caches the output of a frozen text encoder, but "
+            "stage.train_text_encoder=true; set text=false"
         )
 
 

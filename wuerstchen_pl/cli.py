@@ -1,7 +1,7 @@
-"""What the entry points share: where ``conf/`` is, and how they fail.
+"""Shared by the command-line programs: locating ``conf/``, help texts, and error messages.
 
-A failure that a user can fix is one line on stderr and exit code 1; HYDRA_FULL_ERROR=1 shows the
-traceback instead.
+An error is reported as one line on stderr with exit code 1; HYDRA_FULL_ERROR=1 shows the traceback
+instead.
 """
 
 import difflib
@@ -33,26 +33,26 @@ _TRACEBACKS = "HYDRA_FULL_ERROR"
 
 
 def conf_dir() -> str:
-    """The folder of configs: inside an installed package, beside a checked-out one.
+    """The config folder: inside the installed package, or next to it in a source checkout.
 
     Raises:
-        FileNotFoundError: if the installation lacks it.
+        FileNotFoundError: if neither exists.
     """
     for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return str(folder)
-    raise FileNotFoundError(f"no conf/ in or beside {_PACKAGE}; install the package again")
+    raise FileNotFoundError(f"no conf/ in or next to {_PACKAGE}; reinstall the package")
 
 
 def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Callable[[], None]:
-    """Make a command-line program of ``run``, composed from ``conf/<config_name>.yaml``.
+    """Make a command-line program that calls ``run`` with the composed ``<config_name>.yaml``.
 
-    What ``run`` returns is what a sweeper minimizes.
+    A sweeper minimizes the return value of ``run``.
     """
 
     @functools.wraps(run)
     def guarded(cfg: DictConfig) -> float | None:
-        # Hydra would announce an exception of its task in a line of its own, but lets an exit pass.
+        # Hydra prints its own line for an exception of its task, but none for SystemExit.
         with _environment(None), one_line_errors(), one_line_warnings(), one_line_logs():
             return run(cfg)
 
@@ -64,7 +64,7 @@ def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Call
         elif os.environ.get(_TRACEBACKS) == "1":
             with one_line_logs():
                 composed(run)()
-        else:  # Hydra then hands errors of composition on, and does not print them
+        else:  # with this variable, Hydra raises composition errors instead of printing them
             with _environment("1"), one_line_errors():
                 composed(guarded)()
 
@@ -72,7 +72,7 @@ def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Call
 
 
 def help_text(config_name: str, description: str) -> str:
-    """A program's keys with their comments, as its YAML has them, and the choices of each group."""
+    """A program's config groups with their choices, and its keys with their YAML comments."""
     texts = list(_with_included(config_name))
     entries = [line[4:] for text in texts for line in text.splitlines() if line.startswith("  - ")]
     groups = [entry.split(":")[0] for entry in entries]
@@ -80,8 +80,8 @@ def help_text(config_name: str, description: str) -> str:
     # cache includes train, most of whose keys it refuses; evaluate includes a plan without `hydra`
     shown = [text for text in texts[:-1] if "\nhydra:" not in text] + texts[-1:]
     keys = [text.partition("\nhydra:")[0].partition("\n\n")[2].strip("\n") for text in shown]
-    further = "--cfg job prints all keys as composed; -m runs every combination of key=value,value"
-    return "\n".join([description, "", *listed, "", *keys, "", further])
+    footer = "--cfg job prints the composed config; -m runs every combination of key=value,value"
+    return "\n".join([description, "", *listed, "", *keys, "", footer])
 
 
 def _with_included(config_name: str) -> Iterator[str]:
@@ -99,40 +99,40 @@ def typed_keys() -> list[str]:
 
 
 def group_choices(group: str) -> list[str]:
-    """The choices of a group: its YAML files, except those that others only build on."""
+    """The choices of a group: its YAML files, except the shared bases that start with ``_``."""
     return sorted(path.stem for path in Path(conf_dir(), group).glob("[!_]*.yaml"))
 
 
 def check_output_dir(configured: str) -> Path:
-    """The folder that a run writes to: ``configured``, or its numbered one of a sweep.
+    """The output folder of a run: ``configured``, or the numbered folder of a sweep's run.
 
-    It is not made yet, but refused if it cannot be: before there is work to lose.
+    The folder is not created yet, but it is checked that it can be, before any work is done.
 
     Raises:
-        OSError: naming what is in the way.
+        OSError: if it cannot be created or written to.
     """
     folder, hydra_config = Path(configured), HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         folder = Path(hydra_config.runtime.output_dir)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"output_dir={folder} is not a folder: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"output_dir={folder} cannot be written: no right to write {there}")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"output_dir={folder} is not a folder: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"output_dir={folder} is not writable: no permission for {existing}")
     return folder
 
 
 class SetHydraConfigEarly(Callback):
-    """Lets ``hydra.sweep.dir`` be made of ``${hydra:...}``, which Hydra sets only later."""
+    """Lets ``hydra.sweep.dir`` use ``${hydra:...}``, which Hydra makes available only later."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Set what those interpolations read."""
+        """Set the config that ``${hydra:...}`` interpolations resolve against."""
         HydraConfig.instance().set_config(config)
 
 
 @contextmanager
 def _environment(value: str | None) -> Iterator[None]:
-    """Set or unset HYDRA_FULL_ERROR within the block, so that processes started in it see that."""
+    """Set or unset HYDRA_FULL_ERROR within the block, also for processes started in it."""
     before = os.environ.pop(_TRACEBACKS, None)
     os.environ |= {} if value is None else {_TRACEBACKS: value}
     try:
@@ -143,16 +143,16 @@ def _environment(value: str | None) -> Iterator[None]:
 
 
 class Exit(Exception):
-    """What a program says at its end when it was not left to finish, and its exit code."""
+    """Ends an interrupted program with a message and an exit code."""
 
-    def __init__(self, sentence: str, code: int) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
         self.code = code
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an exception into one line on stderr and exit code 1, or that of ``Exit``."""
+    """Turn an exception into one line on stderr and exit code 1, or the code of ``Exit``."""
     try:
         yield
     except KeyboardInterrupt:
@@ -167,7 +167,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Print a warning without the place in the code that it came from."""
+    """Print warnings without their source location."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
     try:
@@ -178,7 +178,7 @@ def one_line_warnings() -> Iterator[None]:
 
 @contextmanager
 def one_line_logs() -> Iterator[None]:
-    """Write the package's log records, from INFO on, to stderr; above a progress bar."""
+    """Write the package's log records of level INFO and above to stderr, above progress bars."""
     logger, handler = logging.getLogger(_PACKAGE.name), logging.StreamHandler()
     before = logger.level
     logger.addHandler(handler)
@@ -192,56 +192,56 @@ def one_line_logs() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-    """One line that says what went wrong: the cause that Hydra wraps, without its layout."""
-    if (sentence := _composition(error)) is not None:
-        return sentence
+    """The message of an error on one line; for an error that Hydra wrapped, that of its cause."""
+    if (message := _explain_composition(error)) is not None:
+        return message
     if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
         return _with_full_key(explain(error.__cause__), str(error))
     text = " ".join(str(error).split()) or type(error).__name__
     expected = (ValueError, OSError, ModuleNotFoundError)
-    foreign = type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
-    if isinstance(error, expected) or foreign:
+    from_hydra = type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
+    if isinstance(error, expected) or from_hydra:
         return text
     return f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)"
 
 
-def _with_full_key(sentence: str, report: str) -> str:
-    """Name the argument that a constructor refused by its full key in the config.
+def _with_full_key(message: str, hydra_report: str) -> str:
+    """Prefix the argument that a constructor refused with its config node.
 
-    A constructor is also called from Python, so its message starts with ``argument=value``; Hydra's
-    report of a failed instantiation says which node was being built.
+    Constructors are also called from Python, so their messages start with ``argument=value``;
+    Hydra's report of a failed instantiation says which node was being built.
     """
-    node = re.search(r"^full_key: ([\w.]+)$", report, re.MULTILINE)
-    argument = re.match(r"([a-z_][\w.]*)=", sentence)
+    node = re.search(r"^full_key: ([\w.]+)$", hydra_report, re.MULTILINE)
+    argument = re.match(r"([a-z_][\w.]*)=", message)
     if node is None or argument is None or argument[1].startswith(node[1].split(".")[0] + "."):
-        return sentence
-    return f"{node[1]}.{sentence}"
+        return message
+    return f"{node[1]}.{message}"
 
 
-def _composition(error: BaseException) -> str | None:
-    """What a user does about an error of the command line; None if it is not one."""
+def _explain_composition(error: BaseException) -> str | None:
+    """A message with the fix for an error in the command line; None for other errors."""
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override!r} cannot be read; write key=value, and quote a value that holds one "
-            "of ,=:[]{}() twice: 'key=\"a,b\"'"
+            f"{error.override!r} cannot be read; write key=value, and quote a value with any of "
+            ",=:[]{}() twice: 'key=\"a,b\"'"
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        known = ", ".join(option for option in error.options if not option.startswith("_"))
-        if group.startswith("preset/"):  # of two keys, of which the user typed at least one
+        choices = ", ".join(option for option in error.options if not option.startswith("_"))
+        if group.startswith("preset/"):  # selected by stage and preset together
             presets = [c for c in group_choices("preset") if name in group_choices(f"preset/{c}")]
             return (
                 f"{group.replace('/', '=')} has no networks for stage={name}; choose from "
                 f"{', '.join(presets)}"
             )
-        return f"{group}={name} is unknown; choose from {known}"
+        return f"{group}={name} is unknown; choose from {choices}"
     if isinstance(error, ConfigCompositionException) and str(error).startswith("You must specify"):
         group = str(error).split("'")[1]
         choices = " or ".join(f"{group}={choice}" for choice in group_choices(group))
         return f"{group} is missing; choose {choices}"
     if str(error).startswith("Error resolving interpolation"):
         name = str(error).split("'")[1]
-        return f"{name} names a config: what it is made of cannot be swept; run once for each value"
+        return f"{name} selects a config file and cannot be swept; run once for each value"
     if str(error).startswith("Config group override must be"):
         for group, _, name in (argument.partition("=") for argument in sys.argv[1:]):
             if group_choices(group) and name not in group_choices(group):
@@ -252,28 +252,30 @@ def _composition(error: BaseException) -> str | None:
             parent.get("_target_", ""), str(error.key)
         ):
             return f"{key} is not in any YAML; add it with +{key}=..."
-        close = _closest(key, OmegaConf.to_container(parent._get_root()))
-        return f"{key} is not a key; " + (f"did you mean {close}?" if close else "remove it")
+        suggestion = _closest_key(key, OmegaConf.to_container(parent._get_root()))
+        return f"{key} is not a key; " + (
+            f"did you mean {suggestion}?" if suggestion else "remove it"
+        )
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return None
 
 
-def _closest(key: str, config: Any) -> str | None:
-    """The key of a config, or the group, that a mistyped one was meant for."""
+def _closest_key(key: str, config: Any) -> str | None:
+    """The config key or group that is most similar to a mistyped key."""
     groups = [path.name for path in Path(conf_dir()).iterdir() if path.is_dir()]
     by_name: dict[str, list[str]] = {}
-    for known in [*_keys(config), *groups]:
-        by_name.setdefault(known.rpartition(".")[2], []).append(known)
+    for full_key in [*_keys(config), *groups]:
+        by_name.setdefault(full_key.rpartition(".")[2], []).append(full_key)
     for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.7):
         return difflib.get_close_matches(key, by_name[name], n=1, cutoff=0)[0]
     return None
 
 
-def _keys(node: Any, above: str = "") -> Iterator[str]:
-    """Every key of a config, with those above it."""
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a config as a dotted path, except those of Hydra."""
     for name, value in node.items() if isinstance(node, dict) else ():
-        if not (above or name != "hydra"):
+        if not (prefix or name != "hydra"):
             continue
-        yield f"{above}{name}"
-        yield from _keys(value, f"{above}{name}.")
+        yield f"{prefix}{name}"
+        yield from _keys(value, f"{prefix}{name}.")

@@ -1,8 +1,8 @@
-"""Checks of a composed config, before anything heavy is built.
+"""Checks of a composed config, before anything expensive is built.
 
-Hydra refuses keys on the command line that no YAML file has. Here the rest: a ``_target_`` that is
-nothing, a key that its constructor does not take, one that it needs and lacks, a value of another
-type than it takes, and a key at the root or in ``paths`` that nothing reads.
+Hydra itself refuses command-line keys that are in no YAML file. This module refuses the rest: a
+``_target_`` that cannot be imported, an argument that its constructor does not accept, a missing
+required argument, a value of the wrong type, and an unused key at the root or in ``paths``.
 """
 
 import collections.abc
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 TRAIN_KEYS: Mapping[str, Any] = {
-    # read by the program
+    # read by the program itself
     "stage": dict,
     "data": dict,
     "trainer": dict,
@@ -31,7 +31,7 @@ TRAIN_KEYS: Mapping[str, Any] = {
     "compile": bool,
     "check_memory": bool,
     "paths.output_dir": str,
-    # what other keys are made of; a stage, or an override, may do without some of them
+    # used in interpolations; a stage or an override need not use all of them
     "name": str,
     "image_size": int,
     "image_size_at_12": int,
@@ -45,7 +45,7 @@ TRAIN_KEYS: Mapping[str, Any] = {
     "paths.stage_a": str,
     "paths.stage_b": str,
 }
-"""The keys at the root, and in ``paths``, that ``train`` has, and their types."""
+"""Types of the keys of ``train`` at the root and in ``paths``."""
 
 KWARGS_TARGETS = {
     "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
@@ -55,15 +55,15 @@ KWARGS_TARGETS = {
         for name in ("shards", "folder", "hf", "openmoji", "mix")
     },
 }
-"""What takes the ``**kwargs`` of a constructor, so that they can be checked as well."""
+"""Constructor -> the callable that it passes its ``**kwargs`` to, whose signature is checked."""
 
 
-def check_config(cfg: DictConfig, read: Mapping[str, Any] = TRAIN_KEYS) -> None:
-    """Refuse a config with a key that nothing reads, or an object that cannot be built.
+def check_config(cfg: DictConfig, known_keys: Mapping[str, Any] = TRAIN_KEYS) -> None:
+    """Refuse a config with an unused key, or with an object that cannot be built.
 
     Args:
         cfg: the composed config.
-        read: keys at the root, and ``paths.*``, that the program reads, and their types.
+        known_keys: types of the root and ``paths.*`` keys that the program uses.
 
     Raises:
         ValueError: naming the key and the fix.
@@ -72,19 +72,19 @@ def check_config(cfg: DictConfig, read: Mapping[str, Any] = TRAIN_KEYS) -> None:
     if missing:
         raise ValueError(f"{missing[0]} is missing; set {missing[0]}=...")
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    used = {*read, *_references(plain)}
+    used = {*known_keys, *_references(plain)}
     for key in [*plain, *(f"paths.{name}" for name in plain.get("paths", {}))]:
         if key != "paths" and key not in used:
             raise ValueError(f"{key} is not used; remove it")
     plain = OmegaConf.to_container(cfg, resolve=True)
-    for key, hint in read.items():
+    for key, hint in known_keys.items():
         _check_value(key, OmegaConf.select(cfg, key), hint)
     for path, node in _objects(plain):
         _check_object(path, node)
 
 
 def _references(node: Any) -> Iterator[str]:
-    """The keys that interpolations name, and their first parts."""
+    """The keys that interpolations refer to, and the root keys above them."""
     if isinstance(node, dict | list):
         for value in node.values() if isinstance(node, dict) else node:
             yield from _references(value)
@@ -110,62 +110,62 @@ def _check_object(path: str, node: dict) -> None:
     function = _locate(target)
     if function is None:
         raise ValueError(f"{path}._target_={target} cannot be imported or called; fix its name")
-    _, needed = _parameters(function)
-    given = {key: value for key, value in node.items() if not key.startswith("_")}
-    if (taken := _taken(target, function)) is not None:
-        for key in sorted(given.keys() - taken):
+    _, required = _parameters(function)
+    arguments = {key: value for key, value in node.items() if not key.startswith("_")}
+    if (accepted := _accepted_keys(target, function)) is not None:
+        for key in sorted(arguments.keys() - accepted):
             raise ValueError(
                 f"{path}.{key} is not an argument of {target}; remove it or fix its name"
             )
     if not node.get("_partial_"):
-        for key in sorted(needed - given.keys()):
+        for key in sorted(required - arguments.keys()):
             raise ValueError(f"{path}.{key} is missing, and {target} needs it; set {path}.{key}")
     hints = _hints(_locate(KWARGS_TARGETS.get(target, ""))) | _hints(function)
-    for key in sorted(given.keys() & hints.keys()):
-        _check_value(f"{path}.{key}", given[key], hints[key])
+    for key in sorted(arguments.keys() & hints.keys()):
+        _check_value(f"{path}.{key}", arguments[key], hints[key])
 
 
 def _parameters(function: Callable) -> tuple[set[str], set[str]]:
     """Names of a function's parameters, and of those without a default."""
-    found = inspect.signature(function).parameters.values()
-    named = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {p.name for p in named}, {p.name for p in named if p.default is p.empty}
 
 
-def _taken(target: str, function: Callable) -> set[str] | None:
-    """Keys that ``function`` takes; None if it takes any."""
+def _accepted_keys(target: str, function: Callable) -> set[str] | None:
+    """Keyword arguments that ``function`` accepts; None if it accepts any."""
     named, _ = _parameters(function)
-    found = inspect.signature(function).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in found):
+    parameters = inspect.signature(function).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         return named
-    further = _locate(KWARGS_TARGETS.get(target, ""))
-    if further is None:  # or it is of an extra that is not installed, as the constructor will say
+    kwargs_target = _locate(KWARGS_TARGETS.get(target, ""))
+    if kwargs_target is None:  # unknown, or of an extra that is not installed: building it fails
         return None
-    return named | _parameters(further)[0]
+    return named | _parameters(kwargs_target)[0]
 
 
 def accepts_argument(target: str, key: str) -> bool:
-    """Whether what ``target`` names has a parameter ``key``."""
+    """Whether the callable that ``target`` names has a parameter ``key``."""
     function = _locate(target)
-    return function is not None and key in (_taken(target, function) or ())
+    return function is not None and key in (_accepted_keys(target, function) or ())
 
 
 def _locate(target: str) -> Callable | None:
-    """What a dotted name calls, or None; Hydra's own also logs what it does not find."""
+    """The callable of a dotted name, or None; Hydra's own lookup logs an error if it fails."""
     try:
-        found = pydoc.locate(target) if "." in str(target) else None
+        located = pydoc.locate(target) if "." in str(target) else None
     except pydoc.ErrorDuringImport:
         return None
-    return found if callable(found) else None
+    return located if callable(located) else None
 
 
 def _hints(function: Callable | None) -> dict[str, Any]:
-    """Annotations of a constructor's or a function's parameters, as far as they can be read."""
+    """Type hints of a constructor or function; empty if they cannot be resolved."""
     if function is None:
         return {}
     try:
         return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    except (NameError, TypeError):  # imported for type checking only, or compiled
+    except (NameError, TypeError):  # imported for type checking only, or implemented in C
         return {}
 
 
@@ -180,22 +180,22 @@ def _check_value(key: str, value: Any, hint: Any) -> None:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether a value as YAML knows it can stand for a parameter that is annotated ``hint``."""
-    origin, of = typing.get_origin(hint) or hint, typing.get_args(hint)
+    """Whether a YAML value is valid for a parameter that is annotated ``hint``."""
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, each) for each in of)
+        return any(_matches(value, arg) for arg in args)
     if origin is Literal:
-        return value in of
+        return value in args
     if hint is None or hint is type(None):
         return value is None
     if hint in (bool, int, float, str, Path):
-        # a bool is an int to Python, and an int serves as a float
-        as_written = {float: (int, float), Path: (str,)}.get(hint, (hint,))
-        return isinstance(value, as_written) and isinstance(value, bool) == (hint is bool)
+        # in Python a bool is an int; a YAML int is a valid float
+        yaml_types = {float: (int, float), Path: (str,)}.get(hint, (hint,))
+        return isinstance(value, yaml_types) and isinstance(value, bool) == (hint is bool)
     if origin in _LISTS:
-        of = tuple(each for each in of if each is not Ellipsis) or (Any,)
-        return isinstance(value, list) and all(any(_matches(v, each) for each in of) for v in value)
-    # of any other class: an object, which YAML writes as a mapping
+        args = tuple(arg for arg in args if arg is not Ellipsis) or (Any,)
+        return isinstance(value, list) and all(any(_matches(v, arg) for arg in args) for v in value)
+    # an instance of any other class is a mapping in YAML
     return isinstance(value, dict) if inspect.isclass(origin) and origin is not Any else True
 
 

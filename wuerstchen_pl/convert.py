@@ -27,7 +27,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
 
 
 def run(cfg: DictConfig) -> None:
-    """Check, read, write."""
+    """Read a model in any format and write it in another."""
     check_config(cfg, KNOWN_KEYS)
     registry.check_output_empty(Path(cfg.to))
     model = registry.read_model(cfg["from"], prior=cfg.prior, variant=cfg.variant)
@@ -38,14 +38,14 @@ def run(cfg: DictConfig) -> None:
 
 
 def write(model: Model, path: Path, format: FormatName) -> None:
-    """Write a model, and tell what was written; say what the format has no place for."""
+    """Write a model and print its parts; warn about parts that the format cannot store."""
     if format == "upstream":
-        left = [name for name in model.parts if name.endswith("text_encoder")]
-        if left:
+        omitted = [name for name in model.parts if name.endswith("text_encoder")]
+        if omitted:
             warnings.warn(
-                f"the authors' format has no place for {' and '.join(left)}: left out", stacklevel=2
+                f"format=upstream cannot store {' and '.join(omitted)}: left out", stacklevel=2
             )
-        model = replace(model, parts={k: v for k, v in model.parts.items() if k not in left})
+        model = replace(model, parts={k: v for k, v in model.parts.items() if k not in omitted})
     registry.write_model(model, path, format)
     for name, part in model.parts.items():
         types = {str(t.dtype).removeprefix("torch.") for t in part.tensors.values()}

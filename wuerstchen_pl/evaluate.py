@@ -1,6 +1,6 @@
-"""Measure a model, or images: ``python -m wuerstchen_pl.evaluate model=outputs/demo/c``.
+"""Evaluate a model, or images: ``python -m wuerstchen_pl.evaluate model=outputs/demo/c``.
 
-Several processes, by torchrun or the like, draw together.
+Processes launched together, such as by torchrun, share the image generation.
 """
 
 import copy
@@ -57,15 +57,15 @@ KNOWN_KEYS: Mapping[str, Any] = {
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Check, draw, measure, write; returns the first metric, which a sweep optimizes."""
+    """Generate images, compute and write the metrics; returns the first, for sweeps."""
     check_config(cfg, KNOWN_KEYS)
     check_typed_keys(cfg)
     folder, process = check_output_dir(cfg.output_dir), DistInfo.from_env()
     device = resolve_device(cfg.device)
     plan = build_plan(cfg, device)
-    subject = build_target(cfg, plan, device)
-    scores = evaluate(plan, subject, folder, process)
-    if scores is None:  # another process measures
+    target = build_target(cfg, plan, device)
+    scores = evaluate(plan, target, folder, process)
+    if scores is None:  # only the first process computes metrics
         return None
     print(report.table(scores))
     print(folder / "metrics.json")
@@ -73,31 +73,33 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def first_score(metric: str, scores: Mapping[str, Score]) -> Score:
-    """The score that the first metric is known by, under whatever name it goes."""
-    names = {
+    """The first score that a metric reports; score names may differ from the metric's."""
+    prefixes = {
         "fid": "fd_",
         "kid": "kd_",
         "reconstruction": "stage_a/psnr",
         "rfid": "stage_a_train/r",
     }
-    wanted = (metric, names.get(metric, metric), "stage_")
-    return next(s for start in wanted for name, s in scores.items() if name.startswith(start))
+    candidates = (metric, prefixes.get(metric, metric), "stage_")
+    return next(
+        score for prefix in candidates for name, score in scores.items() if name.startswith(prefix)
+    )
 
 
 def build_plan(cfg: DictConfig, device: torch.device) -> EvaluationPlan:
-    """The plan of a config, with only those networks that its metrics need."""
-    wanted = {
+    """The evaluation plan of a config, with only those networks that its metrics need."""
+    is_needed = {
         "fid_features": {*SET_METRICS, "rfid"} & set(cfg.metric),
         "clip": "clip" in cfg.metric,
         "pickscore": "pickscore" in cfg.metric,
     }
-    judges: dict[str, nn.Module] = {
+    metric_networks: dict[str, nn.Module] = {
         name: hydra.utils.instantiate(cfg[name], _convert_="all").eval().to(device)
-        for name, needed in wanted.items()
+        for name, needed in is_needed.items()
         if needed
     }
     if cfg.lpips is not None and "reconstruction" in cfg.metric:
-        judges["lpips"] = LPIPS(backbone=cfg.lpips).eval()
+        metric_networks["lpips"] = LPIPS(backbone=cfg.lpips).eval()
     return EvaluationPlan(
         metric=list(cfg.metric),
         prompts=cfg.prompts,
@@ -110,7 +112,7 @@ def build_plan(cfg: DictConfig, device: torch.device) -> EvaluationPlan:
         seed=cfg.seed,
         settings=hydra.utils.instantiate(cfg.sample, _convert_="all"),
         cache_dir=cfg.cache_dir,
-        **judges,  # type: ignore[arg-type]
+        **metric_networks,  # type: ignore[arg-type]
     )
 
 
@@ -142,22 +144,22 @@ def check_typed_keys(cfg: DictConfig) -> None:
 
 
 def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) -> EvalTarget:
-    """What a config names, loaded once and only as far as the plan needs it.
+    """The model, images and data of a config, loaded once and only as far as the plan needs them.
 
     Raises:
-        ValueError: if neither a model nor images are named, or a metric needs the data of a run.
+        ValueError: if neither a model nor images are set, or a metric needs the data of a run.
     """
     facts: dict[str, Any] = {"images": cfg.images} if cfg.images else {}
     if (plan.needs_generation or plan.needs_networks) and cfg.model is None:
-        raise ValueError("model=null cannot generate images; name a model, or images with images=")
+        raise ValueError("model=null cannot generate images; set model=, or a folder with images=")
     trained = None if cfg.model is None else stage_of_run(cfg.model)
     if plan.needs_data and trained is None:
-        needing = [name for name in plan.metric if name in (*NETWORK_METRICS, "retrieval")]
+        data_metrics = [name for name in plan.metric if name in (*NETWORK_METRICS, "retrieval")]
         raise ValueError(
             f"model={cfg.model} is not a run, so it has no training data, which "
-            f"metric={needing or list(plan.metric)} with prompts={plan.prompts} and "
-            f"reference={plan.reference} needs; choose metrics of images, such as metric=[clip] "
-            "with prompts=FILE or metric=[fid] with reference=FOLDER, or name the run"
+            f"metric={data_metrics or list(plan.metric)} with prompts={plan.prompts} and "
+            f"reference={plan.reference} needs; choose other metrics, such as metric=[clip] "
+            "with prompts=FILE or metric=[fid] with reference=FOLDER, or set model= to a run"
         )
     pipeline: CascadePipeline | None = None
     stages: dict[str, Any] = {}
@@ -174,13 +176,13 @@ def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) ->
 def _load_model(
     cfg: DictConfig, plan: EvaluationPlan, trained: str | None, device: torch.device
 ) -> tuple[CascadePipeline, dict[str, Any]]:
-    """The pipeline, and the stages whose loss is measured, from one reading of the model."""
+    """The pipeline, and the stages whose loss is measured; the model is read only once."""
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     if "validation_loss" not in plan.metric or trained is None or cfg.prior is not None:
         pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
         return pipeline, {}
     stage = load.load_stage(run=cfg.model, stage=trained).to(device)
-    # losses are measured in float32, so a pipeline in bfloat16 needs weights of its own
+    # losses are measured in float32, so a bfloat16 pipeline needs its own copy of the weights
     networks = copy.deepcopy(stage) if cfg.bf16 else stage
     return pipeline_from_stage(networks).to(device, dtype), stages_with_loss(stage)
 

@@ -1,4 +1,4 @@
-"""Export what a run trained: ``python -m wuerstchen_pl.export ckpt=outputs/demo/c to=model``."""
+"""Export a trained model: ``python -m wuerstchen_pl.export ckpt=outputs/demo/c to=model``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
 
 
 def run(cfg: DictConfig) -> None:
-    """Check, read, write the model and its card."""
+    """Read a checkpoint, and write the model and its model card."""
     check_config(cfg, KNOWN_KEYS)
     check_output_empty(Path(cfg.to))
     path = load.find_checkpoint(cfg.ckpt)

@@ -1,7 +1,7 @@
 """Interpolate two models: ``python -m wuerstchen_pl.interpolate a=A b=B to=C weight=0.5``.
 
-out = (1 - w) a + w b, tensor by tensor. The published Stage C is such a mean of its weights after
-the third and the fourth phase of training (paper, appendix E).
+out = (1 - w) a + w b, tensor by tensor. The published Stage C is the mean of its weights after the
+third and the fourth phase of training (paper, appendix E).
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
 
 
 def interpolate(a: Model, b: Model, weight: float) -> Model:
-    """The model between two.
+    """The weighted mean of two models.
 
     Args:
         a: the result at weight 0; its config, tokenizer and integer tensors are kept.
@@ -37,22 +37,25 @@ def interpolate(a: Model, b: Model, weight: float) -> Model:
         weight: w, in [0, 1].
 
     Raises:
-        ValueError: if they differ in parts, names or shapes, or the weight is out of range.
+        ValueError: if the models' parts, tensor names or shapes differ, or the weight is out of
+            range.
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"weight={weight} is out of range; use 0 to 1")
     if a.parts.keys() != b.parts.keys():
         parts_a, parts_b = (", ".join(sorted(model.parts)) for model in (a, b))
-        raise ValueError(f"a has {parts_a}, b has {parts_b}; use models of the same parts")
+        raise ValueError(f"a has {parts_a}, b has {parts_b}; use models with the same parts")
     if a.settings != b.settings:
-        raise ValueError(f"a has settings {a.settings}, b has {b.settings}; use equal ones")
+        raise ValueError(
+            f"a has settings {a.settings}, b has {b.settings}; use models with equal settings"
+        )
     parts = {}
     for name, part in a.parts.items():
         if part.config != b.parts[name].config:
-            raise ValueError(f"the configs of {name} in a and b differ; use equal networks")
-        other = b.parts[name].tensors
-        compare_shapes(_shapes(part.tensors), _shapes(other), f"{name} in b")
-        tensors = {k: _lerp(lazy, other[k], weight) for k, lazy in part.tensors.items()}
+            raise ValueError(f"the configs of {name} in a and b differ; use the same networks")
+        tensors_b = b.parts[name].tensors
+        compare_shapes(_shapes(part.tensors), _shapes(tensors_b), f"{name} in b")
+        tensors = {k: _lerp(lazy, tensors_b[k], weight) for k, lazy in part.tensors.items()}
         parts[name] = Part(part.config, tensors, part.tokenizer)
     return Model(parts, a.settings)
 
@@ -72,7 +75,7 @@ def _lerp(a: LazyTensor, b: LazyTensor, weight: float) -> LazyTensor:
 
 
 def run(cfg: DictConfig) -> None:
-    """Check, read both models, write the one between."""
+    """Read both models, and write the interpolated one."""
     check_config(cfg, KNOWN_KEYS)
     registry.check_output_empty(Path(cfg.to))
     model = interpolate(registry.read_model(cfg.a), registry.read_model(cfg.b), cfg.weight)

@@ -1,4 +1,4 @@
-"""Draw images from text: ``python -m wuerstchen_pl.sample prompt="a red heart"``."""
+"""Generate images from text: ``python -m wuerstchen_pl.sample prompt="a red heart"``."""
 
 import re
 import sys
@@ -24,7 +24,7 @@ from wuerstchen_pl.pipelines.loading import load_pipeline
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str,
     "prior": str | None,
-    "prompt": Any,  # a number is a prompt as well
+    "prompt": Any,  # text, a number, or a list
     "prompts": str | None,
     "num_images_per_prompt": int,
     "seed": int,
@@ -37,11 +37,11 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "bf16": bool,
 }
 MAX_IMAGES = 10_000
-"""Images per prompt."""
+"""Upper limit of images per prompt."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Check the config, generate images, and write each as soon as it is there."""
+    """Generate images, and write each as soon as it is done."""
     check_config(cfg, KNOWN_KEYS)
     prompts = read_prompts(cfg.prompt, cfg.prompts)
     settings: SamplingConfig = hydra.utils.instantiate(cfg.sample, _convert_="all")
@@ -67,18 +67,18 @@ def run(cfg: DictConfig) -> None:
     images = generate_images(
         pipeline, texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings
     )
-    shared = {"model": str(cfg.model), **_sha256(pipeline)}
-    shared |= {} if cfg.prior is None else {"prior": cfg.prior}
-    shared |= {"height": cfg.height, "width": cfg.width, "bf16": cfg.bf16, **vars(settings)}
-    in_grid: list[torch.Tensor] = []  # the only images that are kept in memory
+    metadata = {"model": str(cfg.model), **_sha256(pipeline)}
+    metadata |= {} if cfg.prior is None else {"prior": cfg.prior}
+    metadata |= {"height": cfg.height, "width": cfg.width, "bf16": cfg.bf16, **vars(settings)}
+    grid_images: list[torch.Tensor] = []  # the only images that are kept in memory
     for number, image in enumerate(tqdm(images, total=len(requests), unit="image")):
         prompt, seed = requests[number]
         name = f"{number:04d}-{slug(prompt)}-{seed}.png"
-        write_png(folder / name, image, {"prompt": prompt, "seed": seed, **shared})
+        write_png(folder / name, image, {"prompt": prompt, "seed": seed, **metadata})
         if cfg.grid:
-            in_grid.append(image)
-    if len(in_grid) > 1:
-        write_png(folder / "grid.png", tile(in_grid, columns=cfg.num_images_per_prompt), {})
+            grid_images.append(image)
+    if len(grid_images) > 1:
+        write_png(folder / "grid.png", tile(grid_images, columns=cfg.num_images_per_prompt), {})
     print(f"{len(requests)} image{'s' * (len(requests) > 1)} in {folder}")
 
 
@@ -87,31 +87,35 @@ def _sha256(pipeline: CascadePipeline) -> dict[str, str]:
 
 
 def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
-    """The prompts of the command line, and those of a file, see ``prompt_sets.read``.
+    """The prompts of the command line, then those of a file (see ``prompt_sets.read_prompts``).
+
+    Args:
+        prompt: one prompt, a list of them, or None.
+        prompts: path of a file of prompts, or None.
 
     Raises:
-        ValueError: if there are none, or they are not text.
+        ValueError: if there are none, or one is not valid UTF-8.
         FileNotFoundError: if the file is missing.
     """
-    given = list(prompt) if isinstance(prompt, ListConfig) else [prompt]
-    found = [str(p) for p in given if p is not None]
+    from_command_line = list(prompt) if isinstance(prompt, ListConfig) else [prompt]
+    texts = [str(p) for p in from_command_line if p is not None]
     if prompts is not None:
-        found += prompt_sets.read_prompts(prompts)
-    if not found:
-        raise ValueError('no prompt; set prompt="a red heart", or prompts= to a file of them')
-    for text in found:  # bytes of the command line that are not UTF-8 come as lone surrogates
+        texts += prompt_sets.read_prompts(prompts)
+    if not texts:
+        raise ValueError('no prompt; set prompt="a red heart", or prompts= to a file of prompts')
+    for text in texts:  # Python decodes command-line bytes that are not UTF-8 to lone surrogates
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"prompt={text[:40]!r} is not text in UTF-8; encode it so")
-    return found
+            raise ValueError(f"prompt={text[:40]!r} is not valid UTF-8; re-encode it as UTF-8")
+    return texts
 
 
 def slug(prompt: str) -> str:
-    """A prompt as part of a file's name, in ASCII."""
+    """A prompt as an ASCII part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "prompt"
 
 
 def tile(images: list[torch.Tensor], columns: int) -> torch.Tensor:
-    """N images (3, H, W) -> one (3, rows (H+2), columns (W+2)), white between them."""
+    """N images (3, H, W) -> one (3, rows (H+2), columns (W+2)), separated by white lines."""
     if columns == 1:
         columns = min(8, len(images))
     padded = [torch.nn.functional.pad(p, (0, 2, 0, 2), value=1.0) for p in images]
@@ -121,9 +125,9 @@ def tile(images: list[torch.Tensor], columns: int) -> torch.Tensor:
 
 
 def quote_prompt(argument: str) -> str:
-    """Let ``prompt=`` take any text: Hydra's grammar would read commas, braces and more in it.
+    """Quote the value of ``prompt=``, so that Hydra does not parse commas, braces, etc. in it.
 
-    What that grammar reads as a list, or as quoted text, stays one.
+    A value that Hydra parses as a list or as quoted text keeps its meaning.
     """
     key, sign, text = argument.partition("=")
     if key != "prompt" or not sign:
@@ -141,12 +145,12 @@ QUOTES = ("'", '"')
 
 
 def _quote(text: str) -> str:
-    """Text as a quoted value of Hydra's, in which nothing is interpolated.
+    """Text as a quoted Hydra value without interpolations.
 
-    A backslash stands for itself but where it could escape what follows: there it is doubled.
+    Backslashes are doubled only before a quote, the end, or ``${``, where Hydra would unescape.
     """
-    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
-    text = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
+    text = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{text}'"
 
 

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REQUEUE = 75
-"""Exit code of a run that was interrupted and can be resumed: EX_TEMPFAIL of sysexits.h."""
+"""Exit code of a preempted run that can be resumed: EX_TEMPFAIL of sysexits.h."""
 INTERRUPTED = 130
-"""Exit code of Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 def run(cfg: DictConfig) -> float:
-    """Check, build, fit; returns the last validation loss, which a sweep minimizes."""
+    """Train a stage; returns the last validation loss, which a sweep minimizes."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
     check_config(cfg)
@@ -43,9 +43,9 @@ def run(cfg: DictConfig) -> float:
     output_dir = check_output_dir(cfg.paths.output_dir)
     resume = find_resume(cfg.ckpt, output_dir)
     if resume is not None and load.parse_step(resume) >= cfg.trainer.max_steps >= 0:
-        logger.info("%s is finished, at step %d", output_dir, load.parse_step(resume))
+        logger.info("%s is already finished at step %d", output_dir, load.parse_step(resume))
         return float("nan")
-    _quieten()
+    _silence_lightning()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 
@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> float:
     check_cache(stage, data)
     rank_zero_only(print)(describe_sizes(stage, data))
     trainer = build_trainer(cfg)
-    rank_zero_only(data.prepare_data)()  # so that data that are not there leave no folder behind
+    rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
     fit(trainer, stage, data, resume, output_dir)
@@ -73,57 +73,57 @@ def fit(
     resume: Path | None,
     output_dir: Path,
 ) -> None:
-    """Train to the end.
+    """Train until ``max_steps``.
 
     Raises:
-        Exit: if it was interrupted before.
+        Exit: if training was interrupted.
     """
     try:
         trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
     except Preempted as stop:
         code = INTERRUPTED if stop.signum == signal.SIGINT else REQUEUE
         raise Exit(
-            f"{output_dir} was stopped by {stop} after step {trainer.global_step}, which is saved; "
-            "the same command with ckpt=auto resumes it",
+            f"{output_dir} was stopped by {stop} after step {trainer.global_step}; a checkpoint "
+            "was saved, and the same command with ckpt=auto resumes it",
             code,
         ) from None
-    except SystemExit:  # Lightning's answer to Ctrl-C, where the first one was not waited for
+    except SystemExit:  # Lightning raises it for a Ctrl-C that PreemptionHandler did not defer
         raise Exit(
             f"{output_dir} was interrupted at step {trainer.global_step}; ckpt=auto resumes from "
             "its last checkpoint",
             INTERRUPTED,
         ) from None
-    finally:  # Lightning does not after an error, and workers would keep opening shards
+    finally:  # Lightning skips it after an error, and workers would keep opening shards
         data.teardown("fit")
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """The trainer of a config, with callbacks and loggers, which takes its batches by our keys."""
+    """The trainer of a config, with its callbacks, loggers and gradient accumulation."""
     trainer: L.Trainer = hydra.utils.instantiate(
         cfg.trainer,
-        callbacks=_built(cfg.callbacks),
-        logger=_built(cfg.logger),
+        callbacks=_instantiate_group(cfg.callbacks),
+        logger=_instantiate_group(cfg.logger),
         _convert_="all",
     )
     if cfg.global_batch is not None:
         trainer.accumulate_grad_batches = accumulation(
             cfg.global_batch, cfg.data.batch_size, trainer.world_size
         )
-    # Lightning counts batches, where our key says steps.
+    # Lightning counts batches; validate_every_steps counts optimizer steps.
     trainer.val_check_interval *= trainer.accumulate_grad_batches
     if not isinstance(trainer.strategy, FSDP2Strategy):
         trainer.strategy.checkpoint_io = SingleFileCheckpointIO()
     return trainer
 
 
-def _built(group: DictConfig) -> list[Any]:
-    """The objects of a group, but for those that are null."""
+def _instantiate_group(group: DictConfig) -> list[Any]:
+    """The objects of a config group; null entries are skipped."""
     configs = [config for config in group.values() if config is not None]
     return [hydra.utils.instantiate(config, _convert_="all") for config in configs]
 
 
 def build_stage(cfg: DictConfig) -> "Stage":
-    """The stage of a config, with the weights of ``init_from`` if that is given."""
+    """The stage of a config, with the weights of ``init_from`` if it is set."""
     stage: Stage = hydra.utils.instantiate(cfg.stage, _convert_="all")
     config: Any = OmegaConf.to_container(cfg.stage, resolve=True)
     stage.record_provenance(config=config)
@@ -138,7 +138,7 @@ def build_stage(cfg: DictConfig) -> "Stage":
 
 
 def check_ranges(cfg: DictConfig) -> None:
-    """Refuse numbers that would fail only once training has begun.
+    """Refuse values that would otherwise fail only once training has begun.
 
     Raises:
         ValueError: naming the key, its value and the fix.
@@ -151,7 +151,7 @@ def check_ranges(cfg: DictConfig) -> None:
         )
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use here; "
+            f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use; "
             "use trainer.accelerator=cpu, or fix the driver"
         )
     strategy = OmegaConf.select(cfg, "trainer.strategy._target_")
@@ -159,23 +159,23 @@ def check_ranges(cfg: DictConfig) -> None:
     if sharded and cfg.stage.optimizer._target_.startswith("bitsandbytes"):
         raise ValueError(
             "optimizer@stage.optimizer=adamw_8bit does not support sharded weights; use "
-            "trainer=ddp, or optimizer@stage.optimizer=adamw, whose state is sharded too"
+            "trainer=ddp, or optimizer@stage.optimizer=adamw, whose state is sharded"
         )
     for key in ("validate_every_steps", "checkpoint_every_steps"):
         if cfg[key] < 1:
             raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")
     if cfg.stage.optimizer.lr <= 0:
         raise ValueError(
-            f"stage.optimizer.lr={cfg.stage.optimizer.lr} learns nothing; use more than 0"
+            f"stage.optimizer.lr={cfg.stage.optimizer.lr} is out of range; use more than 0"
         )
 
 
 def find_resume(ckpt: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from.
+    """The checkpoint to resume from; None starts a new run.
 
     Raises:
-        FileNotFoundError: if ``ckpt`` names none.
-        ValueError: if the run's folder contains a run and ckpt is not set.
+        FileNotFoundError: if there is no checkpoint at ``ckpt``.
+        ValueError: if ``output_dir`` already contains a run and ``ckpt`` is None.
     """
     has_run = any(output_dir.glob("checkpoints/step*.ckpt"))
     if ckpt == "auto":
@@ -184,30 +184,30 @@ def find_resume(ckpt: str | None, output_dir: Path) -> Path | None:
         return load.find_checkpoint(ckpt)
     if has_run:
         raise ValueError(
-            f"paths.output_dir={output_dir} holds a run already; resume it (ckpt=auto), or "
+            f"paths.output_dir={output_dir} already contains a run; resume it with ckpt=auto, or "
             "choose another paths.output_dir or name"
         )
     return None
 
 
 def accumulation(global_batch: int, batch_size: int, processes: int) -> int:
-    """Batches of each process that make a step of ``global_batch`` samples.
+    """Number of batches that each process accumulates for a step of ``global_batch`` samples.
 
     Raises:
-        ValueError: if no whole number of them does.
+        ValueError: if it is not an integer.
     """
-    at_once = batch_size * processes
-    if global_batch < 1 or global_batch % at_once:
+    samples_at_once = batch_size * processes
+    if global_batch < 1 or global_batch % samples_at_once:
         raise ValueError(
-            f"global_batch={global_batch} is not a multiple of {at_once}, which is data.batch_size="
-            f"{batch_size} on {processes} process{'es' * (processes > 1)}; set data.batch_size to "
-            f"a divisor of {global_batch / processes:g}"
+            f"global_batch={global_batch} is not a multiple of {samples_at_once} "
+            f"(data.batch_size={batch_size} on {processes} process{'es' * (processes > 1)}); set "
+            f"data.batch_size to a divisor of {global_batch / processes:g}"
         )
-    return global_batch // at_once
+    return global_batch // samples_at_once
 
 
 def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
-    """Refuse image sizes that the stages cannot divide.
+    """Refuse image sizes that are not multiples of the stage's ``size_multiple``.
 
     Raises:
         ValueError: naming the first such size.
@@ -217,15 +217,15 @@ def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
             raise ValueError(
                 f"a bucket of {height} x {width} px is not a multiple of {stage.size_multiple}, as "
                 f"{type(stage).__name__} needs; set data.bucket_multiple={stage.size_multiple} or "
-                "a multiple of it"
+                "a multiple of that"
             )
 
 
 def check_cache(stage: "Stage", data: L.LightningDataModule) -> None:
-    """Refuse a cache that other frozen networks made than this stage has.
+    """Refuse a cache that was made with other frozen networks than this stage's.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: naming the network that differs.
     """
     made_with: dict[str, str] | None = getattr(data, "made_with", None)
     if made_with is None:
@@ -238,14 +238,14 @@ def check_cache(stage: "Stage", data: L.LightningDataModule) -> None:
     for name, value in made_with.items():
         if current.get(name) != value:
             raise ValueError(
-                f"data.root is a cache made with {name} {value[:12]}, and this run has "
+                f"data.root is a cache made with {name} {value[:12]}, but this run has "
                 f"{current.get(name, 'none')[:12]}; make it again with python -m "
-                f"wuerstchen_pl.cache, or name the {name} that it was made with"
+                f"wuerstchen_pl.cache, or use the {name} that it was made with"
             )
 
 
 def describe_sizes(stage: "Stage", data: L.LightningDataModule) -> str:
-    """The sizes of batches, with the number of semantic positions of each."""
+    """The bucket sizes, each with its number of semantic positions."""
     parts = []
     for height, width in data.sizes:  # type: ignore[attr-defined]
         positions = stage.semantic_size(height, width)
@@ -255,10 +255,10 @@ def describe_sizes(stage: "Stage", data: L.LightningDataModule) -> str:
     return f"buckets, height x width in {unit}: {', '.join(parts)}"
 
 
-def _quieten() -> None:
-    """Silence Lightning's advice, which these runs have taken or cannot take."""
+def _silence_lightning() -> None:
+    """Silence Lightning's advice that is already followed, or that does not apply here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for advice in (
+    for message in (
         "does not have many workers",
         "Checkpoint directory",
         "You are trying to `self",
@@ -266,7 +266,7 @@ def _quieten() -> None:
         "It is recommended to use `self",
         "Grad strides do not match bucket",
     ):
-        warnings.filterwarnings("ignore", message=f".*{advice}.*")
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
 main = command("train", run)

@@ -1,4 +1,4 @@
-"""What watches a run: steps that are not finite, norms, rates and costs, the loss over t."""
+"""Training callbacks: non-finite gradients, norms, throughput, memory, and the loss over t."""
 
 import time
 from collections.abc import Iterator
@@ -27,23 +27,23 @@ from wuerstchen_pl.stages.timestep_bins import TimestepBins
 ROWS, WIDE, NARROW = 4, 6, 3
 
 
-class Line(Stage):
-    """A linear map, whose loss is NaN in steps that it is told."""
+class LinearStage(Stage):
+    """A linear map whose loss is NaN in the steps of ``nan_steps``."""
 
     def __init__(
-        self, *, lost: tuple[int, ...] = (), lr: float = 0.1, momentum: float = 0.9
+        self, *, nan_steps: tuple[int, ...] = (), lr: float = 0.1, momentum: float = 0.9
     ) -> None:
         super().__init__(optimizer=None, lr_schedule=None, ema=None, seed=0)
         torch.manual_seed(0)
         self.net = nn.Linear(WIDE, NARROW, bias=False)
-        self.lost, self.lr, self.momentum = lost, lr, momentum
+        self.nan_steps, self.lr, self.momentum = nan_steps, lr, momentum
         self.logged: dict[str, list[float]] = {}
         self.weights: list[Tensor] = []
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         self.weights.append(self.net.weight.detach().clone())
         loss = self.net(batch["x"]).square().mean()
-        return loss * (torch.nan if self.global_step in self.lost else 1.0)
+        return loss * (torch.nan if self.global_step in self.nan_steps else 1.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
@@ -62,7 +62,7 @@ def batches(number: int) -> Iterator[dict]:
         yield {"x": x, "caption": ["a"] * ROWS}
 
 
-def fit(module: Line, steps: int, *callbacks: L.Callback, data: object = None) -> L.Trainer:
+def fit(module: LinearStage, steps: int, *callbacks: L.Callback, data: object = None) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
@@ -72,40 +72,40 @@ def fit(module: Line, steps: int, *callbacks: L.Callback, data: object = None) -
     return trainer
 
 
-def test_a_step_without_a_finite_gradient_changes_neither_weights_nor_moments() -> None:
-    module, guard = Line(lost=(2,)), SkipNonFiniteGrads()
-    fit(module, 5, guard)
+def test_a_step_with_nonfinite_gradients_changes_neither_weights_nor_optimizer_state() -> None:
+    module, callback = LinearStage(nan_steps=(2,)), SkipNonFiniteGrads()
+    fit(module, 5, callback)
     assert torch.equal(module.weights[2], module.weights[3])
-    assert guard.skipped == 1
-    undisturbed = Line()
-    fit(undisturbed, 4, SkipNonFiniteGrads())  # the momentum is that of a run without the step
-    torch.testing.assert_close(module.net.weight, undisturbed.net.weight, rtol=0, atol=0)
+    assert callback.skipped == 1
+    reference = LinearStage()
+    fit(reference, 4, SkipNonFiniteGrads())  # same momentum as a run without the skipped step
+    torch.testing.assert_close(module.net.weight, reference.net.weight, rtol=0, atol=0)
 
 
-def test_a_step_that_is_left_out_leaves_no_trace_in_buffers() -> None:
-    class Normed(Line):
+def test_a_skipped_step_does_not_change_buffers() -> None:
+    class Normed(LinearStage):
         def __init__(self, **options: object) -> None:
             super().__init__(**options)  # type: ignore[arg-type]
             self.norm = nn.BatchNorm1d(NARROW)
 
         def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-            x = batch["x"] * (torch.inf if self.global_step in self.lost else 1.0)
+            x = batch["x"] * (torch.inf if self.global_step in self.nan_steps else 1.0)
             self.weights.append(self.net.weight.detach().clone())
             return self.norm(self.net(x)).square().mean()
 
-    module, other = Normed(lost=(2,)), Normed()
+    module, reference = Normed(nan_steps=(2,)), Normed()
     fit(module, 5, SkipNonFiniteGrads())
-    fit(other, 4, SkipNonFiniteGrads())
-    assert torch.equal(module.norm.running_var, other.norm.running_var)
-    assert torch.equal(module.norm.running_mean, other.norm.running_mean)
+    fit(reference, 4, SkipNonFiniteGrads())
+    assert torch.equal(module.norm.running_var, reference.norm.running_var)
+    assert torch.equal(module.norm.running_mean, reference.norm.running_mean)
 
 
-def test_many_in_a_row_end_the_run_and_others_do_not() -> None:
+def test_only_many_skipped_steps_in_a_row_end_the_run() -> None:
     with pytest.raises(
         ValueError, match=r"^3 steps in a row had non-finite gradients, up to step 4"
     ):
-        fit(Line(lost=(2, 3, 4)), 9, SkipNonFiniteGrads(max_in_a_row=3))
-    fit(Line(lost=(1, 2, 4, 5, 7)), 9, SkipNonFiniteGrads(max_in_a_row=3))
+        fit(LinearStage(nan_steps=(2, 3, 4)), 9, SkipNonFiniteGrads(max_in_a_row=3))
+    fit(LinearStage(nan_steps=(1, 2, 4, 5, 7)), 9, SkipNonFiniteGrads(max_in_a_row=3))
 
 
 def test_a_run_that_diverges_names_its_last_checkpoint(
@@ -113,36 +113,36 @@ def test_a_run_that_diverges_names_its_last_checkpoint(
 ) -> None:
     loss = StageC.loss
 
-    def lost(stage: StageC, *tensors: Tensor) -> Tensor:
+    def nan_loss(stage: StageC, *tensors: Tensor) -> Tensor:
         return loss(stage, *tensors) * (torch.nan if stage.global_step >= 2 else 1.0)
 
-    monkeypatch.setattr(StageC, "loss", lost)
-    told = [*arguments(cascade, tmp_path), "callbacks.skip_nonfinite.max_in_a_row=2"]
-    assert run_program("train", told) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setattr(StageC, "loss", nan_loss)
+    overrides = [*arguments(cascade, tmp_path), "callbacks.skip_nonfinite.max_in_a_row=2"]
+    assert run_program("train", overrides) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
     newest = load.find_checkpoint(tmp_path / "default/c")
-    assert f"the last checkpoint is {newest}" in said
-    assert "Lower stage.optimizer.lr" in said
+    assert f"the last checkpoint is {newest}" in error
+    assert "Lower stage.optimizer.lr" in error
     assert all(v.isfinite().all() for v in load.read_checkpoint(newest)["state_dict"].values())
 
 
-def test_norms_are_those_of_a_step_of_plain_descent() -> None:
-    module = Line(lr=0.25, momentum=0.0)
+def test_logged_norms_are_those_of_the_weights_and_their_update() -> None:
+    module = LinearStage(lr=0.25, momentum=0.0)
     fit(module, 3, WeightNormMonitor(every_steps=4))
-    moved = module.weights[2] - module.weights[1]
-    size = module.weights[2].norm()
-    assert module.logged["train/param_norm"] == pytest.approx([float(size)])
-    assert module.logged["train/update_ratio"] == pytest.approx([float(moved.norm() / size)])
+    update = module.weights[2] - module.weights[1]
+    norm = module.weights[2].norm()
+    assert module.logged["train/param_norm"] == pytest.approx([float(norm)])
+    assert module.logged["train/update_ratio"] == pytest.approx([float(update.norm() / norm)])
 
 
-def test_rates_are_those_of_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_and_data_wait_follow_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     class Clock:
         now = 0.0
 
         def perf_counter(self) -> float:
             return self.now
 
-    class Slow(Line):
+    class Slow(LinearStage):
         def training_step(self, batch: dict, batch_idx: int) -> Tensor:
             clock.now += 1
             return super().training_step(batch, batch_idx)
@@ -158,11 +158,11 @@ def test_rates_are_those_of_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clock, module = Clock(), Slow()
     monkeypatch.setattr(throughput, "time", clock)
-    measured = Throughput(every_steps=4)
-    fit(module, 9, measured, data=Loader())
+    callback = Throughput(every_steps=4)
+    fit(module, 9, callback, data=Loader())
     assert module.logged["speed/data_wait"] == pytest.approx([0.75, 0.75])
     assert module.logged["speed/samples_per_second"] == pytest.approx([ROWS / 4] * 2)
-    assert measured._flops_per_sample == 3 * 2 * WIDE * NARROW
+    assert callback._flops_per_sample == 3 * 2 * WIDE * NARROW
 
 
 @pytest.mark.parametrize(
@@ -177,45 +177,45 @@ def test_rates_are_those_of_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Some CPU", None),
     ],
 )
-def test_a_device_is_known_by_the_words_of_its_name(name: str, peak: int | None) -> None:
+def test_the_peak_rate_is_looked_up_by_device_name(name: str, peak: int | None) -> None:
     assert peak_tflops(name) == peak
 
 
-def test_bands_hold_the_means_of_their_times_and_begin_anew() -> None:
-    bands = TimestepBins()
-    bands.add(torch.tensor([0.001, 0.05, 0.55]), torch.tensor([1.0, 3.0, 5.0]))
-    bands.add(torch.tensor([1.0, 0.95]), torch.tensor([7.0, 9.0]))
-    sums, counts = bands.pop()
+def test_timestep_bins_sum_losses_and_are_reset() -> None:
+    bins = TimestepBins()
+    bins.add(torch.tensor([0.001, 0.05, 0.55]), torch.tensor([1.0, 3.0, 5.0]))
+    bins.add(torch.tensor([1.0, 0.95]), torch.tensor([7.0, 9.0]))
+    sums, counts = bins.pop()
     assert sums.tolist() == [4, 0, 0, 0, 0, 5, 0, 0, 0, 16]
     assert counts.tolist() == [2, 0, 0, 0, 0, 1, 0, 0, 0, 2]
-    assert bands.pop().sum() == 0
-    bands.add(torch.tensor([0.05, 0.06]), torch.tensor([torch.inf, 2.0]))
-    sums, counts = bands.pop()
-    assert (float(sums[0]), float(counts[0])) == (2, 1)  # what is not finite is left out
+    assert bins.pop().sum() == 0
+    bins.add(torch.tensor([0.05, 0.06]), torch.tensor([torch.inf, 2.0]))
+    sums, counts = bins.pop()
+    assert (float(sums[0]), float(counts[0])) == (2, 1)  # non-finite losses are ignored
 
 
-def test_the_loss_over_t_is_logged_and_drawn(tmp_path: Path) -> None:
-    module = Line()
+def test_the_loss_over_t_is_logged_and_plotted(tmp_path: Path) -> None:
+    module = LinearStage()
     module.timestep_bins = TimestepBins()
-    step = module.training_step
+    training_step = module.training_step
 
-    def counted(batch: dict, batch_idx: int) -> Tensor:
+    def step_with_bins(batch: dict, batch_idx: int) -> Tensor:
         module.timestep_bins.add(torch.tensor([0.31, 0.97]), torch.tensor([2.0, 4.0 + batch_idx]))
-        return step(batch, batch_idx)
+        return training_step(batch, batch_idx)
 
-    module.training_step = counted  # type: ignore[method-assign]
+    module.training_step = step_with_bins  # type: ignore[method-assign]
     callback = LossByTimestep(folder=str(tmp_path), every_steps=2)
     fit(module, 4, callback)
     assert module.logged["train/loss_t0.35"] == [2, 2]
     assert module.logged["train/loss_t0.95"] == [4.5, 6.5]
     assert "train/loss_t0.05" not in module.logged
     assert (tmp_path / "loss_by_t.png").is_file()
-    again = LossByTimestep(folder=str(tmp_path), every_steps=2)
-    again.load_state_dict(callback.state_dict())
-    assert [at for at, _ in again.readings] == [2, 4]
+    resumed = LossByTimestep(folder=str(tmp_path), every_steps=2)
+    resumed.load_state_dict(callback.state_dict())
+    assert [step for step, _ in resumed.readings] == [2, 4]
 
 
-def test_a_chart_shows_the_newest_reading_darkest() -> None:
+def test_the_plot_shows_the_newest_reading_darkest() -> None:
     means = [1.0 - 0.09 * i for i in range(10)]
     canvas = plot_losses([(500, [m / 2 for m in means]), (1000, means)])
     colors = {color for _, color in canvas.getcolors(100_000)}  # type: ignore[union-attr]
@@ -223,18 +223,18 @@ def test_a_chart_shows_the_newest_reading_darkest() -> None:
     assert (230, 210, 240) in colors
 
 
-def test_rates_stop_while_it_validates() -> None:
+def test_the_throughput_clock_stops_during_validation() -> None:
     callback = Throughput()
-    callback._forget()
-    begun = callback._since
+    callback._reset()
+    start = callback._since
     callback.on_validation_start(None, None)  # type: ignore[arg-type]
     time.sleep(0.05)
     callback.on_validation_end(None, None)  # type: ignore[arg-type]
-    assert callback._since - begun >= 0.05
+    assert callback._since - start >= 0.05
 
 
-def test_a_trial_counts_by_samples_and_leaves_no_trace() -> None:
-    class Both(Line):
+def test_a_step_profile_is_per_sample_and_has_no_side_effects() -> None:
+    class WithFrozen(LinearStage):
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.BatchNorm1d(NARROW)
@@ -247,30 +247,30 @@ def test_a_trial_counts_by_samples_and_leaves_no_trace() -> None:
             loss = self.norm(self.net(x + torch.rand(x.shape)).repeat(2, 1)).square().mean()
             return loss
 
-    module = Both()
+    module = WithFrozen()
     module.trainer = L.Trainer(accelerator="cpu", logger=False)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     torch.manual_seed(3)
-    found = step_profile.profile_step(module, next(batches(1)))
-    drawn = torch.rand(())
+    profile = step_profile.profile_step(module, next(batches(1)))
+    random_after_profile = torch.rand(())
     torch.manual_seed(3)
-    assert drawn == torch.rand(())
-    assert found.flops_per_sample == 2 * WIDE * WIDE + 3 * 2 * WIDE * NARROW
+    assert random_after_profile == torch.rand(())
+    assert profile.flops_per_sample == 2 * WIDE * WIDE + 3 * 2 * WIDE * NARROW
     assert module.logged == {}
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
-def test_the_memory_that_is_told_is_what_is_there() -> None:
-    module, batch = Line(), next(batches(1))
+def test_the_memory_estimate_counts_the_bytes_of_tensors() -> None:
+    module, batch = LinearStage(), next(batches(1))
     module.trainer = L.Trainer(accelerator="cpu", logger=False)
     module.frozen.register("wide", nn.Linear(WIDE, WIDE, bias=False))
     module.ema = EMA(decay=0.9)
     weights = 4 * WIDE * NARROW
     adam = torch.optim.AdamW(module.parameters())
     needed = estimate_bytes(module, adam, batch)
-    # kept for the backward pass: x, and the map's output for the square
-    kept = ROWS * 4 * (WIDE + NARROW)
-    assert needed.pop("activations") == pytest.approx(kept, abs=ROWS * 16)
+    # saved for the backward pass: x, and the output of the linear map
+    saved = ROWS * 4 * (WIDE + NARROW)
+    assert needed.pop("activations") == pytest.approx(saved, abs=ROWS * 16)
     assert needed == {
         "weights": weights, "frozen networks": 4 * WIDE * WIDE, "gradients": weights,
         "optimizer": 2 * weights, "ema": weights,
@@ -279,37 +279,38 @@ def test_the_memory_that_is_told_is_what_is_there() -> None:
     assert estimate_bytes(module, torch.optim.SGD(module.parameters()), batch)["ema"] == 0
 
 
-@pytest.mark.parametrize(("told", "code"), [([], 1), (["check_memory=false"], 0)])
-def test_what_cannot_fit_is_refused_before_its_first_step(
-    told: list[str], code: int, cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+@pytest.mark.parametrize(("overrides", "code"), [([], 1), (["check_memory=false"], 0)])
+def test_a_run_that_cannot_fit_is_refused_before_its_first_step(
+    overrides: list[str], code: int, cascade: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(memory_estimate, "device_memory", lambda *_: 1000)
-    assert run_program("train", [*arguments(cascade, tmp_path), *told]) == code
-    said = capsys.readouterr()
-    assert "memory, GB of 0.0: weights" in said.err
-    assert ("or check_memory=false to try it" in said.err) == bool(code)
+    assert run_program("train", [*arguments(cascade, tmp_path), *overrides]) == code
+    stderr = capsys.readouterr().err
+    assert "memory, GB of 0.0: weights" in stderr
+    assert ("or check_memory=false to try it" in stderr) == bool(code)
 
 
-@pytest.mark.parametrize(("lacking", "fitting"), [(0.5, 2), (1.5, 2), (2.5, 1), (3.5, None)])
-def test_the_largest_batch_that_fits_and_makes_the_same_step_is_named(
-    lacking: float, fitting: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("excess", "fitting"), [(0.5, 2), (1.5, 2), (2.5, 1), (3.5, None)])
+def test_the_error_suggests_the_largest_batch_that_fits_with_the_same_global_batch(
+    excess: float, fitting: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 2 batches of 4 samples a step, where so many samples' activations have no room."""
-    module = Line()
+    """For steps of 2 batches of 4 samples, with ``excess`` samples too many for the memory."""
+    module = LinearStage()
     module.trainer = L.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=2)
     batch = next(batches(1))
     optimizer = torch.optim.AdamW(module.parameters())
     module.trainer.strategy.optimizers = [optimizer]
-    of_sample = step_profile.profile_step_once(module, batch).saved_bytes_per_sample
-    there = sum(estimate_bytes(module, optimizer, batch).values()) - lacking * of_sample
-    monkeypatch.setattr(memory_estimate, "device_memory", lambda *_: there)
-    named = f"set data.batch_size={fitting} global_batch=8, " if fitting else "set "
-    with pytest.raises(ValueError, match=f"{named}activation_checkpointing=true"):
+    bytes_per_sample = step_profile.profile_step_once(module, batch).saved_bytes_per_sample
+    needed = sum(estimate_bytes(module, optimizer, batch).values())
+    available = needed - excess * bytes_per_sample
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda *_: available)
+    advice = f"set data.batch_size={fitting} global_batch=8, " if fitting else "set "
+    with pytest.raises(ValueError, match=f"{advice}activation_checkpointing=true"):
         memory_estimate.MemoryEstimate().on_train_batch_start(module.trainer, module, batch, 0)
 
 
-def test_rows_of_a_batch_from_a_cache_are_those_of_its_samples() -> None:
+def test_first_rows_of_a_cached_batch_slice_only_per_sample_keys() -> None:
     batch = {"semantic": torch.ones(2, 16, 3, 3), "caption": ["a", "b"], "size": (128, 96),
              "text": torch.ones(2, 7, 4), "empty_text": torch.ones(1, 7, 4)}  # fmt: skip
     one = step_profile.first_rows(batch, 1)

@@ -1,4 +1,4 @@
-"""Checkpoints: found, checked, and no danger to who loads one."""
+"""Loading checkpoints: search, integrity checks, and safety with untrusted files."""
 
 import hashlib
 import pickle
@@ -25,14 +25,14 @@ from wuerstchen_pl.models.compressor import EfficientNet
 
 @pytest.fixture
 def moved(cascade: Path, tmp_path: Path) -> Path:
-    """A copy of the cascade, to be changed; without hashes, which a stranger would forge."""
+    """A copy of the cascade to modify, without hashes, as an attacker could forge them."""
     return Path(
         shutil.copytree(cascade, tmp_path / "moved", ignore=shutil.ignore_patterns("*.sha256"))
     )
 
 
 def rewrite(run: Path, **changed: Any) -> Path:
-    """Change parts of the newest checkpoint of a run."""
+    """Change entries of the newest checkpoint of a run."""
     path = find_checkpoint(run)
     torch.save({**torch.load(path, weights_only=True), **changed}, path)
     return path
@@ -42,11 +42,11 @@ def config_of(run: Path) -> dict[str, Any]:
     return torch.load(find_checkpoint(run), weights_only=True)["stage"]
 
 
-# What a stranger may send
+# Untrusted checkpoints
 
 
 class Payload:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -56,7 +56,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_checkpoint_that_wants_to_run_code_is_refused_and_runs_none(
+def test_a_checkpoint_with_a_pickle_payload_is_refused_and_runs_no_code(
     moved: Path, tmp_path: Path, legacy: bool
 ) -> None:
     proof = tmp_path / "it ran"
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused_and_runs_none(
     ["os.system", "wuerstchen_pl.checkpointing.load.os.system", "wuerstchen_pl.stages.a", "", 3],
 )
 @pytest.mark.parametrize("inside", [dict, list, tuple, OrderedDict])
-def test_a_foreign_target_is_refused(moved: Path, target: Any, inside: type) -> None:
+def test_a_target_outside_the_package_is_refused(moved: Path, target: Any, inside: type) -> None:
     planted: Any = {"_target_": target, "command": "true"}
     planted = inside(planted if issubclass(inside, dict) else [planted])
     config = config_of(moved / "a")
@@ -91,16 +91,16 @@ def test_a_foreign_target_is_refused(moved: Path, target: Any, inside: type) -> 
         load_stage(run=moved / "a", stage="a")
 
 
-def test_a_foreign_stage_is_refused(moved: Path) -> None:
+def test_a_stage_outside_the_package_is_refused(moved: Path) -> None:
     rewrite(moved / "a", stage={"_target_": "os.system", "command": "true"})
     with pytest.raises(ValueError, match=r"contains stage=os\.system, but stage=a is needed"):
         load_stage(run=moved / "a", stage="a")
 
 
-@pytest.mark.parametrize("where", ["value", "list", "tuple"])
-def test_an_interpolation_is_refused(moved: Path, where: str) -> None:
+@pytest.mark.parametrize("kind", ["value", "list", "tuple"])
+def test_an_interpolation_is_refused(moved: Path, kind: str) -> None:
     text = "${oc.env:HOME}"
-    planted: Any = {"value": text, "list": ["a", text], "tuple": ("a", (text,))}[where]
+    planted: Any = {"value": text, "list": ["a", text], "tuple": ("a", (text,))}[kind]
     config = config_of(moved / "a")
     config["vqgan"] = {**config["vqgan"], "levels": planted}
     rewrite(moved / "a", stage=config)
@@ -108,7 +108,7 @@ def test_an_interpolation_is_refused(moved: Path, where: str) -> None:
         load_stage(run=moved / "a", stage="a")
 
 
-def test_what_may_be_built_exists() -> None:
+def test_allowed_targets_exist() -> None:
     for target in sorted(ALLOWED_TARGETS):
         assert callable(hydra.utils.get_object(target))
 
@@ -117,7 +117,7 @@ def test_what_may_be_built_exists() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.02, 0.5, 0.999])
-def test_a_truncated_checkpoint_is_refused_by_name(moved: Path, share: float) -> None:
+def test_a_truncated_checkpoint_is_refused(moved: Path, share: float) -> None:
     path = find_checkpoint(moved / "a")
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
@@ -138,24 +138,24 @@ def test_weights_of_other_networks_are_refused(moved: Path) -> None:
         load_stage(run=moved / "a", stage="a")
 
 
-# Which one
+# Search
 
 
-@pytest.mark.parametrize(("held", "needed"), [("a", "c"), ("b", "a"), ("c", "b")])
-def test_another_stage_is_refused_by_name(cascade: Path, held: str, needed: str) -> None:
-    says = f"contains stage={held}, but stage={needed} is needed"
-    with pytest.raises(ValueError, match=says):
-        load_stage(run=cascade / held, stage=needed)
+@pytest.mark.parametrize(("stage", "needed"), [("a", "c"), ("b", "a"), ("c", "b")])
+def test_another_stage_is_refused(cascade: Path, stage: str, needed: str) -> None:
+    message = f"contains stage={stage}, but stage={needed} is needed"
+    with pytest.raises(ValueError, match=message):
+        load_stage(run=cascade / stage, stage=needed)
 
 
-def test_a_run_that_is_missing_says_how_to_train_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_run_tells_how_to_train_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"does not exist; .*stage=b.*paths\.stage_b="):
         load_stage(run=tmp_path / "b", stage="b")
     with pytest.raises(FileNotFoundError, match="contains no checkpoint"):
         load_stage(run=tmp_path, stage="c")
 
 
-def test_the_newest_is_found_by_its_step(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_has_the_highest_step(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for step in (9_999_999, 10_000_000, 500):
         (tmp_path / f"checkpoints/step{step:07d}.ckpt").touch()
@@ -167,31 +167,31 @@ def test_the_newest_is_found_by_its_step(tmp_path: Path) -> None:
 # Cascades
 
 
-def test_a_moved_cascade_loads_without_the_old_place(cascade: Path, tmp_path: Path) -> None:
+def test_a_moved_cascade_loads_without_the_old_folder(cascade: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second/deeper"
     shutil.copytree(cascade, first)
     second.parent.mkdir()
     first.rename(second)
     stage = load_stage(run=second / "c", stage="c")
-    inner = stage.frozen["stage_b"].frozen["stage_a"]
-    assert Path(inner.provenance.source["path"]).parent.parent == second / "a"
+    stage_a = stage.frozen["stage_b"].frozen["stage_a"]
+    assert Path(stage_a.provenance.source["path"]).parent.parent == second / "a"
 
 
-def test_a_stage_a_that_changed_under_stage_b_is_refused(moved: Path) -> None:
+def test_a_stage_a_that_changed_since_stage_b_was_trained_is_refused(moved: Path) -> None:
     weights = torch.load(find_checkpoint(moved / "a"), weights_only=True)["state_dict"]
     rewrite(moved / "a", state_dict={key: value + 1 for key, value in weights.items()})
     for stage in "bc":
-        with pytest.raises(ValueError, match=r"was trained over .* with sha256 .* has changed to"):
+        with pytest.raises(ValueError, match=r"was trained with .* of sha256 .* has changed to"):
             load_stage(run=moved / stage, stage=stage)
 
 
-def test_a_run_that_was_moved_alone_finds_its_stage_a_where_it_was(moved: Path) -> None:
+def test_a_run_that_was_moved_alone_finds_stage_a_by_its_absolute_path(moved: Path) -> None:
     shutil.rmtree(moved / "a")
     stage = load_stage(run=moved / "b", stage="b")
     assert "moved" not in stage.frozen["stage_a"].provenance.source["path"]
 
 
-def test_a_stage_a_that_is_gone_is_named(moved: Path) -> None:
+def test_the_error_for_a_missing_stage_a_names_its_path(moved: Path) -> None:
     shutil.rmtree(moved / "a")
     path = find_checkpoint(moved / "b")
     content = torch.load(path, weights_only=True)
@@ -216,13 +216,13 @@ def test_a_checkpoint_is_hashed_once_and_its_optimizer_state_is_not_read(
 ) -> None:
     atomic._file_sha256.cache_clear()
     hashed: list[str] = []
-    digest = hashlib.file_digest
+    original = hashlib.file_digest
 
-    def counting(file: Any, name: str) -> Any:
+    def recording_hash(file: Any, name: str) -> Any:
         hashed.append(file.name)
-        return digest(file, name)
+        return original(file, name)
 
-    monkeypatch.setattr(hashlib, "file_digest", counting)
+    monkeypatch.setattr(hashlib, "file_digest", recording_hash)
     read_run(cascade / "c")
     assert len(hashed) == len(set(hashed)) == 3
     content = read_checkpoint(find_checkpoint(cascade / "c"))
@@ -232,22 +232,22 @@ def test_a_checkpoint_is_hashed_once_and_its_optimizer_state_is_not_read(
 
 
 @pytest.mark.parametrize("stage", "abc")
-def test_frozen_parts_are_in_no_checkpoint(cascade: Path, stage: str) -> None:
+def test_frozen_networks_are_not_in_checkpoints(cascade: Path, stage: str) -> None:
     content = torch.load(find_checkpoint(cascade / stage), weights_only=True)
     module = load_stage(run=cascade / stage, stage=stage)
     trained = {name: p.numel() for name, p in module.named_parameters()}
     assert not [key for key in content["state_dict"] if key.startswith(tuple(module.frozen))]
     assert content["ema"]["shadow"].keys() == trained.keys()
-    moments = [
+    state_sizes = [
         state["exp_avg"].numel()
         for optimizer in content["optimizer_states"]
         for state in optimizer["state"].values()
     ]
-    assert sum(moments) == sum(trained.values())
+    assert sum(state_sizes) == sum(trained.values())
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_averaged_or_raw_weights_as_asked(cascade: Path, ema: bool) -> None:
+def test_ema_or_raw_weights_are_loaded_as_requested(cascade: Path, ema: bool) -> None:
     content = torch.load(find_checkpoint(cascade / "c"), weights_only=True)
     module = load_stage(run=cascade / "c", stage="c", ema=ema)
     expected = content["ema"]["shadow"] if ema else content["state_dict"]
@@ -257,7 +257,7 @@ def test_averaged_or_raw_weights_as_asked(cascade: Path, ema: bool) -> None:
     assert any(not torch.equal(shadow[name], raw[name]) for name in shadow)
 
 
-def test_pretrained_weights_are_needed_only_for_parts_that_the_checkpoint_lacks() -> None:
+def test_pretrained_weights_are_needed_only_for_networks_that_the_checkpoint_lacks() -> None:
     backbone = {"_target_": "wuerstchen_pl.models.compressor.EfficientNet", "weights": "imagenet"}
     config = {
         "_target_": "wuerstchen_pl.stages.b.StageB",
@@ -265,15 +265,15 @@ def test_pretrained_weights_are_needed_only_for_parts_that_the_checkpoint_lacks(
         "text_encoder": {"_target_": "y", "weights": "clip.pt"},
         "optimizer": {"_target_": "torch.optim.AdamW"},
     }
-    held = {"compressor.backbone.features.0": torch.ones(1)}
-    left = load._sampling_config({"stage": config, "state_dict": held})
-    assert left["compressor"]["backbone"]["weights"] is None
-    assert left["text_encoder"]["weights"] == "clip.pt"
-    assert "optimizer" not in left
-    assert config["compressor"]["backbone"]["weights"] == "imagenet", "the config stays as it was"
+    state_dict = {"compressor.backbone.features.0": torch.ones(1)}
+    result = load._sampling_config({"stage": config, "state_dict": state_dict})
+    assert result["compressor"]["backbone"]["weights"] is None
+    assert result["text_encoder"]["weights"] == "clip.pt"
+    assert "optimizer" not in result
+    assert config["compressor"]["backbone"]["weights"] == "imagenet", "the input is not modified"
 
 
-def test_a_text_encoder_that_was_trained_needs_no_clip_file(moved: Path) -> None:
+def test_a_trained_text_encoder_needs_no_clip_file(moved: Path) -> None:
     config = config_of(moved / "c")
     before = load_stage(run=moved / "c", stage="c").state_dict()
     config["text_encoder"] = {**config["text_encoder"], "weights": "/no/such/clip.pt"}
@@ -282,13 +282,13 @@ def test_a_text_encoder_that_was_trained_needs_no_clip_file(moved: Path) -> None
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_an_imagenet_backbone_is_not_downloaded_to_sample(
+def test_an_imagenet_backbone_is_not_downloaded_for_sampling(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = []
+    requested = []
     monkeypatch.setattr(
-        EfficientNet, "__init__", lambda self, *, weights=None: asked.append(weights)
+        EfficientNet, "__init__", lambda self, *, weights=None: requested.append(weights)
     )
     backbone = {"_target_": "wuerstchen_pl.models.compressor.EfficientNet", "weights": "imagenet"}
     load.instantiate_allowed(load.drop_weight_paths(backbone))
-    assert asked == [None]
+    assert requested == [None]

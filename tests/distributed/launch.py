@@ -1,7 +1,7 @@
-"""Several trainings in the processes of one torchrun: ``-m tests.distributed.launch JOBS.json``.
+"""Several training runs in one torchrun: ``-m tests.distributed.launch JOBS.json``.
 
-JOBS.json is a list of command lines of ``wuerstchen_pl.train``. Starting a process takes longer
-than training so small a model.
+JOBS.json is a list of command lines of ``wuerstchen_pl.train``. They share their processes, as
+starting one takes longer than training such a small model.
 """
 
 import json
@@ -14,7 +14,7 @@ from tests.conftest import run_program
 
 
 def launch(jobs: list[list[str]], folder: Path, processes: int = 2) -> None:
-    """Run them one after the other, each on so many processes."""
+    """Run the jobs one after the other, each on ``processes`` processes."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -1,6 +1,6 @@
-"""Two processes train what one does: weights, averages, moments and losses, for every strategy.
+"""Two processes train like one, for every strategy: weights, EMA, optimizer state and losses.
 
-gloo on the CPU runs the code that NCCL runs on GPUs.
+The processes use gloo on the CPU, with the same code as NCCL on GPUs.
 """
 
 import csv
@@ -18,15 +18,15 @@ from tests.distributed.launch import launch
 from wuerstchen_pl.checkpointing import load
 
 STEPS, HALF = 20, 10
-ALIKE = 1e-5
-OF_STAGE = {
-    # Some biases of Stage A lie before a norm, which takes them out again: their gradients are
-    # rounding errors, and Adam would make whole steps of these.
+TOLERANCE = 1e-5
+STAGE_OVERRIDES = {
+    # Some biases of Stage A have no effect, as a norm follows them: their gradients are rounding
+    # errors, which Adam would amplify to full steps.
     "a": [
         "+stage.optimizer.eps=1e-2",
         "stage.optimizer.lr=2e-4",
         "stage.codebook_restart_every_steps=7",
-        # An instance norm of one position makes its rounding error as large as a value.
+        # An instance norm over one position would amplify rounding errors to the size of values.
         "stage.discriminator.depth=3",
         "stage.adversarial_start_step=5",
     ],
@@ -34,7 +34,7 @@ OF_STAGE = {
     "c": [],
 }
 ASYNC_SAVE = "callbacks.checkpoints.async_save=true"
-# name: what chooses the strategy, and what runs first, if it goes on from half the way
+# name: (overrides of the strategy, strategy of the run that it resumes at half of the steps)
 STRATEGIES = {
     "ddp": (["trainer=ddp"], None),
     "fsdp": (["trainer=fsdp"], None),
@@ -51,9 +51,9 @@ STRATEGIES = {
 
 def arguments(stage: str, root: Path, cascade: Path, *more: str) -> list[str]:
     kept = [a for a in small(stage, root, STEPS) if not a.startswith(("validate", "data.batch"))]
-    above = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
     return [
-        *kept, *above, f"paths.data={cascade.parent / 'data'}", *OF_STAGE[stage], *more,
+        *kept, *paths, f"paths.data={cascade.parent / 'data'}", *STAGE_OVERRIDES[stage], *more,
         f"checkpoint_every_steps={HALF}", f"validate_every_steps={STEPS}", "ckpt=auto",
         "trainer.log_every_n_steps=1", "trainer.gradient_clip_val=0.1",
     ]  # fmt: skip
@@ -61,59 +61,58 @@ def arguments(stage: str, root: Path, cascade: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, cascade: Path) -> Path:
-    """A folder with a folder for each strategy, and ``one`` for one process alone."""
+    """A folder with a folder per strategy, and ``one`` for a single process."""
     root = tmp_path_factory.mktemp("parallel")
-    whole, half = "data.batch_size=8", "data.batch_size=4"
-    first = f"trainer.max_steps={HALF}"
-    two = ["trainer.devices=2", "trainer.accelerator=cpu", half]
+    full_batch, half_batch = "data.batch_size=8", "data.batch_size=4"
+    half_steps = f"trainer.max_steps={HALF}"
+    two = ["trainer.devices=2", "trainer.accelerator=cpu", half_batch]
+    one = ["trainer=cpu", full_batch]
     for stage in "abc":
-        told = [whole, "trainer=cpu"]
-        assert run_program("train", arguments(stage, root / "one", cascade, *told)) == 0
-    told = ["trainer=cpu", whole, first]
-    assert run_program("train", arguments("b", root / "one_then_fsdp", cascade, *told)) == 0
+        assert run_program("train", arguments(stage, root / "one", cascade, *one)) == 0
+    overrides = arguments("b", root / "one_then_fsdp", cascade, *one, half_steps)
+    assert run_program("train", overrides) == 0
     jobs = []
-    for name, (strategy, before) in STRATEGIES.items():
-        if before == "fsdp":
-            told = [*two, *STRATEGIES[before][0], first]
-            jobs.append(arguments("b", root / name, cascade, *told))
+    for name, (strategy, resumed) in STRATEGIES.items():
+        if resumed == "fsdp":
+            first = [*two, *STRATEGIES[resumed][0], half_steps]
+            jobs.append(arguments("b", root / name, cascade, *first))
         for stage in "abc" if name in ("ddp", "fsdp") else "b":
             jobs.append(arguments(stage, root / name, cascade, *two, *strategy))
-    jobs.append(arguments("b", root / "fsdp_then_one", cascade, *two, "trainer=fsdp", first))
+    jobs.append(arguments("b", root / "fsdp_then_one", cascade, *two, "trainer=fsdp", half_steps))
     launch(jobs, root)
-    told = ["trainer=cpu", whole]
-    assert run_program("train", arguments("b", root / "fsdp_then_one", cascade, *told)) == 0
+    assert run_program("train", arguments("b", root / "fsdp_then_one", cascade, *one)) == 0
     return root
 
 
-def end_of(run: Path) -> dict[str, Any]:
+def last_checkpoint(run: Path) -> dict[str, Any]:
     return load.read_checkpoint(load.find_checkpoint(run))
 
 
 def tensors(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by name: weights, averages, moments."""
+    """All tensors of a checkpoint by name: weights, EMA weights and optimizer state."""
     weights = dict(content["state_dict"])
-    weights.pop("code_uses", None)  # counts of nearest codes, of which two may be as near
-    found = {f"weight {k}": v for k, v in weights.items()}
-    found |= {f"average {k}": v for k, v in content["ema"]["shadow"].items()}
-    for number, state in content["optimizer_states"][0]["state"].items():
-        # second moments are squares, and their differences too small to be seen
+    weights.pop("code_uses", None)  # counts of nearest codes, which ties may change
+    named = {f"weight {k}": v for k, v in weights.items()}
+    named |= {f"ema {k}": v for k, v in content["ema"]["shadow"].items()}
+    for index, state in content["optimizer_states"][0]["state"].items():
+        # differences of squared gradients would be too small to detect, so compare their roots
         roots = {name: v.sqrt() if "sq" in name else v for name, v in state.items()}
-        found |= {f"{name} of {number}": value for name, value in roots.items()}
-    return found
+        named |= {f"{name} of {index}": value for name, value in roots.items()}
+    return named
 
 
-def farthest(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, str]:
-    """The largest difference between two checkpoints, and where it is.
+def max_difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, str]:
+    """The largest difference between two checkpoints, and the name of its tensor.
 
-    Of a tensor with values beyond 1 it is relative to the largest of them.
+    For a tensor with values above 1, it is relative to the largest value.
     """
-    mine, theirs = tensors(one), tensors(other)
-    assert mine.keys() == theirs.keys()
+    tensors_one, tensors_other = tensors(one), tensors(other)
+    assert tensors_one.keys() == tensors_other.keys()
 
     def difference(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp(min=1))
 
-    return max((difference(v, theirs[k]), k) for k, v in mine.items())
+    return max((difference(v, tensors_other[k]), k) for k, v in tensors_one.items())
 
 
 def losses(run: Path) -> dict[tuple[str, str], float]:
@@ -129,58 +128,58 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
-def test_two_processes_train_what_one_does(runs: Path, name: str, stage: str) -> None:
-    one, two = (end_of(runs / each / "default" / stage) for each in ("one", name))
+def test_two_processes_train_like_one(runs: Path, name: str, stage: str) -> None:
+    one, two = (last_checkpoint(runs / run / "default" / stage) for run in ("one", name))
     assert one["global_step"] == two["global_step"] == STEPS
-    assert farthest(one, two)[0] < ALIKE, farthest(one, two)
-    mine, theirs = (losses(runs / each / "default" / stage) for each in ("one", name))
-    assert mine.keys() == theirs.keys()
-    assert len({step for step, _ in mine}) == STEPS
-    for key, value in mine.items():
-        assert theirs[key] == pytest.approx(value, rel=ALIKE, abs=ALIKE), key
+    assert max_difference(one, two)[0] < TOLERANCE, max_difference(one, two)
+    losses_one, losses_two = (losses(runs / run / "default" / stage) for run in ("one", name))
+    assert losses_one.keys() == losses_two.keys()
+    assert len({step for step, _ in losses_one}) == STEPS
+    for key, value in losses_one.items():
+        assert losses_two[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), key
 
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_a_checkpoint_counts_the_samples_of_all_processes(
     runs: Path, name: str, stage: str
 ) -> None:
-    """Whatever strategy wrote it, and also after a resume with another number of processes."""
-    one, two = (end_of(runs / each / "default" / stage) for each in ("one", name))
-    mine, theirs = (content["ImageTextDataModule"]["found"] for content in (one, two))
-    assert mine["pixels"] > mine["pixels/kept"] > 0
-    assert theirs == mine
+    """With every strategy, and after resuming with another number of processes."""
+    one, two = (last_checkpoint(runs / run / "default" / stage) for run in ("one", name))
+    counts_one, counts_two = (content["ImageTextDataModule"]["found"] for content in (one, two))
+    assert counts_one["pixels"] > counts_one["pixels/kept"] > 0
+    assert counts_two == counts_one
 
 
 @pytest.mark.parametrize("stage", "abc")
-def test_the_comparison_sees_ten_steps(runs: Path, stage: str) -> None:
+def test_the_comparison_detects_ten_missing_steps(runs: Path, stage: str) -> None:
     run = runs / "one/default" / stage
     half = load.read_checkpoint(run / f"checkpoints/step{HALF:07d}.ckpt")
-    assert farthest(half, end_of(run))[0] > 100 * ALIKE
+    assert max_difference(half, last_checkpoint(run))[0] > 100 * TOLERANCE
 
 
-def test_checkpoints_in_parts_are_those_of_fsdp_alone(runs: Path) -> None:
-    kinds = {
+def test_only_fsdp_writes_sharded_checkpoints(runs: Path) -> None:
+    is_sharded = {
         name: load.find_checkpoint(runs / name / "default/b").is_dir()
         for name in ("one", "ddp", "fsdp", "fsdp_one_file")
     }
-    assert kinds == {"one": False, "ddp": False, "fsdp": True, "fsdp_one_file": False}
+    assert is_sharded == {"one": False, "ddp": False, "fsdp": True, "fsdp_one_file": False}
 
 
-def test_a_sharded_run_draws_the_grid_that_one_process_draws(runs: Path) -> None:
+def test_a_sharded_run_renders_the_same_grid_as_one_process(runs: Path) -> None:
     grids = [runs / name / f"default/c/grids/step{STEPS:07d}.png" for name in ("one", "fsdp")]
     one, sharded = (np.asarray(Image.open(grid)).astype(int) for grid in grids)
-    # the first image's row: of the others, each process has its own
+    # the first row only: the other samples are split over the processes
     assert min(len(one), len(sharded)) >= 80
     assert np.abs(one[:80] - sharded[:80]).max() <= 2
 
 
-def test_codes_of_validation_are_counted_on_all_processes(runs: Path) -> None:
-    def dead(name: str) -> list[str]:
+def test_validation_codes_are_counted_over_all_processes(runs: Path) -> None:
+    def dead_codes(name: str) -> list[str]:
         log = (runs / name / "default/a/metrics.csv").read_text().splitlines()
         return [line for line in log if "val/codebook_dead" in line]
 
-    assert dead("one")
-    assert dead("one") == dead("ddp") == dead("fsdp")
+    assert dead_codes("one")
+    assert dead_codes("one") == dead_codes("ddp") == dead_codes("fsdp")
 
 
 @pytest.mark.slow
@@ -196,15 +195,15 @@ def test_all_processes_end_when_the_first_cannot_write(
         launch([job], tmp_path)
 
 
-def test_a_shard_that_is_missing_is_no_tensor_of_garbage(runs: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_is_an_error(runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "alone.ckpt"
     shutil.copytree(load.find_checkpoint(runs / "fsdp/default/b"), path)
-    parts = sorted(path.glob("*.safetensors"))
-    assert len(parts) == 2
+    shards = sorted(path.glob("*.safetensors"))
+    assert len(shards) == 2
     load.read_checkpoint(path)
-    for part in parts:
-        kept = part.read_bytes()
-        part.unlink()
+    for shard in shards:
+        content = shard.read_bytes()
+        shard.unlink()
         with pytest.raises(ValueError, match=r"alone\.ckpt is damaged, not a checkpoint"):
             load.read_checkpoint(path)
-        part.write_bytes(kept)
+        shard.write_bytes(content)

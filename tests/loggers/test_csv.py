@@ -1,4 +1,4 @@
-"""The CSV log of a run that is resumed."""
+"""The CSV log of a resumed run."""
 
 import csv
 from pathlib import Path
@@ -11,7 +11,7 @@ from wuerstchen_pl.loggers.csv import CSVLogger
 @pytest.mark.parametrize(
     "damage", ["", "\n", "\n\n", "3,train/lo", "3", ",,", "\0\0", "x,y,z\n", "\udcff,1,2\n"]
 )
-def test_a_resumed_run_keeps_the_rows_before_its_step_whatever_the_last_line_is(
+def test_a_resumed_run_keeps_the_rows_before_its_step_despite_a_damaged_last_line(
     damage: str, tmp_path: Path
 ) -> None:
     before = CSVLogger(folder=str(tmp_path))

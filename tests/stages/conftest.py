@@ -1,6 +1,7 @@
-"""Small stages without files: A in B, B in C."""
+"""Small stages that need no files: B contains A, and C contains B."""
 
 from functools import partial
+from typing import Any
 
 import lightning as L
 import pytest
@@ -26,9 +27,9 @@ CAPTIONS = ["red apple", "green frog", "black bear", "polar bear"]
 
 
 def training(lr: float) -> dict:
-    """What a stage needs to train."""
+    """Constructor arguments for training."""
     return {
-        # without decay, which would move a parameter that no gradient reaches
+        # without weight decay, which would change parameters without gradients
         "optimizer": partial(torch.optim.AdamW, lr=lr, weight_decay=0.0, fused=True),
         "ema": EMA(decay=0.9),
     }
@@ -62,10 +63,11 @@ def stage_c(**options: object) -> StageC:
     frozen = stage_b()
     torch.manual_seed(0)
     text = TextEncoder(width=16, depth=1, num_heads=2, context_length=8)
+    arguments: Any = {"text_encoder": text, "train_text_encoder": True, **training(3e-3)}
     return StageC(
         stage_b=frozen,
         prior=Prior(width=32, depth=2, num_heads=2, text_dim=16, dropout=0.0),
-        **{"text_encoder": text, "train_text_encoder": True, **training(3e-3), **options},  # type: ignore[arg-type]
+        **{**arguments, **options},
     )
 
 
@@ -77,10 +79,11 @@ def stage_ldm(**options: object) -> StageLDM:
         widths=[16, 24], num_blocks=[1, 1], num_up_blocks=[1, 2], num_heads=[2, 2],
         cond_dim=8, text_dim=16, dropout=0.0,
     )  # fmt: skip
+    arguments: Any = {"text_encoder": text, "train_text_encoder": True, **training(3e-3)}
     return StageLDM(
         stage_a=frozen,  # type: ignore[arg-type]
         prior=unet,  # type: ignore[arg-type]
-        **{"text_encoder": text, "train_text_encoder": True, **training(3e-3), **options},  # type: ignore[arg-type]
+        **{**arguments, **options},
     )
 
 
@@ -98,7 +101,7 @@ def batch() -> Batch:
 
 
 def fit(stage: Stage, batch: Batch, steps: int, **options: object) -> L.Trainer:
-    """Train on one batch, again and again."""
+    """Train for ``steps`` steps on one batch."""
     torch.manual_seed(0)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False,

@@ -1,4 +1,4 @@
-"""Stage A's own: codebook, discriminator, what counts when."""
+"""Stage A: losses, codebook and discriminator."""
 
 import math
 
@@ -13,17 +13,17 @@ from wuerstchen_pl.stages.stage import Batch
 def test_the_loss_is_the_weighted_sum_of_its_terms(batch: Batch) -> None:
     stage = stage_a()
     loss, _, terms = stage.generator_loss(batch["image"], quantize=True, adversarial=True)
-    wanted = (
+    expected = (
         terms["mse"]
         + 0.1 * terms["perceptual"]
         + 0.01 * terms["adversarial"]
         + terms["codebook"]
         + 0.25 * terms["commitment"]
     )
-    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(loss, expected)
 
 
-def test_without_quantization_the_codes_do_not_reach_the_image(batch: Batch) -> None:
+def test_without_quantization_the_codes_do_not_affect_the_image(batch: Batch) -> None:
     stage = stage_a().eval()
     _, before, _ = stage.generator_loss(batch["image"], quantize=False, adversarial=False)
     _, coded, _ = stage.generator_loss(batch["image"], quantize=True, adversarial=False)
@@ -36,29 +36,30 @@ def test_without_quantization_the_codes_do_not_reach_the_image(batch: Batch) -> 
 
 
 @pytest.mark.parametrize(("prob", "share"), [(0.0, 0.0), (1.0, 1.0), (0.5, 0.5)])
-def test_quantization_is_dropped_at_its_rate(prob: float, share: float, batch: Batch) -> None:
+def test_quantization_is_skipped_at_the_given_rate(prob: float, share: float, batch: Batch) -> None:
     stage = stage_a(quantize_drop_prob=prob)
-    seen = []
+    quantize_flags = []
     loss = stage.generator_loss
 
-    def spied(images: torch.Tensor, *, quantize: bool, adversarial: bool) -> object:
-        seen.append(quantize)
+    def recording_loss(images: torch.Tensor, *, quantize: bool, adversarial: bool) -> object:
+        quantize_flags.append(quantize)
         return loss(images, quantize=quantize, adversarial=adversarial)
 
-    stage.generator_loss = spied  # type: ignore[method-assign, assignment]
+    stage.generator_loss = recording_loss  # type: ignore[method-assign, assignment]
     fit(stage, batch, 40)
-    assert seen.count(False) / 40 == pytest.approx(share, abs=0.25 if prob == 0.5 else 0)
+    tolerance = 0.25 if prob == 0.5 else 0
+    assert quantize_flags.count(False) / 40 == pytest.approx(share, abs=tolerance)
 
 
-def test_the_discriminator_learns_before_it_counts(batch: Batch) -> None:
+def test_the_discriminator_trains_before_its_loss_is_applied(batch: Batch) -> None:
     with_it, without = stage_a(adversarial_start_step=6), stage_a(adversarial_start_step=10**9)
     start = [p.detach().clone() for p in with_it.discriminator.parameters()]
     fit(with_it, batch, 6)
     fit(without, batch, 6)
-    moved = zip(start, with_it.discriminator.parameters(), strict=True)
-    assert all(not torch.equal(a, b) for a, b in moved)
+    pairs = list(zip(start, with_it.discriminator.parameters(), strict=True))
+    assert all(not torch.equal(a, b) for a, b in pairs)
     pairs = list(zip(with_it.vqgan.parameters(), without.vqgan.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in pairs)  # it has not counted yet
+    assert all(torch.equal(a, b) for a, b in pairs)  # its loss is not applied yet
 
     with_it, without = stage_a(adversarial_start_step=6), stage_a(adversarial_start_step=10**9)
     fit(with_it, batch, 8)
@@ -67,31 +68,33 @@ def test_the_discriminator_learns_before_it_counts(batch: Batch) -> None:
     assert not all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_one_optimizer_of_two_groups_does_what_two_do(batch: Batch) -> None:
+def test_one_optimizer_with_two_groups_equals_two_optimizers(batch: Batch) -> None:
     options = {
         "adversarial_start_step": 0,
         "quantize_drop_prob": 0.0,
         "codebook_restart_every_steps": 99,
     }
-    stage, other = stage_a(**options), stage_a(**options)
+    stage, reference = stage_a(**options), stage_a(**options)
     fit(stage, batch, 3)
-    assert other.optimizer_factory is not None
-    parts = (other.vqgan, other.discriminator)
-    optimizers = [other.optimizer_factory(part.parameters()) for part in parts]
-    other.train()
+    assert reference.optimizer_factory is not None
+    parts = (reference.vqgan, reference.discriminator)
+    optimizers = [reference.optimizer_factory(part.parameters()) for part in parts]
+    reference.train()
     for _ in range(3):
         images = batch["image"]
-        loss, decoded, _ = other.generator_loss(images, quantize=True, adversarial=True)
-        for optimizer, each in zip(optimizers, (loss, None), strict=True):
-            each = other.discriminator_loss(images, decoded) if each is None else each
+        generator_loss, decoded, _ = reference.generator_loss(
+            images, quantize=True, adversarial=True
+        )
+        for optimizer, loss in zip(optimizers, (generator_loss, None), strict=True):
+            loss = reference.discriminator_loss(images, decoded) if loss is None else loss
             optimizer.zero_grad()
-            each.backward()
+            loss.backward()
             optimizer.step()
-    pairs = zip(stage.parameters(), other.parameters(), strict=True)
+    pairs = zip(stage.parameters(), reference.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_each_part_is_clipped_by_its_own_norm(batch: Batch) -> None:
+def test_vqgan_and_discriminator_are_clipped_separately(batch: Batch) -> None:
     stage = stage_a()
     fit(stage, batch, 1, gradient_clip_val=0.01)
     norms = [
@@ -101,19 +104,19 @@ def test_each_part_is_clipped_by_its_own_norm(batch: Batch) -> None:
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
-def test_the_discriminators_loss_is_binary_cross_entropy(batch: Batch) -> None:
+def test_the_discriminator_loss_is_binary_cross_entropy(batch: Batch) -> None:
     stage = stage_a().eval()
     images, fake = batch["image"], batch["image"].flip(0) * 0.5
     real_p, fake_p = stage.discriminator(images), stage.discriminator(fake)
-    wanted = -0.5 * (real_p.log().mean() + (1 - fake_p).log().mean())
-    torch.testing.assert_close(stage.discriminator_loss(images, fake), wanted)
+    expected = -0.5 * (real_p.log().mean() + (1 - fake_p).log().mean())
+    torch.testing.assert_close(stage.discriminator_loss(images, fake), expected)
 
 
-def test_unused_codes_are_moved_onto_latents_and_so_is_their_average(batch: Batch) -> None:
+def test_unused_codes_and_their_ema_are_restarted(batch: Batch) -> None:
     stage = stage_a(codebook_restart_every_steps=3, quantize_drop_prob=0.0)
     codebook = stage.vqgan.quantizer.codebook.weight
     with torch.no_grad():
-        codebook[8:] = 100.0  # nothing is near
+        codebook[8:] = 100.0  # far from all latents
     fit(stage, batch, 2)
     assert codebook[8:].min() > 90
     stage = stage_a(codebook_restart_every_steps=3, quantize_drop_prob=0.0)
@@ -126,7 +129,7 @@ def test_unused_codes_are_moved_onto_latents_and_so_is_their_average(batch: Batc
     assert torch.equal(shadow[8:], codebook[8:].detach())
 
 
-def test_codebook_use_of_known_counts() -> None:
+def test_codebook_usage_of_given_counts() -> None:
     perplexity, dead = codebook_usage(torch.tensor([4.0, 4.0, 4.0, 4.0, 0.0]))
     assert float(perplexity) == pytest.approx(4)
     assert float(dead) == 1
@@ -140,16 +143,16 @@ def test_the_nearest_code_is_chosen_and_gradients_pass_straight_through() -> Non
     latents = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with torch.no_grad():
         quantizer.codebook.weight.normal_(generator=torch.Generator().manual_seed(1))
-    found = quantizer(latents)
+    quantized = quantizer(latents)
     flat = latents.detach().permute(0, 2, 3, 1).reshape(-1, 3)
     nearest = torch.cdist(flat, quantizer.codebook.weight).argmin(dim=1)
-    assert torch.equal(found.indices.flatten(), nearest)
-    weight = torch.randn_like(found.latents)
-    (found.latents * weight).sum().backward()
+    assert torch.equal(quantized.indices.flatten(), nearest)
+    weight = torch.randn_like(quantized.latents)
+    (quantized.latents * weight).sum().backward()
     torch.testing.assert_close(latents.grad, weight)
 
 
-def test_latents_are_measured_to_unit_variance() -> None:
+def test_latents_are_scaled_to_unit_variance() -> None:
     torch.manual_seed(0)
     net = VQGAN(width=16, bottleneck_blocks=1, codebook_size=16)
     with torch.no_grad():

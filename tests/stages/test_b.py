@@ -1,4 +1,4 @@
-"""Stage B's own: what is dropped and noised, sample by sample."""
+"""Stage B: dropout and noise of the semantic latents, losses, and guidance."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from wuerstchen_pl.stages.stage import Batch
 def test_semantic_latents_are_dropped_and_noised_sample_by_sample() -> None:
     stage = stage_b()
     semantic, noise = torch.randn(2, 4, 16, 2, 2, generator=torch.Generator().manual_seed(0))
-    # the numbers drawn for four samples: dropped, dropped and noised, noised, left alone
-    chance = torch.tensor([[0.04, 0.9], [0.04, 0.1], [0.06, 0.29], [0.06, 0.31]])
+    # uniform numbers of four samples: zeroed, zeroed and noised, noised, unchanged
+    uniform = torch.tensor([[0.04, 0.9], [0.04, 0.1], [0.06, 0.29], [0.06, 0.31]])
     t = torch.full((4,), 0.3)
-    out = stage.corrupt(semantic, chance, t, noise)
+    out = stage.corrupt(semantic, uniform, t, noise)
     assert torch.equal(out[:2], torch.zeros(2, 16, 2, 2))
     torch.testing.assert_close(out[2], stage.schedule.add_noise(semantic, t, noise)[2])
     assert torch.equal(out[3], semantic[3])
@@ -32,7 +32,7 @@ def test_the_loss_is_weighted_by_p2(batch: Batch) -> None:
         torch.testing.assert_close(stage.loss(x0, t, noise, semantic, None), weight * error)
 
 
-def test_the_compressor_learns_from_stage_bs_loss(batch: Batch) -> None:
+def test_the_compressor_gets_gradients_from_stage_bs_loss(batch: Batch) -> None:
     stage = stage_b()
     with torch.no_grad():
         stage.diffnext.head.weight.normal_(std=0.1)
@@ -48,14 +48,14 @@ def test_guidance_of_one_is_the_conditional_prediction(batch: Batch) -> None:
     with torch.no_grad():
         stage.diffnext.head.weight.normal_(std=0.1)
         semantic = stage.encode(batch["image"])
-    draw = {"size": (32, 32), "seeds": range(4), "num_steps": 2}
-    plain = stage.decode(semantic, **draw, guidance_scale=1.0)
-    nearly = stage.decode(semantic, **draw, guidance_scale=1.0 + 1e-6)  # takes the other way
-    torch.testing.assert_close(plain, nearly, atol=1e-3, rtol=0)
-    assert (stage.decode(semantic, **draw, guidance_scale=4.0) - plain).abs().max() > 1e-3
+    options = {"size": (32, 32), "seeds": range(4), "num_steps": 2}
+    plain = stage.decode(semantic, **options, guidance_scale=1.0)
+    barely_guided = stage.decode(semantic, **options, guidance_scale=1.0 + 1e-6)  # the guided path
+    torch.testing.assert_close(plain, barely_guided, atol=1e-3, rtol=0)
+    assert (stage.decode(semantic, **options, guidance_scale=4.0) - plain).abs().max() > 1e-3
 
 
-def test_parts_that_do_not_fit_are_refused_with_both_numbers() -> None:
+def test_mismatched_channels_are_refused_with_both_numbers() -> None:
     wrong = DiffNeXt(
         latent_channels=8, widths=[16], num_blocks=[1], num_heads=[None],
         inject_semantic=[True], cond_dim=8,

@@ -1,7 +1,10 @@
-"""Stage C's own: captions, guidance, the scale of its latents."""
+"""Stage C: caption dropout, guidance, latent scaling, and the text encoder."""
+
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.stages.conftest import fit, stage_c
 from wuerstchen_pl.models.text import TextEncoder
@@ -10,19 +13,26 @@ from wuerstchen_pl.stages.stage import Batch
 
 def test_captions_are_dropped_sample_by_sample(batch: Batch) -> None:
     stage = stage_c(caption_drop_prob=0.5)
-    seen: list[str] = []
+    encoded: list[str] = []
     text = stage.text
-    stage.text = lambda captions: seen.extend(captions) or text(captions)  # type: ignore[func-returns-value, method-assign]
+
+    def recording_text(captions: Sequence[str]) -> Tensor:
+        encoded.extend(captions)
+        return text(captions)
+
+    stage.text = recording_text  # type: ignore[method-assign]
     fit(stage, batch, 20)
-    mixed = [seen[i : i + 4] for i in range(0, 80, 4)]
-    assert seen.count("") / 80 == pytest.approx(0.5, abs=0.2)
-    assert any("" in rows and set(rows) != {""} for rows in mixed)  # not one coin for a batch
+    batches = [encoded[i : i + 4] for i in range(0, 80, 4)]
+    assert encoded.count("") / 80 == pytest.approx(0.5, abs=0.2)
+    assert any("" in rows and set(rows) != {""} for rows in batches)  # not per batch
     assert all(
-        c in ("", own) for rows in mixed for c, own in zip(rows, batch["caption"], strict=True)
+        caption in ("", original)
+        for rows in batches
+        for caption, original in zip(rows, batch["caption"], strict=True)
     )
 
 
-def test_latents_are_moved_to_stage_cs_scale_and_back(batch: Batch) -> None:
+def test_latents_are_scaled_to_the_prior_and_back(batch: Batch) -> None:
     stage = stage_c(semantic_shift=1.0, semantic_scale=42.0).eval()
     semantic = stage.stage_b.encode(batch["image"])
     latents = stage.encode(batch["image"])
@@ -30,7 +40,7 @@ def test_latents_are_moved_to_stage_cs_scale_and_back(batch: Batch) -> None:
     torch.testing.assert_close(stage.scaling.denormalize(latents), semantic)
 
 
-def test_the_compressors_statistics_do_not_move_while_stage_c_trains(batch: Batch) -> None:
+def test_the_compressors_statistics_do_not_change_while_stage_c_trains(batch: Batch) -> None:
     stage = stage_c()
     before = stage.stage_b.compressor.norm.running_mean.clone()
     fit(stage, batch, 2)
@@ -41,15 +51,15 @@ def test_guidance_of_one_is_the_conditional_prediction() -> None:
     stage = stage_c().eval()
     with torch.no_grad():
         stage.prior.head.weight.normal_(std=0.1)
-    draw = {"size": (32, 32), "seeds": [1, 2], "num_steps": 3}
+    options = {"size": (32, 32), "seeds": [1, 2], "num_steps": 3}
     captions = ["red apple", "green frog"]
-    plain = stage.sample(captions, **draw, guidance_scale=1.0)
-    nearly = stage.sample(captions, **draw, guidance_scale=1.0 + 1e-6)  # takes the other way
-    torch.testing.assert_close(plain, nearly, atol=1e-2, rtol=1e-2)
-    guided = stage.sample(captions, **draw, guidance_scale=4.0)
+    plain = stage.sample(captions, **options, guidance_scale=1.0)
+    barely_guided = stage.sample(captions, **options, guidance_scale=1.0 + 1e-6)  # the guided path
+    torch.testing.assert_close(plain, barely_guided, atol=1e-2, rtol=1e-2)
+    guided = stage.sample(captions, **options, guidance_scale=4.0)
     assert (guided - plain).abs().max() > 1e-3
-    # the empty caption has nothing to be guided away from
-    empty = [stage.sample(["", ""], **draw, guidance_scale=g) for g in (1.0, 4.0)]
+    # guidance has no effect on the empty caption
+    empty = [stage.sample(["", ""], **options, guidance_scale=g) for g in (1.0, 4.0)]
     torch.testing.assert_close(*empty, atol=1e-2, rtol=1e-2)
 
 
@@ -65,14 +75,16 @@ def test_a_frozen_text_encoder_gets_no_gradient_and_is_not_saved(batch: Batch) -
     assert not [key for key in stage.state_dict() if "text_encoder" in key]
 
 
-def test_the_text_decides_the_image(batch: Batch) -> None:
+def test_samples_depend_on_the_text(batch: Batch) -> None:
     stage = stage_c(caption_drop_prob=0.0)
-    # latents that differ; those of a compressor that has learned nothing are nearly one
+    # distinct latents, as those of an untrained compressor are nearly equal
     target = torch.randn(4, 16, 3, 3, generator=torch.Generator().manual_seed(0))
     stage.stage_b.encode = lambda images: target  # type: ignore[method-assign]
     fit(stage, batch, 200)
     stage.eval()
     captions = batch["caption"]
-    drawn = stage.sample(captions, size=(32, 32), seeds=range(4), num_steps=10, guidance_scale=1.0)
-    nearest = torch.cdist(drawn.flatten(1), target.flatten(1)).argmin(dim=1)
+    sampled = stage.sample(
+        captions, size=(32, 32), seeds=range(4), num_steps=10, guidance_scale=1.0
+    )
+    nearest = torch.cdist(sampled.flatten(1), target.flatten(1)).argmin(dim=1)
     assert nearest.tolist() == [0, 1, 2, 3]

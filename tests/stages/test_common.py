@@ -1,4 +1,6 @@
-"""What holds for every stage."""
+"""Properties of every stage."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from wuerstchen_pl.stages.stage import Batch, Stage, WarmupCosine
 
 
 def validation_loss(stage: Stage, batch: Batch) -> float:
-    """The averaged weights' loss, at fixed times and noise."""
+    """The loss of the EMA weights at fixed times and noise."""
     logged: dict[str, torch.Tensor] = {}
     stage.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
     stage.log_dict = lambda values, **_: logged.update(values)  # type: ignore[method-assign]
@@ -21,23 +23,23 @@ def validation_loss(stage: Stage, batch: Batch) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "left"),
+    ("name", "steps", "max_ratio"),
     [("a", 300, 0.4), ("b", 120, 0.8), ("c", 150, 0.5), ("ldm", 100, 0.8)],
 )
-def test_one_batch_overfits(name: str, steps: int, left: float, batch: Batch) -> None:
+def test_one_batch_overfits(name: str, steps: int, max_ratio: float, batch: Batch) -> None:
     stage = STAGES[name]()
     fit(stage, batch, 1)
     before = validation_loss(stage, batch)
     stage = STAGES[name]()
     fit(stage, batch, steps)
-    assert validation_loss(stage, batch) < left * before
+    assert validation_loss(stage, batch) < max_ratio * before
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_trained_parameter_moves_and_no_frozen_one(name: str, batch: Batch) -> None:
+def test_every_trained_parameter_changes_and_no_frozen_one(name: str, batch: Batch) -> None:
     options = {"adversarial_start_step": 0} if name == "a" else {}
     stage = STAGES[name](**options)
-    # gates and heads that start at zero would hide what lies behind them from the first gradients
+    # gates and heads initialized to zero would block gradients to the layers before them
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -48,16 +50,16 @@ def test_every_trained_parameter_moves_and_no_frozen_one(name: str, batch: Batch
     }
     before = {key: p.detach().clone() for key, p in stage.named_parameters()}
     fit(stage, batch, 3)
-    stuck = [key for key, p in stage.named_parameters() if torch.equal(before[key], p.detach())]
-    assert not stuck
+    unchanged = [k for k, p in stage.named_parameters() if torch.equal(before[k], p.detach())]
+    assert not unchanged
     for part, module in stage.frozen.present().items():
         for key, tensor in module.state_dict().items():
-            assert torch.equal(tensor, frozen[f"{part}.{key}"]), f"{part}.{key} moved"
+            assert torch.equal(tensor, frozen[f"{part}.{key}"]), f"{part}.{key} changed"
         assert all(p.grad is None for p in module.parameters())
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_frozen_parts_draw_where_their_weights_lie(name: str) -> None:
+def test_frozen_networks_are_on_the_device_of_the_stage(name: str) -> None:
     stage = STAGES[name]().to("meta")
     assert stage.device.type == "meta"
     frozen = [part for part in stage.frozen.present().values() if isinstance(part, Stage)]
@@ -67,7 +69,7 @@ def test_frozen_parts_draw_where_their_weights_lie(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_frozen_parts_are_in_no_state(name: str) -> None:
+def test_frozen_networks_are_not_in_the_state_dict(name: str) -> None:
     stage = STAGES[name]()
     for part in stage.frozen:
         assert not [key for key in stage.state_dict() if key.startswith(f"{part}.")]
@@ -75,7 +77,7 @@ def test_frozen_parts_are_in_no_state(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_frozen_parts_follow_their_stage_and_stay_in_eval(name: str) -> None:
+def test_frozen_networks_are_converted_with_their_stage_and_stay_in_eval_mode(name: str) -> None:
     stage = STAGES[name]().to(torch.float64).train()
     for module in stage.frozen.present().values():
         assert not any(m.training for m in module.modules())
@@ -83,7 +85,7 @@ def test_frozen_parts_follow_their_stage_and_stay_in_eval(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_step_is_counted_once_for_a_batch(name: str, batch: Batch) -> None:
+def test_a_batch_is_one_step(name: str, batch: Batch) -> None:
     stage = STAGES[name]()
     trainer = fit(stage, batch, 5)
     assert trainer.global_step == 5
@@ -91,14 +93,20 @@ def test_a_step_is_counted_once_for_a_batch(name: str, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("name", ["b", "c"])
-def test_gradients_are_accumulated_before_a_step_and_an_average(name: str, batch: Batch) -> None:
+def test_gradients_are_accumulated_before_a_step_and_an_ema_update(name: str, batch: Batch) -> None:
     stage = STAGES[name]()
-    batches = []
-    step = stage.training_step
-    stage.training_step = lambda *a: batches.append(a) or step(*a)  # type: ignore[func-returns-value, method-assign]
+    num_batches = 0
+    training_step = stage.training_step
+
+    def counting_step(*args: Any) -> Any:
+        nonlocal num_batches
+        num_batches += 1
+        return training_step(*args)
+
+    stage.training_step = counting_step  # type: ignore[method-assign]
     trainer = fit(stage, batch, 3, accumulate_grad_batches=2)
     assert trainer.global_step == stage.ema.num_steps == 3
-    assert len(batches) in (5, 6)  # an epoch of three batches ends in a step of one
+    assert num_batches in (5, 6)  # the last step of an epoch of three batches has one batch
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -106,20 +114,20 @@ def test_the_grid_shows_the_original_and_both_weights(name: str, batch: Batch) -
     stage = STAGES[name]()
     fit(stage, batch, 3)
     with torch.no_grad():
-        # raw weights that are far from the average, over a decoder that hears its latents
-        below = [p for module in stage.frozen.present().values() for p in module.parameters()]
-        for parameter in (*stage.parameters(), *below):
+        # make raw and EMA weights differ, and the frozen networks sensitive to their inputs
+        frozen = [p for module in stage.frozen.present().values() for p in module.parameters()]
+        for parameter in (*stage.parameters(), *frozen):
             parameter.add_(0.3 * torch.randn_like(parameter))
     columns = stage.eval().example_grid(batch)
-    raw, averaged = ("raw", "EMA") if name == "a" else ("sample", "sample (EMA)")
+    raw, ema = ("raw", "EMA") if name == "a" else ("sample", "sample (EMA)")
     assert torch.equal(columns["original"], batch["image"])
-    assert (columns[raw] - columns[averaged]).abs().max() > 1e-3
-    with stage.ema.applied(stage):  # now both columns are drawn by the average
-        again = stage.example_grid(batch)
-    torch.testing.assert_close(again[raw], columns[averaged], atol=1e-5, rtol=0)
+    assert (columns[raw] - columns[ema]).abs().max() > 1e-3
+    with stage.ema.applied(stage):  # now both columns use the EMA weights
+        ema_columns = stage.example_grid(batch)
+    torch.testing.assert_close(ema_columns[raw], columns[ema], atol=1e-5, rtol=0)
 
 
-def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
     factor = WarmupCosine(warmup_steps=3, total_steps=13)
     assert [factor(s) for s in (0, 1, 2, 3)] == [0.25, 0.5, 0.75, 1.0]
     assert factor(8) == pytest.approx(0.5)
@@ -130,29 +138,31 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
 def test_clipping_bounds_the_gradient(batch: Batch) -> None:
     stage = STAGES["c"]()
     norms = []
-    stage.log = lambda name, value, **_: norms.append(float(value)) if "norm" in name else None  # type: ignore[method-assign]
-    after = []
-    step = stage.optimizer_step
+    clipped_norms = []
+    optimizer_step = stage.optimizer_step
 
-    def measured(*args: object, **kwargs: object) -> None:
-        step(*args, **kwargs)
+    def recording_log(name: str, value: Any, **_: Any) -> None:
+        if "norm" in name:
+            norms.append(float(value))
+
+    def measured_step(*args: object, **kwargs: object) -> None:
+        optimizer_step(*args, **kwargs)
         grads = [p.grad.norm() for p in stage.parameters() if p.grad is not None]
-        after.append(float(torch.stack(grads).norm()))
+        clipped_norms.append(float(torch.stack(grads).norm()))
 
-    stage.optimizer_step = measured  # type: ignore[method-assign]
+    stage.log = recording_log  # type: ignore[method-assign]
+    stage.optimizer_step = measured_step  # type: ignore[method-assign]
     fit(stage, batch, 2, gradient_clip_val=0.01)
     assert min(norms) > 0.01
-    assert max(after) <= 0.0101
+    assert max(clipped_norms) <= 0.0101
 
 
 @pytest.mark.parametrize("name", "abc")
-def test_a_stage_trains_to_the_same_weights_with_checkpointed_blocks(
-    name: str, batch: Batch
-) -> None:
-    plain, spare = STAGES[name](), STAGES[name]()
-    assert find_blocks(spare)
-    checkpoint_activations(spare)
+def test_activation_checkpointing_does_not_change_training(name: str, batch: Batch) -> None:
+    plain, checkpointed = STAGES[name](), STAGES[name]()
+    assert find_blocks(checkpointed)
+    checkpoint_activations(checkpointed)
     fit(plain, batch, 3)
-    fit(spare, batch, 3)
-    pairs = zip(plain.parameters(), spare.parameters(), strict=True)
+    fit(checkpointed, batch, 3)
+    pairs = zip(plain.parameters(), checkpointed.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

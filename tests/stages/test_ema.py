@@ -1,4 +1,4 @@
-"""The exponential moving average, against a computation by hand."""
+"""The exponential moving average, compared with values computed by hand."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from wuerstchen_pl.stages.ema import EMA
 
 
 def follow(ema: EMA, values: list[float]) -> nn.Module:
-    """A module whose one weight takes ``values`` in turn, an update after each."""
+    """A module whose only weight is set to each of ``values``, followed by an EMA update."""
     module = nn.Linear(1, 1, bias=False)
     for value in values:
         with torch.no_grad():
@@ -32,35 +32,35 @@ def test_the_warm_up_ends_at_the_decay() -> None:
     assert float(ema.shadow["weight"]) == pytest.approx(0.8)
 
 
-def test_the_published_codes_ema_every_hundred_steps() -> None:
+def test_the_ema_is_updated_every_few_steps_from_a_start_step() -> None:
     ema = EMA(decay=0.0, every_steps=2, start_step=3)
     follow(ema, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
     assert ema.num_updates == 2
     assert float(ema.shadow["weight"]) == pytest.approx(6.0)
 
 
-def test_the_published_codes_decay_has_no_warm_up() -> None:
+def test_the_decay_without_warm_up() -> None:
     ema = EMA(decay=0.9, every_steps=2, start_step=2, warmup=False)
     follow(ema, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert float(ema.shadow["weight"]) == pytest.approx(4 + 0.1 * (6 - 4))
 
 
-def test_a_shadow_kept_by_the_host_is_the_same_and_away_from_the_weights() -> None:
-    module = nn.Linear(3, 2, device="meta")  # a device whose tensors hold no values to average
+def test_a_shadow_in_host_memory_equals_one_on_the_device() -> None:
+    module = nn.Linear(3, 2, device="meta")
     ema = EMA(decay=0.9, device="cpu")
     with pytest.raises(NotImplementedError):
-        ema.update(module)  # it is copied to the host, which a meta tensor cannot be
-    kept, other = EMA(decay=0.9, device="cpu"), EMA(decay=0.9)
+        ema.update(module)  # it copies to host memory, which a meta tensor does not support
+    on_host, on_device = EMA(decay=0.9, device="cpu"), EMA(decay=0.9)
     values = [1.0, 3.0, 2.0]
-    follow(kept, values)
-    module = follow(other, values)
-    assert torch.equal(kept.shadow["weight"], other.shadow["weight"])
-    with kept.applied(module):
-        assert torch.equal(module.weight, other.shadow["weight"])
+    follow(on_host, values)
+    module = follow(on_device, values)
+    assert torch.equal(on_host.shadow["weight"], on_device.shadow["weight"])
+    with on_host.applied(module):
+        assert torch.equal(module.weight, on_device.shadow["weight"])
     assert module.weight.item() == 2.0
 
 
-def test_weights_and_averages_survive_a_failure_while_they_are_exchanged(
+def test_raw_and_ema_weights_survive_a_failure_while_they_are_swapped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module, ema = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), EMA(decay=0.9)
@@ -69,26 +69,26 @@ def test_weights_and_averages_survive_a_failure_while_they_are_exchanged(
         for p in module.parameters():
             p.add_(1)
     weights = [p.detach().clone() for p in module.parameters()]
-    averages = {name: t.clone() for name, t in ema.shadow.items()}
+    shadow = {name: t.clone() for name, t in ema.shadow.items()}
     copies = []
     copy_ = torch.Tensor.copy_
 
-    def failing(tensor: torch.Tensor, *args: object) -> torch.Tensor:
+    def failing_copy(tensor: torch.Tensor, *args: object) -> torch.Tensor:
         copies.append(tensor)
         if len(copies) == 3:
             raise KeyboardInterrupt
         return copy_(tensor, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(torch.Tensor, "copy_", failing)
+    monkeypatch.setattr(torch.Tensor, "copy_", failing_copy)
     with pytest.raises(KeyboardInterrupt), ema.applied(module):
         raise AssertionError("not reached")
     monkeypatch.undo()
     assert len(copies) > 3
     assert all(torch.equal(a, b) for a, b in zip(weights, module.parameters(), strict=True))
-    assert all(torch.equal(t, averages[name]) for name, t in ema.shadow.items())
+    assert all(torch.equal(t, shadow[name]) for name, t in ema.shadow.items())
 
 
-def test_an_averaged_model_has_the_present_buffers() -> None:
+def test_a_model_with_ema_weights_has_its_current_buffers() -> None:
     module, ema = nn.BatchNorm1d(2), EMA(decay=0.9)
     ema.update(module)
     module(torch.randn(8, 2))
@@ -97,25 +97,25 @@ def test_an_averaged_model_has_the_present_buffers() -> None:
     assert sorted(ema.shadow) == ["bias", "weight"]
 
 
-def test_raw_weights_come_back_whatever_raises() -> None:
+def test_raw_weights_are_restored_after_an_exception() -> None:
     ema = EMA(decay=0.5)
     module = follow(ema, [1.0, 3.0])
-    averaged = float(ema.shadow["weight"])
-    seen = []
+    ema_weight = float(ema.shadow["weight"])
+    applied_weights = []
 
     def interrupted() -> None:
         with ema.applied(module):
-            seen.append(module.weight.item())
+            applied_weights.append(module.weight.item())
             raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
         interrupted()
-    assert seen == [averaged] != [3.0]
+    assert applied_weights == [ema_weight] != [3.0]
     assert module.weight.item() == 3.0
-    assert float(ema.shadow["weight"]) == averaged
+    assert float(ema.shadow["weight"]) == ema_weight
 
 
-def test_frozen_parameters_and_buffers_are_left_alone() -> None:
+def test_frozen_parameters_and_buffers_have_no_shadow() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     module[0].weight.requires_grad_(False)
     ema = EMA(decay=0.9)
@@ -123,17 +123,17 @@ def test_frozen_parameters_and_buffers_are_left_alone() -> None:
     assert sorted(ema.shadow) == ["0.bias", "1.bias", "1.weight"]
 
 
-def test_state_goes_on_exactly() -> None:
+def test_resuming_from_the_state_dict_is_exact() -> None:
     whole, first = EMA(decay=0.9), EMA(decay=0.9)
     follow(whole, [1.0, 2.0, 3.0, 4.0])
     follow(first, [1.0, 2.0])
-    second = EMA(decay=0.9)
-    second.load_state_dict(first.state_dict())
-    follow(second, [3.0, 4.0])
-    assert torch.equal(second.shadow["weight"], whole.shadow["weight"])
+    resumed = EMA(decay=0.9)
+    resumed.load_state_dict(first.state_dict())
+    follow(resumed, [3.0, 4.0])
+    assert torch.equal(resumed.shadow["weight"], whole.shadow["weight"])
 
 
-def test_overwritten_rows_take_the_present_weights() -> None:
+def test_only_the_given_rows_of_a_shadow_are_overwritten() -> None:
     module = nn.Embedding(3, 2)
     ema = EMA(decay=0.9)
     ema.update(module)

@@ -1,7 +1,8 @@
-"""The paper's baseline, beside Stage C: trained, drawn with and measured by the same commands."""
+"""The paper's baseline: trained, sampled and evaluated with the same commands as Stage C."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -21,12 +22,12 @@ from wuerstchen_pl.pipelines.ldm import LatentDiffusionPipeline
 def baseline(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("baseline")
     data = f"paths.data={cascade.parent / 'data'}"
-    above = f"paths.stage_a={cascade / 'a'}"
-    assert run_program("train", [*small("ldm", root), above, data]) == 0
+    stage_a = f"paths.stage_a={cascade / 'a'}"
+    assert run_program("train", [*small("ldm", root), stage_a, data]) == 0
     return root / "default/ldm"
 
 
-def test_the_published_baseline_has_the_papers_levels() -> None:
+def test_the_baseline_has_the_papers_levels() -> None:
     cfg = composed("experiment=baseline_ldm")
     with torch.device("meta"):
         net: UNet = hydra.utils.instantiate(cfg.stage.prior, _convert_="all")
@@ -46,49 +47,51 @@ def test_text_and_time_reach_every_block() -> None:
         widths=[8, 16], num_blocks=[1, 1], num_up_blocks=[2, 1], num_heads=[2, 2], cond_dim=8,
         text_dim=4,
     ).eval()  # fmt: skip
-    given = net.inputs(torch.tensor([0.3]), torch.randn(1, 3, 4))
-    assert len(given) == 5
-    assert all(each.cond is not None and each.semantic is None for each in given)
+    block_inputs = net.inputs(torch.tensor([0.3]), torch.randn(1, 3, 4))
+    assert len(block_inputs) == 5
+    assert all(b.cond is not None and b.semantic is None for b in block_inputs)
 
 
-def test_another_number_of_blocks_up_than_levels_is_refused() -> None:
+def test_a_wrong_number_of_up_levels_is_refused() -> None:
     with pytest.raises(ValueError, match="have 2, 2, 1, 2, 2 entries"):
         UNet(widths=[8, 8], num_blocks=[1, 1], num_up_blocks=[1], num_heads=[2, 2], cond_dim=8,
              text_dim=4)  # fmt: skip
 
 
-def test_the_command_draws_what_the_stage_does(baseline: Path, tmp_path: Path) -> None:
-    told = [f"model={baseline}", f"output_dir={tmp_path}", "prompt=red apple", "seed=5"]
-    assert run_program("sample", [*told, "sample.prior_steps=3", "height=64", "width=48"]) == 0
-    drawn = np.asarray(Image.open(next(tmp_path.glob("0000-*.png")))).astype(int)
+def test_the_command_generates_the_same_image_as_the_stage(baseline: Path, tmp_path: Path) -> None:
+    overrides = [f"model={baseline}", f"output_dir={tmp_path}", "prompt=red apple", "seed=5"]
+    overrides += ["sample.prior_steps=3", "height=64", "width=48"]
+    assert run_program("sample", overrides) == 0
+    image = np.asarray(Image.open(next(tmp_path.glob("0000-*.png")))).astype(int)
     pipeline = LatentDiffusionPipeline.from_run(baseline)
-    stage = load_stage(run=baseline, stage="ldm")
-    latents = stage.sample(["red apple"], size=(64, 48), seeds=[5], num_steps=3)  # type: ignore[operator]
-    wanted = stage.decode_semantic(latents, size=(64, 48), seeds=[5], captions=["red apple"])  # type: ignore[operator]
+    stage: Any = load_stage(run=baseline, stage="ldm")
+    latents = stage.sample(["red apple"], size=(64, 48), seeds=[5], num_steps=3)
+    expected = stage.decode_semantic(latents, size=(64, 48), seeds=[5], captions=["red apple"])
     assert pipeline.size_multiple == 16
-    assert drawn.shape == (64, 48, 3)
-    assert np.abs(drawn - wanted[0].permute(1, 2, 0).numpy() * 255).max() < 1
+    assert image.shape == (64, 48, 3)
+    assert np.abs(image - expected[0].permute(1, 2, 0).numpy() * 255).max() < 1
 
 
-def test_it_is_measured_beside_the_cascade_by_one_sweep(
+def test_a_sweep_evaluates_the_baseline_and_the_cascade(
     baseline: Path, cascade: Path, tmp_path: Path
 ) -> None:
-    told = ["-m", f"model={cascade / 'c'},{baseline}", f"output_dir={tmp_path}", "num_prompts=3"]
-    told += ["metric=[retrieval,reconstruction,validation_loss]", "sample.prior_steps=2"]
-    assert run_program("evaluate", [*told, "sample.decoder_steps=1"]) == 0
-    whole, alone = (
+    overrides = ["-m", f"model={cascade / 'c'},{baseline}", f"output_dir={tmp_path}"]
+    overrides += ["num_prompts=3", "metric=[retrieval,reconstruction,validation_loss]"]
+    overrides += ["sample.prior_steps=2", "sample.decoder_steps=1"]
+    assert run_program("evaluate", overrides) == 0
+    of_cascade, of_baseline = (
         json.loads((tmp_path / f"{number}/metrics.json").read_text())["metrics"]
         for number in (0, 1)
     )
-    assert {"stage_ldm/loss", "retrieval/top1", "stage_a/psnr"} <= alone.keys()
-    assert not [name for name in alone if name.startswith(("stage_b", "stage_c"))]
-    assert alone["stage_a/psnr"] == whole["stage_a/psnr"]  # the same Stage A below both
+    assert {"stage_ldm/loss", "retrieval/top1", "stage_a/psnr"} <= of_baseline.keys()
+    assert not [name for name in of_baseline if name.startswith(("stage_b", "stage_c"))]
+    assert of_baseline["stage_a/psnr"] == of_cascade["stage_a/psnr"]  # both use the same Stage A
     log = (baseline / "metrics.csv").read_text().splitlines()
     logged = [float(line.split(",")[2]) for line in log if ",val/loss," in line]
-    assert alone["stage_ldm/loss"]["value"] == pytest.approx(logged[-1], rel=1e-5)
+    assert of_baseline["stage_ldm/loss"]["value"] == pytest.approx(logged[-1], rel=1e-5)
 
 
-def test_a_baseline_is_no_cascade_to_export(
+def test_a_baseline_cannot_be_exported_as_a_cascade(
     baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run_program("export", [f"ckpt={baseline}", f"to={tmp_path / 'mine'}"]) == 1

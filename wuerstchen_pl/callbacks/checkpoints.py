@@ -1,4 +1,4 @@
-"""Checkpoints every n steps and at the end, each whole or not there at all, with its hash."""
+"""Checkpoints every n steps and at the end, written atomically and with a hash."""
 
 import time
 from collections.abc import Callable
@@ -20,15 +20,15 @@ _THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
 
 class Checkpoints(Checkpoint):
-    """Write ``checkpoints/step0001000.ckpt`` under a run's folder, and keep the last few.
+    """Write ``checkpoints/step0001000.ckpt`` under a run's folder, and keep the newest.
 
     Args:
-        folder: where they go.
-        every_steps: steps between two.
-        keep: how many of the newest are kept.
-        keep_every_steps: those of whole multiples of so many steps are kept for good; None keeps
-            none of them.
-        async_save: copy what is saved into the host's memory, and train on while it is written.
+        folder: folder of the checkpoints.
+        every_steps: steps between two checkpoints.
+        keep: number of newest checkpoints to keep.
+        keep_every_steps: keep checkpoints at multiples of this step permanently; None keeps only
+            the newest.
+        async_save: copy the state to host memory, and write it while training continues.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class Checkpoints(Checkpoint):
         ):
             raise ValueError(
                 f"callbacks.checkpoints.keep_every_steps={keep_every_steps} is not a multiple of "
-                f"checkpoint_every_steps={every_steps}; use one, or null"
+                f"checkpoint_every_steps={every_steps}; use a multiple, or null"
             )
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
         self.keep_every_steps, self.async_save = keep_every_steps, async_save
-        self.seconds = 0.0  # that saving took
+        self.seconds = 0.0  # time that training waited for saving
         self._saved_step = -1
         self._writing: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The step that a run starts or resumes at is not saved again."""
+        """Mark the step that the run starts or resumes from as saved."""
         self._saved_step = trainer.global_step
-        if dist.is_initialized():  # a group of its own, which training does not wait for
+        if dist.is_initialized():  # a separate group, so that saving does not block training
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
     def on_train_batch_end(
@@ -72,33 +72,33 @@ class Checkpoints(Checkpoint):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Save if it is time, or the last step."""
+        """Save every ``every_steps`` steps, and after the last step."""
         step = trainer.global_step
         if step % self.every_steps == 0 or step == trainer.max_steps:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the last one."""
+        """Wait for the last checkpoint."""
         self.finish()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Wait all the same; the earlier error is the one reported."""
+        """Wait for the last checkpoint; the original exception is the one that is reported."""
         with suppress(Exception):
             self.finish()
 
     def save(self, trainer: L.Trainer) -> None:
-        """Save now, or begin to; all processes have to call it.
+        """Save now, or start to; every process must call it.
 
         Raises:
-            OSError: if it, or the one before, cannot be written; those before are left as they are.
+            OSError: if this checkpoint or the one before cannot be written; older ones are kept.
         """
         self.finish()
         step = trainer.global_step
-        if step == self._saved_step:  # gradient accumulation: the step has not moved
+        if step == self._saved_step:  # gradient accumulation: still the same step
             return
-        began = time.perf_counter()
+        start = time.perf_counter()
         path = self.folder / f"step{step:07d}.ckpt"
         temporary = path.with_suffix(".partial")
         deferred = DeferredSave(copy_to_host=self.async_save)
@@ -109,59 +109,61 @@ class Checkpoints(Checkpoint):
         else:
             write()
         self._saved_step = step
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - start
 
     def finish(self) -> None:
-        """Wait until what was begun is written; all processes have to call it.
+        """Wait until the pending checkpoint is written; every process must call it.
 
         Raises:
-            OSError: if it could not be.
+            OSError: if it could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
-    def _write(self, deferred: DeferredSave, path: Path, temporary: Path, first: bool) -> None:
-        """Write and publish; the others wait until it is: one that ended would end the first."""
-        steps = (
-            self._make_room if first else None,
+    def _write(
+        self, deferred: DeferredSave, path: Path, temporary: Path, is_global_zero: bool
+    ) -> None:
+        """Write and commit a checkpoint; no process returns before it is committed."""
+        phases = (
+            self._prepare_folder if is_global_zero else None,
             partial(deferred.write, self._group),
-            partial(self._publish, temporary, path) if first else None,
+            partial(self._commit, temporary, path) if is_global_zero else None,
         )
-        if failed := next(filter(None, (self._agreed(step) for step in steps)), None):
-            with suppress(OSError):  # the disk may be one that nothing can be removed from
+        if reason := next(filter(None, (self._run_on_all(phase) for phase in phases)), None):
+            with suppress(OSError):  # a disk that fails may not allow removal either
                 atomic.remove(temporary)
-            raise OSError(f"checkpoint {path} could not be written: {failed}")
+            raise OSError(f"checkpoint {path} could not be written: {reason}")
 
-    def _agreed(self, work: Callable[[], None] | None) -> str | None:
-        """Let processes do something, and all know why it failed, if it did."""
-        failed = None
+    def _run_on_all(self, work: Callable[[], None] | None) -> str | None:
+        """Run ``work`` on the processes that have any; returns the reason of a failure to all."""
+        reason = None
         try:
             if work is not None:
                 work()
         except OSError as error:
-            failed = error.strerror or str(error)
+            reason = error.strerror or str(error)
         if self._group is None:
-            return failed
-        of_all: list[str | None] = [None] * self._group.size()
-        dist.all_gather_object(of_all, failed, group=self._group)
-        return next(filter(None, of_all), None)
+            return reason
+        all_reasons: list[str | None] = [None] * self._group.size()
+        dist.all_gather_object(all_reasons, reason, group=self._group)
+        return next(filter(None, all_reasons), None)
 
-    def _make_room(self) -> None:
+    def _prepare_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob("*.partial"):  # by runs that were killed
-            atomic.remove(left)
+        for leftover in self.folder.glob("*.partial"):  # of runs that were killed
+            atomic.remove(leftover)
 
-    def _publish(self, temporary: Path, path: Path) -> None:
+    def _commit(self, temporary: Path, path: Path) -> None:
         atomic.commit(temporary, path)
         self._remove_old()
 
     def newest(self) -> Path | None:
-        """The last checkpoint that was saved, by this process or one before it."""
+        """The newest checkpoint in the folder, or None."""
         return max(self.folder.glob("step*.ckpt"), default=None, key=lambda p: int(p.stem[4:]))
 
     def _remove_old(self) -> None:
-        # by step: names have seven digits, and sort wrongly from ten million on
+        # Sort by number: names are padded to seven digits only.
         saved = sorted((int(p.stem[4:]), p) for p in self.folder.glob("step*.ckpt"))
         for step, old in saved[: -self.keep]:
             if not self.keep_every_steps or step % self.keep_every_steps:

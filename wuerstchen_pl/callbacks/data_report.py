@@ -1,4 +1,4 @@
-"""What the data gave, and what was left out of them and why, at the end of an epoch."""
+"""Reports of how many samples were seen and skipped, and why, after each epoch."""
 
 import logging
 import time
@@ -9,41 +9,41 @@ logger = logging.getLogger(__name__)
 
 
 class DataReport(L.Callback):
-    """Log the data module's counts after each epoch, and show what was left out.
+    """Log the data module's counts after each epoch, and print how many samples were skipped.
 
-    Logged are ``data/seen``, ``data/dropped/<filter>``, ``data/bad/<reason>``, all counted since
-    the run began, and ``data/cropped_share``, the share of pixels that crops cut away.
+    Logs ``data/seen``, ``data/dropped/<filter>``, and ``data/bad/<reason>``, all counted since the
+    run began, and ``data/cropped_share``, the fraction of pixels that cropping removed.
 
     Args:
-        every_seconds: least time between two that are shown, as epochs may be short.
+        every_seconds: minimum time between two printed reports, as epochs may be short.
     """
 
     def __init__(self, *, every_seconds: float = 60.0) -> None:
         self.every_seconds = every_seconds
-        self._shown_at = -float("inf")
-        self._shown = 0.0
+        self._reported_at = -float("inf")
+        self._reported_total = 0.0
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log, and show."""
+        """Log the counts, and print a report."""
         counts = getattr(getattr(trainer, "datamodule", None), "counts", {})
         if not counts:
             return
-        left_out = {k: v for k, v in counts.items() if k.startswith(("dropped/", "bad/"))}
-        logged = {"data/seen": counts.get("seen", 0)}
-        logged |= {f"data/{name}": number for name, number in left_out.items()}
+        skipped = {k: v for k, v in counts.items() if k.startswith(("dropped/", "bad/"))}
+        metrics = {"data/seen": counts.get("seen", 0)}
+        metrics |= {f"data/{name}": number for name, number in skipped.items()}
         if counts.get("pixels"):
-            logged["data/cropped_share"] = 1 - counts["pixels/kept"] / counts["pixels"]
-        pl_module.log_dict({k: float(v) for k, v in logged.items()}, rank_zero_only=True)
-        self._show(trainer, counts, left_out)
+            metrics["data/cropped_share"] = 1 - counts["pixels/kept"] / counts["pixels"]
+        pl_module.log_dict({k: float(v) for k, v in metrics.items()}, rank_zero_only=True)
+        self._report(trainer, counts, skipped)
 
-    def _show(
-        self, trainer: L.Trainer, counts: dict[str, float], left_out: dict[str, float]
+    def _report(
+        self, trainer: L.Trainer, counts: dict[str, float], skipped: dict[str, float]
     ) -> None:
-        now, total = time.monotonic(), sum(left_out.values())
-        if not trainer.is_global_zero or total == self._shown:
+        now, total = time.monotonic(), sum(skipped.values())
+        if not trainer.is_global_zero or total == self._reported_total:
             return
-        if now - self._shown_at < self.every_seconds:
+        if now - self._reported_at < self.every_seconds:
             return
-        self._shown_at, self._shown = now, total
-        parts = ", ".join(f"{number:.0f} {name}" for name, number in sorted(left_out.items()))
-        logger.info("data: %.0f samples seen; left out: %s", counts["seen"], parts)
+        self._reported_at, self._reported_total = now, total
+        parts = ", ".join(f"{number:.0f} {name}" for name, number in sorted(skipped.items()))
+        logger.info("data: %.0f samples seen; skipped: %s", counts["seen"], parts)

@@ -1,4 +1,4 @@
-"""The evaluation command's numbers within training, of the averaged weights."""
+"""Evaluation during training, with EMA weights and the code of the evaluation command."""
 
 import shutil
 import time
@@ -31,15 +31,15 @@ from wuerstchen_pl.stages.c import StageC
 
 
 class EvaluationCallback(L.Callback):
-    """Save, evaluate Stage C, or the baseline, now and then, and log ``eval/...``.
+    """Periodically save and evaluate Stage C, and log ``eval/...``.
 
-    What ``python -m wuerstchen_pl.evaluate`` finds for the checkpoint of the same step is found
-    here: the same code generates and measures. The training is not affected.
+    The results equal those of ``python -m wuerstchen_pl.evaluate`` for the checkpoint of the same
+    step, as both use the same code. Training is not affected.
 
     Args:
-        folder: each report gets a folder in it, ``step0001000``.
-        every_steps: steps between two.
-        plan: what to measure.
+        folder: folder of the reports, one folder ``step0001000`` each.
+        every_steps: steps between two evaluations.
+        plan: what to evaluate.
     """
 
     def __init__(self, *, folder: str, every_steps: int, plan: EvaluationPlan) -> None:
@@ -48,32 +48,33 @@ class EvaluationCallback(L.Callback):
                 f"callbacks.evaluation.every_steps={every_steps} is out of range; use 1 or more"
             )
         self.folder, self.every_steps, self.plan = Path(folder), every_steps, plan
-        self.seconds = 0.0  # that it took
-        self._seen_step = 0
+        self.seconds = 0.0  # time spent in evaluation
+        self._last_step = 0
         self._kept: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that there is something to draw with.
+        """Check that the plan can be evaluated in this run.
 
         Raises:
-            ValueError: if another stage is trained, or from a cache, or what is to be drawn could
-                not be measured.
+            ValueError: if the stage is not Stage C, training images are needed but the data are
+                cached, or the plan is invalid.
         """
-        self._seen_step = trainer.global_step
+        self._last_step = trainer.global_step
         if not isinstance(pl_module, StageC):
             raise ValueError(
-                "callbacks=with_evaluation draws images, which takes Stage C; use "
-                "callbacks=default for stage=a and stage=b"
+                "callbacks=with_evaluation generates images, which needs Stage C; use "
+                "callbacks=default for other stages"
             )
-        if hasattr(trainer.datamodule, "made_with") and self.plan.needs_data:  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "made_with") and self.plan.needs_data:
             raise ValueError(
-                "callbacks=with_evaluation compares with training images, which data=cached has "
-                "none of; name a folder with callbacks.evaluation.plan.reference and a file with "
-                "callbacks.evaluation.plan.prompts"
+                "callbacks=with_evaluation compares with training images, but data=cached has "
+                "none; set callbacks.evaluation.plan.reference to a folder and "
+                "callbacks.evaluation.plan.prompts to a file"
             )
-        subject = EvalTarget(facts={}, data=trainer.datamodule)  # type: ignore[attr-defined]
-        others = [ImageFolder(Path(each), key="baselines") for each in self.plan.baselines]
-        check_plan(self.plan, num_images(self.plan), reference_images(self.plan, subject), others)
+        target = EvalTarget(facts={}, data=data)
+        baselines = [ImageFolder(Path(path), key="baselines") for path in self.plan.baselines]
+        check_plan(self.plan, num_images(self.plan), reference_images(self.plan, target), baselines)
 
     def on_train_batch_end(
         self,
@@ -83,32 +84,32 @@ class EvaluationCallback(L.Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Evaluate if it is time."""
+        """Evaluate every ``every_steps`` steps."""
         step = trainer.global_step
-        if step % self.every_steps or step == self._seen_step:
+        if step % self.every_steps or step == self._last_step:
             return
-        self._seen_step = step
+        self._last_step = step
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
-                callback.save(trainer)  # it may take long, and a signal waits for its end
-        began = time.perf_counter()
-        scores = self._evaluated(trainer, pl_module)
+                callback.save(trainer)  # evaluation may take long, and signals wait for its end
+        start = time.perf_counter()
+        scores = self._evaluate(trainer, pl_module)
         trainer.strategy.barrier()
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - start
         if scores is not None:
-            found = {f"eval/{name}": score.value for name, score in scores.items()}
-            for logger in trainer.loggers:  # at once: Lightning's log waits for a logging step
-                logger.log_metrics(found, step - 1)
+            metrics = {f"eval/{name}": score.value for name, score in scores.items()}
+            for logger in trainer.loggers:  # directly: Lightning's log waits for a logging step
+                logger.log_metrics(metrics, step - 1)
 
-    def _evaluated(self, trainer: L.Trainer, stage: Any) -> dict[str, Score] | None:
-        """The scores; None, with a warning, if the evaluation fails: the training continues."""
+    def _evaluate(self, trainer: L.Trainer, stage: Any) -> dict[str, Score] | None:
+        """The scores, or None on other processes; a failure only warns, and training continues."""
         folder = self.folder / f"step{trainer.global_step:07d}"
-        if trainer.is_global_zero:  # of a run before, of other weights
+        if trainer.is_global_zero:  # may be left by an earlier run with other weights
             shutil.rmtree(folder, ignore_errors=True)
         trainer.strategy.barrier()
         process = DistInfo(trainer.global_rank, trainer.world_size)
-        with stage.ema.applied(stage), restored_modes(stage), self._at(stage.device):
-            subject = EvalTarget(
+        with stage.ema.applied(stage), restored_modes(stage), self._networks_on(stage.device):
+            target = EvalTarget(
                 facts={"run": trainer.default_root_dir, "step": trainer.global_step},
                 pipeline=pipeline_from_stage(stage),
                 stages=stages_with_loss(stage.eval()),
@@ -116,17 +117,17 @@ class EvaluationCallback(L.Callback):
                 feature_cache=self._kept,
             )
             try:
-                return evaluate(self.plan, subject, folder, process)
+                return evaluate(self.plan, target, folder, process)
             except (ValueError, OSError) as error:
                 warnings.warn(f"no evaluation at step {trainer.global_step}: {error}", stacklevel=2)
                 return None
 
     @contextmanager
-    def _at(self, device: torch.device) -> Iterator[None]:
-        """Have the networks that judge on a device within the block, and off it between two."""
+    def _networks_on(self, device: torch.device) -> Iterator[None]:
+        """Move the metrics' networks to a device within the block, and to the CPU after it."""
         plan = self.plan
-        judges = (plan.fid_features, plan.clip, plan.pickscore)
-        networks = [each for each in judges if isinstance(each, nn.Module)]
+        candidates = (plan.fid_features, plan.clip, plan.pickscore)
+        networks = [network for network in candidates if isinstance(network, nn.Module)]
         try:
             for network in networks:
                 network.eval().to(device)
@@ -138,13 +139,13 @@ class EvaluationCallback(L.Callback):
 
 @contextmanager
 def restored_modes(module: nn.Module) -> Iterator[None]:
-    """Put back what is in training mode, and what has gradients."""
-    training = [(part, part.training) for part in module.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    """Restore ``training`` and ``requires_grad`` of submodules and parameters after the block."""
+    modes = [(part, part.training) for part in module.modules()]
+    grad_flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         yield
     finally:
-        for part, mode in training:
+        for part, mode in modes:
             part.training = mode
-        for parameter, needed in trained:
-            parameter.requires_grad_(needed)
+        for parameter, requires_grad in grad_flags:
+            parameter.requires_grad_(requires_grad)

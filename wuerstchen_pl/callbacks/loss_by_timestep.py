@@ -1,4 +1,4 @@
-"""The loss by bands of t, logged and drawn."""
+"""The loss binned by diffusion time t, logged and plotted."""
 
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,18 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from PIL import Image, ImageDraw, ImageFont
 
-KEPT = 12  # readings in a chart
+MAX_READINGS = 12
+"""Readings in a plot."""
 
 
 class LossByTimestep(L.Callback):
-    """Log ``train/loss_t0.05`` and so on, a band's middle each, and draw ``loss_by_t.png``.
+    """Log ``train/loss_t0.05`` etc., named by the bins' centers, and plot ``loss_by_t.png``.
 
-    A stage without times has no bands, and nothing is drawn.
+    Does nothing for a stage without diffusion times.
 
     Args:
         folder: the run's folder.
-        every_steps: steps that a reading covers.
+        every_steps: steps that are averaged in one reading.
     """
 
     def __init__(self, *, folder: str, every_steps: int = 500) -> None:
@@ -29,11 +30,11 @@ class LossByTimestep(L.Callback):
         self._read_step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What the chart shows, for the checkpoint."""
+        """The plotted readings, for the checkpoint."""
         return {"readings": self.readings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the bins."""
+        """Restore the readings."""
         self.readings = [(step, list(means)) for step, means in state_dict["readings"]]
 
     def on_train_batch_end(
@@ -44,46 +45,49 @@ class LossByTimestep(L.Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Read, log and draw, now and then."""
-        bands, step = getattr(pl_module, "timestep_bins", None), trainer.global_step
-        if bands is None or step % self.every_steps or step == self._read_step:
+        """Log and plot every ``every_steps`` steps."""
+        bins, step = getattr(pl_module, "timestep_bins", None), trainer.global_step
+        if bins is None or step % self.every_steps or step == self._read_step:
             return
         self._read_step = step
-        sums, counts = trainer.strategy.reduce(bands.pop(), reduce_op="sum")
+        sums, counts = trainer.strategy.reduce(bins.pop(), reduce_op="sum")
         means = torch.where(counts > 0, sums / counts, torch.nan).tolist()
-        known = {bin_center(i, len(means)): mean for i, mean in enumerate(means) if mean == mean}
-        pl_module.log_dict({f"train/loss_t{t:.2f}": mean for t, mean in known.items()})
-        self.readings = [*self.readings, (step, means)][-KEPT:]
+        by_time = {bin_center(i, len(means)): mean for i, mean in enumerate(means) if mean == mean}
+        pl_module.log_dict({f"train/loss_t{t:.2f}": mean for t, mean in by_time.items()})
+        self.readings = [*self.readings, (step, means)][-MAX_READINGS:]
         if trainer.is_global_zero:
             plot_losses(self.readings).save(self.path)
 
 
-def bin_center(band: int, bands: int) -> float:
-    """The t in the middle of a band."""
-    return (band + 0.5) / bands
+def bin_center(index: int, num_bins: int) -> float:
+    """The t at the center of a bin."""
+    return (index + 0.5) / num_bins
 
 
 def plot_losses(readings: list[tuple[int, list[float]]]) -> Image.Image:
-    """A line for each reading over t, older ones paler."""
+    """One line over t per reading, older ones paler."""
     width, height, left, bottom, top = 520, 260, 60, 34, 28
     canvas = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
-    across, up = width - left - 16, height - bottom - top
-    most = max((m for _, means in readings for m in means if m == m), default=1.0) or 1.0
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    plot_width, plot_height = width - left - 16, height - bottom - top
+    baseline = top + plot_height
+    highest = max((m for _, means in readings for m in means if m == m), default=1.0) or 1.0
 
-    def place(i: int, means: list[float]) -> tuple[float, float]:
-        return left + across * bin_center(i, len(means)), top + up * (1 - means[i] / most)
+    def point(i: int, means: list[float]) -> tuple[float, float]:
+        x = left + plot_width * bin_center(i, len(means))
+        return x, top + plot_height * (1 - means[i] / highest)
 
     for age, (_, means) in zip(range(len(readings) - 1, -1, -1), readings, strict=True):
         pale = round(200 * age / max(1, len(readings) - 1))
-        points = [place(i, means) for i, mean in enumerate(means) if mean == mean]
-        pen.line(points, fill=(30 + pale, 60 + pale * 3 // 4, 140 + pale // 2), width=2)
-    pen.line([left, top + up, left + across, top + up], fill="black")
+        points = [point(i, means) for i, mean in enumerate(means) if mean == mean]
+        draw.line(points, fill=(30 + pale, 60 + pale * 3 // 4, 140 + pale // 2), width=2)
+    draw.line([left, baseline, left + plot_width, baseline], fill="black")
     for t in (0.0, 0.5, 1.0):
-        pen.text((left + across * t, top + up + 6), f"{t:g}", fill="black", font=font, anchor="mt")
-    for value in (0.0, most):
-        at = (left - 6, top + up * (1 - value / most))
-        pen.text(at, f"{value:.3g}", fill="black", font=font, anchor="rm")
+        x = left + plot_width * t
+        draw.text((x, baseline + 6), f"{t:g}", fill="black", font=font, anchor="mt")
+    for value in (0.0, highest):
+        y = top + plot_height * (1 - value / highest)
+        draw.text((left - 6, y), f"{value:.3g}", fill="black", font=font, anchor="rm")
     first, last = readings[0][0], readings[-1][0]
-    pen.text((left, 6), f"loss over t, steps {first} (pale) to {last}", fill="black", font=font)
+    draw.text((left, 6), f"loss over t, steps {first} (pale) to {last}", fill="black", font=font)
     return canvas

@@ -1,4 +1,4 @@
-"""The memory that training takes on each device, reported before the first step."""
+"""An estimate of the memory that training needs on each device, before the first step."""
 
 import logging
 import os
@@ -18,102 +18,105 @@ GB = 1e9
 
 
 class MemoryEstimate(L.Callback):
-    """Show the memory that a run needs on each device, and refuse one that cannot fit.
+    """Report the memory that a run needs on each device, and refuse a run that cannot fit.
 
-    Weights, gradients, EMA weights and frozen networks are counted; the optimizer state is two
-    tensors a weight if it has betas, else one; activations, by a trial with a few samples, are what
-    the forward pass of the first batch keeps for its backward pass. What operations take for a
-    moment, and validation, are not in it: a fit within a tenth may still fail.
+    Weights, gradients, EMA weights and frozen networks are counted exactly. The optimizer state is
+    two values per weight for an optimizer with betas, else one. Activations are the tensors that
+    the forward pass of the first batch saves for the backward pass, measured on a few samples.
+    Temporary buffers and validation are not included, so that a run within 10 % of the limit may
+    still fail.
 
     Args:
-        refuse: False shows the table alone.
+        refuse: False only reports.
     """
 
     def __init__(self, *, refuse: bool = True) -> None:
         self.refuse = refuse
-        self._looked = False
+        self._done = False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Look once.
+        """Estimate the memory at the first batch.
 
         Raises:
-            ValueError: if it cannot fit.
+            ValueError: if it does not fit.
         """
-        if self._looked:
+        if self._done:
             return
-        self._looked = True
+        self._done = True
         needed = estimate_bytes(pl_module, trainer.optimizers[0], batch)
-        total, there = sum(needed.values()), device_memory(pl_module.device, trainer.num_devices)
-        of_sample = profile_step_once(pl_module, batch).saved_bytes_per_sample
-        room = len(batch["caption"]) + int((there - total) // max(1, of_sample))
+        total = sum(needed.values())
+        available = device_memory(pl_module.device, trainer.num_devices)
+        bytes_per_sample = profile_step_once(pl_module, batch).saved_bytes_per_sample
+        max_rows = len(batch["caption"]) + int((available - total) // max(1, bytes_per_sample))
         if trainer.is_global_zero:
             parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in needed.items())
             logger.info(
-                "memory, GB of %.1f: %s; total %.2f; room for %d samples at once",
-                there / GB, parts, total / GB, max(0, room),
+                "memory, GB of %.1f: %s; total %.2f; a batch of %d samples fits",
+                available / GB, parts, total / GB, max(0, max_rows),
             )  # fmt: skip
-        # all together, as one that stopped would leave the others waiting
-        short = torch.tensor(float(total > there), device=pl_module.device)
-        if self.refuse and float(trainer.strategy.reduce(short, reduce_op="max")):
-            most = max(needed, key=lambda name: needed[name])
+        # Decide together: a process that stopped alone would leave the others waiting.
+        too_large = torch.tensor(float(total > available), device=pl_module.device)
+        if self.refuse and float(trainer.strategy.reduce(too_large, reduce_op="max")):
+            largest = max(needed, key=lambda name: needed[name])
             raise ValueError(
-                f"training needs about {total / GB:.1f} GB on each device, most of it "
-                f"{most}, and there are {there / GB:.1f}; set {_fitting(trainer, batch, room)}"
+                f"training needs about {total / GB:.1f} GB on each device, most of it for "
+                f"{largest}, and {available / GB:.1f} GB are available; set "
+                f"{_fitting_batch(trainer, batch, max_rows)}"
                 "activation_checkpointing=true, stage.ema.device=cpu or trainer=fsdp, or "
                 "check_memory=false to try it"
             )
 
 
-def _fitting(trainer: L.Trainer, batch: Batch, room: int) -> str:
-    """The largest batch that has room and makes the same step; nothing if none has."""
-    # a batch lacks what could not be read
+def _fitting_batch(trainer: L.Trainer, batch: Batch, max_rows: int) -> str:
+    """Overrides for the largest batch that fits with the same global batch; empty if none does."""
+    # not the length of the batch, which may lack unreadable samples
     data = getattr(trainer, "datamodule", None)
     rows = getattr(data, "batch_size", len(batch["caption"]))
-    of_process = rows * trainer.accumulate_grad_batches
-    fitting = [n for n in range(1, min(room, rows) + 1) if of_process % n == 0]
+    rows_per_step = rows * trainer.accumulate_grad_batches
+    fitting = [n for n in range(1, min(max_rows, rows) + 1) if rows_per_step % n == 0]
     if not fitting:
         return ""
-    return f"data.batch_size={fitting[-1]} global_batch={of_process * trainer.world_size}, "
+    return f"data.batch_size={fitting[-1]} global_batch={rows_per_step * trainer.world_size}, "
 
 
 def estimate_bytes(
     module: L.LightningModule, optimizer: torch.optim.Optimizer, batch: Batch
 ) -> dict[str, int]:
-    """Bytes on this device, by what they are for."""
-    trained = _bytes(p for p in module.parameters() if p.requires_grad)
-    state_copies = (2 if "betas" in optimizer.defaults else 1) * _bits(optimizer) / 32
+    """Bytes on this device by purpose."""
+    trainable = _bytes(p for p in module.parameters() if p.requires_grad)
+    state_copies = (2 if "betas" in optimizer.defaults else 1) * _state_bits(optimizer) / 32
     ema = getattr(module, "ema", None)
-    averaged = ema is not None and ema.device is None
+    has_ema = ema is not None and ema.device is None
     return {
         "weights": _bytes(module.parameters()) + _bytes(module.buffers()),
-        "frozen networks": _frozen(module),
-        "gradients": trained,
-        "optimizer": round(state_copies * trained),
-        "ema": trained if averaged else 0,
+        "frozen networks": _frozen_bytes(module),
+        "gradients": trainable,
+        "optimizer": round(state_copies * trainable),
+        "ema": trainable if has_ema else 0,
         "activations": profile_step_once(module, batch).saved_bytes,
     }
 
 
-def _bits(optimizer: torch.optim.Optimizer) -> int:
-    """Of a moment of a weight: bitsandbytes' optimizers say 8."""
+def _state_bits(optimizer: torch.optim.Optimizer) -> int:
+    """Bits per value of the optimizer state; 8 for bitsandbytes' 8-bit optimizers."""
     return getattr(getattr(optimizer, "args", None), "optim_bits", 32)
 
 
-def _frozen(module: nn.Module) -> int:
-    """Bytes of a stage's frozen networks, and of theirs."""
+def _frozen_bytes(module: nn.Module) -> int:
+    """Bytes of a stage's frozen networks, including those nested in frozen stages."""
     frozen = module.frozen.present().values() if isinstance(module, Stage) else ()
-    return sum(_bytes(part.parameters()) + _frozen(part) for part in frozen)
+    return sum(_bytes(part.parameters()) + _frozen_bytes(part) for part in frozen)
 
 
 def device_memory(device: torch.device, processes: int) -> int:
-    """Bytes of a GPU, or a process's share of the host's."""
+    """Bytes of a GPU's memory, or of a process's share of the host memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, processes)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the parts that lie on this device."""
+    """Bytes of tensors; for sharded ones, of the local shards."""
     return sum(getattr(t, "to_local", lambda t=t: t)().nbytes for t in tensors)

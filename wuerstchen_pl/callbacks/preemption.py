@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step and saves, and can be resumed."""
+"""Signals that stop a run: it finishes the current step, saves a checkpoint, and exits."""
 
 import logging
 import signal
@@ -14,11 +14,11 @@ from wuerstchen_pl.callbacks.checkpoints import Checkpoints
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; what kill, torchrun and Slurm send; what Slurm sends by ``--signal=USR1@300``."""
+"""Ctrl-C; sent by kill, torchrun and Slurm; sent by Slurm with ``--signal=USR1@300``."""
 
 
 class Preempted(Exception):
-    """A run ended because it was asked to; everything up to now is saved."""
+    """A run was stopped by a signal, after saving a checkpoint."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -26,25 +26,27 @@ class Preempted(Exception):
 
 
 class PreemptionHandler(L.Callback):
-    """Save at the end of the step in which a signal came to any process, and raise ``Stopped``.
+    """When any process receives a signal, save at the end of the step and raise ``Preempted``.
 
-    A second Ctrl-C does not wait for that.
+    A second Ctrl-C interrupts immediately.
 
     Args:
-        every_steps: steps between two times that several processes ask each other, as they have to
-            stop at the same one.
+        every_steps: steps between two exchanges of received signals among several processes, which
+            must all stop at the same step.
     """
 
     def __init__(self, *, every_steps: int = 10) -> None:
         self.every_steps = every_steps
         self._received = 0
-        self._seen_step = -1
-        self._before: dict[signal.Signals, Any] = {}
+        self._last_step = -1
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen; in place of Lightning, which would lose what was done since the last save."""
-        self._received, self._seen_step = 0, trainer.global_step
-        self._before = {each: signal.signal(each, self._receive) for each in STOP_SIGNALS}
+        """Install signal handlers in place of Lightning's, which would not save a checkpoint."""
+        self._received, self._last_step = 0, trainer.global_step
+        self._previous_handlers = {
+            signum: signal.signal(signum, self._receive) for signum in STOP_SIGNALS
+        }
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self._received == signum == signal.SIGINT:
@@ -60,15 +62,15 @@ class PreemptionHandler(L.Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Save and stop, if one process was asked to.
+        """Save and stop if any process received a signal.
 
         Raises:
-            Stopped: on all processes at the same step.
+            Preempted: on all processes at the same step.
         """
         step = trainer.global_step
-        if step == self._seen_step:  # between two micro-batches
+        if step == self._last_step:  # between two micro-batches
             return
-        self._seen_step = step
+        self._last_step = step
         if received := self._received_by_any(trainer, pl_module.device):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, Checkpoints):
@@ -81,11 +83,11 @@ class PreemptionHandler(L.Callback):
             return self._received
         if trainer.global_step % self.every_steps:
             return 0
-        own = torch.tensor(self._received, device=device)
-        return int(trainer.strategy.reduce(own, reduce_op="max"))
+        received = torch.tensor(self._received, device=device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen no more."""
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-        self._before = {}
+        """Restore the previous signal handlers."""
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)
+        self._previous_handlers = {}

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class StepProgress(ProgressBar):
-    """A bar over ``trainer.max_steps``; Lightning's own restarts with every epoch."""
+    """A bar over ``trainer.max_steps``; Lightning's own bar restarts with every epoch."""
 
     def __init__(self, *, label: str = "train") -> None:
         super().__init__()
@@ -16,11 +16,11 @@ class StepProgress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Draw nothing; Lightning calls it on all ranks but the first."""
+        """Hide the bar; Lightning calls it on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Draw."""
+        """Show the bar."""
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -43,24 +43,24 @@ class StepProgress(ProgressBar):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Move on, and show the loss and the last validation."""
+        """Advance the bar, and show the loss and the last validation metrics."""
         if self._bar is None:
             return
         self._bar.update(trainer.global_step - self._bar.n)
         if trainer.global_step % 10 == 0:
             names = ("train/loss", "val/loss", "val/psnr")
             values = trainer.callback_metrics
-            shown = {n: f"{float(values[n]):.4g}" for n in names if n in values}
-            self._bar.set_postfix(shown, refresh=False)
+            postfix = {n: f"{float(values[n]):.4g}" for n in names if n in values}
+            self._bar.set_postfix(postfix, refresh=False)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Close the bar, so that the error message has a line of its own."""
+        """Close the bar, so that the error message starts on a new line."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Close the bar, whatever happened."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

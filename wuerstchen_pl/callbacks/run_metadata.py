@@ -1,4 +1,4 @@
-"""``run.json``: with what, on what and for how long a run was made."""
+"""``run.json``: the versions, hardware and duration of a run."""
 
 import json
 import platform
@@ -23,11 +23,11 @@ class RunMetadata(L.Callback):
         self._start = 0.0
 
     def state_dict(self) -> dict[str, float]:
-        """Hours so far, for the checkpoint."""
+        """The hours so far, for the checkpoint."""
         return {"hours": self._hours()}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the counts."""
+        """Restore the hours of the run before it was resumed."""
         self._hours_before = state_dict["hours"]
 
     def _hours(self) -> float:
@@ -38,11 +38,11 @@ class RunMetadata(L.Callback):
         self._start = time.monotonic()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the record."""
+        """Write ``run.json``."""
         if not trainer.is_global_zero:
             return
         cuda = torch.cuda.is_available()
-        record = {
+        metadata = {
             "stage": type(pl_module).__name__.removeprefix("FSDP"),
             "steps": trainer.global_step,
             "hours": round(self._hours(), 4),
@@ -53,4 +53,4 @@ class RunMetadata(L.Callback):
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("torch", "lightning", "wuerstchen_pl")},
         }
-        self.path.write_text(json.dumps(record, indent=2) + "\n")
+        self.path.write_text(json.dumps(metadata, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Labeled image grids at every validation, always of the same few images."""
+"""Labeled image grids after every validation, always of the same few samples."""
 
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,7 @@ GAP = 2
 
 
 def render_grid(columns: dict[str, Tensor]) -> Image.Image:
-    """Columns of images with their labels -> one image.
+    """One image with a labeled column per batch of images.
 
     Args:
         columns: label -> (B, 3, H, W) in [0, 1]; all of the same shape.
@@ -64,7 +64,7 @@ class SampleGrids(L.Callback):
             self._rows = first_rows(batch, self.num_images)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Render the grid with the raw weights; on all processes: weights may be sharded."""
+        """Render the grid; on all processes, as weights may be sharded."""
         rows, self._rows = self._rows, None
         if rows is None:
             return

@@ -1,4 +1,4 @@
-"""Skip and count optimizer steps with non-finite gradients; many in a row end the run."""
+"""Skip and count optimizer steps with non-finite gradients; too many in a row end the run."""
 
 from typing import cast
 
@@ -12,11 +12,11 @@ from wuerstchen_pl.stages.stage import Stage
 
 
 class SkipNonFiniteGrads(L.Callback):
-    """Discard the gradients of a step in which one is NaN or infinite.
+    """Discard the gradients of a step if any is NaN or infinite.
 
-    The optimizer then changes neither weights nor its state, and buffers, such as the statistics of
-    batch norms, are restored to their values before the step. The step still counts: schedules and
-    data continue.
+    The optimizer then changes neither weights nor its state, and buffers, such as batch-norm
+    statistics, are restored to their values before the step. The step still counts for schedules
+    and data.
 
     Args:
         max_in_a_row: number of consecutive skipped steps that ends the run.
@@ -62,8 +62,8 @@ class SkipNonFiniteGrads(L.Callback):
     ) -> None:
         """Check the gradient norms, which are the same on all processes.
 
-        They are computed once per step and used again for clipping. Reading them is the one
-        synchronization with the device in a step: whether to step has to be known on the host.
+        They are computed once per step, and reused for clipping. Reading them is the only
+        synchronization with the device per step, as the host decides whether to step.
 
         Raises:
             ValueError: if too many steps were skipped in a row.
@@ -93,7 +93,7 @@ def _floating_buffers(module: nn.Module) -> list[Tensor]:
 
 
 def _last_checkpoint(trainer: L.Trainer) -> str:
-    """Which checkpoint to resume from."""
+    """A clause that names the checkpoint to resume from."""
     saved = [c.newest() for c in trainer.checkpoint_callbacks if isinstance(c, Checkpoints)]
     if not saved or saved[0] is None:
         return "no checkpoint was saved before that"

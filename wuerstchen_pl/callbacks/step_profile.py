@@ -1,4 +1,4 @@
-"""Profile one training step before training begins: its operations, and the memory it keeps."""
+"""Profile one training step before training begins: operations, and memory for activations."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,16 +15,16 @@ from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.stages.stage import Stage
 
 UNBATCHED_KEYS = ("size", "empty_text", "is_unique")
-"""Keys of a batch with one value for all of its samples."""
+"""Batch keys with a single value for all samples."""
 
 
 class StepProfile(NamedTuple):
-    """Costs of a training step on one process."""
+    """Cost of a training step on one process."""
 
     flops_per_sample: float
-    """Forward and backward; a multiplication and an addition are two operations."""
+    """Forward and backward pass; a multiply-add is two operations."""
     saved_bytes: int
-    """What the forward pass of the whole batch saves for the backward pass, weights excluded."""
+    """Tensors that the forward pass of the whole batch saves for backward, without weights."""
     saved_bytes_per_sample: float
 
 
@@ -32,7 +32,7 @@ _PROFILES: WeakKeyDictionary[nn.Module, StepProfile] = WeakKeyDictionary()
 
 
 def profile_step_once(module: L.LightningModule, batch: Batch) -> StepProfile:
-    """``profile_step`` with the first batch of a run; later calls return the same result."""
+    """``profile_step`` of the first batch of a run; later calls return the same result."""
     if module not in _PROFILES:
         _PROFILES[module] = profile_step(module, batch)
     return _PROFILES[module]
@@ -41,23 +41,23 @@ def profile_step_once(module: L.LightningModule, batch: Batch) -> StepProfile:
 def profile_step(module: L.LightningModule, batch: Batch) -> StepProfile:
     """Run a training step with two and with four samples of a batch, without side effects.
 
-    Operations whose gradients are recorded count three times, as the backward pass needs two for
-    each. What does not grow with the samples, such as weights in another precision, counts once.
-    All processes have to call it.
+    Operations with gradients count three times, as the backward pass needs two for each. Memory
+    that does not grow with the batch, such as weights cast to another precision, counts once.
+    Every process must call it.
     """
     rows = len(batch["caption"])
     few, more = (2, 4) if rows >= 4 else (rows, rows)
-    flops, saved = _run(module, first_rows(batch, few))
+    flops, saved = _profile(module, first_rows(batch, few))
     if few == more:
         return StepProfile(flops / rows, saved, saved / rows)
-    more_flops, more_saved = _run(module, first_rows(batch, more))
+    more_flops, more_saved = _profile(module, first_rows(batch, more))
     per_sample = (more_saved - saved) / (more - few)
     total = round(saved + per_sample * (rows - few))
     return StepProfile((more_flops - flops) / (more - few), total, per_sample)
 
 
-def _run(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
-    """Operations and saved bytes of a training step."""
+def _profile(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
+    """Operations and saved bytes of one training step."""
     saved: dict[int, int] = {}
 
     def record(tensor: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _run(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
 
 
 def first_rows(batch: Batch, number: int) -> Batch:
-    """The first samples of a batch."""
+    """The first ``number`` samples of a batch."""
     rows: Any = {k: v if k in UNBATCHED_KEYS else cast(Any, v)[:number] for k, v in batch.items()}
     return rows
 
@@ -103,14 +103,14 @@ class _OperationCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         packet = getattr(func, "_overloadpacket", None)
         if packet in flop_registry:
-            times = 3 if torch.is_grad_enabled() else 1
-            self.number += times * flop_registry[packet](*args, **kwargs, out_val=out)
+            factor = 3 if torch.is_grad_enabled() else 1
+            self.number += factor * flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
 
 @contextmanager
 def _without_side_effects(module: L.LightningModule) -> Iterator[None]:
-    """Restore buffers, random state and accumulated losses after the block; log nothing in it."""
+    """Restore buffers, RNG state and accumulated losses after the block, and disable logging."""
     before = {name: b.detach().clone() for name, b in module.named_buffers()}
     log_methods = ("log", "log_dict")
     overridden = {name: vars(module).pop(name) for name in log_methods if name in vars(module)}

@@ -1,4 +1,4 @@
-"""How large the weights are, and how far a step moves them."""
+"""The norms of the weights and of their updates."""
 
 import lightning as L
 import torch
@@ -8,14 +8,14 @@ from torch.distributed.tensor import DTensor
 
 
 class WeightNormMonitor(L.Callback):
-    """Log ``train/param_norm``, and ``train/update_ratio``, the norm of a step's change over it.
+    """Log ``train/param_norm`` and ``train/update_ratio``, the norm of an update over that norm.
 
-    A ratio about 1e-3 is usual; beyond 1e-2 the learning rate is too large. The step that is
-    measured needs the memory of one more copy of the weights.
+    A ratio of about 1e-3 is usual; above 1e-2 the learning rate is too large. A measured step needs
+    the memory of another copy of the weights.
 
     Args:
-        every_steps: steps between two that are measured. Half of it is the first, as Stage A moves
-            codes in every hundredth.
+        every_steps: steps between two measurements. The first is at half of it, as Stage A
+            restarts codes in every hundredth step.
     """
 
     def __init__(self, *, every_steps: int = 100) -> None:
@@ -27,7 +27,7 @@ class WeightNormMonitor(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Keep what the weights are."""
+        """Copy the weights before a step that is measured."""
         if (trainer.global_step + 1) % self.every_steps == self.every_steps // 2:
             self._before = [p.detach().clone() for p in pl_module.parameters()]
 
@@ -39,15 +39,15 @@ class WeightNormMonitor(L.Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Compare, and log."""
+        """Compare the weights with their copy, and log."""
         if not self._before:
             return
-        now, moved = [p.detach() for p in pl_module.parameters()], self._before
+        weights, updates = [p.detach() for p in pl_module.parameters()], self._before
         self._before = []
-        torch._foreach_sub_(moved, now)
-        size = _norm(now)
-        pl_module.log("train/param_norm", size)
-        pl_module.log("train/update_ratio", _norm(moved) / size)
+        torch._foreach_sub_(updates, weights)
+        norm = _norm(weights)
+        pl_module.log("train/param_norm", norm)
+        pl_module.log("train/update_ratio", _norm(updates) / norm)
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

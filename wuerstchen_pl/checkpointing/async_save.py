@@ -1,4 +1,4 @@
-"""Checkpoints that are written after they were handed over: training need not wait for the disk."""
+"""Deferred writing of checkpoints, so that training does not wait for the disk."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,37 +8,37 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 WriteCheckpoint = Callable[[dict[str, Any], ProcessGroup | None], None]
-"""Writes a checkpoint; processes that share the work talk by the group, if one is given."""
+"""Writes a checkpoint; processes that share the work communicate in the group, if any."""
 
 
 class DeferredSave:
-    """What ``trainer.save_checkpoint`` takes as ``storage_options``, so as to write nothing yet.
+    """Passed to ``trainer.save_checkpoint`` as ``storage_options`` to defer the writing.
 
     Args:
-        copy_to_host: keep a copy in the host's memory, as training changes the tensors meanwhile.
+        copy_to_host: copy tensors to host memory, as training changes them before they are written.
     """
 
     def __init__(self, *, copy_to_host: bool) -> None:
         self.copy_to_host = copy_to_host
-        self._work: Callable[[ProcessGroup | None], None] = lambda group: None
+        self._write: Callable[[ProcessGroup | None], None] = lambda group: None
 
     def record(self, write: WriteCheckpoint, checkpoint: dict[str, Any]) -> None:
-        """Note what there is to do."""
-        self._work = partial(write, _copy_to_host(checkpoint) if self.copy_to_host else checkpoint)
+        """Set the checkpoint to write, and the function that writes it."""
+        self._write = partial(write, _copy_to_host(checkpoint) if self.copy_to_host else checkpoint)
 
     def write(self, group: ProcessGroup | None) -> None:
-        """Do it.
+        """Write the recorded checkpoint.
 
         Raises:
             OSError: if the disk is full or fails.
         """
-        self._work(group)
+        self._write(group)
 
 
 def save_or_defer(
     checkpoint: dict[str, Any], write: WriteCheckpoint, deferred: DeferredSave | None
 ) -> None:
-    """Write now, unless it is to be put off."""
+    """Write now, or record the checkpoint in ``deferred``."""
     if deferred is None:
         write(checkpoint, None)
     else:
@@ -46,7 +46,7 @@ def save_or_defer(
 
 
 def _copy_to_host(node: Any) -> Any:
-    """A copy of a tree; its tensors, sharded or not, lie in the host's memory."""
+    """A copy of nested containers with all tensors, sharded or not, in host memory."""
     if isinstance(node, dict):
         return {key: _copy_to_host(value) for key, value in node.items()}
     if isinstance(node, list | tuple):

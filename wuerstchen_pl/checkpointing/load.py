@@ -1,7 +1,7 @@
-"""Checkpoints of runs: find one, verify it, and build the stage in it.
+"""Checkpoints of runs: find and verify one, and build its stage.
 
-A checkpoint may come from an untrusted source. It is read with ``weights_only=True``, and the
-classes that its config names are built only if they are in ``ALLOWED_TARGETS``.
+A checkpoint may be untrusted. It is read with ``weights_only=True``, and the classes in its config
+are instantiated only if they are in ``ALLOWED_TARGETS``.
 """
 
 import logging
@@ -64,24 +64,24 @@ def find_checkpoint(run: str | Path) -> Path:
     """The newest intact checkpoint of a run's folder, or ``run`` itself if it is a checkpoint.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if the file is damaged, or all of the folder's are.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if the checkpoint, or every checkpoint in the folder, is damaged.
     """
     path = Path(run)
     if _is_checkpoint(path):
         if atomic.is_intact(path):
             return path
         raise ValueError(
-            f"{path} is damaged: its sha256 differs from the recorded one; use another"
+            f"{path} is damaged: its sha256 differs from the recorded one; use another checkpoint"
         )
     checkpoints = sorted(path.glob("checkpoints/step*.ckpt"), key=parse_step, reverse=True)
     if not checkpoints:
         missing = "contains no checkpoint" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {missing}")
-    for newest in checkpoints:
-        if atomic.is_intact(newest):
-            return newest
-        warnings.warn(f"{newest} is damaged; using the checkpoint before it", stacklevel=2)
+    for checkpoint in checkpoints:
+        if atomic.is_intact(checkpoint):
+            return checkpoint
+        warnings.warn(f"{checkpoint} is damaged; using the checkpoint before it", stacklevel=2)
     raise ValueError(f"all {len(checkpoints)} checkpoints of {path} are damaged; train again")
 
 
@@ -90,19 +90,19 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def parse_step(path: Path) -> int:
-    """The step in a checkpoint's name, or -1 if its name has none."""
+    """The step in a checkpoint's name, or -1 if there is none."""
     match = re.fullmatch(r"step(\d+)", path.stem)
     return int(match[1]) if match else -1
 
 
 def read_checkpoint(path: Path, *, optimizer_state: bool = True) -> dict[str, Any]:
-    """The contents of a checkpoint, a single file or sharded; runs no code from it.
+    """The contents of a checkpoint, a single file or sharded, without running code from it.
 
-    Tensors of a single file are memory-mapped: what is not used is not read.
+    Tensors of a single file are memory-mapped, so that unused ones are not read.
 
     Args:
-        path: of the file or folder.
-        optimizer_state: False leaves the optimizer's tensors of a sharded checkpoint out.
+        path: the file, or the folder of a sharded checkpoint.
+        optimizer_state: False omits the optimizer state of a sharded checkpoint.
 
     Raises:
         ValueError: if the file is damaged, or contains more than tensors and plain values.
@@ -113,13 +113,16 @@ def read_checkpoint(path: Path, *, optimizer_state: bool = True) -> dict[str, An
         else:
             skipped = () if optimizer_state else ("optimizer_states",)
             content = sharded.read_sharded(path, skip=skipped)
-    except Exception as error:  # torch's own message advises to load it anyway
+    except Exception as error:  # torch's own message advises loading it with weights_only=False
         raise ValueError(
             f"{path} is damaged, not a checkpoint, or contains more than tensors and plain values; "
             "it was not loaded"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in REQUIRED):
-        raise ValueError(f"{path} is not a checkpoint of a wuerstchen_pl run: it names no stage")
+        raise ValueError(
+            f"{path} is not a checkpoint of a wuerstchen_pl run: it lacks one of "
+            f"{', '.join(REQUIRED)}"
+        )
     return content
 
 
@@ -127,7 +130,7 @@ def read_checkpoint(path: Path, *, optimizer_state: bool = True) -> dict[str, An
 
 
 def instantiate_allowed(config: Any) -> Any:
-    """Instantiate a config from a checkpoint or a run, if everything that it names is allowed.
+    """Instantiate a config from a checkpoint or a run, if ``reject_untrusted`` allows it.
 
     Raises:
         ValueError: for a ``_target_`` that is not in ``ALLOWED_TARGETS``, or an interpolation.
@@ -135,19 +138,19 @@ def instantiate_allowed(config: Any) -> Any:
     reject_untrusted(config)
     try:
         return hydra.utils.instantiate(config, _convert_="all")
-    except InstantiationException as error:  # it wraps the one that says what is wrong
+    except InstantiationException as error:  # the cause has the message
         raise error.__cause__ or error from None
 
 
 def reject_untrusted(node: Any) -> None:
-    """Refuse a config that names a class outside of this package, runs commands or interpolates."""
+    """Refuse a config with other targets than ``ALLOWED_TARGETS``, commands or interpolations."""
     if isinstance(node, dict):
         target = node.get("_target_")
         if target is not None and target not in ALLOWED_TARGETS:
             raise ValueError(f"_target_={target!r} in a checkpoint is not one of this package's")
         if node.get("allow_pipe"):
             raise ValueError(
-                "allow_pipe=true in a checkpoint would run commands; it is not allowed"
+                "allow_pipe=true in a checkpoint would run commands, which is not allowed"
             )
         for value in node.values():
             reject_untrusted(value)
@@ -159,17 +162,17 @@ def reject_untrusted(node: Any) -> None:
 
 
 def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
-    """The trained stage of a run, with the frozen stages that it names, ready to sample.
+    """The trained stage of a run, with its frozen stages, ready to sample.
 
     Args:
         run: a run's folder, or a checkpoint.
-        stage: ``a``, ``b``, ``c`` or ``ldm``: the stage that is expected there.
-        ema: use EMA weights; False uses the raw ones.
+        stage: the expected stage: ``a``, ``b``, ``c`` or ``ldm``.
+        ema: use EMA weights; False uses raw weights.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it contains another stage, is damaged, or was trained over frozen weights
-            that have changed.
+        ValueError: if the checkpoint is damaged, contains another stage, or was trained with frozen
+            weights that have changed.
     """
     path = _find_trained(run, stage)
     content = read_checkpoint(path, optimizer_state=False)
@@ -177,19 +180,19 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
     if trained != stage:
         raise ValueError(
             f"{path} contains stage={trained}, but stage={stage} is needed; "
-            f"name one of stage={stage}"
+            f"use a checkpoint of stage={stage}"
         )
     return build_stage(path, content, ema=ema)
 
 
 def trained_stage(content: dict[str, Any]) -> str:
-    """``a``, ``b``, ``c`` or ``ldm``: which stage a checkpoint, or a run's config, is of."""
+    """The stage of a checkpoint or a run's config: ``a``, ``b``, ``c`` or ``ldm``."""
     target = str(content["stage"].get("_target_"))
     return target.rpartition(".Stage")[2].lower()
 
 
 def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "Stage":
-    """The stage in a checkpoint that was read already; see ``load_stage``."""
+    """The stage in the contents of a checkpoint; see ``load_stage``."""
     config = _sampling_config(content)
     for name, recorded in content["frozen"].items():
         config[name] = {**config[name], "run": str(resolve_frozen(path, name, recorded))}
@@ -198,7 +201,7 @@ def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "St
     shadow = content["ema"]["shadow"]
     if ema and not shadow:
         logger.warning(
-            "%s has no EMA weights yet (stage.ema.start_step is %s): using the raw ones",
+            "%s has no EMA weights yet (stage.ema.start_step is %s): using raw weights",
             path, content["stage"].get("ema", {}).get("start_step", "later"),
         )  # fmt: skip
     try:
@@ -223,32 +226,32 @@ def _find_trained(run: str | Path, stage: str) -> Path:
 
 
 def _sampling_config(content: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint's stage, without what only training needs."""
+    """The config of a checkpoint's stage, without the arguments that only training needs."""
     config = content["stage"]
-    training_only = hydra.utils.get_class(config["_target_"]).TRAINING_ONLY  # type: ignore[attr-defined]
+    stage_class: Any = hydra.utils.get_class(config["_target_"])
     trained = {key.partition(".")[0] for key in content["state_dict"]}
     return {
         key: drop_weight_paths(value) if key in trained else value
         for key, value in config.items()
-        if key not in training_only
+        if key not in stage_class.TRAINING_ONLY
     }
 
 
 def drop_weight_paths(node: Any) -> Any:
-    """A network's config without the pretrained weights it started from: it has its own now."""
+    """A network's config without pretrained weights, as the checkpoint contains trained ones."""
     if not isinstance(node, dict):
         return node
     return {k: None if k == "weights" else drop_weight_paths(v) for k, v in node.items()}
 
 
 def resolve_frozen(path: Path, name: str, recorded: dict[str, str]) -> Path:
-    """The checkpoint of a frozen stage that the checkpoint at ``path`` was trained over.
+    """The checkpoint of a frozen stage that the checkpoint at ``path`` was trained with.
 
     Its path is recorded relative to the run's folder, so that runs can be moved together, and as an
-    absolute path, so that one of the two can be moved alone.
+    absolute path, so that the run at ``path`` can be moved alone.
 
     Raises:
-        FileNotFoundError: if it is in neither place.
+        FileNotFoundError: if it exists at neither path.
         ValueError: if it has changed.
     """
     run_dir = path.absolute().parent.parent
@@ -259,7 +262,7 @@ def resolve_frozen(path: Path, name: str, recorded: dict[str, str]) -> Path:
         raise FileNotFoundError(f"{path} needs its {name} at {candidates[0]}, which does not exist")
     if atomic.sha256(frozen) != recorded["sha256"]:
         raise ValueError(
-            f"{path} was trained over {frozen} with sha256 {recorded['sha256'][:12]}, which has "
+            f"{path} was trained with {frozen} of sha256 {recorded['sha256'][:12]}, which has "
             f"changed to {atomic.sha256(frozen)[:12]}; restore the old file or train again"
         )
     return frozen

@@ -1,8 +1,8 @@
-"""Checkpoints in parts: a folder to which each process writes what it holds.
+"""Sharded checkpoints: a folder to which each process writes its shards.
 
-Tensors lie in safetensors files, written and read by torch's distributed checkpoints, and so can be
-read by any number of processes; everything else, in ``rest.pt``. Neither runs code. (torch's own
-layout of such folders keeps a pickle.)
+Tensors are in safetensors files, written and read by ``torch.distributed.checkpoint``, so that any
+number of processes can read them; everything else is in ``rest.pt``. Reading runs no code. (The
+default format of ``torch.distributed.checkpoint`` contains a pickle.)
 """
 
 import math
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 REST = "rest.pt"
-SEPARATOR = "|"  # parameters' names have dots
+SEPARATOR = "|"  # not a dot, as parameter names contain dots
 TreePath = tuple[str | int, ...]
 Template = Callable[[TreePath, torch.Size, torch.dtype], Tensor]
 
@@ -28,12 +28,12 @@ Template = Callable[[TreePath, torch.Size, torch.dtype], Tensor]
 def write_sharded(
     checkpoint: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write a checkpoint, of which each process has a part of the tensors; all have to call it.
+    """Write a checkpoint whose tensors may be sharded; every process must call it.
 
     Args:
         checkpoint: nested dicts and lists of tensors, which may be sharded, and plain values.
-        folder: a new one; one that is there is removed.
-        group: by which the processes talk; None is that of training.
+        folder: the folder to create; an existing one is replaced.
+        group: process group for communication; None is the default group.
 
     Raises:
         OSError: if the disk is full or fails.
@@ -41,25 +41,25 @@ def write_sharded(
     tensors: dict[str, Tensor] = {}
     rest = _split_tensors(checkpoint, (), tensors)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    failed: list[OSError | None] = [None]
+    failure: list[OSError | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            _begin(folder, {"rest": rest, "tensors": shapes})
+            _create_folder(folder, {"rest": rest, "tensors": shapes})
         except OSError as error:
-            failed = [error]
+            failure = [error]
     if dist.is_initialized():
-        dist.broadcast_object_list(failed, group=group)
-    if failed[0] is not None:
-        raise failed[0]
+        dist.broadcast_object_list(failure, group=group)
+    if failure[0] is not None:
+        raise failure[0]
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
-    except CheckpointException as error:  # which is not an Exception
+    except CheckpointException as error:  # a BaseException, not an Exception
         raise OSError(_reason(error)) from error
 
 
-def _begin(folder: Path, content: dict[str, Any]) -> None:
-    """An empty folder but for what is not a tensor."""
+def _create_folder(folder: Path, content: dict[str, Any]) -> None:
+    """Create the folder with ``rest.pt`` only."""
     if folder.is_dir():  # left by a run that was killed
         shutil.rmtree(folder)
     folder.unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def _begin(folder: Path, content: dict[str, Any]) -> None:
 
 
 def _reason(error: CheckpointException) -> str:
-    """What the first process that failed says."""
+    """The error message of the first process that failed."""
     first = next(iter(error.failures.values()))[0]
     return getattr(first, "strerror", None) or str(first)
 
@@ -77,69 +77,71 @@ def _reason(error: CheckpointException) -> str:
 def read_sharded(
     folder: Path, template: Template | None = None, *, skip: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The contents of a checkpoint in parts.
+    """The contents of a sharded checkpoint.
 
     Args:
-        folder: as written by ``write``, by any number of processes.
-        template: path of a tensor in the checkpoint, its whole shape and type -> a tensor to read
-            into, which may be sharded; None reads whole tensors, in one process.
-        skip: top-level entries whose tensors are not read; they stay None.
+        folder: as written by ``write_sharded`` with any number of processes.
+        template: (path in the checkpoint, full shape, dtype) -> the tensor to read into, which may
+            be sharded; None reads full tensors, in one process.
+        skip: top-level entries whose tensors are not read and stay None.
 
     Raises:
         OSError: if a file is missing.
-        ValueError: if a tensor is.
+        ValueError: if a tensor is missing or incomplete.
     """
     reader = HuggingFaceStorageReader(str(folder))
-    noted = torch.load(folder / REST, map_location="cpu", weights_only=True)
-    there = reader.read_metadata().state_dict_metadata
-    whole = [name for name, shape in noted["tensors"].items() if _is_whole(there.get(name), shape)]
-    if missing := sorted(noted["tensors"].keys() - set(whole)):
+    content = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    stored = reader.read_metadata().state_dict_metadata
+    complete = {
+        name for name, shape in content["tensors"].items() if _is_complete(stored.get(name), shape)
+    }
+    if missing := sorted(content["tensors"].keys() - complete):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     tensors = {}
-    wanted = [n for n in noted["tensors"] if n.partition(SEPARATOR)[0] not in skip]
-    for name in wanted:
-        path, found = tuple(_key(step) for step in name.split(SEPARATOR)), there[name]
-        size, dtype = found.size, found.properties.dtype  # type: ignore[union-attr]
+    names = [name for name in content["tensors"] if name.partition(SEPARATOR)[0] not in skip]
+    for name in names:
+        path, metadata = tuple(_key(step) for step in name.split(SEPARATOR)), stored[name]
+        size, dtype = metadata.size, metadata.properties.dtype  # type: ignore[union-attr]
         tensors[name] = template(path, size, dtype) if template else torch.empty(size, dtype=dtype)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as wanted
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
         try:
             dcp.load(tensors, storage_reader=reader, no_dist=template is None)
         except CheckpointException as error:
             raise OSError(f"{folder} cannot be read: {_reason(error)}") from error
-    checkpoint = noted["rest"]
+    checkpoint = content["rest"]
     for name, tensor in tensors.items():
         _insert_tensor(checkpoint, [_key(step) for step in name.split(SEPARATOR)], tensor)
     return checkpoint
 
 
-def _is_whole(found: Any, shape: list[int]) -> bool:
-    """Whether the parts of a tensor that are there make all of it."""
-    if found is None or list(found.size) != shape:
+def _is_complete(metadata: Any, shape: list[int]) -> bool:
+    """Whether the stored chunks of a tensor cover all of its elements."""
+    if metadata is None or list(metadata.size) != shape:
         return False
-    return sum(math.prod(chunk.sizes) for chunk in found.chunks) >= math.prod(shape)
+    return sum(math.prod(chunk.sizes) for chunk in metadata.chunks) >= math.prod(shape)
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a path is a checkpoint in parts."""
+    """Whether a path is a sharded checkpoint."""
     return (path / REST).is_file()
 
 
 def _split_tensors(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """A copy of a tree without its tensors, which go into ``tensors`` by their path."""
+    """A copy of nested containers with None for each tensor; adds those to ``tensors`` by path."""
     if isinstance(node, Tensor):
         tensors[SEPARATOR.join(path)] = node
         return None
     if isinstance(node, dict):
         return {k: _split_tensors(v, (*path, _step(k)), tensors) for k, v in node.items()}
     if isinstance(node, list | tuple):
-        kept = [_split_tensors(v, (*path, _step(i)), tensors) for i, v in enumerate(node)]
-        return kept if isinstance(node, list) else tuple(kept)
+        items = [_split_tensors(v, (*path, _step(i)), tensors) for i, v in enumerate(node)]
+        return items if isinstance(node, list) else tuple(items)
     return node
 
 
 def _insert_tensor(node: Any, path: Sequence[str | int], tensor: Tensor) -> None:
-    """Put a tensor to the place that was left empty for it."""
+    """Put a tensor back at its path."""
     for step in path[:-1]:
         node = node[step]
     node[path[-1]] = tensor

@@ -1,4 +1,4 @@
-"""Checkpoints in one file, as every strategy but FSDP writes them; read in either form."""
+"""Single-file checkpoints, for every strategy but FSDP; reads sharded checkpoints too."""
 
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,19 @@ from wuerstchen_pl.io import atomic
 
 
 class SingleFileCheckpointIO(CheckpointIO):
-    """Writes straight to the disk; Lightning's own makes a copy in memory first."""
+    """Writes directly to disk; Lightning's own plugin first makes a copy in memory."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a file, or leave that to a ``DeferredSave``; not durable yet, and without a hash.
+        """Write a file, or leave it to a ``DeferredSave``; without fsync and hash.
 
         Raises:
             OSError: if the disk is full or fails.
         """
 
         def write(content: dict[str, Any], group: object) -> None:
-            # A file of Python's: its errors say what is wrong with the disk, torch's do not.
+            # Open it in Python, whose errors tell what is wrong with the disk; torch's do not.
             with Path(path).open("wb") as file:
                 torch.save(content, file)
 
@@ -33,9 +33,9 @@ class SingleFileCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a file, or a folder that several processes wrote; runs no code of it."""
+        """Read a single-file or sharded checkpoint without running code from it."""
         return load.read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove it."""
+        """Remove a checkpoint, a file or a folder."""
         atomic.remove(Path(path))

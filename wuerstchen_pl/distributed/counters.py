@@ -1,4 +1,4 @@
-"""Counters of all processes together."""
+"""Counters summed over processes."""
 
 from collections import Counter
 
@@ -8,15 +8,15 @@ from wuerstchen_pl.distributed.launch import DistInfo
 
 
 def sum_counters(counter: Counter[str]) -> Counter[str]:
-    """The sum over processes; every process has to call it, with names of its own.
+    """The sum over processes, whose keys may differ; every process must call it.
 
-    Without a process group it is a copy.
+    Without a process group, returns a copy.
     """
-    every: list[Counter[str] | None] = [None] * DistInfo.from_process_group().world_size
-    if len(every) == 1:
+    counters: list[Counter[str] | None] = [None] * DistInfo.from_process_group().world_size
+    if len(counters) == 1:
         return Counter(counter)
-    dist.all_gather_object(every, counter)
+    dist.all_gather_object(counters, counter)
     total: Counter[str] = Counter()
-    for each in every:
-        total.update(each)
+    for process_counter in counters:
+        total.update(process_counter)
     return total

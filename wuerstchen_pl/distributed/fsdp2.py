@@ -1,4 +1,4 @@
-"""Weights that are sharded over processes (FSDP2), and how to use them."""
+"""Helpers for weights that may be sharded over processes with FSDP2."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard_stage(stage: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard a stage's weights over a mesh, in place: each block a unit, the rest another.
+    """Shard a stage's weights over a mesh, in place: one unit per block, and one for the rest.
 
-    A unit is gathered while its forward or backward pass runs; the unit of the rest, from the start
-    of ``training_step`` to the end of the backward pass, and during ``validation_step``. Anywhere
-    else, use ``unsharded``.
+    The weights of a block are gathered during its forward and backward pass; those of the rest from
+    the start of ``training_step`` to the end of the backward pass, and during ``validation_step``.
+    Use ``unsharded`` anywhere else.
     """
     if isinstance(stage, FSDPModule):
         return
@@ -28,7 +28,7 @@ def shard_stage(stage: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh)
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the gathered weights of all units, such as those left by a pass without backward."""
+    """Free the gathered weights of all units, such as after a forward pass without backward."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -36,9 +36,9 @@ def reshard(module: nn.Module) -> None:
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Gather all weights on every process within the block; all processes have to enter it.
+    """Gather all weights on every process within the block; every process must enter it.
 
-    Changes to the weights within the block are lost.
+    Changes to the gathered weights are lost.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
@@ -53,29 +53,32 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; all processes have to call it."""
+    """The full tensor of one that may be sharded; every process must call it."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # Collectives need it on the mesh's device.
+    # Collectives need the tensor on the mesh's device.
     on_mesh = cast(DTensor, tensor.to(tensor.device_mesh.device_type))
     return on_mesh.full_tensor().to(tensor.device)
 
 
-def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, equal on every process, sharded like ``other``."""
-    if isinstance(tensor, DTensor) or not isinstance(other, DTensor):
+def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """Shard a full tensor, which must be equal on every process, like ``reference``."""
+    if isinstance(tensor, DTensor) or not isinstance(reference, DTensor):
         return tensor
-    mesh = other.device_mesh
-    # Each process takes its shard of its own copy: no communication.
+    mesh = reference.device_mesh
+    # src_data_rank=None: each process slices its own copy, without communication.
     shards = distribute_tensor(
-        tensor.to(mesh.device_type), mesh, other.placements, src_data_rank=None
+        tensor.to(mesh.device_type), mesh, reference.placements, src_data_rank=None
     )
-    return shards.to(other.device)
+    return shards.to(reference.device)
 
 
 @torch.no_grad()
 def index_copy(tensor: Tensor, rows: Tensor, values: Tensor) -> None:
-    """``tensor[rows] = values`` for a tensor that may be sharded; arguments equal everywhere."""
+    """``tensor[rows] = values`` for a tensor that may be sharded.
+
+    ``rows`` and ``values`` must be equal on every process.
+    """
     full = full_tensor(tensor).clone()
     full[rows] = values.to(full)
     tensor.copy_(shard_like(full, tensor))

@@ -1,4 +1,4 @@
-"""Which process this is, and which device it works on."""
+"""The rank and device of this process."""
 
 import os
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 class DistInfo(NamedTuple):
-    """The place of a process among those that share the work."""
+    """Rank of a process, and number of processes."""
 
     rank: int = 0
     """In [0, world_size)."""
@@ -16,19 +16,19 @@ class DistInfo(NamedTuple):
 
     @staticmethod
     def from_env() -> "DistInfo":
-        """As torchrun and Slurm's launcher state it in RANK and WORLD_SIZE."""
+        """From RANK and WORLD_SIZE, which torchrun and Slurm's launcher set."""
         return DistInfo(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     @staticmethod
     def from_process_group() -> "DistInfo":
-        """As the initialized process group states it; (0, 1) without one."""
+        """From the default process group; (0, 1) if there is none."""
         if dist.is_available() and dist.is_initialized():
             return DistInfo(dist.get_rank(), dist.get_world_size())
         return DistInfo()
 
 
 def resolve_device(requested: str | None = None) -> torch.device:
-    """The requested device, or this process's own GPU, or the CPU where there is none."""
+    """The requested device; None selects the GPU of this process, or the CPU without GPUs."""
     if requested is not None:
         return torch.device(requested)
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Fully sharded data parallel training (FSDP2), with checkpoints in parts or in one file."""
+"""Fully sharded data-parallel training (FSDP2), with sharded or single-file checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -17,32 +17,32 @@ from wuerstchen_pl.distributed.fsdp2 import full_tensor, shard_like
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Each process holds its part of weights, gradients, EMA and optimizer state.
+    """Each process has a shard of weights, gradients, EMA weights and optimizer state.
 
-    Lightning's own strategy writes EMA weights and the rest of a checkpoint from one process only,
-    and into a pickle. Whatever one wrote, the other reads, with any number of processes.
+    Unlike with Lightning's ``ModelParallelStrategy``, EMA weights are saved sharded, and without a
+    pickle. Both forms of checkpoint can be loaded with any number of processes.
 
     Args:
-        sharded_checkpoint: write checkpoints as folders to which each process adds what it holds;
-            False gathers them into one file.
+        sharded_checkpoint: write a checkpoint as a folder with the shards of each process; False
+            gathers it into a single file.
     """
 
     def __init__(self, *, sharded_checkpoint: bool = True) -> None:
         super().__init__(save_distributed_checkpoint=sharded_checkpoint)
 
     def setup_environment(self) -> None:
-        """Spread over all processes of all machines."""
+        """Shard over all processes of all nodes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's tensors, sharded."""
+        """The module's state with sharded tensors."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's tensors, sharded, by the number of their parameter."""
+        """The optimizer's state by parameter index, with sharded tensors."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         return optimizer.state_dict()
@@ -50,7 +50,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a folder, or gather a file; or leave the writing to a ``DeferredSave``.
+        """Write a sharded or gathered checkpoint, or leave the writing to a ``DeferredSave``.
 
         Raises:
             OSError: if the disk is full or fails.
@@ -71,15 +71,15 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read either form into the module and its optimizers; returns all that was there."""
+        """Load either form into the module and its optimizers; returns the whole checkpoint."""
         path = Path(self.broadcast(checkpoint_path))
         assert self.lightning_module is not None
-        known = _ParameterIndex(self.lightning_module, self.optimizers)
+        index = _ParameterIndex(self.lightning_module, self.optimizers)
         if sharded.is_sharded(path):
-            checkpoint = sharded.read_sharded(path, known.template)
+            checkpoint = sharded.read_sharded(path, index.template)
         else:
             checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-            checkpoint = known.sharded(checkpoint)
+            checkpoint = index.shard(checkpoint)
         self.lightning_module.load_state_dict(checkpoint["state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
@@ -87,43 +87,45 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 class _ParameterIndex:
-    """Which parameter a tensor of a checkpoint belongs to, and so how it is sharded."""
+    """Maps tensors of a checkpoint to the parameters whose sharding they share."""
 
     def __init__(self, module: nn.Module, optimizers: list[Optimizer]) -> None:
         self.by_name = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.by_number = [
+        self.by_optimizer = [
             [p for group in optimizer.param_groups for p in group["params"]]
             for optimizer in optimizers
         ]
 
-    def owner(self, path: tuple[str | int, ...]) -> Tensor | None:
-        """The parameter or buffer of ``state_dict``, ``ema|shadow`` or ``optimizer_states``."""
+    def parameter(self, path: tuple[str | int, ...]) -> Tensor | None:
+        """The parameter or buffer that a tensor at ``path`` in a checkpoint belongs to, or None."""
         match path:
             case ("state_dict", str(name)) | ("ema", "shadow", str(name)):
                 return self.by_name.get(name)
-            case ("optimizer_states", int(optimizer), "state", int(number), _):
-                return self.by_number[optimizer][number]
+            case ("optimizer_states", int(optimizer), "state", int(index), _):
+                return self.by_optimizer[optimizer][index]
         return None
 
     def template(self, path: tuple[str | int, ...], size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A tensor to read one of a checkpoint into."""
-        owner = self.owner(path)
-        if isinstance(owner, DTensor) and owner.shape == size:
-            return torch.empty_like(owner.detach(), dtype=dtype)
+        """An empty tensor to read the tensor at ``path`` into, sharded like its parameter."""
+        parameter = self.parameter(path)
+        if isinstance(parameter, DTensor) and parameter.shape == size:
+            return torch.empty_like(parameter.detach(), dtype=dtype)
         return torch.empty(size, dtype=dtype)
 
-    def sharded(self, node: Any, path: tuple[str | int, ...] = ()) -> Any:
-        """A copy of a checkpoint in which whole tensors are sharded as those they belong to."""
+    def shard(self, node: Any, path: tuple[str | int, ...] = ()) -> Any:
+        """A copy of a checkpoint with full tensors sharded like their parameters."""
         if isinstance(node, dict):
-            return {k: self.sharded(v, (*path, k)) for k, v in node.items()}
+            return {k: self.shard(v, (*path, k)) for k, v in node.items()}
         if isinstance(node, list):
-            return [self.sharded(v, (*path, i)) for i, v in enumerate(node)]
-        owner = self.owner(path) if isinstance(node, Tensor) else None
-        return shard_like(node, owner) if owner is not None and owner.shape == node.shape else node
+            return [self.shard(v, (*path, i)) for i, v in enumerate(node)]
+        parameter = self.parameter(path) if isinstance(node, Tensor) else None
+        if parameter is None or parameter.shape != node.shape:
+            return node
+        return shard_like(node, parameter)
 
 
 def _gather_tree(node: Any, *, keep: bool) -> Any:
-    """A copy of a tree with whole tensors, in the host's memory; none where they are not kept."""
+    """A copy of nested containers with full tensors in host memory; None for each if not kept."""
     if isinstance(node, dict):
         return {k: _gather_tree(v, keep=keep) for k, v in node.items()}
     if isinstance(node, list | tuple):

@@ -1,6 +1,6 @@
-"""Statistics over the batch of all processes, whatever the device.
+"""Batch statistics over all processes, on any device.
 
-torch's ``SyncBatchNorm`` refuses the CPU, where the rest of a distributed run can be tested.
+torch's ``SyncBatchNorm`` does not support the CPU, on which distributed runs are tested.
 """
 
 from typing import Any
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` whose statistics in training are those of all processes together."""
+    """``nn.BatchNorm2d`` with statistics over all processes in training."""
 
-    FINGERPRINT_AS = nn.BatchNorm2d  # once it is trained: fingerprints are the same
+    FINGERPRINT_AS = nn.BatchNorm2d  # trained weights are interchangeable with it
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if not self.training or _is_single_process():
             return super().forward(x)
-        centerd, mean, squares, count = _center(x.float(), dims=(0, 2, 3))
+        centered, mean, squares, count = _center(x.float(), dims=(0, 2, 3))
         var = squares / count
-        self._remember(mean.detach().flatten(), var.detach().flatten() * count / (count - 1))
+        self._update_running(mean.detach().flatten(), var.detach().flatten() * count / (count - 1))
         scale = (var + self.eps).rsqrt() * self.weight[:, None, None]
-        return torch.addcmul(self.bias[:, None, None], centerd, scale).to(x.dtype)
+        return torch.addcmul(self.bias[:, None, None], centered, scale).to(x.dtype)
 
-    def _remember(self, mean: Tensor, var: Tensor) -> None:
+    def _update_running(self, mean: Tensor, var: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -36,7 +36,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def global_std(x: Tensor) -> Tensor:
-    """Standard deviation of the values of all processes, as ``Tensor.std``."""
+    """``Tensor.std`` over the values of all processes."""
     if _is_single_process():
         return x.std()
     _, _, squares, count = _center(x, dims=tuple(range(x.ndim)))
@@ -48,36 +48,36 @@ def _is_single_process() -> bool:
 
 
 def _center(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x less its mean over ``dims`` and processes, that mean, the sum of squares, and the count."""
+    """x minus its mean over ``dims`` and processes, the mean, the sum of squares, and the count."""
     sums = x.sum(dim=dims, keepdim=True)
-    own_count = sums.new_full((1,), x.numel() / sums.numel())
-    *_, count = total = AllReduceSum.apply(torch.cat([sums.flatten(), own_count]))
+    local_count = sums.new_full((1,), x.numel() / sums.numel())
+    *_, count = total = AllReduceSum.apply(torch.cat([sums.flatten(), local_count]))
     mean = total[:-1].view_as(sums) / count
-    centerd = x - mean
-    squares = AllReduceSum.apply(centerd.square().sum(dim=dims, keepdim=True))
-    return centerd, mean, squares, count
+    centered = x - mean
+    squares = AllReduceSum.apply(centered.square().sum(dim=dims, keepdim=True))
+    return centered, mean, squares, count
 
 
 class AllReduceSum(torch.autograd.Function):
-    """The sum of a tensor over all processes; each process's gradient is the sum of them all."""
+    """The sum of a tensor over all processes; gradients are summed over processes as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """The same shape, the same in every process."""
+        """The sum, in the shape of ``x``, the same on every process."""
         total = x.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """As ``forward``."""
+        """The sum of the gradients of all processes."""
         total = grad.clone()
         dist.all_reduce(total)
         return total
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Turn every ``nn.BatchNorm2d`` in a network into the global one, weights and names kept."""
+    """Turn every ``nn.BatchNorm2d`` of a network into ``SyncBatchNorm2d``, in place."""
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = SyncBatchNorm2d

@@ -1,4 +1,4 @@
-"""A CSV log that survives a resume; Lightning's CSVLogger deletes the file of the run before."""
+"""A CSV log that survives resuming; Lightning's CSVLogger deletes the existing file."""
 
 import csv
 from pathlib import Path
@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 class CSVLogger(Logger):
     """Append ``step,metric,value`` rows to ``metrics.csv``.
 
-    When a resumed run logs for the first time, the rows of steps that it repeats are dropped, and
-    so are lines that cannot be read, such as the last one of a run that was killed.
+    When a resumed run first logs, the rows of steps that it repeats are dropped, as are malformed
+    lines, such as the last line of a run that was killed.
 
     Args:
         folder: the run's folder.
@@ -30,17 +30,17 @@ class CSVLogger(Logger):
 
     @property
     def version(self) -> str:
-        """Empty: a run has one log."""
+        """Empty, as a run has a single log."""
         return ""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Path:
-        """The path of the file."""
+        """The path of the CSV file."""
         return self.path
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the run's config.yaml has them."""
+        """Do nothing, as the run's config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

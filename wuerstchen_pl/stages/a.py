@@ -18,16 +18,16 @@ from wuerstchen_pl.stages.stage import OptimizerFactory, Stage, num_unique_sampl
 class StageA(Stage):
     """Reconstruction, perceptual, adversarial and codebook losses.
 
-    The VQGAN and the discriminator are two parameter groups of one optimizer. AdamW treats each
-    parameter alone, so this computes what two optimizers would, and both are averaged, clipped,
-    accumulated, sharded and saved like the other stages.
+    The VQGAN and the discriminator are two parameter groups of one optimizer. AdamW updates each
+    parameter independently, so this equals two optimizers, while EMA, clipping, accumulation,
+    sharding and checkpoints work as in the other stages.
 
     Args:
         vqgan: encoder, codebook and decoder.
         discriminator: trained from the first step on, whether or not its loss is applied.
-        perceptual: two batches of images -> (B,) distances; frozen.
+        perceptual: two batches of images -> (B,) distances; frozen. None omits this loss.
         optimizer: builds an optimizer over both parameter groups.
-        lr_schedule: factor on the learning rate by step.
+        lr_schedule: step -> factor on the learning rate.
         ema: moving average of the trainable weights.
         mse_weight: weight of the squared error (paper: 1).
         perceptual_weight: weight of the perceptual distance (paper: 0.1).
@@ -35,9 +35,9 @@ class StageA(Stage):
         adversarial_start_step: first step that applies the adversarial loss (paper: 10,000).
         commitment_weight: weight of the commitment loss (code: 0.25).
         quantize_drop_prob: probability that a step skips quantization (paper: 0.1).
-        codebook_restart_every_steps: steps after which unused codes are moved onto latents of the
-            current batch.
-        seed: seeds the random numbers of training.
+        codebook_restart_every_steps: steps between two restarts, which replace unused codes with
+            latents of the current batch.
+        seed: seed of the random numbers of training.
     """
 
     name = "a"
@@ -78,18 +78,18 @@ class StageA(Stage):
         self.quantize_drop_prob = quantize_drop_prob
         self.codebook_restart_every_steps = codebook_restart_every_steps
         codes = vqgan.quantizer.codebook.num_embeddings
-        # How often each code was used since the last restart, and since validation started.
+        # Uses of each code since the last restart, and since validation started.
         self.register_buffer("code_uses", torch.zeros(codes))
         self.register_buffer("val_code_uses", torch.zeros(codes), persistent=False)
 
     @property
     def size_multiple(self) -> int:
-        """2^levels: pixels per latent along a side."""
+        """2^levels: pixels per latent position along a side."""
         return self.vqgan.factor
 
     @property
     def latent_channels(self) -> int:
-        """C of the latents."""
+        """Channels of the latents."""
         return self.vqgan.latent_channels
 
     # Interface for Stage B
@@ -108,7 +108,7 @@ class StageA(Stage):
         return self.vqgan.decode(latents).clamp(0, 1)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> the same shape, through unquantized latents as Stage B uses."""
+        """(B, 3, H, W) in [0, 1] -> the same shape, through the unquantized latents of Stage B."""
         return self.decode(self.encode(images))
 
     # Losses
@@ -116,7 +116,7 @@ class StageA(Stage):
     def generator_loss(
         self, images: Tensor, *, quantize: bool, adversarial: bool
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The VQGAN's loss.
+        """The loss of the VQGAN.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
@@ -124,7 +124,7 @@ class StageA(Stage):
             adversarial: whether to add the adversarial loss.
 
         Returns:
-            The loss, the reconstruction, and the terms by name, with ``indices`` and ``features``.
+            The loss, the reconstruction, and by name the loss terms, ``indices`` and ``features``.
         """
         features = self.vqgan.features(images)
         quantized = self.vqgan.quantizer(features)
@@ -158,7 +158,7 @@ class StageA(Stage):
         return [{"params": list(part.parameters()), "name": name} for name, part in parts.items()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The sum of both losses; each has gradients for its own network only."""
+        """The sum of both losses, each with gradients for its own network only."""
         images = batch["image"]
         rng = self.batch_rng(len(images), batch_idx)
         self.discriminator.requires_grad_(False)
@@ -168,11 +168,11 @@ class StageA(Stage):
             adversarial=self.global_step >= self.adversarial_start_step,
         )
         self.discriminator.requires_grad_(True)
-        fake_or_real = self.discriminator_loss(images, decoded)
+        discriminator_loss = self.discriminator_loss(images, decoded)
         self._count_codes(terms.pop("indices"))
         self._latents = rows_of(terms.pop("features").detach())
-        self.log_means({"loss": loss, "discriminator": fake_or_real, **terms})
-        return loss + fake_or_real
+        self.log_means({"loss": loss, "discriminator": discriminator_loss, **terms})
+        return loss + discriminator_loss
 
     def _count_codes(self, indices: Tensor) -> None:
         uses = torch.bincount(indices.flatten(), minlength=len(self.code_uses)).float()
@@ -180,7 +180,7 @@ class StageA(Stage):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Periodically move unused codes onto current latents, alike on all processes."""
+        """Periodically replace unused codes with current latents, the same on all processes."""
         if step % self.codebook_restart_every_steps:
             return
         dead = (self.code_uses == 0).nonzero().flatten()
@@ -195,15 +195,15 @@ class StageA(Stage):
         self.ema.overwrite_rows("vqgan.quantizer.codebook.weight", dead, rows)
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
-        """(N, C) per process -> the rows of all, equally many of each, the fewest that one has."""
+        """(N, C) per process -> (world_size min(N), C), the first min(N) rows of each process."""
         num_rows = torch.tensor(len(rows), device=rows.device)
-        fewest = int(self.trainer.strategy.reduce(num_rows, reduce_op="min"))
-        return cast(Tensor, self.all_gather(rows[:fewest])).view(-1, rows.shape[1])
+        min_rows = int(self.trainer.strategy.reduce(num_rows, reduce_op="min"))
+        return cast(Tensor, self.all_gather(rows[:min_rows])).view(-1, rows.shape[1])
 
     # Validation, with EMA weights
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the code counts, and swap the EMA weights in."""
+        """Swap in the EMA weights, and reset the code counts."""
         super().on_validation_epoch_start()
         self.val_code_uses.zero_()
 
@@ -220,7 +220,7 @@ class StageA(Stage):
         self.log_dict(metrics, batch_size=num_unique_samples(batch), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Log how much of the codebook all processes used."""
+        """Log the codebook usage over all processes."""
         super().on_validation_epoch_end()
         uses = self.trainer.strategy.reduce(self.val_code_uses.clone(), reduce_op="sum")
         perplexity, dead = codebook_usage(uses)
@@ -229,15 +229,15 @@ class StageA(Stage):
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
-        """Original; reconstructions with raw and EMA weights; EMA and quantized."""
+        """Original; reconstructions: raw weights, EMA weights, EMA weights with quantization."""
         images = batch["image"]
         with unsharded(self):
             raw = self.reconstruct(images)
         with self.ema.applied(self):
             with_ema = self.reconstruct(images)
             quantized = self.vqgan.quantizer(self.vqgan.features(images)).latents
-            codes = self.vqgan.decode_features(quantized).clamp(0, 1)
-        return {"original": images, "raw": raw, "EMA": with_ema, "EMA, quantized": codes}
+            decoded = self.vqgan.decode_features(quantized).clamp(0, 1)
+        return {"original": images, "raw": raw, "EMA": with_ema, "EMA, quantized": decoded}
 
 
 def rows_of(features: Tensor) -> Tensor:

@@ -37,16 +37,16 @@ class StageB(Stage):
         compressor: images -> semantic latents, trained with the denoiser.
         text_encoder: frozen; None trains without text.
         optimizer: builds an optimizer over denoiser and compressor.
-        lr_schedule: factor on the learning rate by step.
+        lr_schedule: step -> factor on the learning rate.
         ema: moving average of the trainable weights.
-        p2: form of the loss weight. The paper prints one for Stage C only; the released code
-            weights both. ``none`` turns it off.
+        p2: form of the loss weight; ``none`` disables it. The paper states a weight for Stage C
+            only, but the released code weights both stages.
         semantic_drop_prob: probability that a sample's semantic latents are zeroed (code: 0.05).
-        semantic_noise_prob: probability that the semantic latents of the others are noised, at a
-            time uniform in [0, 0.5) (code: 0.3).
+        semantic_noise_prob: probability that a sample's semantic latents are noised, at a time
+            uniform in [0, 0.5), unless they are zeroed (code: 0.3).
         text_drop_prob: probability that a caption is replaced with the empty one (code: 0.05).
         frozen_precision: precision of Stage A and the text encoder.
-        seed: seeds the random numbers of training.
+        seed: seed of the random numbers of training.
     """
 
     name = "b"
@@ -102,7 +102,7 @@ class StageB(Stage):
 
     @property
     def size_multiple(self) -> int:
-        """Stage A's factor times that of the denoiser."""
+        """Stage A's factor times the denoiser's."""
         return self.stage_a.size_multiple * self.diffnext.size_multiple
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
@@ -145,7 +145,7 @@ class StageB(Stage):
             seeds: one per image.
             captions: one per image, for a Stage B with text; None uses the empty caption.
             num_steps: denoising steps (paper: 12).
-            guidance_scale: guidance towards the semantic latents; none up to 1 (paper: 4).
+            guidance_scale: guidance toward the semantic latents; 1 or less disables it (paper: 4).
             method: ``ddpm`` or ``ddim``.
 
         Returns:
@@ -196,19 +196,19 @@ class StageB(Stage):
         pred = self.diffnext(self.schedule.add_noise(x0, t, noise), t, semantic, text)
         return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
 
-    def corrupt(self, semantic: Tensor, chance: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def corrupt(self, semantic: Tensor, uniform: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Zero or noise semantic latents, so that Stage B tolerates Stage C's errors.
 
         Args:
             semantic: (B, S, h, w).
-            chance: (B, 2) uniform in [0, 1); compared with the probabilities to zero and to noise.
-            t: (B,) uniform in [0, 0.5), time at which to noise.
-            noise: as ``semantic``, standard normal.
+            uniform: (B, 2) uniform in [0, 1), compared with the probabilities of zeroing and of
+                noising.
+            t: (B,) uniform in [0, 0.5), the diffusion time of the noise.
+            noise: standard normal, in the shape of ``semantic``.
         """
-        drop, disturb = chance[:, 0], chance[:, 1]
-        keep = (drop >= self.semantic_drop_prob)[:, None, None, None]
-        noised = (disturb < self.semantic_noise_prob)[:, None, None, None]
-        return torch.where(noised, self.schedule.add_noise(semantic, t, noise), semantic) * keep
+        keep = (uniform[:, 0] >= self.semantic_drop_prob)[:, None, None, None]
+        is_noised = (uniform[:, 1] < self.semantic_noise_prob)[:, None, None, None]
+        return torch.where(is_noised, self.schedule.add_noise(semantic, t, noise), semantic) * keep
 
     def latents(self, batch: Batch) -> Tensor:
         """Stage A's latents of a batch, from the cache or encoded now."""
@@ -218,12 +218,12 @@ class StageB(Stage):
             return self.stage_a.encode(batch["image"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sample times, noise and drops; return the loss."""
+        """Sample times, noise and conditioning dropout; return the loss."""
         x0 = self.latents(batch)
         rng = self.batch_rng(len(x0), batch_idx)
         semantic = self.encode(batch["image"])
-        chance, time = rng.uniform(2), rng.uniform() * 0.5
-        semantic = self.corrupt(semantic, chance.to(x0), time.to(x0), rng.noise(semantic))
+        uniform, semantic_t = rng.uniform(2), rng.uniform() * 0.5
+        semantic = self.corrupt(semantic, uniform.to(x0), semantic_t.to(x0), rng.noise(semantic))
         text = encode_captions(batch, self.text, rng.uniform() < self.text_drop_prob)
         t = sample_timesteps(rng.uniform()).to(x0.device)
         losses = self.loss(x0, t, rng.noise(x0), semantic, text)
@@ -236,7 +236,7 @@ class StageB(Stage):
 
     @torch.no_grad()
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, 4) times in (0, 1), a function of ``batch["key"]``, and the losses at these times."""
+        """(B, 4) times in (0, 1), derived from ``batch["key"]``, and the losses at these times."""
         x0, text = self.latents(batch), encode_captions(batch, self.text)
         semantic = self.encode(batch["image"])
 
@@ -252,7 +252,7 @@ class StageB(Stage):
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
-        """Original, noised, x0 in one step (EMA), samples with raw and with EMA weights."""
+        """Original, noised, one-step x0 prediction (EMA), samples with raw and EMA weights."""
         images, captions = batch["image"], batch["caption"]
         rows, size = len(images), (images.shape[-2], images.shape[-1])
         x0 = self.stage_a.encode(images)

@@ -21,7 +21,7 @@ class StageC(TextConditionalStage):
     Args:
         stage_b: the trained Stage B, with its compressor and Stage A; frozen.
         prior: the denoiser.
-        semantic_shift: Stage C works in (s + shift) / scale of the compressor's s.
+        semantic_shift: the prior works on (s + shift) / scale, with s from the compressor.
         semantic_scale: see ``semantic_shift``.
 
     The other arguments are those of ``TextConditionalStage``.
@@ -65,7 +65,7 @@ class StageC(TextConditionalStage):
 
     @property
     def size_multiple(self) -> int:
-        """Stage B's: the prior takes any size."""
+        """Stage B's ``size_multiple``; the prior takes any size."""
         return self.stage_b.size_multiple
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:

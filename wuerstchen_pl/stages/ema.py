@@ -1,7 +1,7 @@
 """Exponential moving average of a module's trainable parameters.
 
-Lightning's ``WeightAveraging`` is not used: it also copies frozen networks, takes the mean of
-integer buffers, does not support sharded weights, and stores raw and EMA weights swapped when
+Lightning's ``WeightAveraging`` is not used because it copies frozen networks too, takes the mean of
+integer buffers, does not support sharded weights, and leaves raw and EMA weights swapped if
 validation raises.
 """
 
@@ -18,17 +18,17 @@ from wuerstchen_pl.distributed.fsdp2 import index_copy, shard_like, unsharded
 class EMA:
     """shadow <- shadow + (1 - d) (parameter - shadow), every ``every_steps`` optimizer steps.
 
-    Buffers are not averaged: batch-norm statistics are running means already, and a module with EMA
-    weights keeps its current ones. The shadow of a sharded parameter is sharded alike.
+    Buffers are not averaged: batch-norm statistics are already running means, so a module with EMA
+    weights keeps its current buffers. The shadow of a sharded parameter is sharded the same way.
 
     Args:
-        decay: d, in [0, 1); 0.9999 is usual, the published code has 0.9 every 100 steps.
+        decay: d, in [0, 1); 0.9999 is usual, the published code uses 0.9 every 100 steps.
         every_steps: optimizer steps between two updates.
         start_step: optimizer steps before the first update, which copies the parameters.
         warmup: use d = min(decay, (1 + n) / (10 + n)) at update n, so that runs of any length
             forget the random initialization; False uses d = decay from the second update on.
-        device: "cpu" keeps the shadow in host memory: 4 bytes per parameter less on the device, and
-            as many to copy at every update.
+        device: "cpu" keeps the shadow in host memory, which saves 4 bytes per parameter on the
+            device, but copies as many at every update.
 
     Raises:
         ValueError: if ``decay`` or ``every_steps`` is out of range.
@@ -55,7 +55,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Count one optimizer step of ``module``; average its parameters if an update is due."""
+        """Count one optimizer step of ``module``; update the shadow if an update is due."""
         self.num_steps += 1
         if self.num_steps <= self.start_step or self.num_steps % self.every_steps:
             return
@@ -64,30 +64,31 @@ class EMA:
             self.shadow = {name: self._to_shadow_device(p).clone() for name, p in params.items()}
         else:
             self._align(params)
-            warm = (1 + self.num_updates) / (10 + self.num_updates) if self.warmup else 1.0
+            max_decay = (1 + self.num_updates) / (10 + self.num_updates) if self.warmup else 1.0
+            decay = min(self.decay, max_decay)
             current = [self._to_shadow_device(p) for p in params.values()]
-            torch._foreach_lerp_(list(self.shadow.values()), current, 1 - min(self.decay, warm))
+            torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)
         self.num_updates += 1
 
     def _to_shadow_device(self, tensor: Tensor) -> Tensor:
         return tensor if self.device is None else tensor.to(self.device)
 
     def _align(self, params: dict[str, Tensor]) -> None:
-        """Shard and order a shadow from a checkpoint like the parameters, on their device."""
+        """Give a shadow from a checkpoint the parameters' sharding, order and device."""
         for name, p in params.items():
             shadow = shard_like(self.shadow.pop(name), p)
             self.shadow[name] = shadow.to(self.device or p.device)
 
     def overwrite_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
-        """Set rows of the shadow of parameter ``name``, for rows that were re-initialized."""
+        """Overwrite rows in the shadow of parameter ``name``, such as re-initialized ones."""
         if name in self.shadow:
             index_copy(self.shadow[name], rows.to(self.shadow[name].device), values)
 
     @contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
-        """Give ``module`` the EMA weights within the block, and its raw weights back after it.
+        """Use the EMA weights in ``module`` within the block; restore the raw weights after it.
 
-        Before the first update the weights stay as they are. Sharded weights stay sharded.
+        Before the first update the raw weights are used. Sharded weights stay sharded.
         """
         params = {n: p.detach() for n, p in _trainable(module).items()} if self.shadow else {}
         if params:
@@ -103,7 +104,7 @@ class EMA:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """As ``swapped_in``, with sharded weights gathered; all processes have to enter it."""
+        """``swapped_in`` with sharded weights gathered; every process must enter it."""
         with self.swapped_in(module), unsharded(module):
             yield
 
@@ -113,7 +114,7 @@ class EMA:
         return {**counters, "shadow": self.shadow}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore ``state_dict()``, however the weights are sharded now."""
+        """Restore ``state_dict()``; the weights may be sharded differently now."""
         self.num_steps, self.num_updates = state["num_steps"], state["num_updates"]
         self.shadow = dict(state["shadow"])
 

@@ -1,7 +1,7 @@
 """The paper's baseline: a latent diffusion model in Stage A's latents (section 4).
 
-The same objective, text conditioning, EMA and sampling as Stage C, in latents as large as those
-that Stage B decodes to. What differs is the compression.
+Objective, text conditioning, EMA and sampling are those of Stage C; only the compression differs:
+the latents are Stage A's, which are as large as those that Stage B generates.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ class StageLDM(TextConditionalStage):
 
     @property
     def size_multiple(self) -> int:
-        """Stage A's factor times that of the denoiser."""
+        """Stage A's factor times the denoiser's."""
         return self.stage_a.size_multiple * self.prior.size_multiple
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
@@ -80,7 +80,7 @@ class StageLDM(TextConditionalStage):
         return self.stage_a.vqgan.factor
 
     def encode_semantic(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, C, H/f, W/f), unit variance."""
+        """(B, 3, H, W) in [0, 1] -> (B, C, H/f, W/f) latents of unit variance."""
         return self.stage_a.encode(images)
 
     def decode_semantic(

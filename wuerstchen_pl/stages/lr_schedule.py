@@ -8,8 +8,7 @@ class WarmupCosine:
 
     Args:
         warmup_steps: steps until the factor is 1.
-        total_steps: step at which the cosine reaches 0; None keeps the factor at 1, as in the
-            paper.
+        total_steps: step at which the cosine reaches 0; None keeps the factor at 1 (paper).
     """
 
     def __init__(self, *, warmup_steps: int = 0, total_steps: int | None = None) -> None:

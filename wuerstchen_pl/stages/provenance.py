@@ -1,4 +1,4 @@
-"""Where a stage comes from: its config, its checkpoint, and the files of its frozen networks."""
+"""Provenance of a stage: its config, its checkpoint, and the weight files of frozen networks."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from wuerstchen_pl.io import atomic
 
 
 class Source(TypedDict):
-    """A file that weights were read from."""
+    """Path and hash of a file that weights were read from."""
 
     path: str
     sha256: str
@@ -22,22 +22,22 @@ class Source(TypedDict):
 
 @dataclass
 class Provenance:
-    """What a checkpoint records besides tensors.
+    """The origin of a stage, recorded in its checkpoints.
 
     Attributes:
         config: the ``stage`` node of the run's config.
-        source: the checkpoint that this stage was loaded from; None for a new one.
+        source: the checkpoint that the stage was loaded from; None for a new stage.
     """
 
     config: dict[str, Any] | None = None
     source: Source | None = None
 
     def record(self, frozen: Mapping[str, nn.Module], run_dir: str | Path) -> dict[str, Any]:
-        """The entries of a checkpoint.
+        """Provenance entries of a checkpoint.
 
         Args:
             frozen: the stage's frozen networks by name.
-            run_dir: the folder above ``checkpoints/``, which frozen stages' paths are relative to.
+            run_dir: the folder above ``checkpoints/``; frozen stages' paths are relative to it.
         """
         return {
             "stage": self.config,
@@ -71,13 +71,16 @@ class Provenance:
                     "start a new run"
                 )
 
-    def _check_optimizer(self, trained: dict[str, Any] | None) -> None:
-        now, before = (((c or {}).get("optimizer") or {}) for c in (self.config, trained))
-        if now.get("_target_") != before.get("_target_"):
+    def _check_optimizer(self, recorded: dict[str, Any] | None) -> None:
+        current, saved = (
+            ((config or {}).get("optimizer") or {}).get("_target_")
+            for config in (self.config, recorded)
+        )
+        if current != saved:
             raise ValueError(
-                f"stage.optimizer._target_={now.get('_target_')} cannot use the optimizer state of "
-                f"{before.get('_target_')}; choose that one (optimizer@stage.optimizer), or start "
-                "a new run with init_from"
+                f"stage.optimizer._target_={current} cannot use the optimizer state of {saved}; "
+                "choose that optimizer (optimizer@stage.optimizer), or start a new run with "
+                "init_from"
             )
 
 
@@ -88,7 +91,7 @@ def frozen_sources(frozen: Mapping[str, nn.Module]) -> dict[str, Source]:
 
 
 def weight_files(frozen: Mapping[str, nn.Module]) -> dict[str, Source]:
-    """Path and sha256 of the files that frozen networks were read from, such as CLIP's."""
+    """Paths and hashes of the weight files of frozen networks, such as CLIP's."""
     paths = {name: getattr(part, "weights", None) for name, part in frozen.items()}
     return {
         name: {"path": str(path), "sha256": _cached_sha256(str(path), os.stat(path).st_mtime_ns)}
@@ -98,7 +101,7 @@ def weight_files(frozen: Mapping[str, nn.Module]) -> dict[str, Source]:
 
 
 def check_weight_files(frozen: Mapping[str, nn.Module], recorded: Mapping[str, Source]) -> None:
-    """Refuse other frozen weights than those that a checkpoint names.
+    """Refuse frozen weights that differ from those recorded in a checkpoint.
 
     Raises:
         ValueError: naming the file and both hashes.
@@ -114,5 +117,5 @@ def check_weight_files(frozen: Mapping[str, nn.Module], recorded: Mapping[str, S
 
 @lru_cache(maxsize=16)
 def _cached_sha256(path: str, modified_ns: int) -> str:
-    """The sha256 of a file, computed once: CLIP's files have gigabytes."""
+    """The sha256 of a file, cached because CLIP's weights are several gigabytes."""
     return atomic.sha256(Path(path))

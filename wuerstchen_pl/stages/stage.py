@@ -1,4 +1,4 @@
-"""What all stages share: frozen networks, EMA, optimizer, and what a checkpoint records."""
+"""Base of all stages: frozen networks, EMA, optimizer, validation, and checkpoints."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +20,7 @@ from wuerstchen_pl.stages.lr_schedule import WarmupCosine
 from wuerstchen_pl.stages.provenance import Provenance, Source, check_weight_files
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
-"""Parameters, or groups of them -> optimizer."""
+"""Parameters or parameter groups -> optimizer."""
 
 
 def encode_captions(
@@ -33,7 +33,7 @@ def encode_captions(
     Args:
         batch: with ``caption``, and with ``text`` and ``empty_text`` if they were cached.
         encode: captions -> (B, L, D) states, or None for a stage without text.
-        dropped: (B,) whether to replace a caption with the empty one; None drops none.
+        dropped: (B,) bool, True replaces the caption with the empty one; None keeps all.
     """
     if dropped is None:
         dropped = torch.zeros(len(batch["caption"]), dtype=torch.bool)
@@ -44,7 +44,7 @@ def encode_captions(
 
 
 def num_unique_samples(batch: Batch) -> int:
-    """Number of samples of a validation batch; 0 if another process has the same ones."""
+    """Number of samples of a validation batch; 0 if another process has the same samples."""
     return len(batch["caption"]) if batch.get("is_unique", True) else 0
 
 
@@ -52,13 +52,13 @@ class Stage(L.LightningModule):
     """Base of the stages.
 
     A frozen network is an attribute of the stage and moves with it, but is not registered as a
-    submodule (see ``FrozenModules``). A checkpoint names it by path and sha256.
+    submodule (see ``FrozenModules``). A checkpoint refers to it by path and sha256.
     """
 
     name: ClassVar[str]
-    """``a``, ``b``, ``c`` or ``ldm``: the choice of ``stage=``."""
+    """``a``, ``b``, ``c`` or ``ldm``, as in ``stage=``."""
     TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("optimizer", "lr_schedule", "ema", "seed")
-    """Constructor arguments that a stage which only samples does not need."""
+    """Constructor arguments that are not needed for sampling."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Stage(L.LightningModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; Lightning's own does not follow a frozen stage's moves."""
+        """The device of the weights; Lightning's property is not updated for a frozen stage."""
         return next(self.parameters()).device
 
     def configure_model(self) -> None:
@@ -106,7 +106,7 @@ class Stage(L.LightningModule):
 
     @property
     def size_multiple(self) -> int:
-        """Heights and widths of images must be multiples of it."""
+        """Image heights and widths must be multiples of this."""
         raise NotImplementedError
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
@@ -120,7 +120,7 @@ class Stage(L.LightningModule):
         return [{"params": list(self.parameters())}]
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over everything that is not frozen, with the learning-rate schedule."""
+        """One optimizer over all weights that are not frozen, with the learning-rate schedule."""
         if self.optimizer_factory is None:
             raise ValueError("stage.optimizer is missing; set it to train this stage")
         optimizer = self.optimizer_factory(self.parameter_groups())
@@ -131,16 +131,16 @@ class Stage(L.LightningModule):
         }
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then update the EMA: in no batch hook, so that no checkpoint comes in between."""
+        """Step, then update the EMA; not in a batch hook, as a checkpoint could come in between."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self)
         self.after_step(self.global_step + 1)
 
     def after_step(self, step: int) -> None:
-        """Change weights apart from the optimizer, after ``step`` steps; nothing by default."""
+        """Hook after optimizer step number ``step`` for other weight changes; does nothing here."""
 
     def gradient_norms(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """The norm of each parameter group's gradients, computed once per step."""
+        """The gradient norm of each parameter group, computed once per step."""
         if self._grad_norms is None:
             self._grad_norms = [
                 nn.utils.get_total_norm(_gradients(group)) for group in optimizer.param_groups
@@ -148,7 +148,7 @@ class Stage(L.LightningModule):
         return self._grad_norms
 
     def discard_gradients(self) -> None:
-        """Make the next optimizer step change nothing."""
+        """Drop all gradients, so that the next optimizer step changes nothing."""
         for parameter in self.parameters():
             parameter.grad = None
         self._grad_norms = [torch.zeros_like(norm) for norm in self._grad_norms or ()]
@@ -159,18 +159,18 @@ class Stage(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm, and log the norms; Lightning's own refuses fused optimizers."""
-        limit = gradient_clip_val or math.inf
+        """Clip by norm, and log the norms; Lightning's own clipping refuses fused optimizers."""
+        max_norm = gradient_clip_val or math.inf
         norms, self._grad_norms = self.gradient_norms(optimizer), None
         for group, norm in zip(optimizer.param_groups, norms, strict=True):
-            nn.utils.clip_grads_with_norm_(group["params"], limit, norm)
+            nn.utils.clip_grads_with_norm_(group["params"], max_norm, norm)
             name = "_".join(["train/grad_norm", *group.get("name", "").split()])
             self.log(name, full_tensor(norm))
 
     def log_means(self, values: dict[str, Tensor]) -> None:
         """Log ``train/...``: means over the micro-batches of a step and over processes.
 
-        Only in steps that Lightning writes logs for, as the reduction takes time.
+        Computed only in steps for which Lightning writes logs, as the reduction takes time.
         """
         if (self.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -184,13 +184,13 @@ class Stage(L.LightningModule):
         self.log_dict({f"train/{n}": m for n, m in zip(values, means, strict=True)})
 
     def reset_step_losses(self) -> None:
-        """Forget the losses of an unfinished step."""
+        """Discard the losses of an unfinished step."""
         self._micro_batch_losses = []
 
     # Validation with EMA weights
 
     def on_validation_epoch_start(self) -> None:
-        """Swap the EMA weights in, once for all validation batches."""
+        """Swap in the EMA weights, once for all validation batches."""
         self._validation.enter_context(self.ema.swapped_in(self))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -206,12 +206,12 @@ class Stage(L.LightningModule):
         raise NotImplementedError
 
     def on_validation_epoch_end(self) -> None:
-        """Swap the raw weights back in."""
+        """Restore the raw weights."""
         self._validation.close()
         reshard(self)
 
     def teardown(self, stage: str) -> None:
-        """Swap the raw weights back in if validation was interrupted."""
+        """Restore the raw weights if validation was interrupted."""
         self._validation.close()
 
     # Checkpoints
@@ -219,11 +219,11 @@ class Stage(L.LightningModule):
     def record_provenance(
         self, *, config: dict[str, Any] | None = None, source: Source | None = None
     ) -> None:
-        """Note the config that this stage was built from, and the checkpoint it was loaded from."""
+        """Set the config that this stage was built from, and the checkpoint it was loaded from."""
         self.provenance = Provenance(config, source)
 
     def check_weight_files(self, recorded: dict[str, Source]) -> None:
-        """Refuse frozen weights other than those a checkpoint names; see ``provenance``."""
+        """Refuse frozen weights that differ from the recorded ones; see ``provenance``."""
         check_weight_files(self.frozen.present(), recorded)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -235,19 +235,19 @@ class Stage(L.LightningModule):
         checkpoint |= self.provenance.record(self.frozen.present(), run_dir)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the EMA weights, and refuse to resume over other frozen weights."""
+        """Restore the EMA weights; refuse to resume with other frozen weights."""
         self.provenance.check_resume(checkpoint, self.frozen.present())
         self.ema.load_state_dict(checkpoint["ema"])
 
     # Randomness
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout by (seed, step, process), whatever consumed random numbers before."""
+        """Seed dropout from (seed, step, process), regardless of earlier random numbers."""
         torch.manual_seed(derive_seed(self.seed, *self._step_of(batch_idx), self.global_rank))
 
     def batch_rng(self, rows: int, batch_idx: int) -> BatchRNG:
         """The random numbers of the current batch, of which this process has ``rows`` samples."""
-        # A batch may lack unreadable samples, but the next process's rows start where they would.
+        # Row indices use the configured batch size, as a batch may lack unreadable samples.
         datamodule = getattr(self.trainer, "datamodule", None)
         first_row = self.global_rank * getattr(datamodule, "batch_size", rows)
         step = self._step_of(batch_idx)

@@ -1,4 +1,4 @@
-"""Text-conditional noise prediction in a frozen autoencoder's latents: Stage C and the baseline."""
+"""Text-conditional noise prediction in the latents of a frozen stage: Stage C and the baseline."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -31,22 +31,22 @@ from wuerstchen_pl.stages.timestep_bins import TimestepBins
 
 
 class TextConditionalStage(Stage):
-    """Base of StageC and StageLDM; a subclass says which frozen stage encodes and decodes.
+    """Base of StageC and StageLDM; a subclass defines the frozen stage that encodes and decodes.
 
     Args:
         prior: the denoiser.
         text_encoder: captions -> token states.
         train_text_encoder: train it with the prior (tiny preset); False freezes it.
-        latent_channels: of the latents that the frozen stage encodes to.
-        optimizer: builds an optimizer over everything that is not frozen.
-        lr_schedule: factor on the learning rate by step.
+        latent_channels: channels of the frozen stage's latents.
+        optimizer: builds an optimizer over all weights that are not frozen.
+        lr_schedule: step -> factor on the learning rate.
         ema: moving average of the trainable weights.
-        p2: form of the loss weight; ``none`` turns it off.
-        caption_drop_prob: probability that a caption is replaced with the empty one, which is the
-            unconditional branch of classifier-free guidance (0.05).
-        scaling: the scale in which the denoiser works.
+        p2: form of the loss weight; ``none`` disables it.
+        caption_drop_prob: probability that a caption is replaced with the empty one, which trains
+            the unconditional branch of classifier-free guidance (0.05).
+        scaling: maps the frozen stage's latents to the denoiser's scale.
         frozen_precision: precision of the frozen networks.
-        seed: seeds the random numbers of training.
+        seed: seed of the random numbers of training.
     """
 
     text_encoder: TextEncoder
@@ -118,7 +118,7 @@ class TextConditionalStage(Stage):
     @property
     @abstractmethod
     def resolution_multiple(self) -> float:
-        """Pixels per position of the latents, along a side."""
+        """Pixels per latent position along a side."""
 
     # Latents
 
@@ -158,7 +158,7 @@ class TextConditionalStage(Stage):
             size: (height, width) in pixels of the images to generate.
             seeds: one per image.
             num_steps: denoising steps (paper: 60).
-            guidance_scale: guidance away from the empty caption; none up to 1 (paper: 4).
+            guidance_scale: guidance away from the empty caption; 1 or less disables it (paper: 4).
             method: ``ddpm`` or ``ddim``.
 
         Returns:
@@ -193,7 +193,7 @@ class TextConditionalStage(Stage):
         return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sample times, noise and dropped captions; return the loss."""
+        """Sample times, noise and caption dropout; return the loss."""
         x0 = self.latents(batch)
         rng = self.batch_rng(len(x0), batch_idx)
         text = encode_captions(batch, self.text, rng.uniform() < self.caption_drop_prob)
@@ -208,7 +208,7 @@ class TextConditionalStage(Stage):
 
     @torch.no_grad()
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, 4) times in (0, 1), a function of ``batch["key"]``, and the losses at these times."""
+        """(B, 4) times in (0, 1), derived from ``batch["key"]``, and the losses at these times."""
         x0, text = self.latents(batch), cast(Tensor, encode_captions(batch, self.text))
 
         def loss(t: Tensor, noise: Tensor) -> Tensor:
@@ -224,9 +224,9 @@ class TextConditionalStage(Stage):
 
     @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
-        """Original, noised, x0 in one step (EMA), samples with raw and EMA weights, all decoded.
+        """Original, noised, one-step x0 prediction (EMA), samples with raw and EMA weights.
 
-        A cache holds no images: there the first column decodes the cached latents.
+        With a cache, which has no images, the first column shows the decoded latents.
         """
         captions, x0 = batch["caption"], self.latents(batch)
         size = tuple(batch["image"].shape[-2:]) if "image" in batch else batch["size"]

@@ -1,4 +1,4 @@
-"""The loss of a denoiser by bands of t: where it learns, and where it fails."""
+"""The loss of a denoiser, binned by the diffusion time t."""
 
 import torch
 from torch import Tensor
@@ -7,25 +7,22 @@ NUM_BINS = 10
 
 
 class TimestepBins:
-    """Means of the losses of samples whose t lies in the same tenth of [0, 1]."""
+    """Sums and counts of per-sample losses in ``NUM_BINS`` equal bins of t in [0, 1]."""
 
     def __init__(self) -> None:
         self.sums = torch.zeros(2, NUM_BINS)
 
     @torch.no_grad()
     def add(self, t: Tensor, losses: Tensor) -> None:
-        """Take in (B,) losses at (B,) times; those that are not finite are left out."""
+        """Add (B,) losses at (B,) times; non-finite losses are ignored."""
         self.sums = self.sums.to(losses.device)
-        band = (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        bins = (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
         finite = losses.isfinite()
-        self.sums[0].index_add_(0, band, losses.float().where(finite, 0.0))
-        self.sums[1].index_add_(0, band, finite.float())
+        self.sums[0].index_add_(0, bins, losses.float().where(finite, 0.0))
+        self.sums[1].index_add_(0, bins, finite.float())
 
     def pop(self) -> Tensor:
-        """(2, BANDS) sums and numbers of losses since the last time, to be added up over processes.
-
-        They start at 0.
-        """
+        """Return this process's (2, NUM_BINS) sums and counts, and reset them."""
         sums = self.sums.clone()
         self.sums.zero_()
         return sums
