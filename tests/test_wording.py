@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -63,22 +62,8 @@ VAGUE = {"found", "given", "taken", "held", "own", "others", "told", "how", "kno
 """Names that say nothing of the value they hold."""
 
 
-PENDING = set((Path(__file__).parent / "wording_pending.txt").read_text().splitlines())
-"""``prose FILE`` and ``names FILE`` not rewritten yet; a file that became clean must leave."""
-
-
-def parameters(kind: str, paths: list[Path]) -> list[Any]:
-    """One parameter per file; those still pending are expected to fail, and only those."""
-    return [
-        pytest.param(
-            path,
-            id=(name := path.relative_to(ROOT).as_posix()),
-            marks=[pytest.mark.xfail(reason="not rewritten yet", strict=True)]
-            if f"{kind} {name}" in PENDING
-            else [],
-        )
-        for path in paths
-    ]
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def hits(text: str) -> list[str]:
@@ -104,12 +89,12 @@ def bound_names(source: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", parameters("prose", [p for p in FILES if p != RENAMINGS]))
+@pytest.mark.parametrize("path", [p for p in FILES if p != RENAMINGS], ids=relative)
 def test_a_file_uses_the_words_of_the_field(path: Path) -> None:
     assert hits(path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("path", parameters("names", [p for p in FILES if p.suffix == ".py"]))
+@pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".py"], ids=relative)
 def test_a_name_says_what_it_holds(path: Path) -> None:
     assert bound_names(path.read_text(encoding="utf-8")) & VAGUE == set()
 
@@ -120,7 +105,3 @@ def test_a_name_says_what_it_holds(path: Path) -> None:
 def test_a_banned_word_is_found(text: str) -> None:
     names = bound_names(text) if text.startswith("def") else set()
     assert hits(text) or names & VAGUE
-
-
-def test_every_pending_file_exists() -> None:
-    assert [line for line in PENDING if not (ROOT / line.split(" ", 1)[1]).is_file()] == []

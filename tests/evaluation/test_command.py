@@ -26,22 +26,22 @@ from wuerstchen_pl.pipelines.generate import SamplingConfig, autoencode
 from wuerstchen_pl.pipelines.loading import load_pipeline
 
 ROOT = Path(__file__).parents[2]
-FAST = (
-    "sample.prior_steps=2",
-    "sample.decoder_steps=1",
-    "fid_features=random",
-    "fid_features.widths=[2,2]",
-)
+
+
+def fast(*overrides: str) -> list[str]:
+    """Small settings, without those that ``evaluate`` refuses since nothing would read them."""
+    metrics = {m for o in overrides if o.startswith("metric=") for m in re.findall(r"\w+", o[7:])}
+    settings = []
+    if not any(o.startswith("images=") for o in overrides) and metrics != {"validation_loss"}:
+        settings += ["sample.prior_steps=2", "sample.decoder_steps=1"]
+    if metrics & {"fid", "kid", "is", "rfid"}:
+        settings += ["fid_features=random", "fid_features.widths=[2,2]"]
+    return settings
 
 
 def arguments(cascade: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        f"model={cascade / 'c'}",
-        f"output_dir={folder}",
-        f"cache_dir={folder}/kept",
-        *FAST,
-        *more,
-    ]
+    paths = [f"model={cascade / 'c'}", f"output_dir={folder}", f"cache_dir={folder}/kept"]
+    return [*paths, *fast(*more), *more]
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
@@ -206,7 +206,8 @@ def test_features_of_a_reference_folder_are_cached_until_it_changes(
 ) -> None:
     reference = tmp_path / "reference"
     shutil.copytree(evaluated / "images", reference)
-    overrides = [f"images={evaluated / 'images'}", "metric=[fid]", f"reference={reference}", *FAST]
+    overrides = [f"images={evaluated / 'images'}", "metric=[fid]", f"reference={reference}"]
+    overrides += fast(*overrides)
     overrides += [f"output_dir={tmp_path}", f"cache_dir={tmp_path / 'kept'}", "prompts=data"]
     assert run_program("evaluate", overrides) == 0
     assert read_scores(tmp_path)["fd_random"]["value"] == pytest.approx(0, abs=1e-6)
@@ -315,7 +316,8 @@ def test_images_of_several_sizes_cause_a_warning(evaluated: Path, tmp_path: Path
     mixed = tmp_path / "mixed"
     shutil.copytree(evaluated / "images", mixed)
     Image.new("RGB", (96, 48), "red").save(mixed / "000000-0.png")
-    overrides = [f"images={mixed}", "metric=[fid]", f"reference={mixed}", *FAST, "model=null"]
+    overrides = [f"images={mixed}", "metric=[fid]", f"reference={mixed}", "model=null"]
+    overrides += fast(*overrides)
     with pytest.warns(
         UserWarning, match="contains images of 2 sizes, such as 48 x 96 and 64 x 64 px"
     ):
@@ -418,7 +420,8 @@ def test_changed_weights_under_the_same_path_are_detected(
     assert run_program("export", [f"ckpt={cascade / 'c'}", f"to={model}"]) == 0
     for number in range(2):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
-    overrides = ["metric=[kid]", f"prompts={prompts}", f"reference={tmp_path}", *FAST]
+    overrides = ["metric=[kid]", f"prompts={prompts}", f"reference={tmp_path}"]
+    overrides += fast(*overrides)
     overrides += [f"model={model}", f"output_dir={tmp_path / 'report'}", "cache_dir=null"]
     assert run_program("evaluate", overrides) == 0
     assert len(json.loads((tmp_path / "report/metrics.json").read_text())["weights_sha256"]) == 64
@@ -443,7 +446,7 @@ def test_reconstructions_do_not_depend_on_the_batch_size(cascade: Path, tmp_path
     assert "val_batch_size: null" in text
     for size in (1, 4):
         config.write_text(text.replace("val_batch_size: null", f"val_batch_size: {size}"))
-        overrides = [f"model={tmp_path / 'c'}", "metric=[reconstruction]", *FAST]
+        overrides = [f"model={tmp_path / 'c'}", "metric=[reconstruction]", *fast()]
         assert run_program("evaluate", [*overrides, f"output_dir={tmp_path}"]) == 0
         values.append(read_scores(tmp_path)["stage_b/psnr"]["value"])
     assert values[0] == pytest.approx(values[1], rel=1e-5)
@@ -494,3 +497,34 @@ def test_prompts_of_existing_images_may_come_from_a_yaml(
         scores.append(read_scores(report)["pickscore"])
         (images / "images.json").unlink(missing_ok=True)
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["metric=[clip]", "lpips=vgg"], "lpips"),
+        (["metric=[retrieval]", "clip.name=ViT-B-32"], "clip.name"),
+        (["metric=[fid]", "pickscore.weights=x"], "pickscore.weights"),
+        (["metric=[retrieval]", "fid_features=random"], "fid_features"),
+        (["metric=[retrieval]", "reference=x"], "reference"),
+        (["metric=[retrieval]", "height=64"], "height"),
+        (["metric=[clip]", "images=x", "sample.prior_steps=2"], "sample.prior_steps"),
+    ],
+)
+def test_a_key_that_no_metric_reads_is_refused(
+    overrides: list[str], key: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_program("evaluate", [*overrides, f"output_dir={tmp_path}"]) == 1
+    assert f"error: {key} is not read by metric=" in capsys.readouterr().err
+
+
+def test_an_exported_model_has_no_training_data(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = tmp_path / "model"
+    assert run_program("export", [f"ckpt={cascade / 'c'}", f"to={model}"]) == 0
+    assert run_program("evaluate", [f"model={model}", f"output_dir={tmp_path / 'out'}"]) == 1
+    error = capsys.readouterr().err
+    assert f"model={model} is not a run, so it has no training data" in error
+    assert "name the run" in error
+    assert not (tmp_path / "out").exists()
