@@ -58,8 +58,22 @@ BANNED = {
 }
 """Pattern -> what to write instead."""
 
-VAGUE = {"found", "given", "taken", "held", "own", "others", "told", "how", "known", "place"}
-"""Names that say nothing of the value they hold."""
+VAGUE = set(
+    """
+    found given taken held own others told how known place put_off PutOff hand_over in_parts
+    one_file OneFile BUILDABLE follow refuse_foreign durable publish aside gathered set_rows
+    FullySharded all_processes GlobalBatchNorm2d layouts outward inward Link trusted skeleton
+    pipeline_at pipeline_of assemble Settings How Known constrain Place at_work conditions
+    Inputs Digest as_many response_norm GeluResponseNorm draws Draws once derived loss_bands
+    LossByTime hold_frozen counted text_of revive_every_steps lr_factor Signals Stopped
+    FiniteSteps Memory trial Norms RunRecord Grids metrics_csv Drawn turn Ledger Bad Opened
+    Opener family facts Request spare Pictures Plan stretches addresses downloads claims survey
+    caching During own_data pictures Wanted Subject Process OF_SETS OF_TEXTS OF_THE_RUN
+    KnownToInterpolations READ size_12 size_24 recipe against licence in_background torture
+    rehearsal made
+    """.split()  # noqa: SIM905
+)
+"""Names that say nothing of their value, and names that were replaced by standard terms."""
 
 
 def relative(path: Path) -> str:
@@ -77,14 +91,16 @@ def hits(text: str) -> list[str]:
 
 
 def bound_names(source: str) -> set[str]:
-    """Names of variables, parameters and functions that a module binds."""
+    """Names of variables, attributes, parameters, functions and classes that a module binds."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
         elif isinstance(node, ast.arg):
             names.add(node.arg)
-        elif isinstance(node, ast.FunctionDef):
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
     return names
 

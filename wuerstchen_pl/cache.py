@@ -38,7 +38,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
 }
 TENSORS = {"b": ["latents", "image"], "c": ["semantic"]}
 """Tensors that are cached for each stage."""
-READ = re.compile(
+READ_KEYS = re.compile(
     r"(stage|preset|data|experiment|paths|name|seed|image_size|image_size_at_\d+|bucket_multiple)$"
     r"|(data|paths|preset)[.@/]|stage\.(stage_[ab]|compressor|text_encoder|train_text_encoder)\b"
     r"|(out|text|crops|dtype|shard_mb|device)$"
@@ -148,7 +148,7 @@ def check_typed_keys() -> None:
         ValueError: naming the first of them.
     """
     for key in typed_keys():
-        if not READ.match(key):
+        if not READ_KEYS.match(key):
             raise ValueError(f"{key} does not change the contents of a cache; remove it")
 
 

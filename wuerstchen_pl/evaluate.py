@@ -123,9 +123,9 @@ def check_typed_keys(cfg: DictConfig) -> None:
         ValueError: naming the first of them.
     """
     metrics = set(cfg.metric)
-    draws = cfg.images is None and bool(metrics & {*IMAGE_METRICS})
-    samples = draws or bool(metrics & {*NETWORK_METRICS})
-    sized = draws and cfg.prompts != TRAINING_DATA and not cfg.prompts.endswith(".yaml")
+    generates = cfg.images is None and bool(metrics & {*IMAGE_METRICS})
+    samples = generates or bool(metrics & {*NETWORK_METRICS})
+    sized = generates and cfg.prompts != TRAINING_DATA and not cfg.prompts.endswith(".yaml")
     reads = {
         **dict.fromkeys(("sample", "bf16", "prior"), samples),
         **dict.fromkeys(("height", "width"), sized),
@@ -149,7 +149,7 @@ def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) ->
     Raises:
         ValueError: if neither a model nor images are set, or a metric needs the data of a run.
     """
-    facts: dict[str, Any] = {"images": cfg.images} if cfg.images else {}
+    metadata: dict[str, Any] = {"images": cfg.images} if cfg.images else {}
     if (plan.needs_generation or plan.needs_networks) and cfg.model is None:
         raise ValueError("model=null cannot generate images; set model=, or a folder with images=")
     trained = None if cfg.model is None else stage_of_run(cfg.model)
@@ -165,12 +165,12 @@ def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) ->
     stages: dict[str, Any] = {}
     if plan.needs_generation or plan.needs_networks:
         pipeline, stages = _load_model(cfg, plan, trained, device)
-        facts |= {"model": str(cfg.model), "bf16": cfg.bf16}
-        facts |= {} if cfg.prior is None else {"prior": cfg.prior}
+        metadata |= {"model": str(cfg.model), "bf16": cfg.bf16}
+        metadata |= {} if cfg.prior is None else {"prior": cfg.prior}
         if pipeline.source is not None:
-            facts["checkpoint_sha256"] = pipeline.source["sha256"]
+            metadata["checkpoint_sha256"] = pipeline.source["sha256"]
     data = run_data(Path(cfg.model)) if plan.needs_data else None
-    return EvalTarget(facts=facts, pipeline=pipeline, stages=stages, data=data)
+    return EvalTarget(metadata=metadata, pipeline=pipeline, stages=stages, data=data)
 
 
 def _load_model(

@@ -345,7 +345,7 @@ def remote(server: Server, tmp_path: Path, **changes: Any) -> ShardSource:
     source = ShardSource(
         urls=server.url + "/{00000..00001}.tar", download_dir=str(tmp_path / "down")
     )
-    source.downloads = DownloadCache(
+    source.download_cache = DownloadCache(
         **{"folder": str(tmp_path / "down"), "keep_bytes": 10**9, "wait": 0.01} | changes
     )
     return source
@@ -457,11 +457,11 @@ def test_a_worker_forked_during_a_download_does_not_keep_the_lock(
             os._exit(0)
         raise OSError("later")
 
-    fetch_to = source.downloads._fetch_to
-    monkeypatch.setattr(source.downloads, "_fetch_to", fork_and_fail)
+    fetch_to = source.download_cache._fetch_to
+    monkeypatch.setattr(source.download_cache, "_fetch_to", fork_and_fail)
     try:
         assert source.open(server.url + "/00000.tar").broken
-        monkeypatch.setattr(source.downloads, "_fetch_to", fetch_to)
+        monkeypatch.setattr(source.download_cache, "_fetch_to", fetch_to)
         start = time.monotonic()
         assert len(source.open(server.url + "/00000.tar").samples) == 2
         assert time.monotonic() - start < 10

@@ -7,7 +7,7 @@ from torch import nn
 from wuerstchen_pl.stages.ema import EMA
 
 
-def follow(ema: EMA, values: list[float]) -> nn.Module:
+def values_after(ema: EMA, values: list[float]) -> nn.Module:
     """A module whose only weight is set to each of ``values``, followed by an EMA update."""
     module = nn.Linear(1, 1, bias=False)
     for value in values:
@@ -19,7 +19,7 @@ def follow(ema: EMA, values: list[float]) -> nn.Module:
 
 def test_ema_equals_a_hand_computation_with_warm_up() -> None:
     ema = EMA(decay=0.5)
-    follow(ema, [1.0, 2.0, 4.0])
+    values_after(ema, [1.0, 2.0, 4.0])
     first = 1.0
     second = first + (1 - 2 / 11) * (2.0 - first)  # decay (1 + 1) / (10 + 1)
     third = second + (1 - 3 / 12) * (4.0 - second)
@@ -28,20 +28,20 @@ def test_ema_equals_a_hand_computation_with_warm_up() -> None:
 
 def test_the_warm_up_ends_at_the_decay() -> None:
     ema = EMA(decay=0.2)
-    follow(ema, [0.0] * 5 + [1.0])
+    values_after(ema, [0.0] * 5 + [1.0])
     assert float(ema.shadow["weight"]) == pytest.approx(0.8)
 
 
 def test_the_ema_is_updated_every_few_steps_from_a_start_step() -> None:
     ema = EMA(decay=0.0, every_steps=2, start_step=3)
-    follow(ema, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    values_after(ema, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
     assert ema.num_updates == 2
     assert float(ema.shadow["weight"]) == pytest.approx(6.0)
 
 
 def test_the_decay_without_warm_up() -> None:
     ema = EMA(decay=0.9, every_steps=2, start_step=2, warmup=False)
-    follow(ema, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    values_after(ema, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert float(ema.shadow["weight"]) == pytest.approx(4 + 0.1 * (6 - 4))
 
 
@@ -52,8 +52,8 @@ def test_a_shadow_in_host_memory_equals_one_on_the_device() -> None:
         ema.update(module)  # it copies to host memory, which a meta tensor does not support
     on_host, on_device = EMA(decay=0.9, device="cpu"), EMA(decay=0.9)
     values = [1.0, 3.0, 2.0]
-    follow(on_host, values)
-    module = follow(on_device, values)
+    values_after(on_host, values)
+    module = values_after(on_device, values)
     assert torch.equal(on_host.shadow["weight"], on_device.shadow["weight"])
     with on_host.applied(module):
         assert torch.equal(module.weight, on_device.shadow["weight"])
@@ -99,7 +99,7 @@ def test_a_model_with_ema_weights_has_its_current_buffers() -> None:
 
 def test_raw_weights_are_restored_after_an_exception() -> None:
     ema = EMA(decay=0.5)
-    module = follow(ema, [1.0, 3.0])
+    module = values_after(ema, [1.0, 3.0])
     ema_weight = float(ema.shadow["weight"])
     applied_weights = []
 
@@ -125,11 +125,11 @@ def test_frozen_parameters_and_buffers_have_no_shadow() -> None:
 
 def test_resuming_from_the_state_dict_is_exact() -> None:
     whole, first = EMA(decay=0.9), EMA(decay=0.9)
-    follow(whole, [1.0, 2.0, 3.0, 4.0])
-    follow(first, [1.0, 2.0])
+    values_after(whole, [1.0, 2.0, 3.0, 4.0])
+    values_after(first, [1.0, 2.0])
     resumed = EMA(decay=0.9)
     resumed.load_state_dict(first.state_dict())
-    follow(resumed, [3.0, 4.0])
+    values_after(resumed, [3.0, 4.0])
     assert torch.equal(resumed.shadow["weight"], whole.shadow["weight"])
 
 

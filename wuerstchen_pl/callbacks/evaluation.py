@@ -72,7 +72,7 @@ class EvaluationCallback(L.Callback):
                 "none; set callbacks.evaluation.plan.reference to a folder and "
                 "callbacks.evaluation.plan.prompts to a file"
             )
-        target = EvalTarget(facts={}, data=data)
+        target = EvalTarget(metadata={}, data=data)
         baselines = [ImageFolder(Path(path), key="baselines") for path in self.plan.baselines]
         check_plan(self.plan, num_images(self.plan), reference_images(self.plan, target), baselines)
 
@@ -110,7 +110,7 @@ class EvaluationCallback(L.Callback):
         process = DistInfo(trainer.global_rank, trainer.world_size)
         with stage.ema.applied(stage), restored_modes(stage), self._networks_on(stage.device):
             target = EvalTarget(
-                facts={"run": trainer.default_root_dir, "step": trainer.global_step},
+                metadata={"run": trainer.default_root_dir, "step": trainer.global_step},
                 pipeline=pipeline_from_stage(stage),
                 stages=stages_with_loss(stage.eval()),
                 data=trainer.datamodule,  # type: ignore[attr-defined]

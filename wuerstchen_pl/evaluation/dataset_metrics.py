@@ -83,7 +83,7 @@ def codebook(pipeline: CascadePipeline, batches: Iterable[Tensor]) -> dict[str, 
     values = dict(zip(("perplexity", "dead"), map(float, codebook_usage(counts)), strict=True))
     return {
         f"codebook/{name}": Score(
-            value=value, low=None, high=None, number=num_images, facts={"codes": len(counts)}
+            value=value, low=None, high=None, number=num_images, metadata={"codes": len(counts)}
         )
         for name, value in values.items()
     }

@@ -34,7 +34,7 @@ def generate_into(
     requests: Sequence[GenerationRequest],
     pipeline: CascadePipeline,
     settings: SamplingConfig,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     process: DistInfo,
 ) -> None:
     """Generate this process's share of the missing images; rank 0 waits for all of them.
@@ -46,7 +46,7 @@ def generate_into(
         requests: the images of all processes, in order.
         pipeline: generates the images.
         settings: steps, guidance, sampler.
-        facts: what else the images depend on, such as the sha256 of the weights.
+        metadata: what else the images depend on, such as the sha256 of the weights.
         process: rank and world size of this process.
 
     Raises:
@@ -60,12 +60,12 @@ def generate_into(
         pipeline.prior.text_encoder.check(request.prompt)
     # the batch size does not affect the images
     sampling = {key: value for key, value in vars(settings).items() if key != "batch_size"}
-    claim_folder(folder, requests, {**facts, **sampling}, process)
+    claim_folder(folder, requests, {**metadata, **sampling}, process)
     paths = [folder / file_name(index, request) for index, request in enumerate(requests)]
     # split by index and not by what is missing: another process may have started already
     share = range(process.rank, len(paths), process.world_size)
     missing = [index for index in share if not paths[index].is_file()]
-    _generate({paths[i]: requests[i] for i in missing}, pipeline, settings, facts)
+    _generate({paths[i]: requests[i] for i in missing}, pipeline, settings, metadata)
     if process.rank == 0:
         _wait_for(paths)
 
@@ -74,7 +74,7 @@ def _generate(
     requests: dict[Path, GenerationRequest],
     pipeline: CascadePipeline,
     settings: SamplingConfig,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
 ) -> None:
     """Generate images, batched by size, and write each to its path."""
     by_size: dict[tuple[int, int], list[Path]] = defaultdict(list)
@@ -91,8 +91,8 @@ def _generate(
                 settings=settings,
             )
             for path, image in zip(paths, images, strict=True):
-                prompt_facts = {"prompt": requests[path].prompt, "seed": requests[path].seed}
-                write_png(path, image, {**prompt_facts, **facts})
+                prompt_metadata = {"prompt": requests[path].prompt, "seed": requests[path].seed}
+                write_png(path, image, {**prompt_metadata, **metadata})
                 bar.update()
 
 
@@ -102,7 +102,7 @@ def file_name(index: int, request: GenerationRequest) -> str:
 
 
 def claim_folder(
-    folder: Path, requests: Sequence[GenerationRequest], facts: dict[str, Any], process: DistInfo
+    folder: Path, requests: Sequence[GenerationRequest], metadata: dict[str, Any], process: DistInfo
 ) -> None:
     """Record in a manifest how a folder's images are generated, or check an existing one.
 
@@ -114,7 +114,7 @@ def claim_folder(
         "prompts": [request.prompt for request in requests],
         "seeds": [request.seed for request in requests],
         "sizes": [[request.height, request.width] for request in requests],
-        **facts,
+        **metadata,
     }
     content = json.loads(json.dumps(content))
     if not path.is_file() or not any(folder.glob("*.png")):  # or from a run that generated nothing

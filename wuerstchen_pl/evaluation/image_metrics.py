@@ -67,12 +67,12 @@ def set_metrics(
                 if name == "fid"
                 else partial(kernel_distance, reference=theirs)
             )
-            facts = {
+            metadata = {
                 "reference": len(theirs),
                 "weights_sha256": network.weights_sha256,
                 **BIAS[name],
             }
-            scores[metric_name(name, network)] = distance(ours, measure, **facts)
+            scores[metric_name(name, network)] = distance(ours, measure, **metadata)
     if "is" in metrics:
         assert isinstance(network, Inception)
         device = next(network.parameters()).device
@@ -97,9 +97,9 @@ BIAS: dict[str, dict[str, Any]] = {
 """Finite-sample bias: Frechet distances are comparable only for equal numbers of images."""
 
 
-def distance(ours: Tensor, measure: Callable[[Tensor], float], **facts: Any) -> Score:
+def distance(ours: Tensor, measure: Callable[[Tensor], float], **metadata: Any) -> Score:
     """Apply ``measure`` to (N, D) features, with its interval."""
-    return set_score(lambda indices: measure(ours[indices]), len(ours), **facts)
+    return set_score(lambda indices: measure(ours[indices]), len(ours), **metadata)
 
 
 def features(images: Iterable[Tensor], network: FeatureNetwork, label: str) -> Tensor:

@@ -33,7 +33,7 @@ td, th { padding: 2px 14px 2px 0; text-align: left } .number { text-align: right
 
 def write_report(
     folder: Path,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     network_scores: Mapping[str, Score],
     image_scores: Mapping[str, Score],
     images: ImageFolder | None,
@@ -42,7 +42,7 @@ def write_report(
 
     Args:
         folder: output folder.
-        facts: what was evaluated, such as the model and its step.
+        metadata: what was evaluated, such as the model and its step.
         network_scores: scores of the model on its own data.
         image_scores: scores of the images.
         images: the images; None if no metric needs images.
@@ -60,8 +60,8 @@ def write_report(
         write_text(folder / "scores.csv", image_table(images, per_image))
     else:
         (folder / "scores.csv").unlink(missing_ok=True)  # of an earlier run
-    write_text(folder / "index.html", html_page(scores, facts, images, per_image, folder))
-    content = {**facts, **method, "metrics": numbers}
+    write_text(folder / "index.html", html_page(scores, metadata, images, per_image, folder))
+    content = {**metadata, **method, "metrics": numbers}
     path = folder / "metrics.json"
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     return path
@@ -76,7 +76,7 @@ def score_to_json(score: Score) -> dict[str, Any]:
         "number": score.number,
     }
     finite = {k: v if v is None or math.isfinite(v) else None for k, v in entry.items()}
-    return finite | score.facts
+    return finite | score.metadata
 
 
 def table(scores: Mapping[str, Score]) -> str:
@@ -105,13 +105,15 @@ def image_table(images: ImageFolder, per_image: Mapping[str, Sequence[float]]) -
 
 def html_page(
     scores: Mapping[str, Score],
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     images: ImageFolder | None,
     per_image: Mapping[str, Sequence[float]],
     folder: Path,
 ) -> str:
     """The scores, and the best and worst images by each per-image score."""
-    title = html.escape(" ".join(f"{k} {facts[k]}" for k in TITLE_KEYS if facts.get(k) is not None))
+    title = html.escape(
+        " ".join(f"{k} {metadata[k]}" for k in TITLE_KEYS if metadata.get(k) is not None)
+    )
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td class=number>{score.value:.4g}</td>"
         f"<td>{_interval(score)}</td><td class=number>{score.number}</td></tr>"

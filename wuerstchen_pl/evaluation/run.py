@@ -32,7 +32,7 @@ SIDE = 64
 class EvalTarget:
     """The model, its data and its stages, as far as a plan needs them."""
 
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """Report fields that identify the target."""
     pipeline: CascadePipeline | None = None
     """None if the plan neither generates images nor runs networks."""
@@ -77,10 +77,10 @@ def evaluate(
     weights = {}
     if target.pipeline is not None:
         weights = {"weights_sha256": weights_fingerprint(target.pipeline.modules)}
-    facts = {**target.facts, **weights}
+    metadata = {**target.metadata, **weights}
     if plan.needs_generation:
         assert target.pipeline is not None
-        facts |= {"settings": vars(plan.settings), "seed": plan.seed, "prompts": plan.prompts}
+        metadata |= {"settings": vars(plan.settings), "seed": plan.seed, "prompts": plan.prompts}
         path = folder / IMAGES
         generate_into(path, requests, target.pipeline, plan.settings, weights, process)
     if process.rank != 0:
@@ -93,7 +93,7 @@ def evaluate(
         else image_scores(images, plan, target, retrieval_targets, reference, baselines)
     )
     by_networks = network_scores(plan, target)
-    report.write_report(folder, facts, by_networks, by_images, images)
+    report.write_report(folder, metadata, by_networks, by_images, images)
     return {**by_images, **by_networks}
 
 

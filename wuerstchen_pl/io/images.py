@@ -105,14 +105,14 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def write_png(path: Path, image: Tensor, facts: dict) -> None:
-    """Atomically write (3, H, W) in [0, 1] as PNG with ``facts`` as text metadata.
+def write_png(path: Path, image: Tensor, metadata: dict) -> None:
+    """Atomically write (3, H, W) in [0, 1] as PNG with ``metadata`` as text metadata.
 
     Raises:
         OSError: if it cannot be written; the message names the path.
     """
     info = PngInfo()
-    for key, value in facts.items():
+    for key, value in metadata.items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     with atomic_write(path) as temporary:
         to_pil(image).save(temporary, format="PNG", pnginfo=info)

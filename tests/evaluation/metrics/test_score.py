@@ -43,7 +43,7 @@ def test_the_interval_of_a_set_metric_is_the_spread_over_bootstrap_samples() -> 
     assert score.low is not None
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert score.value - score.low == pytest.approx(half, rel=0.5)
-    assert score.facts == {"reference": 7}
+    assert score.metadata == {"reference": 7}
 
 
 def test_a_folder_ties_with_itself() -> None:

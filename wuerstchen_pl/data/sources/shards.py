@@ -44,7 +44,9 @@ class ShardSource:
     ) -> None:
         self.urls: dict[Split, Urls | None] = {"train": urls, "val": val_urls}
         self.allow_pipe = allow_pipe
-        self.downloads = DownloadCache(folder=download_dir, keep_bytes=round(download_gb * 1e9))
+        self.download_cache = DownloadCache(
+            folder=download_dir, keep_bytes=round(download_gb * 1e9)
+        )
         for key, patterns in (("data.urls", urls), ("data.val_urls", val_urls)):
             for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
                 reject_url(pattern, key=key, allow_pipe=allow_pipe)
@@ -80,7 +82,7 @@ class ShardSource:
     def _path(self, shard: str) -> str:
         if not self.allow_pipe and shard.startswith("pipe:"):
             raise PermissionError(f"{shard!r} would run a command, but data.allow_pipe is false")
-        return self.downloads.path(shard) if is_remote(shard) else shard
+        return self.download_cache.path(shard) if is_remote(shard) else shard
 
     def _shards(self, split: Split) -> list[str]:
         if split not in self._names:

@@ -25,7 +25,7 @@ class Score:
         high: upper end of the interval.
         number: number of images.
         per_sample: values of the images, in their order; empty for a metric of the whole set.
-        facts: what else to report, such as the reference's size.
+        metadata: what else to report, such as the reference's size.
     """
 
     value: float
@@ -33,10 +33,10 @@ class Score:
     high: float | None
     number: int
     per_sample: Sequence[float] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def mean_score(per_sample: Sequence[float], **facts: Any) -> Score:
+def mean_score(per_sample: Sequence[float], **metadata: Any) -> Score:
     """The mean of a per-image score, with a percentile bootstrap interval.
 
     Raises:
@@ -55,18 +55,18 @@ def mean_score(per_sample: Sequence[float], **facts: Any) -> Score:
         high=float(high) if several else None,
         number=len(values),
         per_sample=[float(value) for value in values],
-        facts=facts,
+        metadata=metadata,
     )
 
 
-def proportion_score(per_sample: Sequence[float], **facts: Any) -> Score:
+def proportion_score(per_sample: Sequence[float], **metadata: Any) -> Score:
     """A proportion with its Wilson score interval (Wilson 1927, JASA 22).
 
     A bootstrap gives [1, 1] for 128 successes of 128; Wilson's interval is [0.971, 1].
 
     Args:
         per_sample: 1 for a success, 0 for a failure, 1/2 for a tie.
-        facts: what else to report.
+        metadata: what else to report.
 
     Raises:
         ValueError: if there are no samples.
@@ -84,7 +84,7 @@ def proportion_score(per_sample: Sequence[float], **facts: Any) -> Score:
         high=min(1.0, center + half),
         number=number,
         per_sample=[float(value) for value in per_sample],
-        facts=facts,
+        metadata=metadata,
     )
 
 
@@ -93,7 +93,7 @@ def set_score(
     number: int,
     *,
     min_value: float = -math.inf,
-    **facts: Any,
+    **metadata: Any,
 ) -> Score:
     """A set metric +- 1.96 standard deviations over bootstrap samples of the set.
 
@@ -104,11 +104,11 @@ def set_score(
         measure: indices of images -> the metric of these images.
         number: number of images.
         min_value: the smallest possible value of the metric; the interval is clipped to it.
-        facts: what else to report.
+        metadata: what else to report.
     """
     value = measure(np.arange(number))
     rng = np.random.default_rng(0)
     resampled = [measure(rng.integers(number, size=number)) for _ in range(RESAMPLES_OF_SETS)]
     half = Z_95 * float(np.std(resampled, ddof=1))
     low = max(min_value, value - half)
-    return Score(value=value, low=low, high=value + half, number=number, facts=facts)
+    return Score(value=value, low=low, high=value + half, number=number, metadata=metadata)
