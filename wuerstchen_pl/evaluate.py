@@ -29,8 +29,8 @@ from wuerstchen_pl.evaluation.plan import (
 )
 from wuerstchen_pl.evaluation.run import EvalTarget, evaluate, stages_with_loss
 from wuerstchen_pl.models.perceptual import LPIPS
-from wuerstchen_pl.pipelines.cascade import CascadePipeline
 from wuerstchen_pl.pipelines.loading import load_pipeline, pipeline_from_stage, stage_of_run
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str | None,
@@ -161,7 +161,7 @@ def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) ->
             f"reference={plan.reference} needs; choose other metrics, such as metric=[clip] "
             "with prompts=FILE or metric=[fid] with reference=FOLDER, or set model= to a run"
         )
-    pipeline: CascadePipeline | None = None
+    pipeline: TextToImage | None = None
     stages: dict[str, Any] = {}
     if plan.needs_generation or plan.needs_networks:
         pipeline, stages = _load_model(cfg, plan, trained, device)
@@ -175,7 +175,7 @@ def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) ->
 
 def _load_model(
     cfg: DictConfig, plan: EvaluationPlan, trained: str | None, device: torch.device
-) -> tuple[CascadePipeline, dict[str, Any]]:
+) -> tuple[TextToImage, dict[str, Any]]:
     """The pipeline, and the stages whose loss is measured; the model is read only once."""
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     if "validation_loss" not in plan.metric or trained is None or cfg.prior is not None:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import hydra
@@ -17,9 +18,10 @@ from wuerstchen_pl.config import check_config
 from wuerstchen_pl.distributed.launch import resolve_device
 from wuerstchen_pl.evaluation import prompt_sets
 from wuerstchen_pl.io.images import write_png
-from wuerstchen_pl.pipelines.cascade import CascadePipeline
-from wuerstchen_pl.pipelines.generate import SamplingConfig, generate_images
+from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.loading import load_pipeline
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.sampling.config import SamplingConfig
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str,
@@ -69,7 +71,7 @@ def run(cfg: DictConfig) -> None:
     )
     metadata = {"model": str(cfg.model), **_sha256(pipeline)}
     metadata |= {} if cfg.prior is None else {"prior": cfg.prior}
-    metadata |= {"height": cfg.height, "width": cfg.width, "bf16": cfg.bf16, **vars(settings)}
+    metadata |= {"height": cfg.height, "width": cfg.width, "bf16": cfg.bf16, **asdict(settings)}
     grid_images: list[torch.Tensor] = []  # the only images that are kept in memory
     for number, image in enumerate(tqdm(images, total=len(requests), unit="image")):
         prompt, seed = requests[number]
@@ -82,7 +84,7 @@ def run(cfg: DictConfig) -> None:
     print(f"{len(requests)} image{'s' * (len(requests) > 1)} in {folder}")
 
 
-def _sha256(pipeline: CascadePipeline) -> dict[str, str]:
+def _sha256(pipeline: TextToImage) -> dict[str, str]:
     return {} if pipeline.source is None else {"model_sha256": pipeline.source["sha256"]}
 
 

@@ -22,8 +22,9 @@ from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.metrics.clip import pickscore
 from wuerstchen_pl.evaluation.metrics.distances import FrechetDistance
 from wuerstchen_pl.evaluation.metrics.feature_networks import RandomConvFeatures, batched
-from wuerstchen_pl.pipelines.generate import SamplingConfig, autoencode
+from wuerstchen_pl.pipelines.generate import autoencode
 from wuerstchen_pl.pipelines.loading import load_pipeline
+from wuerstchen_pl.sampling.config import SamplingConfig
 
 ROOT = Path(__file__).parents[2]
 

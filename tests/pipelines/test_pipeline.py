@@ -8,7 +8,8 @@ import torch
 
 from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.evaluation.dataset_metrics import codebook
-from wuerstchen_pl.pipelines.generate import SamplingConfig, generate_images
+from wuerstchen_pl.pipelines.generate import generate_images
+from wuerstchen_pl.sampling.config import SamplingConfig
 
 FAST = SamplingConfig(prior_steps=3, decoder_steps=2, batch_size=4)
 
@@ -65,7 +66,7 @@ def test_unsupported_sizes_are_rejected(
 def test_codebook_usage_counts_the_codes_that_stage_a_chooses(pipeline: WuerstchenPipeline) -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     usage = codebook(pipeline, [images[:1], images[1:]])
-    vqgan = pipeline.decoder.vqgan
+    vqgan = pipeline.vqgan
     with torch.no_grad():
         indices = vqgan.quantizer.indices(vqgan.features(images)).flatten()
     counts = torch.bincount(indices, minlength=16).double()

@@ -17,9 +17,10 @@ from wuerstchen_pl.evaluation.metrics.reconstruction import Compare, compare_ima
 from wuerstchen_pl.evaluation.metrics.retrieval import pooled_pixels, ranks, shuffle_control
 from wuerstchen_pl.evaluation.metrics.score import Score, mean_score, proportion_score
 from wuerstchen_pl.models.vqgan import codebook_usage
-from wuerstchen_pl.pipelines.cascade import CascadePipeline
-from wuerstchen_pl.pipelines.generate import SamplingConfig, autoencode, reconstruct
+from wuerstchen_pl.pipelines.generate import autoencode, reconstruct
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
+from wuerstchen_pl.sampling.config import SamplingConfig
 
 NUM_BINS = 10
 SPLITS = {"val": "", "train": "_train"}
@@ -27,7 +28,7 @@ SPLITS = {"val": "", "train": "_train"}
 
 
 def reconstructions(
-    pipeline: CascadePipeline, data: Any, settings: SamplingConfig, lpips: Compare | None = None
+    pipeline: TextToImage, data: Any, settings: SamplingConfig, lpips: Compare | None = None
 ) -> dict[str, Score]:
     """Reconstruction metrics of Stage A and of compressor + B + A on both splits; codebook usage.
 
@@ -50,13 +51,14 @@ def reconstructions(
     return scores | codebook(pipeline, images)
 
 
-def autoencoders(pipeline: CascadePipeline) -> str:
+def autoencoders(pipeline: TextToImage) -> str:
     """Stages that can reconstruct an image: ``a``, and ``b`` if there is a compressor."""
-    return "a" if pipeline.compressor is None else "ab"
+    has_compressor = isinstance(pipeline, WuerstchenPipeline) and pipeline.compressor is not None
+    return "ab" if has_compressor else "a"
 
 
 def reconstructed_batches(
-    pipeline: CascadePipeline, data: Any, settings: SamplingConfig, stage: str, split: str
+    pipeline: TextToImage, data: Any, settings: SamplingConfig, stage: str, split: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images, reconstructions) of a split; ``b`` reconstructs by compressor + B + A."""
     batches = data.in_order(split, alone=True)
@@ -72,9 +74,9 @@ def reconstructed_batches(
 
 
 @torch.no_grad()
-def codebook(pipeline: CascadePipeline, batches: Iterable[Tensor]) -> dict[str, Score]:
+def codebook(pipeline: TextToImage, batches: Iterable[Tensor]) -> dict[str, Score]:
     """Codebook perplexity and number of unused codes over images (B, 3, H, W) in [0, 1]."""
-    vqgan, num_images = pipeline.decoder.vqgan, 0
+    vqgan, num_images = pipeline.vqgan, 0
     counts = torch.zeros(vqgan.quantizer.codebook.num_embeddings)
     for images in batches:
         num_images += len(images)
@@ -90,7 +92,7 @@ def codebook(pipeline: CascadePipeline, batches: Iterable[Tensor]) -> dict[str, 
 
 
 def rfid(
-    pipeline: CascadePipeline, data: Any, settings: SamplingConfig, network: FeatureNetwork
+    pipeline: TextToImage, data: Any, settings: SamplingConfig, network: FeatureNetwork
 ) -> dict[str, Score]:
     """Frechet distance between training images and their reconstructions.
 
@@ -119,7 +121,7 @@ def retrievals(
     generated: ImageFolder,
     targets: Sequence[int],
     reference: Iterable[Tensor],
-    pipeline: CascadePipeline,
+    pipeline: TextToImage,
 ) -> dict[str, Score]:
     """Top-1 and top-5 retrieval of the training image whose caption an image was generated for.
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.evaluation.image_folder import MANIFEST
 from wuerstchen_pl.io.atomic import write_text
 from wuerstchen_pl.io.images import write_png
-from wuerstchen_pl.pipelines.cascade import CascadePipeline
-from wuerstchen_pl.pipelines.generate import SamplingConfig, generate_images
+from wuerstchen_pl.pipelines.generate import generate_images
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.sampling.config import SamplingConfig
 
 STALL_TIMEOUT_S = 600.0
 """Seconds without a new image after which the other processes are considered dead."""
@@ -32,7 +34,7 @@ class GenerationRequest(NamedTuple):
 def generate_into(
     folder: Path,
     requests: Sequence[GenerationRequest],
-    pipeline: CascadePipeline,
+    pipeline: TextToImage,
     settings: SamplingConfig,
     metadata: dict[str, Any],
     process: DistInfo,
@@ -59,7 +61,7 @@ def generate_into(
     for request in requests:
         pipeline.prior.text_encoder.check(request.prompt)
     # the batch size does not affect the images
-    sampling = {key: value for key, value in vars(settings).items() if key != "batch_size"}
+    sampling = {key: value for key, value in asdict(settings).items() if key != "batch_size"}
     claim_folder(folder, requests, {**metadata, **sampling}, process)
     paths = [folder / file_name(index, request) for index, request in enumerate(requests)]
     # split by index and not by what is missing: another process may have started already
@@ -72,7 +74,7 @@ def generate_into(
 
 def _generate(
     requests: dict[Path, GenerationRequest],
-    pipeline: CascadePipeline,
+    pipeline: TextToImage,
     settings: SamplingConfig,
     metadata: dict[str, Any],
 ) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from wuerstchen_pl.evaluation.metrics.clip import Clip, PickScore
 from wuerstchen_pl.evaluation.metrics.feature_networks import FeatureNetwork, Inception
 from wuerstchen_pl.models.perceptual import LPIPS
-from wuerstchen_pl.pipelines.generate import SamplingConfig
+from wuerstchen_pl.sampling.config import SamplingConfig
 
 SET_METRICS = ("fid", "kid", "is")
 TEXT_METRICS = ("clip", "pickscore")

@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import SET_METRICS, TRAINING_DATA, EvaluationPlan
 from wuerstchen_pl.evaluation.prompt_sets import read_prompts, subsample
 from wuerstchen_pl.models.fingerprint import weights_fingerprint
-from wuerstchen_pl.pipelines.cascade import CascadePipeline
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
 
 IMAGES = "images"
 """Subfolder of the report for generated images."""
@@ -34,7 +34,7 @@ class EvalTarget:
 
     metadata: dict[str, Any]
     """Report fields that identify the target."""
-    pipeline: CascadePipeline | None = None
+    pipeline: TextToImage | None = None
     """None if the plan neither generates images nor runs networks."""
     stages: dict[str, Any] = field(default_factory=dict)
     """Stages whose validation loss is measured; see ``stages_with_loss``."""
@@ -80,7 +80,7 @@ def evaluate(
     metadata = {**target.metadata, **weights}
     if plan.needs_generation:
         assert target.pipeline is not None
-        metadata |= {"settings": vars(plan.settings), "seed": plan.seed, "prompts": plan.prompts}
+        metadata |= {"settings": asdict(plan.settings), "seed": plan.seed, "prompts": plan.prompts}
         path = folder / IMAGES
         generate_into(path, requests, target.pipeline, plan.settings, weights, process)
     if process.rank != 0:

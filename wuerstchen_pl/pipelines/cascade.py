@@ -1,7 +1,6 @@
 """Text to images with Stage C, Stage B and Stage A."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Self
@@ -9,21 +8,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import (
-    Generator,
-    SamplerName,
-    resolve_generator,
-    resolve_timesteps,
-)
+from wuerstchen_pl.diffusion.sampler import Generator, SamplerName, resolve_generator
 from wuerstchen_pl.models.compressor import SemanticCompressor
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.sampling.config import SamplingConfig
 from wuerstchen_pl.sampling.decoder import DecoderSampler
-from wuerstchen_pl.sampling.device import cast_weights
+from wuerstchen_pl.sampling.diffusers_arguments import denoise_params
 from wuerstchen_pl.sampling.images import (
     OUTPUT_TYPES,
     ImageOutput,
     OutputType,
-    center_crop,
     check_output_type,
     convert_output,
 )
@@ -31,11 +25,8 @@ from wuerstchen_pl.sampling.loop import DenoiseParams, LegacyCallback, StepCallb
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, count_prompts
 
-MAX_SIDE = 4096
-"""Longest side in pixels: twice that of the published model's training images."""
 
-
-class CascadePipeline:
+class CascadePipeline(TextToImage):
     """The cascade, from text to pixels.
 
     Args:
@@ -53,46 +44,21 @@ class CascadePipeline:
         compressor: SemanticCompressor | None = None,
         source: Mapping[str, str] | None = None,
     ) -> None:
-        self.prior, self.decoder, self.compressor = prior, decoder, compressor
-        self.placement = prior.placement = decoder.placement
-        self.source = source
-        for module in self.modules:
-            module.eval().requires_grad_(False)
+        self.decoder, self.compressor = decoder, compressor
+        super().__init__(
+            prior=prior, vqgan=decoder.vqgan, placement=decoder.placement, source=source
+        )
 
     @property
     def modules(self) -> list[torch.nn.Module]:
         """The networks, in the order of their use."""
         parts = (
             self.prior.text_encoder, self.prior.prior, self.decoder.text_encoder,
-            self.decoder.decoder, self.decoder.vqgan, self.compressor,
+            self.decoder.decoder, self.vqgan, self.compressor,
         )  # fmt: skip
         return [part for part in parts if part is not None]
 
     # Device, dtype and compilation
-
-    def to(
-        self,
-        device: torch.device | torch.dtype | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Run on ``device`` and cast weights to ``dtype``; None keeps the current one.
-
-        Latents stay float32.
-        """
-        if isinstance(device, torch.dtype):
-            device, dtype = None, device
-        target = self.placement.device if device is None else torch.device(device)
-        for module in self.modules:
-            if dtype is not None:
-                cast_weights(module, dtype)
-            module.to("cpu" if self.placement.offload else target)
-        self.placement.device = target
-        return self
-
-    def enable_model_offload(self, device: torch.device | str = "cuda") -> Self:
-        """Keep only the network in use on ``device``, and the others on the CPU."""
-        self.placement.offload = True
-        return self.to(device)
 
     def compile(self, **options: Any) -> Self:
         """Compile the denoisers and Stage A's decoder; ``options`` are ``torch.compile``'s."""
@@ -168,67 +134,71 @@ class CascadePipeline:
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         num_images = count_prompts(prompts) * check_num_images(num_images_per_prompt)
         generator = resolve_generator(seed, generator, num_images)
-        # rejects invalid arguments of Stage B before Stage C runs
-        DenoiseParams(
-            times=resolve_timesteps(num_inference_steps, decoder_timesteps),
-            generator=generator,
-            guidance=Guidance(
-                scale=decoder_guidance_scale,
-                rescale=decoder_guidance_rescale,
-                interval=decoder_guidance_interval,
-            ),
-            method=decoder_sampler,
-            callback_inputs=callback_on_step_end_tensor_inputs or (),
-        ).check(self.decoder.CALLBACK_INPUTS)
-        semantic = self.prior(
-            prompt=prompt,
-            height=padded_height,
-            width=padded_width,
+        prior_params = denoise_params(
             num_inference_steps=prior_num_inference_steps,
             timesteps=prior_timesteps,
             guidance_scale=prior_guidance_scale,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            callback_on_step_end=prior_callback_on_step_end,
-            callback=prior_callback,
-            callback_steps=prior_callback_steps,
-            callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-            sampler=prior_sampler,
             guidance_rescale=prior_guidance_rescale,
             guidance_interval=prior_guidance_interval,
-            image_embeddings=image_embeddings,
-            strength=strength,
-            mask=mask,
-            progress=progress,
-        )[0]
-        output = self.decoder(
-            semantic,
-            prompt=prompt,
+            sampler=prior_sampler,
+            generator=generator,
+            callback_on_step_end=prior_callback_on_step_end,
+            callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
+            callback=prior_callback,
+            callback_steps=prior_callback_steps,
+            progress_label="Stage C" if progress else None,
+        )
+        decoder_params = denoise_params(
             num_inference_steps=num_inference_steps,
             timesteps=decoder_timesteps,
             guidance_scale=decoder_guidance_scale,
-            negative_prompt=negative_prompt,
-            generator=generator,
-            output_type="latent" if output_type == "latent" else "pt",
-            return_dict=False,
-            callback_on_step_end=callback_on_step_end,
-            callback=callback,
-            callback_steps=callback_steps,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            size=(padded_height, padded_width),
-            sampler=decoder_sampler,
             guidance_rescale=decoder_guidance_rescale,
             guidance_interval=decoder_guidance_interval,
-            progress=progress,
+            sampler=decoder_sampler,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback=callback,
+            callback_steps=callback_steps,
+            progress_label="Stage B" if progress else None,
         )
+        decoder_params.check(self.decoder.CALLBACK_INPUTS)  # before Stage C runs
+        semantic = self.prior.sample(
+            prompts,
+            padded_height,
+            padded_width,
+            prior_params,
+            num_images_per_prompt=num_images_per_prompt,
+            latents=latents,
+            image_embeddings=image_embeddings,
+            strength=strength,
+            mask=mask,
+        )
+        texts = Prompts(prompt or "", negative_prompt)
+        output = self.decoder.sample(semantic, texts, padded_height, padded_width, decoder_params)
         if output_type != "latent":
-            output = center_crop(output, int(height), int(width))
+            output = self.decoder.decode_latents(output, int(height), int(width))
         images = convert_output(output, output_type)
         return ImageOutput(images) if return_dict else images
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        height: int,
+        width: int,
+        *,
+        config: SamplingConfig,
+        generator: Generator,
+    ) -> Tensor:
+        """Generate one image per prompt; see ``TextToImage.generate``."""
+        size = self.padded_size_with_warning(height, width)
+        texts = Prompts(prompts)
+        prior_params = DenoiseParams(config=config.prior, generator=generator)
+        decoder_params = DenoiseParams(config=config.decoder, generator=generator)
+        semantic = self.prior.sample(texts, *size, prior_params)
+        latents = self.decoder.sample(semantic, texts, *size, decoder_params)
+        return self.decoder.decode_latents(latents, height, width)
 
     @property
     def size_multiple(self) -> int:
@@ -236,32 +206,6 @@ class CascadePipeline:
 
         The least multiple of Stage B's that is a whole number of semantic positions.
         """
-        multiple = self.decoder.vqgan.factor * self.decoder.decoder.size_multiple
+        multiple = self.vqgan.factor * self.decoder.decoder.size_multiple
         position = Fraction(self.prior.resolution_multiple).limit_denominator(8)  # 42.67 is 128 / 3
         return math.lcm(multiple * position.denominator, position.numerator) // position.denominator
-
-    def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size of an image, rounded up to multiples of ``size_multiple``.
-
-        Raises:
-            ValueError: for a side below ``size_multiple`` or above ``MAX_SIDE``.
-        """
-        multiple = self.size_multiple
-        for key, value in (("height", height), ("width", width)):
-            if value != int(value) or not multiple <= value <= MAX_SIDE:
-                raise ValueError(
-                    f"{key}={value} is not supported; use {multiple} to {MAX_SIDE}, best a "
-                    f"multiple of {multiple}"
-                )
-        return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
-
-    def padded_size_with_warning(self, height: int, width: int) -> tuple[int, int]:
-        """As ``padded_size``, with a warning if it differs from the requested size."""
-        padded = self.padded_size(height, width)
-        if padded != (height, width):
-            warnings.warn(
-                f"{height} x {width} px is not a multiple of {self.size_multiple}; generating "
-                f"{padded[0]} x {padded[1]} px and cropping",
-                stacklevel=3,
-            )
-        return padded

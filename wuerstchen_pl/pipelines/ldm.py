@@ -8,26 +8,18 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.checkpointing.load import load_stage
-from wuerstchen_pl.diffusion.sampler import Generator, SamplerName
+from wuerstchen_pl.diffusion.sampler import Generator
 from wuerstchen_pl.models.vqgan import VQGAN
-from wuerstchen_pl.pipelines.cascade import CascadePipeline
-from wuerstchen_pl.sampling.device import DevicePlacement
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.sampling.config import SamplingConfig
 from wuerstchen_pl.sampling.images import center_crop
+from wuerstchen_pl.sampling.loop import DenoiseParams
 from wuerstchen_pl.sampling.prior import PriorSampler
+from wuerstchen_pl.sampling.prompts import Prompts
 
 
-class StageADecoder:
-    """Replaces ``DecoderSampler`` if there is no Stage B."""
-
-    decoder = None
-    text_encoder = None
-
-    def __init__(self, vqgan: VQGAN, placement: DevicePlacement) -> None:
-        self.vqgan, self.placement = vqgan, placement
-
-
-class LatentDiffusionPipeline(CascadePipeline):
-    """Pipeline of the baseline, with those features of a cascade that the commands use.
+class LatentDiffusionPipeline(TextToImage):
+    """The paper's baseline: text to Stage A's latents, and Stage A.
 
     Args:
         prior: text to Stage A's latents.
@@ -38,8 +30,12 @@ class LatentDiffusionPipeline(CascadePipeline):
     def __init__(
         self, *, prior: PriorSampler, vqgan: VQGAN, source: Mapping[str, str] | None = None
     ) -> None:
-        decoder: Any = StageADecoder(vqgan, prior.placement)
-        super().__init__(prior=prior, decoder=decoder, source=source)
+        super().__init__(prior=prior, vqgan=vqgan, placement=prior.placement, source=source)
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The networks in the order of their use."""
+        return [self.prior.text_encoder, self.prior.prior, self.vqgan]
 
     @classmethod
     def from_run(cls, run: str | Path) -> Self:
@@ -62,52 +58,23 @@ class LatentDiffusionPipeline(CascadePipeline):
         return self
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def generate(
         self,
-        prompt: str | Sequence[str],
-        height: int = 512,
-        width: int = 512,
+        prompts: Sequence[str],
+        height: int,
+        width: int,
         *,
-        prior_num_inference_steps: int = 60,
-        prior_timesteps: Sequence[float] | None = None,
-        prior_guidance_scale: float = 4.0,
-        prior_guidance_rescale: float = 0.0,
-        prior_guidance_interval: tuple[float, float] = (0.0, 1.0),
-        prior_sampler: SamplerName = "ddpm",
-        generator: Generator = None,
-        seed: int | Sequence[int] | None = None,
-        progress: bool = True,
-        num_inference_steps: int = 12,
-        decoder_guidance_scale: float = 0.0,
-        decoder_sampler: SamplerName = "ddpm",
-        output_type: str = "pt",
-        return_dict: bool = False,
+        config: SamplingConfig,
+        generator: Generator,
     ) -> Tensor:
-        """Generate images; see ``CascadePipeline``. The last five arguments have no effect.
-
-        Returns:
-            (N, 3, height, width) in [0, 1].
-        """
-        padded_height, padded_width = self.padded_size(height, width)
-        latents = self.prior(
-            prompt,
-            padded_height,
-            padded_width,
-            num_inference_steps=prior_num_inference_steps,
-            timesteps=prior_timesteps,
-            guidance_scale=prior_guidance_scale,
-            guidance_rescale=prior_guidance_rescale,
-            guidance_interval=prior_guidance_interval,
-            sampler=prior_sampler,
-            generator=generator,
-            seed=seed,
-            progress=progress,
-        )[0]
-        with self.placement.on_device(self.decoder.vqgan):
-            images = self.decoder.vqgan.decode(latents).clamp(0, 1)
-        return center_crop(images, height, width)
+        """Generate one image per prompt; see ``TextToImage.generate``."""
+        params = DenoiseParams(config=config.prior, generator=generator)
+        size = self.padded_size_with_warning(height, width)
+        latents = self.prior.sample(Prompts(prompts), *size, params)
+        with self.placement.on_device(self.vqgan):
+            return center_crop(self.vqgan.decode(latents).clamp(0, 1), height, width)
 
     @property
     def size_multiple(self) -> int:
         """Number of pixels that heights and widths are multiples of."""
-        return self.decoder.vqgan.factor * self.prior.prior.size_multiple
+        return self.vqgan.factor * self.prior.prior.size_multiple

@@ -10,8 +10,8 @@ from yaml import YAMLError
 
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.formats import run
-from wuerstchen_pl.pipelines.cascade import CascadePipeline
 from wuerstchen_pl.pipelines.ldm import LatentDiffusionPipeline
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 
 
@@ -21,7 +21,7 @@ def load_pipeline(
     prior: str | None = None,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
-) -> CascadePipeline:
+) -> TextToImage:
     """Load the pipeline of a model, of a run of Stage C, or of a run of the baseline.
 
     Raises:
@@ -56,7 +56,7 @@ def stage_of_run(model: str) -> str | None:
     return load.trained_stage(content)
 
 
-def pipeline_from_stage(stage: Any) -> CascadePipeline:
+def pipeline_from_stage(stage: Any) -> TextToImage:
     """Build a pipeline that shares a stage's networks, and freeze them."""
     prior = stage.prior_sampler()
     if stage.name == "ldm":

@@ -2,19 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.diffusion.guidance import Guidance
 from wuerstchen_pl.diffusion.sampler import (
     Generator,
     SamplerName,
     resolve_generator,
-    resolve_timesteps,
 )
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
 from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
@@ -22,6 +19,7 @@ from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.sampling.device import DevicePlacement
+from wuerstchen_pl.sampling.diffusers_arguments import denoise_params
 from wuerstchen_pl.sampling.images import (
     OUTPUT_TYPES,
     ImageOutput,
@@ -38,7 +36,6 @@ from wuerstchen_pl.sampling.loop import (
     StepCallback,
     StepState,
     denoise,
-    with_legacy_callback,
 )
 from wuerstchen_pl.sampling.prior import initial_noise
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, encode_prompts
@@ -143,42 +140,76 @@ class DecoderSampler(StepState):
             ValueError: if an argument is invalid.
         """
         check_output_type(output_type, OUTPUT_TYPES)
-        inputs = ("latents",) if callback is not None else ()
-        params = DenoiseParams(
-            times=resolve_timesteps(num_inference_steps, timesteps),
-            generator=generator,
-            guidance=Guidance(
-                scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
-            ),
-            method=sampler,
-            callback=with_legacy_callback(callback_on_step_end, callback, callback_steps),
-            callback_inputs=[*{*(callback_on_step_end_tensor_inputs or ()), *inputs}],
+        semantic = self._semantic(image_embeddings, num_images_per_prompt)
+        params = denoise_params(
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            sampler=sampler,
+            generator=resolve_generator(seed, generator, len(semantic)),
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback=callback,
+            callback_steps=callback_steps,
             progress_label="Stage B" if progress else None,
         )
-        params.check(self.CALLBACK_INPUTS)
-        semantic = self._semantic(image_embeddings, num_images_per_prompt)
-        tensors = {"image_embeddings": semantic}
-        if self.text_encoder is not None:
-            prompts = Prompts(prompt or "", negative_prompt)
-            text = self._text(prompts, len(semantic), guided=params.guidance.on)
-            tensors[TEXT] = text
-            if params.guidance.on:
-                tensors[NEGATIVE] = text[len(semantic) :]
         height, width = size or self.size(semantic.shape[-2], semantic.shape[-1])
-        shape = (len(semantic), self.decoder.latent_channels, *self.latent_grid(height, width))
-        params = replace(params, generator=resolve_generator(seed, generator, len(semantic)))
-        output = self._denoise(
-            initial_noise(shape, latents, params.generator, semantic.device), tensors, params
-        )
+        prompts = Prompts(prompt or "", negative_prompt)
+        output = self.sample(semantic, prompts, height, width, params, latents=latents)
         if output_type != "latent":
-            with self.placement.on_device(self.vqgan):
-                output = center_crop(self.decode(output).clamp(0, 1), height, width)
+            output = self.decode_latents(output, height, width)
         images = convert_output(output, output_type)
         return ImageOutput(images) if return_dict else images
 
+    @torch.no_grad()
+    def sample(
+        self,
+        semantic: Tensor,
+        prompts: Prompts,
+        height: int,
+        width: int,
+        params: DenoiseParams,
+        *,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Generate Stage A's latents.
+
+        Args:
+            semantic: (B, S, h, w) semantic latents in the compressor's scale.
+            prompts: one, B, or a number that divides B; ignored by a Stage B that reads no text.
+            height: in pixels.
+            width: in pixels.
+            params: parameters of the denoising loop.
+            latents: (B, C, H, W) noise to start from.
+
+        Returns:
+            (B, C, H, W).
+
+        Raises:
+            ValueError: if an argument is invalid.
+        """
+        params.check(self.CALLBACK_INPUTS)
+        tensors, guided = {"image_embeddings": semantic}, params.config.guidance.on
+        if self.text_encoder is not None:
+            text = self._text(prompts, len(semantic), guided=guided)
+            tensors[TEXT] = text
+            if guided:
+                tensors[NEGATIVE] = text[len(semantic) :]
+        shape = (len(semantic), self.decoder.latent_channels, *self.latent_grid(height, width))
+        noise = initial_noise(shape, latents, params.generator, semantic.device)
+        return self._denoise(noise, tensors, params)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Stage A's latents -> (B, 3, height, width) in [0, 1]."""
+        with self.placement.on_device(self.vqgan):
+            return center_crop(self.decode(latents).clamp(0, 1), height, width)
+
     def _denoise(self, noise: Tensor, tensors: dict[str, Tensor], params: DenoiseParams) -> Tensor:
         """Stage A's latents at the last time."""
-        steps = torch.tensor(params.times[:-1], device=noise.device)
+        steps = torch.tensor(params.config.times[:-1], device=noise.device)
         # cached conditioning takes 0.5 GB per image at 1024 px in bfloat16
         prepare = self.decoder.inputs if self.placement.offload else self.decoder.cache_conditioning
 
@@ -186,7 +217,7 @@ class DecoderSampler(StepState):
             tensors: Mapping[str, Tensor],
         ) -> list[CachedConditioning] | list[BlockInputs]:
             semantic = tensors["image_embeddings"]
-            if params.guidance.on:
+            if params.config.guidance.on:
                 semantic = torch.cat([semantic, torch.zeros_like(semantic)])
             text = tensors.get(TEXT)
             return prepare(steps, semantic, text, (noise.shape[-2], noise.shape[-1]))

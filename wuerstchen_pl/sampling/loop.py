@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import Generator, SamplerName, check_sampler, sample
+from wuerstchen_pl.diffusion.sampler import Generator, sample
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
 from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
+from wuerstchen_pl.sampling.config import DenoiseConfig
 
 Tensors = dict[str, Tensor]
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor | None]], Tensors | None]
@@ -25,27 +25,24 @@ TEXT, NEGATIVE = "text_encoder_hidden_states", "negative_prompt_embeds"
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiseParams:
-    """Parameters of the denoising loop; ``times`` decrease from the start to 0."""
+    """Parameters of one run of the denoising loop."""
 
-    times: Sequence[float]
+    config: DenoiseConfig
     generator: Generator
-    guidance: Guidance
-    method: SamplerName = "ddpm"
     callback: StepCallback | None = None
     callback_inputs: Sequence[str] = ("latents",)
     progress_label: str | None = None
     """Label of the progress bar; None shows none."""
 
     def check(self, tensor_names: Sequence[str]) -> None:
-        """Reject values that would otherwise fail only after some steps.
+        """Reject inputs of the callback that would otherwise fail only after some steps.
 
         Args:
             tensor_names: the tensors that a callback may ask for.
 
         Raises:
-            ValueError: if the method or an input of the callback is unknown.
+            ValueError: if one of the inputs is unknown.
         """
-        check_sampler(self.method)
         for name in self.callback_inputs:
             if name not in tensor_names:
                 raise ValueError(
@@ -68,8 +65,8 @@ class StepState:
 
     def begin(self, params: DenoiseParams) -> None:
         """Reset the state for a new run."""
-        self._guidance_scale = params.guidance.scale
-        self._num_timesteps = len(params.times) - 1
+        self._guidance_scale = params.config.guidance.scale
+        self._num_timesteps = len(params.config.times) - 1
         self._interrupt = False
 
     @property
@@ -93,30 +90,6 @@ class StepState:
         return self._interrupt
 
 
-def with_legacy_callback(
-    callback_on_step_end: StepCallback | None, legacy: LegacyCallback | None, every_steps: int
-) -> StepCallback | None:
-    """Combine both kinds of callback.
-
-    Raises:
-        ValueError: if ``every_steps`` is below 1.
-    """
-    if legacy is None:
-        return callback_on_step_end
-    if every_steps < 1:
-        raise ValueError(f"callback_steps={every_steps} is out of range; use 1 or more")
-
-    def both(sampler: Any, step: int, t: Tensor, tensors: dict[str, Tensor | None]) -> Any:
-        changed = callback_on_step_end(sampler, step, t, tensors) if callback_on_step_end else None
-        if step % every_steps == 0:
-            latents = (changed or {}).get("latents", tensors["latents"])
-            assert latents is not None
-            legacy(step, t, latents)
-        return changed
-
-    return both
-
-
 def denoise(
     predict_noise: PredictNoise,
     cache_conditioning: Callable[[Mapping[str, Tensor]], Conditioning],
@@ -128,12 +101,12 @@ def denoise(
     schedule: CosineSchedule,
     latents_hook: Callable[[Tensor, float], Tensor] = lambda x, t: x,
 ) -> Tensor:
-    """Denoise latents along ``params.times``.
+    """Denoise latents along ``params.config.times``.
 
     Args:
         predict_noise: latents and conditioning -> noise; see ``Prior.predict_noise``.
         cache_conditioning: conditioning tensors -> the blocks' conditioning, for 2B rows
-            (conditional, unconditional) if ``params.guidance`` is on, else for B.
+            (conditional, unconditional) if ``params.config.guidance`` is on, else for B.
         latents: (B, C, h, w) at the first time.
         tensors: conditioning tensors by name, which a callback may read and replace.
         params: times, guidance, generator, callback.
@@ -149,8 +122,8 @@ def denoise(
     sampler.begin(params)
 
     def predict(xt: Tensor, i: int) -> Tensor:
-        guidance = replace(params.guidance, scale=sampler.guidance_scale)
-        if not (params.guidance.on and guidance.at(params.times[i])):
+        guidance = replace(params.config.guidance, scale=sampler.guidance_scale)
+        if not (params.config.guidance.on and guidance.at(params.config.times[i])):
             return predict_noise(xt, [c.at_step(i).first_rows(rows) for c in conditioning])
         preds = predict_noise(xt, [c.at_step(i) for c in conditioning])
         if len(preds) == rows:  # no block reads the conditioning: both predictions are the same
@@ -160,24 +133,24 @@ def denoise(
     def after_step(i: int, x: Tensor) -> Tensor:
         nonlocal conditioning
         bar.update()
-        x = latents_hook(x, params.times[i + 1])
+        x = latents_hook(x, params.config.times[i + 1])
         if params.callback is None:
             return x
         inputs = {name: {"latents": x, **tensors}.get(name) for name in params.callback_inputs}
-        changed = params.callback(sampler, i, torch.tensor(params.times[i]), inputs) or {}
+        changed = params.callback(sampler, i, torch.tensor(params.config.times[i]), inputs) or {}
         if _replace_tensors(tensors, changed):
             conditioning = cache_conditioning(tensors)
         return changed.get("latents", x)
 
     label = params.progress_label
-    with tqdm(total=len(params.times) - 1, desc=label, disable=label is None) as bar:
+    with tqdm(total=len(params.config.times) - 1, desc=label, disable=label is None) as bar:
         return sample(
             predict,
             latents,
-            params.times,
+            params.config.times,
             params.generator,
             schedule=schedule,
-            method=params.method,
+            method=params.config.method,
             on_step=after_step,
             interrupted=lambda: sampler.interrupt,
         )

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wuerstchen_pl.diffusion.guidance import Guidance
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.sampler import (
     Generator,
     SamplerName,
     randn,
     resolve_generator,
-    resolve_timesteps,
 )
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
 from wuerstchen_pl.models.conditioning import CachedConditioning
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.device import DevicePlacement
+from wuerstchen_pl.sampling.diffusers_arguments import denoise_params
 from wuerstchen_pl.sampling.images import OutputTuple, check_output_type
 from wuerstchen_pl.sampling.loop import (
     NEGATIVE,
@@ -32,9 +31,8 @@ from wuerstchen_pl.sampling.loop import (
     StepCallback,
     StepState,
     denoise,
-    with_legacy_callback,
 )
-from wuerstchen_pl.sampling.prompts import Prompts, encode_prompts
+from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, count_prompts, encode_prompts
 
 DEFAULT_STAGE_C_TIMESTEPS: list[float] = [
     *(1 - i / 57 for i in range(20)),
@@ -159,41 +157,75 @@ class PriorSampler(StepState):
             ValueError: if an argument is invalid.
         """
         check_output_type(output_type, ("pt", "np", "latent"))
-        if image_embeddings is None and (strength != 1 or mask is not None):
-            raise ValueError("strength and mask need image_embeddings; give them")
-        inputs = ("latents",) if callback is not None else ()
-        params = DenoiseParams(
-            times=_times(num_inference_steps, timesteps, strength),
-            generator=generator,
-            guidance=Guidance(
-                scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
-            ),
-            method=sampler,
-            callback=with_legacy_callback(callback_on_step_end, callback, callback_steps),
-            callback_inputs=[*{*(callback_on_step_end_tensor_inputs or ()), *inputs}],
+        prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        num_images = count_prompts(prompts) * check_num_images(num_images_per_prompt)
+        params = denoise_params(
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            sampler=sampler,
+            generator=resolve_generator(seed, generator, num_images),
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback=callback,
+            callback_steps=callback_steps,
             progress_label="Stage C" if progress else None,
         )
+        semantic = self.sample(
+            prompts,
+            height,
+            width,
+            params,
+            num_images_per_prompt=num_images_per_prompt,
+            latents=latents,
+            image_embeddings=image_embeddings,
+            strength=strength,
+            mask=mask,
+        )
+        output = semantic.cpu().numpy() if output_type == "np" else semantic
+        return PriorOutput(output) if return_dict else (output,)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Prompts,
+        height: int,
+        width: int,
+        params: DenoiseParams,
+        *,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        image_embeddings: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Generate semantic latents; see ``__call__`` for the arguments.
+
+        Returns:
+            (B, S, h, w) in the compressor's scale.
+
+        Raises:
+            ValueError: if an argument is invalid.
+        """
+        if image_embeddings is None and (strength != 1 or mask is not None):
+            raise ValueError("strength and mask need image_embeddings; give them")
         params.check(self.CALLBACK_INPUTS)
-        prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        text = self._text(prompts, num_images_per_prompt, guided=params.guidance.on)
-        rows = len(text) // (2 if params.guidance.on else 1)
+        times = times_from(strength, params.config.times)
+        params = replace(params, config=replace(params.config, times=times))
+        guided = params.config.guidance.on
+        text = self._text(prompts, num_images_per_prompt, guided=guided)
+        rows = len(text) // (2 if guided else 1)
         shape = (rows, self.prior.latent_channels, *self.latent_size(height, width))
-        params = replace(params, generator=resolve_generator(seed, generator, rows))
         noise = initial_noise(shape, latents, params.generator, text.device)
         init = None
         if image_embeddings is not None:
-            init = InitLatents(
-                self.scaling.normalize(
-                    expand_rows(image_embeddings.to(noise), shape, "image_embeddings")
-                ),
-                None
-                if mask is None
-                else expand_rows(mask.to(noise), (rows, 1, *shape[2:]), "mask"),
-            )
-        latents = self._denoise(noise, text, init, params)
-        semantic = self.scaling.denormalize(latents)
-        output = semantic.cpu().numpy() if output_type == "np" else semantic
-        return PriorOutput(output) if return_dict else (output,)
+            start = expand_rows(image_embeddings.to(noise), shape, "image_embeddings")
+            if mask is not None:
+                mask = expand_rows(mask.to(noise), (rows, 1, *shape[2:]), "mask")
+            init = InitLatents(self.scaling.normalize(start), mask)
+        return self.scaling.denormalize(self._denoise(noise, text, init, params))
 
     def _text(self, prompts: Prompts, repeats: int, *, guided: bool) -> Tensor:
         with self.placement.on_device(self.text_encoder):
@@ -204,7 +236,7 @@ class PriorSampler(StepState):
         self, noise: Tensor, text: Tensor, init: InitLatents | None, params: DenoiseParams
     ) -> Tensor:
         """Latents at the last time, from noise or from initial latents noised to the first time."""
-        steps = torch.tensor(params.times[:-1], device=noise.device)
+        steps = torch.tensor(params.config.times[:-1], device=noise.device)
 
         def cache_conditioning(tensors: Mapping[str, Tensor]) -> list[CachedConditioning]:
             return self.prior.cache_conditioning(steps, tensors[TEXT])
@@ -216,9 +248,9 @@ class PriorSampler(StepState):
             return torch.lerp(self._noised(init.latents, t, fresh), x, init.mask)
 
         tensors = {TEXT: text}
-        if params.guidance.on:
+        if params.config.guidance.on:
             tensors[NEGATIVE] = text[len(noise) :]
-        x = noise if init is None else self._noised(init.latents, params.times[0], noise)
+        x = noise if init is None else self._noised(init.latents, params.config.times[0], noise)
         with self.placement.on_device(self.prior):
             return denoise(
                 self.predict_noise, cache_conditioning, x, tensors, params,
@@ -268,11 +300,14 @@ def expand_rows(x: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     return x.repeat_interleave(shape[0] // len(x), dim=0)
 
 
-def _times(steps: int, timesteps: Sequence[float] | None, strength: float) -> list[float]:
-    """Times to sample along, starting at ``strength``."""
+def times_from(strength: float, times: Sequence[float]) -> Sequence[float]:
+    """Times to sample along from ``strength`` on, without those above it.
+
+    Raises:
+        ValueError: if ``strength`` is outside [0, 1], or not above the last time.
+    """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength} is out of range; use 0 to 1")
-    times = resolve_timesteps(steps, timesteps)
     if 0 < strength <= times[-1]:
         raise ValueError(f"strength={strength} is too low; use 0, or more than {times[-1]}")
     if strength >= times[0]:

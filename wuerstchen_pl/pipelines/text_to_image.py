@@ -1,0 +1,135 @@
+"""What the commands and the evaluation use of a pipeline, whichever stages it consists of."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from wuerstchen_pl.diffusion.sampler import Generator
+from wuerstchen_pl.models.vqgan import VQGAN
+from wuerstchen_pl.sampling.config import SamplingConfig
+from wuerstchen_pl.sampling.device import DevicePlacement, cast_weights
+from wuerstchen_pl.sampling.prior import PriorSampler
+
+MAX_SIDE = 4096
+"""Longest side in pixels: twice that of the published model's training images."""
+
+
+class TextToImage(ABC):
+    """A text-to-image model: a prior conditioned on text, and what decodes its latents.
+
+    An abstract class and not a protocol, since devices and sizes are handled in one way.
+
+    Args:
+        prior: text to latents.
+        vqgan: Stage A.
+        placement: the device to run on.
+        source: ``path`` and ``sha256`` of the checkpoint that the networks were loaded from.
+    """
+
+    def __init__(
+        self,
+        *,
+        prior: PriorSampler,
+        vqgan: VQGAN,
+        placement: DevicePlacement,
+        source: Mapping[str, str] | None,
+    ) -> None:
+        self.prior, self.vqgan, self.source = prior, vqgan, source
+        self.placement = prior.placement = placement
+        for module in self.modules:
+            module.eval().requires_grad_(False)
+
+    @abstractmethod
+    def generate(
+        self,
+        prompts: Sequence[str],
+        height: int,
+        width: int,
+        *,
+        config: SamplingConfig,
+        generator: Generator,
+    ) -> Tensor:
+        """Generate one image per prompt.
+
+        Args:
+            prompts: N prompts.
+            height: in pixels; if not a multiple of ``size_multiple``, rounded up and cropped.
+            width: see ``height``.
+            config: sampling settings; those of stages that the model lacks are not used.
+            generator: a list with one generator per image makes images independent of the batch.
+
+        Returns:
+            (N, 3, height, width) in [0, 1].
+
+        Raises:
+            ValueError: if an argument is invalid.
+        """
+
+    @property
+    @abstractmethod
+    def modules(self) -> list[torch.nn.Module]:
+        """The networks in the order of their use."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """Number of pixels that heights and widths are multiples of."""
+
+    @abstractmethod
+    def compile(self, **options: Any) -> Self:
+        """Compile the denoisers; ``options`` are those of ``torch.compile``."""
+
+    def to(
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Run on ``device`` and cast weights to ``dtype``; None keeps the current one.
+
+        Latents stay float32.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        target = self.placement.device if device is None else torch.device(device)
+        for module in self.modules:
+            if dtype is not None:
+                cast_weights(module, dtype)
+            module.to("cpu" if self.placement.offload else target)
+        self.placement.device = target
+        return self
+
+    def enable_model_offload(self, device: torch.device | str = "cuda") -> Self:
+        """Keep only the network in use on ``device``, and the others on the CPU."""
+        self.placement.offload = True
+        return self.to(device)
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size of an image, rounded up to multiples of ``size_multiple``.
+
+        Raises:
+            ValueError: for a side below ``size_multiple`` or above ``MAX_SIDE``.
+        """
+        multiple = self.size_multiple
+        for key, value in (("height", height), ("width", width)):
+            if value != int(value) or not multiple <= value <= MAX_SIDE:
+                raise ValueError(
+                    f"{key}={value} is not supported; use {multiple} to {MAX_SIDE}, best a "
+                    f"multiple of {multiple}"
+                )
+        return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
+
+    def padded_size_with_warning(self, height: int, width: int) -> tuple[int, int]:
+        """As ``padded_size``, with a warning if it differs from the requested size."""
+        padded = self.padded_size(height, width)
+        if padded != (height, width):
+            warnings.warn(
+                f"{height} x {width} px is not a multiple of {self.size_multiple}; generating "
+                f"{padded[0]} x {padded[1]} px and cropping",
+                stacklevel=3,
+            )
+        return padded

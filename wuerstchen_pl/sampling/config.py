@@ -1,0 +1,92 @@
+"""Settings of a sampling run, from the YAML to the denoising loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from wuerstchen_pl.diffusion.guidance import Guidance
+from wuerstchen_pl.diffusion.sampler import SamplerName, check_sampler, resolve_timesteps
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseConfig:
+    """Settings of one stage's denoising loop.
+
+    Raises:
+        ValueError: if the method is unknown.
+    """
+
+    times: Sequence[float]
+    """Decreasing, from the start to 0."""
+    guidance: Guidance
+    method: SamplerName = "ddpm"
+
+    def __post_init__(self) -> None:
+        check_sampler(self.method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Sampling parameters.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    prior_steps: int = 30
+    """Denoising steps of Stage C (paper: 60)."""
+    prior_timesteps: Sequence[float] | None = None
+    """Decreasing times of Stage C in [0, 1] instead of equal steps."""
+    prior_guidance_scale: float = 4.0
+    """Guidance away from the empty caption; values up to 1 turn it off."""
+    guidance_rescale: float = 0.0
+    """``rescale`` of Stage C's ``Guidance``, in [0, 1]."""
+    guidance_interval: Sequence[float] = (0.0, 1.0)
+    """Times of Stage C, [lowest, highest], at which to guide."""
+    decoder_steps: int = 12
+    """Denoising steps of Stage B (paper: 12)."""
+    decoder_guidance_scale: float = 0.0
+    """Guidance toward the semantic latents; values up to 1 turn it off."""
+    sampler: SamplerName = "ddpm"
+    """``ddpm`` or ``ddim``, in both stages."""
+    batch_size: int = 16
+    """Images per batch; it affects speed but not the images."""
+
+    def __post_init__(self) -> None:
+        for key in ("prior_steps", "decoder_steps", "batch_size"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or not 1 <= value <= 10_000:
+                raise ValueError(f"{key}={value!r} is out of range; use 1 to 10000")
+        check_sampler(self.sampler)
+        for key in ("prior_guidance_scale", "decoder_guidance_scale"):
+            value = getattr(self, key)
+            if not 0 <= value <= MAX_SCALE:
+                raise ValueError(f"{key}={value} is out of range; use 0 to {MAX_SCALE}")
+        _ = self.prior, self.decoder  # which check the times and Stage C's guidance
+
+    @cached_property
+    def prior(self) -> DenoiseConfig:
+        """Denoising of Stage C."""
+        lowest, highest = self.guidance_interval
+        return DenoiseConfig(
+            times=resolve_timesteps(self.prior_steps, self.prior_timesteps),
+            guidance=Guidance(
+                scale=self.prior_guidance_scale,
+                rescale=self.guidance_rescale,
+                interval=(lowest, highest),
+            ),
+            method=self.sampler,
+        )
+
+    @cached_property
+    def decoder(self) -> DenoiseConfig:
+        """Denoising of Stage B."""
+        return DenoiseConfig(
+            times=resolve_timesteps(self.decoder_steps, None),
+            guidance=Guidance(scale=self.decoder_guidance_scale),
+            method=self.sampler,
+        )
+
+
+MAX_SCALE = 100
+"""Largest guidance scale; beyond it, images are only noise."""
