@@ -1,7 +1,6 @@
 """Plot a metric over guidance scale and steps: ``python scripts/plot_sweep.py outputs/evaluate``.
 
-Reads the reports of a ``python -m wuerstchen_pl.evaluate -m`` sweep, one folder per run. Needs
-``pip install -e '.[plot]'``.
+Reads the reports of a ``python -m wuerstchen_pl.evaluate -m`` sweep, one folder per run.
 """
 
 import argparse
@@ -11,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
 
 
 class Point(NamedTuple):
@@ -61,15 +62,11 @@ def _point(path: Path, report: dict[str, Any], metric: str, x: str, by: str) -> 
 
 def plot(results: list[Point], metric: str, x: str, to: Path) -> None:
     """Plot one line per ``Point.line``, with intervals, to an image file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lines = defaultdict(list)
     for point in results:
         lines[point.line].append(point)
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for name, line in lines.items():
         xs, values = [p.x for p in line], [p.value for p in line]
         errors = [[p.value - p.low for p in line], [p.high - p.value for p in line]]
@@ -78,7 +75,6 @@ def plot(results: list[Point], metric: str, x: str, to: Path) -> None:
     axes.set_ylabel(f"{metric} (95 % interval)")
     axes.legend()
     figure.savefig(to, dpi=120)
-    pyplot.close(figure)
 
 
 def main() -> None:

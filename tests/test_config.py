@@ -94,6 +94,15 @@ def test_every_key_of_train_is_used() -> None:
     assert TRAIN_KEYS.keys() - in_program - in_yaml == set()
 
 
+@pytest.mark.parametrize("program", [path.stem for path in CONF.glob("*.yaml")])
+def test_no_group_hides_a_key(program: str) -> None:
+    """Hydra reads ``name=value`` as a choice where a group ``name`` exists."""
+    config = yaml.safe_load((CONF / f"{program}.yaml").read_text())
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    chosen = {str(key) for entry in config.get("defaults", ()) for key in entry}
+    assert set(config) & groups - chosen == set()
+
+
 @pytest.mark.parametrize("group", ["experiment", "preset"])
 def test_a_folder_of_stages_belongs_to_a_choice(group: str) -> None:
     folders = {path.name for path in (CONF / group).iterdir() if path.is_dir()}

@@ -144,5 +144,5 @@ def test_an_invalid_plan_is_refused_before_training(
     too_wide = "callbacks.evaluation.plan.fid_features.widths=[9,9]"
     overrides = [*small("c", tmp_path, STEPS), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
     assert run_program("train", [*overrides, *EVALUATED, too_wide]) == 1
-    assert "metric=fid needs at least 19 images on both sides" in capsys.readouterr().err
+    assert "metric=fid needs at least 19 images in both sets" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))

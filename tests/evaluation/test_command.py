@@ -527,5 +527,5 @@ def test_an_exported_model_has_no_training_data(
     assert run_program("evaluate", [f"model={model}", f"output_dir={tmp_path / 'out'}"]) == 1
     error = capsys.readouterr().err
     assert f"model={model} is not a run, so it has no training data" in error
-    assert "name the run" in error
+    assert "set model= to a run" in error
     assert not (tmp_path / "out").exists()

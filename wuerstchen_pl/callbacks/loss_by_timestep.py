@@ -1,12 +1,14 @@
 """The loss binned by diffusion time t, logged and plotted."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_READINGS = 12
 """Readings in a plot."""
@@ -56,7 +58,7 @@ class LossByTimestep(L.Callback):
         pl_module.log_dict({f"train/loss_t{t:.2f}": mean for t, mean in by_time.items()})
         self.readings = [*self.readings, (step, means)][-MAX_READINGS:]
         if trainer.is_global_zero:
-            plot_losses(self.readings).save(self.path)
+            plot_losses(self.readings).savefig(self.path)
 
 
 def bin_center(index: int, num_bins: int) -> float:
@@ -64,30 +66,17 @@ def bin_center(index: int, num_bins: int) -> float:
     return (index + 0.5) / num_bins
 
 
-def plot_losses(readings: list[tuple[int, list[float]]]) -> Image.Image:
+def plot_losses(readings: list[tuple[int, list[float]]]) -> "Figure":
     """One line over t per reading, older ones paler."""
-    width, height, left, bottom, top = 520, 260, 60, 34, 28
-    canvas = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
-    plot_width, plot_height = width - left - 16, height - bottom - top
-    baseline = top + plot_height
-    highest = max((m for _, means in readings for m in means if m == m), default=1.0) or 1.0
+    from matplotlib.figure import Figure  # takes a third of a second
 
-    def point(i: int, means: list[float]) -> tuple[float, float]:
-        x = left + plot_width * bin_center(i, len(means))
-        return x, top + plot_height * (1 - means[i] / highest)
-
-    for age, (_, means) in zip(range(len(readings) - 1, -1, -1), readings, strict=True):
-        pale = round(200 * age / max(1, len(readings) - 1))
-        points = [point(i, means) for i, mean in enumerate(means) if mean == mean]
-        draw.line(points, fill=(30 + pale, 60 + pale * 3 // 4, 140 + pale // 2), width=2)
-    draw.line([left, baseline, left + plot_width, baseline], fill="black")
-    for t in (0.0, 0.5, 1.0):
-        x = left + plot_width * t
-        draw.text((x, baseline + 6), f"{t:g}", fill="black", font=font, anchor="mt")
-    for value in (0.0, highest):
-        y = top + plot_height * (1 - value / highest)
-        draw.text((left - 6, y), f"{value:.3g}", fill="black", font=font, anchor="rm")
+    figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (step, means) in enumerate(readings, 1):
+        times = [bin_center(i, len(means)) for i in range(len(means))]
+        shade = 0.15 + 0.85 * number / len(readings)
+        axes.plot(times, means, color="tab:blue", alpha=shade, label=f"step {step}")
+    axes.set(xlabel="t", ylabel="loss", ylim=(0, None))
     first, last = readings[0][0], readings[-1][0]
-    draw.text((left, 6), f"loss over t, steps {first} (pale) to {last}", fill="black", font=font)
-    return canvas
+    axes.set_title(f"loss over t, steps {first} (pale) to {last}")
+    return figure

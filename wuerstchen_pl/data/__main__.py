@@ -49,7 +49,7 @@ def run_check(cfg: DictConfig) -> float:
         print(format_report(inspect_data(module, "val", full=cfg.full)))
     if inspection.sizes:
         folder.mkdir(parents=True, exist_ok=True)
-        plot_histograms(inspection.sizes, module.sizes).save(folder / "sizes.png")
+        plot_histograms(inspection.sizes, module.sizes).savefig(folder / "sizes.png")
         print(folder / "sizes.png")
     if not inspection.left:
         raise ValueError("nothing is left to train on; see the bad and dropped samples above.")

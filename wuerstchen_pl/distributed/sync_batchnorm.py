@@ -77,8 +77,20 @@ class AllReduceSum(torch.autograd.Function):
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Turn every ``nn.BatchNorm2d`` of a network into ``SyncBatchNorm2d``, in place."""
-    for child in module.modules():
+    """Replace every ``nn.BatchNorm2d`` inside a network by a ``SyncBatchNorm2d``, in place.
+
+    The parameters and buffers stay the same objects.
+    """
+    for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
-            child.__class__ = SyncBatchNorm2d
+            setattr(module, name, _synchronized(child))
+        else:
+            convert_sync_batchnorm(child)
     return module
+
+
+def _synchronized(norm: nn.BatchNorm2d) -> SyncBatchNorm2d:
+    replacement = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum, device="meta")
+    for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+        setattr(replacement, name, tensor)
+    return replacement.train(norm.training)

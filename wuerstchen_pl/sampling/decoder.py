@@ -28,6 +28,7 @@ from wuerstchen_pl.sampling.images import (
     check_output_type,
     convert_output,
 )
+from wuerstchen_pl.sampling.initial_latents import initial_noise
 from wuerstchen_pl.sampling.loop import (
     NEGATIVE,
     TEXT,
@@ -37,7 +38,6 @@ from wuerstchen_pl.sampling.loop import (
     StepState,
     denoise,
 )
-from wuerstchen_pl.sampling.prior import initial_noise
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, encode_prompts
 
 

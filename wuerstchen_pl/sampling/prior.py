@@ -23,6 +23,12 @@ from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.diffusers_arguments import denoise_params
 from wuerstchen_pl.sampling.images import OutputTuple, check_output_type
+from wuerstchen_pl.sampling.initial_latents import (
+    InitLatents,
+    expand_rows,
+    initial_noise,
+    times_from,
+)
 from wuerstchen_pl.sampling.loop import (
     NEGATIVE,
     TEXT,
@@ -47,13 +53,6 @@ class _PriorOutput(NamedTuple):
 
 class PriorOutput(OutputTuple, _PriorOutput):
     """(B, S, h, w) semantic latents in the compressor's scale."""
-
-
-class InitLatents(NamedTuple):
-    """Initial latents in Stage C's scale, and the region to generate again."""
-
-    latents: Tensor  # (B, S, h, w)
-    mask: Tensor | None  # (B, 1, h, w), 1 where to generate; None for everywhere
 
 
 class PriorSampler(StepState):
@@ -272,44 +271,3 @@ class PriorSampler(StepState):
             return latents
         times = torch.full((len(latents),), t, device=latents.device)
         return self.schedule.add_noise(latents, times, noise)
-
-
-def initial_noise(
-    shape: tuple[int, ...], latents: Tensor | None, generator: Generator, device: torch.device
-) -> Tensor:
-    """Initial noise: ``latents`` if given, else random.
-
-    Raises:
-        ValueError: if ``latents`` have another shape.
-    """
-    if latents is None:
-        return randn(shape, generator, device)
-    if tuple(latents.shape) != shape:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}; use shape {shape}")
-    return latents.to(device, torch.float32)
-
-
-def expand_rows(x: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """Repeat the rows of ``x``, one in all, per prompt or per image, to ``shape``.
-
-    Raises:
-        ValueError: if their number or shape does not fit.
-    """
-    if x.shape[1:] != shape[1:] or not len(x) or shape[0] % len(x):
-        raise ValueError(f"{name} have shape {tuple(x.shape)}; use shape {shape}, or one row")
-    return x.repeat_interleave(shape[0] // len(x), dim=0)
-
-
-def times_from(strength: float, times: Sequence[float]) -> Sequence[float]:
-    """Times to sample along from ``strength`` on, without those above it.
-
-    Raises:
-        ValueError: if ``strength`` is outside [0, 1], or not above the last time.
-    """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength={strength} is out of range; use 0 to 1")
-    if 0 < strength <= times[-1]:
-        raise ValueError(f"strength={strength} is too low; use 0, or more than {times[-1]}")
-    if strength >= times[0]:
-        return times
-    return [strength, *(t for t in times if t < strength)]
