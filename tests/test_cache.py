@@ -50,7 +50,7 @@ def max_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
     return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
 
 
-@pytest.mark.parametrize("stage", "bc")
+@pytest.mark.parametrize("stage", [pytest.param("b", marks=pytest.mark.slow), "c"])
 def test_training_from_a_cache_equals_training_on_images(
     stage: str, cascade: Path, tmp_path: Path
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_cached_module_samples_among_the_crops(cascade: Path, tmp_path: Path) 
     assert all(torch.equal(a["latents"], b["latents"]) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize("stop", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_training_from_a_cache_resumes_bit_for_bit(
     stop: int, cascade: Path, tmp_path: Path
 ) -> None:

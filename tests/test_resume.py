@@ -37,6 +37,14 @@ def differing(one: dict, other: dict) -> list[str]:
     return names
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cascade: Path) -> Path:
+    """The root of a finished run of Stage C."""
+    root = tmp_path_factory.mktemp("finished")
+    train("c", root, cascade)
+    return root
+
+
 FAST = (("a", 4), ("b", 5), ("c", 3))
 """During an epoch, and at both of its possible last steps; the other cases are slow."""
 
@@ -57,6 +65,7 @@ def test_resume_is_bit_exact(stage: str, stop: int, cascade: Path, tmp_path: Pat
     assert not differing(whole, resumed)
 
 
+@pytest.mark.slow
 def test_the_comparison_detects_another_seed(cascade: Path, tmp_path: Path) -> None:
     whole = train("c", tmp_path / "whole", cascade)
     assert differing(whole, train("c", tmp_path / "other", cascade, "seed=1"))
@@ -71,20 +80,18 @@ def test_the_log_of_a_resumed_run_has_each_step_once(cascade: Path, tmp_path: Pa
 
 
 def test_a_finished_run_is_not_repeated(
-    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    cascade: Path, finished: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    train("c", tmp_path, cascade)
-    path = load.find_checkpoint(tmp_path / "default/c")
+    path = load.find_checkpoint(finished / "default/c")
     before = path.stat().st_mtime_ns
-    train("c", tmp_path, cascade, "ckpt=auto")
+    train("c", finished, cascade, "ckpt=auto")
     assert path.stat().st_mtime_ns == before
     assert "is already finished at step 7" in capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten(
-    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    cascade: Path, finished: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    train("c", tmp_path, cascade)
-    arguments = [*small("c", tmp_path), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
+    arguments = [*small("c", finished), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
     assert run_program("train", arguments) == 1
     assert "ckpt=auto" in capsys.readouterr().err

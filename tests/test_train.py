@@ -253,6 +253,7 @@ def test_init_from_starts_from_the_weights_of_that_run(cascade: Path, tmp_path: 
     assert max(float((state[k] - v).abs().max()) for k, v in source.items()) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Path) -> None:
     shards(tmp_path / "tars", 2, 6)
     write(tmp_path / "tars/00009.tar", {"a.jpg": b"no image", "a.txt": b"a"})

@@ -50,6 +50,7 @@ def test_training_continues_while_the_checkpoint_of_an_earlier_step_is_written(
         assert not differing(sync, deferred)
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_an_async_save_ends_the_run_and_keeps_older_checkpoints(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

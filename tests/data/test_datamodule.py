@@ -205,6 +205,7 @@ def test_a_run_resumes_its_samples_with_another_batch_size(
         assert keys == expected[: len(keys)], f"resumed at step {step}"
 
 
+@pytest.mark.slow
 def test_a_mixture_resumes_and_keeps_its_weights(
     sources: Callable[[str], Source], tmp_path: Path
 ) -> None:

@@ -59,28 +59,38 @@ def arguments(stage: str, root: Path, cascade: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+TWO = ["trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=4"]
+ONE = ["trainer=cpu", "data.batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def sharded_run(tmp_path_factory: pytest.TempPathFactory, cascade: Path) -> Path:
+    """A folder with Stage B trained by one process, ``one``, and by two with FSDP2, ``fsdp``."""
+    root = tmp_path_factory.mktemp("sharded")
+    assert run_program("train", arguments("b", root / "one", cascade, *ONE)) == 0
+    launch([arguments("b", root / "fsdp", cascade, *TWO, *STRATEGIES["fsdp"][0])], root)
+    return root
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, cascade: Path) -> Path:
     """A folder with a folder per strategy, and ``one`` for a single process."""
     root = tmp_path_factory.mktemp("parallel")
-    full_batch, half_batch = "data.batch_size=8", "data.batch_size=4"
     half_steps = f"trainer.max_steps={HALF}"
-    two = ["trainer.devices=2", "trainer.accelerator=cpu", half_batch]
-    one = ["trainer=cpu", full_batch]
     for stage in "abc":
-        assert run_program("train", arguments(stage, root / "one", cascade, *one)) == 0
-    overrides = arguments("b", root / "one_then_fsdp", cascade, *one, half_steps)
+        assert run_program("train", arguments(stage, root / "one", cascade, *ONE)) == 0
+    overrides = arguments("b", root / "one_then_fsdp", cascade, *ONE, half_steps)
     assert run_program("train", overrides) == 0
     jobs = []
     for name, (strategy, resumed) in STRATEGIES.items():
         if resumed == "fsdp":
-            first = [*two, *STRATEGIES[resumed][0], half_steps]
+            first = [*TWO, *STRATEGIES[resumed][0], half_steps]
             jobs.append(arguments("b", root / name, cascade, *first))
         for stage in "abc" if name in ("ddp", "fsdp") else "b":
-            jobs.append(arguments(stage, root / name, cascade, *two, *strategy))
-    jobs.append(arguments("b", root / "fsdp_then_one", cascade, *two, "trainer=fsdp", half_steps))
+            jobs.append(arguments(stage, root / name, cascade, *TWO, *strategy))
+    jobs.append(arguments("b", root / "fsdp_then_one", cascade, *TWO, "trainer=fsdp", half_steps))
     launch(jobs, root)
-    assert run_program("train", arguments("b", root / "fsdp_then_one", cascade, *one)) == 0
+    assert run_program("train", arguments("b", root / "fsdp_then_one", cascade, *ONE)) == 0
     return root
 
 
@@ -127,11 +137,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "stage"), CASES)
-def test_two_processes_train_like_one(runs: Path, name: str, stage: str) -> None:
+def check_equal(runs: Path, name: str, stage: str) -> None:
+    """One process and two give the same weights, EMA, optimizer state, losses and data counts."""
     one, two = (last_checkpoint(runs / run / "default" / stage) for run in ("one", name))
     assert one["global_step"] == two["global_step"] == STEPS
     assert max_difference(one, two)[0] < TOLERANCE, max_difference(one, two)
+    counts_one, counts_two = (content["ImageTextDataModule"]["found"] for content in (one, two))
+    assert counts_one["pixels"] > counts_one["pixels/kept"] > 0
+    assert counts_two == counts_one
     losses_one, losses_two = (losses(runs / run / "default" / stage) for run in ("one", name))
     assert losses_one.keys() == losses_two.keys()
     assert len({step for step, _ in losses_one}) == STEPS
@@ -139,17 +152,17 @@ def test_two_processes_train_like_one(runs: Path, name: str, stage: str) -> None
         assert losses_two[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), key
 
 
+def test_two_sharded_processes_train_like_one(sharded_run: Path) -> None:
+    check_equal(sharded_run, "fsdp", "b")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), CASES)
-def test_a_checkpoint_counts_the_samples_of_all_processes(
-    runs: Path, name: str, stage: str
-) -> None:
-    """With every strategy, and after resuming with another number of processes."""
-    one, two = (last_checkpoint(runs / run / "default" / stage) for run in ("one", name))
-    counts_one, counts_two = (content["ImageTextDataModule"]["found"] for content in (one, two))
-    assert counts_one["pixels"] > counts_one["pixels/kept"] > 0
-    assert counts_two == counts_one
+def test_two_processes_train_like_one(runs: Path, name: str, stage: str) -> None:
+    check_equal(runs, name, stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", "abc")
 def test_the_comparison_detects_ten_missing_steps(runs: Path, stage: str) -> None:
     run = runs / "one/default" / stage
@@ -157,6 +170,7 @@ def test_the_comparison_detects_ten_missing_steps(runs: Path, stage: str) -> Non
     assert max_difference(half, last_checkpoint(run))[0] > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_only_fsdp_writes_sharded_checkpoints(runs: Path) -> None:
     is_sharded = {
         name: load.find_checkpoint(runs / name / "default/b").is_dir()
@@ -165,6 +179,7 @@ def test_only_fsdp_writes_sharded_checkpoints(runs: Path) -> None:
     assert is_sharded == {"one": False, "ddp": False, "fsdp": True, "fsdp_one_file": False}
 
 
+@pytest.mark.slow
 def test_a_sharded_run_renders_the_same_grid_as_one_process(runs: Path) -> None:
     grids = [runs / name / f"default/c/grids/step{STEPS:07d}.png" for name in ("one", "fsdp")]
     one, sharded = (np.asarray(Image.open(grid)).astype(int) for grid in grids)
@@ -173,6 +188,7 @@ def test_a_sharded_run_renders_the_same_grid_as_one_process(runs: Path) -> None:
     assert np.abs(one[:80] - sharded[:80]).max() <= 2
 
 
+@pytest.mark.slow
 def test_validation_codes_are_counted_over_all_processes(runs: Path) -> None:
     def dead_codes(name: str) -> list[str]:
         log = (runs / name / "default/a/metrics.csv").read_text().splitlines()
@@ -195,9 +211,9 @@ def test_all_processes_end_when_the_first_cannot_write(
         launch([job], tmp_path)
 
 
-def test_a_missing_shard_is_an_error(runs: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_is_an_error(sharded_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "alone.ckpt"
-    shutil.copytree(load.find_checkpoint(runs / "fsdp/default/b"), path)
+    shutil.copytree(load.find_checkpoint(sharded_run / "fsdp/default/b"), path)
     shards = sorted(path.glob("*.safetensors"))
     assert len(shards) == 2
     load.read_checkpoint(path)

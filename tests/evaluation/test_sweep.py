@@ -10,6 +10,7 @@ from scripts import plot_sweep
 from tests.conftest import run_program
 
 
+@pytest.mark.slow
 def test_a_sweep_is_plotted_from_its_reports(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -248,6 +248,7 @@ def test_the_combined_folder_is_read(theirs: Any, ours: WuerstchenPipeline, tmp_
     assert torch.equal(generate(combined), generate(ours))
 
 
+@pytest.mark.slow
 def test_a_compiled_pipeline_generates_the_same(ours: WuerstchenPipeline, folder: Path) -> None:
     compiled = WuerstchenPipeline.from_pretrained(
         str(folder / "wuerstchen"), prior=str(folder / "wuerstchen-prior")
@@ -281,6 +282,7 @@ def test_diffusers_loads_every_part_that_we_write(
     assert torch.equal(generate(loaded), generate(theirs))
 
 
+@pytest.mark.slow
 def test_the_written_vocabulary_of_open_clip_is_read_by_transformers(tmp_path: Path) -> None:
     write_vocabulary(tmp_path)
     theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
@@ -330,6 +332,7 @@ pipe("a red heart", 128, 128, 2, num_inference_steps=1, seed=0, progress=False)
 """
 
 
+@pytest.mark.slow
 def test_neither_diffusers_nor_transformers_is_needed(
     ours: WuerstchenPipeline, folder: Path
 ) -> None:

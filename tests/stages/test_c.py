@@ -75,6 +75,7 @@ def test_a_frozen_text_encoder_gets_no_gradient_and_is_not_saved(batch: Batch) -
     assert not [key for key in stage.state_dict() if "text_encoder" in key]
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_text(batch: Batch) -> None:
     stage = stage_c(caption_drop_prob=0.0)
     # distinct latents, as those of an untrained compressor are nearly equal

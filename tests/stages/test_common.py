@@ -24,7 +24,12 @@ def validation_loss(stage: Stage, batch: Batch) -> float:
 
 @pytest.mark.parametrize(
     ("name", "steps", "max_ratio"),
-    [("a", 300, 0.4), ("b", 120, 0.8), ("c", 150, 0.5), ("ldm", 100, 0.8)],
+    [
+        pytest.param("a", 300, 0.4, marks=pytest.mark.slow),
+        ("b", 120, 0.8),
+        ("c", 150, 0.5),
+        ("ldm", 100, 0.8),
+    ],
 )
 def test_one_batch_overfits(name: str, steps: int, max_ratio: float, batch: Batch) -> None:
     stage = STAGES[name]()
