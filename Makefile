@@ -25,7 +25,7 @@ demo-full: setup ## the same on all 1,659 drawings, with larger networks
 	$(BIN)/python -m scripts.demo --experiment openmoji
 
 # Each process computes with one thread: two that use all cores wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: setup ## the fast tests
 	$(PYTEST)

@@ -11,6 +11,8 @@ import torch
 from wuerstchen_pl import cache, convert, evaluate, export, interpolate, sample, train
 from wuerstchen_pl.data import __main__ as data
 
+NO_GRIDS = "callbacks.sample_grids=null"
+"""Rendering them takes a third of a short run."""
 SMALL_DATA = ("data.limit=24", "data.val_fraction=0.2", "data.batch_size=4")
 SMALL_NETWORK = {
     "a": (
@@ -71,6 +73,7 @@ def small(stage: str, root: Path, steps: int = 4) -> list[str]:
         "stage.optimizer.lr=1e-3",
         f"validate_every_steps={steps}",
         "logger=csv",
+        NO_GRIDS,
         *SMALL_DATA,
         *SMALL_NETWORK[stage],
     ]
@@ -79,7 +82,13 @@ def small(stage: str, root: Path, steps: int = 4) -> list[str]:
 def what_cache_reads(arguments: list[str]) -> list[str]:
     """The arguments of ``train`` that ``cache`` accepts: those that change what is cached."""
     networks = ("stage.prior.", "stage.diffnext.", "stage.ema.", "stage.caption_drop_prob=")
-    training = ("trainer", "logger", "validate_every_steps=", "checkpoint_every_steps=")
+    training = (
+        "trainer",
+        "logger",
+        "callbacks.",
+        "validate_every_steps=",
+        "checkpoint_every_steps=",
+    )
     fitting = ("stage.optimizer.", "stage.lr_schedule.")
     return [a for a in arguments if not a.startswith((*training, *fitting, *networks))]
 
