@@ -102,7 +102,7 @@ def pair(*labeled: tuple[Tensor, str]) -> str:
 def training_pairs(generated: ImageFolder, data: object, indices: list[int]) -> list[str]:
     """A frame per selected image: the training image of its caption, and the generated image."""
     images = DatasetImages(data)
-    captioned, training = images.captioned(len(generated)), list(images)
+    captioned, training = images.captioned(len(generated)), dict(images.indexed())
     return [
         pair(
             (training[captioned[i].dataset_index] / 255, "training image"),

@@ -15,7 +15,7 @@ import torch
 from wuerstchen_pl.data.loading.batch_dataset import ImageBatchDataset
 from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_stop_signals
 from wuerstchen_pl.data.loading.transforms import Crop
-from wuerstchen_pl.data.ordering.batches import Batches, sequential_batches
+from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, sequential_batches
 from wuerstchen_pl.data.ordering.buckets import Buckets, Policy, Size
 from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.ordering.splits import Splits
@@ -208,15 +208,19 @@ class ImageTextDataModule(L.LightningDataModule):
         Deterministic, with center crops. With `alone`, this process gets all of them instead of
         its share.
         """
+        specs = self.specs_in_order(split, alone=alone)
+        return OnceLoader(self.dataset(), specs, **self.loader_options())
+
+    def specs_in_order(self, split: Split, *, alone: bool = False) -> list[BatchSpec]:
+        """List the batches of `in_order`, without reading an image."""
         rank, world_size = DistInfo() if alone else DistInfo.from_process_group()
-        requests = sequential_batches(
+        return sequential_batches(
             self.splits.first_window[split],
             self.buckets,
             batch_size=self.val_batch_size,
             rank=rank,
             world_size=world_size,
         )
-        return OnceLoader(self.dataset(), requests, **self.loader_options())
 
     @property
     def counts(self) -> dict[str, float]:

@@ -120,7 +120,7 @@ def to_uint8(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 def retrievals(
     generated: ImageFolder,
     targets: Sequence[int],
-    reference: Iterable[Tensor],
+    reference: DatasetImages,
     pipeline: TextToImage,
 ) -> dict[str, Score]:
     """Top-1 and top-5 retrieval of the training image whose caption an image was generated for.
@@ -129,17 +129,24 @@ def retrievals(
 
     Args:
         generated: images generated for training captions.
-        targets: for each of them, the index of its training image in ``reference``.
-        reference: the training images, (3, H, W) uint8.
+        targets: for each of them, the dataset index of its training image.
+        reference: the training images; images whose target is unreadable are ignored.
         pipeline: its compressor computes the semantic latents.
     """
     spaces: dict[str, Callable[[Iterable[Tensor]], Tensor]] = {"": pooled_pixels}
     if isinstance(pipeline, WuerstchenPipeline) and pipeline.compressor is not None:
         spaces["_semantic"] = lambda images: pooled_semantic(pipeline, images)
+    positions: dict[int, int] = {}  # dataset index -> row of the candidates
+    rows: dict[str, list[Tensor]] = {suffix: [] for suffix in spaces}
+    for index, image in reference.indexed():
+        positions[index] = len(positions)
+        for suffix, embed in spaces.items():
+            rows[suffix].append(embed([image.float() / 255]))
+    readable = [i for i, target in enumerate(targets) if target in positions]
+    targets = [positions[targets[i]] for i in readable]
     scores: dict[str, Score] = {}
     for suffix, embed in spaces.items():
-        candidates = embed(to_float(reference))
-        queries = embed(to_float(generated))
+        candidates, queries = torch.cat(rows[suffix]), embed(to_float(generated))[readable]
         for control, indices in (("", list(targets)), ("_shuffled", shuffle_control(targets))):
             scores |= topk_scores(
                 f"retrieval{suffix}{control}", ranks(queries, candidates, indices), len(candidates)

@@ -30,16 +30,29 @@ class DatasetImages:
         self.data = data
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield images (3, H, W) uint8."""
-        for batch in self.data.in_order("train", alone=True):
-            yield from (batch["image"] * 255).round().byte()
+        """Yield the readable images (3, H, W) uint8."""
+        return (image for _, image in self.indexed())
+
+    def indexed(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the dataset index and the image (3, H, W) uint8 of each readable sample."""
+        loader, start = self.data.in_order("train", alone=True), 0
+        for spec, (batch, report) in zip(loader.sampler, loader.with_reports(), strict=True):
+            images = (batch["image"] * 255).round().byte()
+            for row, key, image in zip(report.rows, batch["key"], images, strict=True):
+                if key == spec.rows[row].sample.key:  # not a substitute of an unreadable batch
+                    yield start + row, image
+            start += len(spec.rows)
 
     def captioned(self, number: int | None) -> list[CaptionedImage]:
-        """Up to ``number`` samples, evenly spaced over the set so that all buckets occur."""
+        """Up to ``number`` samples, evenly spaced over the set so that all buckets occur.
+
+        No image is decoded, so unreadable ones are among them.
+        """
         samples: list[CaptionedImage] = []
-        for batch in self.data.in_order("train", alone=True):
-            height, width = batch["image"].shape[-2:]
-            for caption in batch["caption"]:
+        for spec in self.data.specs_in_order("train", alone=True):
+            height, width = spec.size
+            for row in spec.rows:
+                caption = row.sample.captions[0]
                 samples.append(CaptionedImage(caption, height, width, len(samples)))
         count = min(number or len(samples), len(samples))
         return [samples[i * len(samples) // count] for i in range(count)]

@@ -1,0 +1,68 @@
+"""Training data as prompts and references: captions without decoding, unreadable images skipped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.loading import batch_dataset
+from wuerstchen_pl.data.sources.folder import FolderSource
+from wuerstchen_pl.evaluation.datasets import DatasetImages
+from wuerstchen_pl.evaluation.metrics.retrieval import pooled_pixels, ranks
+
+NUM_IMAGES, BROKEN = 8, 3
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> DatasetImages:
+    """Images of uniform brightness ``10 * number``; one is truncated."""
+    for number in range(NUM_IMAGES):
+        path = tmp_path / f"images/{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), (10 * number,) * 3).save(path)
+        path.with_suffix(".txt").write_text(f"number {number}")
+    broken = tmp_path / f"images/{BROKEN}.jpg"
+    broken.write_bytes(broken.read_bytes()[:-60])
+    data = ImageTextDataModule(
+        source=FolderSource(root=str(tmp_path / "images")),
+        image_size=64, bucket_multiple=16, batch_size=3, val_fraction=0.0, num_workers=0,
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+    return DatasetImages(data)
+
+
+def test_captions_are_read_without_decoding(
+    images: DatasetImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_dataset, "decode_image", pytest.fail)
+    samples = images.captioned(None)
+    assert [s.caption for s in samples] == [f"number {i}" for i in range(NUM_IMAGES)]
+    assert [s.dataset_index for s in samples] == list(range(NUM_IMAGES))
+    assert {(s.height, s.width) for s in samples} == {(64, 64)}
+
+
+def test_indices_of_images_are_those_of_their_captions(images: DatasetImages) -> None:
+    with pytest.warns(UserWarning, match="unreadable image"):
+        by_index = dict(images.indexed())
+    assert by_index.keys() == set(range(NUM_IMAGES)) - {BROKEN}
+    for index, image in by_index.items():
+        assert torch.equal(image, torch.full((3, 64, 64), 10 * index, dtype=torch.uint8))
+
+
+def test_an_unreadable_batch_yields_no_substitute(images: DatasetImages) -> None:
+    images.data.val_batch_size = 1
+    with pytest.warns(UserWarning, match="unreadable image"):
+        indices = [index for index, _ in images.indexed()]
+    assert indices == [i for i in range(NUM_IMAGES) if i != BROKEN]
+
+
+def test_targets_after_an_unreadable_image_are_found(images: DatasetImages) -> None:
+    with pytest.warns(UserWarning, match="unreadable image"):
+        indices, candidates = zip(*images.indexed(), strict=True)
+    targets = [i for i in range(NUM_IMAGES) if i != BROKEN]
+    generated = pooled_pixels(torch.full((3, 64, 64), 10.0 * i) for i in targets)
+    rows = [indices.index(target) for target in targets]
+    assert ranks(generated, pooled_pixels(candidates), rows) == [0] * len(targets)
