@@ -1,5 +1,6 @@
 """Shared fixtures: a cascade of tiny networks, trained for a few steps once per session."""
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ import torch
 
 from wuerstchen_pl import cache, convert, evaluate, export, interpolate, sample, train
 from wuerstchen_pl.data import __main__ as data
+
+# what the imports have created is never garbage, and slow to traverse
+gc.freeze()
 
 NO_GRIDS = "callbacks.sample_grids=null"
 """Rendering them takes a third of a short run."""

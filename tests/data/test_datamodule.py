@@ -314,9 +314,9 @@ def test_validation_uses_its_own_shards_or_a_held_out_share(tmp_path: Path) -> N
     assert with_val_urls.val_fraction == 0
     assert factories.shards(urls=str(tmp_path / "a"), **loading).val_fraction == 0.001
     assert factories.shards(urls=str(tmp_path / "a"), val_fraction=0, **loading).val_fraction == 0
-    with pytest.raises(ValueError, match=r"val_urls='b' and data\.val_fraction=0\.1 both set"):
+    with pytest.raises(ValueError, match=r"val_urls='b' and val_fraction=0\.1 both set"):
         factories.shards(urls="a", val_urls="b", val_fraction=0.1, **loading)
-    with pytest.raises(ValueError, match=r"val_split='test' and data\.val_fraction=0\.1 both set"):
+    with pytest.raises(ValueError, match=r"val_split='test' and val_fraction=0\.1 both set"):
         factories.hf(name="a", val_split="test", val_fraction=0.1, **loading)
 
 
@@ -413,10 +413,10 @@ def test_sizes_are_known_before_any_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["batch_size", "val_batch_size", "num_workers", "shuffle_samples"])
 def test_numbers_out_of_range_are_rejected_by_name(openmoji: OpenMoji, key: str) -> None:
-    with pytest.raises(ValueError, match=rf"data\.{key}=-1 is out of range"):
+    with pytest.raises(ValueError, match=rf"^{key}=-1 is out of range"):
         data(openmoji, **{key: -1})
 
 
 def test_val_fraction_out_of_range_is_rejected(openmoji: OpenMoji) -> None:
-    with pytest.raises(ValueError, match=r"data\.val_fraction=1\.0 is out of range"):
+    with pytest.raises(ValueError, match=r"^val_fraction=1\.0 is out of range"):
         data(openmoji, val_fraction=1.0)

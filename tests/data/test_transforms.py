@@ -229,7 +229,7 @@ def test_crop_share_scales_max_upscale() -> None:
         crop_share=0.5,
     )
     assert module.max_upscale == 0.75  # of the full crop: 1.5 for its half
-    with pytest.raises(ValueError, match=r"data\.crop_share=1\.5 is out of range; use more than 0"):
+    with pytest.raises(ValueError, match=r"^crop_share=1\.5 is out of range; use more than 0"):
         ImageTextDataModule(
             source=FolderSource(root="nowhere"), image_size=128, batch_size=1, crop_share=1.5
         )

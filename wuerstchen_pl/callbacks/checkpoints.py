@@ -48,7 +48,7 @@ class Checkpoints(Checkpoint):
             keep_every_steps < 1 or keep_every_steps % every_steps
         ):
             raise ValueError(
-                f"callbacks.checkpoints.keep_every_steps={keep_every_steps} is not a multiple of "
+                f"keep_every_steps={keep_every_steps} is not a multiple of "
                 f"checkpoint_every_steps={every_steps}; use a multiple, or null"
             )
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep

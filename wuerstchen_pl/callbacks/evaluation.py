@@ -44,9 +44,7 @@ class EvaluationCallback(L.Callback):
 
     def __init__(self, *, folder: str, every_steps: int, plan: EvaluationPlan) -> None:
         if every_steps < 1:
-            raise ValueError(
-                f"callbacks.evaluation.every_steps={every_steps} is out of range; use 1 or more"
-            )
+            raise ValueError(f"every_steps={every_steps} is out of range; use 1 or more")
         self.folder, self.every_steps, self.plan = Path(folder), every_steps, plan
         self.seconds = 0.0  # time spent in evaluation
         self._last_step = 0

@@ -106,7 +106,7 @@ def _held_out(key: str, val_data: Any, val_fraction: float | None, *, default: f
         return default if val_fraction is None else val_fraction
     if val_fraction:
         raise ValueError(
-            f"data.{key}={val_data!r} and data.val_fraction={val_fraction} both set the validation "
+            f"{key}={val_data!r} and val_fraction={val_fraction} both set the validation "
             "data; set only one of them."
         )
     return 0.0

@@ -1,5 +1,7 @@
 """CLIP's tokenizer: open_clip's byte-pair encoding, with its vocabulary or a published one."""
 
+import copy
+import functools
 import json
 import unicodedata
 from collections.abc import Sequence
@@ -21,6 +23,12 @@ FILES = (
 """Files that the folder of a published tokenizer may contain."""
 
 
+@functools.cache
+def _open_clip_tokenizer() -> SimpleTokenizer:
+    """open_clip's vocabulary, which takes a tenth of a second to read; not to be changed."""
+    return SimpleTokenizer()
+
+
 class Tokenizer:
     """Captions -> the token ids that transformers' CLIPTokenizer returns.
 
@@ -36,11 +44,14 @@ class Tokenizer:
 
     def __init__(self, *, context_length: int = 77, folder: str | None = None) -> None:
         self.context_length = context_length
-        self.bpe = SimpleTokenizer()
+        self.bpe = copy.copy(_open_clip_tokenizer())
         self.bpe.clean_fn = _clean
         pad, added = END, [START, END]
         if folder is None:  # as the published files name these two
-            self.bpe.encoder |= {START: self.bpe.sot_token_id, END: self.bpe.eot_token_id}
+            self.bpe.encoder = self.bpe.encoder | {
+                START: self.bpe.sot_token_id,
+                END: self.bpe.eot_token_id,
+            }
         else:
             vocabulary, merges, added = _read_folder(Path(folder))
             self.bpe.encoder = vocabulary

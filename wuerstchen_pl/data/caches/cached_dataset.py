@@ -57,12 +57,12 @@ class CachedSource:
             self.manifest: dict[str, Any] = json.loads((self.root / MANIFEST).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"data.root={root!r} is not a finished cache, as it has no valid {MANIFEST}; build "
+                f"root={root!r} is not a finished cache, as it has no valid {MANIFEST}; build "
                 "it with python -m wuerstchen_pl.cache, which resumes an interrupted build."
             ) from error
         if self.manifest["preprocessing"] != PREPROCESSING:
             raise ValueError(
-                f"data.root={root!r} is stale, as an older version decoded and cropped its images; "
+                f"root={root!r} is stale, as an older version decoded and cropped its images; "
                 "rebuild it with python -m wuerstchen_pl.cache."
             )
 

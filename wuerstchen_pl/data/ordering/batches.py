@@ -74,7 +74,7 @@ class Batches:
         world_size: int = 1,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"data.batch_size={batch_size} is out of range; use 1 or more.")
+            raise ValueError(f"batch_size={batch_size} is out of range; use 1 or more.")
         if not 0 <= rank < world_size:
             raise ValueError(
                 f"rank={rank} of {world_size} processes is out of range; use 0 to world_size - 1."

@@ -44,13 +44,13 @@ class Buckets:
     ) -> None:
         if ratios is not None and policy != "area":
             raise ValueError(
-                f"data.ratios={list(ratios)} is of data.buckets=area, but data.buckets={policy}; "
+                f"ratios={list(ratios)} is of buckets=area, but buckets={policy}; "
                 "remove one of them."
             )
         if (sizes is not None) != (policy == "sizes"):
             raise ValueError(
-                f"data.sizes={sizes and [list(s) for s in sizes]} and data.buckets={policy} "
-                "disagree; use data.sizes with data.buckets=sizes, and only with it."
+                f"sizes={sizes and [list(s) for s in sizes]} and buckets={policy} "
+                "disagree; use sizes with buckets=sizes, and only with it."
             )
         if policy == "sizes":
             self.sizes = _checked_sizes(sizes or (), multiple)
@@ -97,7 +97,7 @@ def area_sizes(image_size: int, multiple: int, ratios: Sequence[float] | None = 
     chosen = DEFAULT_RATIOS if ratios is None else tuple(ratios)
     if not chosen or min(chosen) <= 0:
         raise ValueError(
-            f"data.ratios={list(chosen)} is invalid; use width / height ratios above 0, "
+            f"ratios={list(chosen)} is invalid; use width / height ratios above 0, "
             "such as [0.5, 1.0, 2.0], or null for the defaults."
         )
 
@@ -122,12 +122,12 @@ def enlargement(sample: Sample, size: Size) -> float:
 
 def _check_image_size(image_size: int, multiple: int) -> None:
     if multiple < 1:
-        raise ValueError(f"data.bucket_multiple={multiple} pixels is out of range; use 1 or more.")
+        raise ValueError(f"bucket_multiple={multiple} pixels is out of range; use 1 or more.")
     if image_size < multiple or image_size % multiple:
         lower = max(image_size // multiple, 1) * multiple
         raise ValueError(
-            f"data.image_size={image_size} pixels is not a multiple of "
-            f"data.bucket_multiple={multiple}; use {lower} or {lower + multiple}."
+            f"image_size={image_size} pixels is not a multiple of "
+            f"bucket_multiple={multiple}; use {lower} or {lower + multiple}."
         )
 
 
@@ -135,9 +135,9 @@ def _checked_sizes(sizes: Sequence[Sequence[int]], multiple: int) -> list[Size]:
     for size in sizes:
         if len(size) != 2 or any(side < multiple or side % multiple for side in size):
             raise ValueError(
-                f"data.sizes contains {list(size)}; use [height, width] in multiples of "
-                f"data.bucket_multiple={multiple} pixels."
+                f"sizes={[list(s) for s in sizes]} contains {list(size)}; use [height, width] in "
+                f"multiples of bucket_multiple={multiple} pixels."
             )
     if not sizes:
-        raise ValueError("data.sizes is empty; use [[height, width], ...] in pixels.")
+        raise ValueError("sizes=[] is empty; use [[height, width], ...] in pixels.")
     return sorted({(size[0], size[1]) for size in sizes})

@@ -91,13 +91,12 @@ class OpenMoji:
         unknown = sorted(set(groups or ()) - set(GROUPS))
         if unknown or (groups is not None and not groups):
             raise ValueError(
-                f"data.groups={groups} is invalid; use one or more of {sorted(GROUPS)}, or "
-                "null for all."
+                f"groups={groups} is invalid; use one or more of {sorted(GROUPS)}, or null for all."
             )
         if image_size < 8:
-            raise ValueError(f"data.image_size={image_size} pixels is out of range; use 8 or more.")
+            raise ValueError(f"image_size={image_size} pixels is out of range; use 8 or more.")
         if limit is not None and limit < 2:
-            raise ValueError(f"data.limit={limit} is out of range; use 2 or more, or null for all.")
+            raise ValueError(f"limit={limit} is out of range; use 2 or more, or null for all.")
         self.image_size = image_size
         self.chosen_groups = None if groups is None else sorted(set(groups))
         self.limit = limit

@@ -47,7 +47,7 @@ class ShardSource:
         self.download_cache = DownloadCache(
             folder=download_dir, keep_bytes=round(download_gb * 1e9)
         )
-        for key, patterns in (("data.urls", urls), ("data.val_urls", val_urls)):
+        for key, patterns in (("urls", urls), ("val_urls", val_urls)):
             for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
                 reject_url(pattern, key=key, allow_pipe=allow_pipe)
         self._names: dict[Split, list[str]] = {}

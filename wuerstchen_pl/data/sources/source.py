@@ -143,7 +143,7 @@ class Holdout:
     def __init__(self, fraction: float, group_keys: Sequence[str] = ()) -> None:
         if not 0 <= fraction < 1:
             raise ValueError(
-                f"data.val_fraction={fraction} is out of range; use the share of samples to hold "
+                f"val_fraction={fraction} is out of range; use the share of samples to hold "
                 "out, at least 0 and less than 1."
             )
         self.fraction = fraction
