@@ -287,7 +287,7 @@ def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Pat
         (["data=openmoji", "data.buckets=paper", "data.ratios=[1.0]"], "data.ratios=[1.0] is of"),
         (
             ["data=openmoji", "data.filters.scripts=[elvish]"],
-            "filters.scripts contains 'elvish'",
+            "filters.scripts=['elvish'] contains",
         ),
         (["data=openmoji", "data.no_key=1"], "data.no_key"),
         (["data=openmoji", "data.batch_size=many"], "data.batch_size is 'many', and must be int"),

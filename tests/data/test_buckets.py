@@ -55,12 +55,12 @@ def test_listed_sizes_are_used_unchanged() -> None:
     ("settings", "message"),
     [
         ({"policy": "area", "image_size": 100}, r"image_size=100 .* use 96 or 128"),
-        ({"policy": "area", "ratios": [-1.0]}, r"data\.ratios=\[-1\.0\] is invalid"),
-        ({"policy": "area", "sizes": [[64, 64]]}, r"data\.sizes=.*use data\.sizes with"),
-        ({"policy": "sizes"}, r"data\.sizes=None and data\.buckets=sizes disagree"),
+        ({"policy": "area", "ratios": [-1.0]}, r"ratios=\[-1\.0\] is invalid"),
+        ({"policy": "area", "sizes": [[64, 64]]}, r"sizes=.*use sizes with"),
+        ({"policy": "sizes"}, r"sizes=None and buckets=sizes disagree"),
         ({"policy": "sizes", "sizes": [[64, 70]]}, r"contains \[64, 70\].*multiples of"),
-        ({"policy": "sizes", "sizes": []}, r"data\.sizes is empty"),
-        ({"policy": "paper", "ratios": [1.0]}, r"data\.ratios=\[1\.0\] is of data\.buckets=area"),
+        ({"policy": "sizes", "sizes": []}, r"sizes=\[\] is empty"),
+        ({"policy": "paper", "ratios": [1.0]}, r"ratios=\[1\.0\] is of buckets=area"),
     ],
 )
 def test_inconsistent_settings_are_rejected(settings: dict, message: str) -> None:

@@ -55,7 +55,7 @@ def test_check_reports_contents_and_usable_images(
     # 96 x 48 is cropped to 72 x 48: a quarter of three of seven images is cropped away.
     cropped = 3 * 24 * 48 / (3 * 96 * 48 + 4 * 64 * 64)
     assert f"{cropped:.1%} of their pixels" in output
-    assert Image.open(tmp_path / "out/sizes.png").size[1] > 100
+    assert (tmp_path / "out/sizes.png").read_bytes().startswith(b"\x89PNG")
     assert run("check", *arguments) == 0
     assert "8 images left" in capsys.readouterr().out  # metadata do not reveal the truncated one
 

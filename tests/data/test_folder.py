@@ -299,9 +299,9 @@ def test_a_mixture_reads_from_each_of_its_sources(folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("sources", "weights", "message"),
     [
-        ({}, None, r"data\.sources is empty"),
-        ({"a": FakeSource({})}, {"b": 1}, r"data\.weights names 'b', which is not one of"),
-        ({"a": FakeSource({})}, {"a": 0}, r"data\.weights\.a=0 is out of range; use more than 0"),
+        ({}, None, r"sources=\{\} is empty"),
+        ({"a": FakeSource({})}, {"b": 1}, r"weights=\{.*\} names 'b', which is not one of"),
+        ({"a": FakeSource({})}, {"a": 0}, r"weights\.a=0 is out of range; use more than 0"),
     ],
 )
 def test_an_invalid_mixture_is_rejected(sources: dict, weights: dict | None, message: str) -> None:

@@ -53,7 +53,7 @@ class ImageFolder:
     def __iter__(self) -> Iterator[Tensor]:
         """Yield images (3, H, W) uint8."""
         for index in range(len(self)):
-            yield torch.from_numpy(self._pixels(index)).permute(2, 0, 1)
+            yield torch.from_numpy(self._pixels(index).copy()).permute(2, 0, 1)
 
     def image(self, index: int) -> Image.Image:
         """One RGB image, decoded as in training.
