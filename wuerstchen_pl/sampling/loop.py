@@ -117,13 +117,15 @@ def denoise(
     Returns:
         (B, C, h, w) at the last time, or after the step at which it was interrupted.
     """
-    rows = len(latents)
+    rows, times, guidance = len(latents), params.config.times, params.config.guidance
     conditioning = cache_conditioning(tensors)
     sampler.begin(params)
 
     def predict(xt: Tensor, i: int) -> Tensor:
-        guidance = replace(params.config.guidance, scale=sampler.guidance_scale)
-        if not (params.config.guidance.on and guidance.at(params.config.times[i])):
+        nonlocal guidance
+        if guidance.scale != sampler.guidance_scale:  # a callback changed it
+            guidance = replace(guidance, scale=sampler.guidance_scale)
+        if not (params.config.guidance.on and guidance.at(times[i])):
             return predict_noise(xt, [c.at_step(i).first_rows(rows) for c in conditioning])
         preds = predict_noise(xt, [c.at_step(i) for c in conditioning])
         if len(preds) == rows:  # no block reads the conditioning: both predictions are the same
@@ -133,21 +135,21 @@ def denoise(
     def after_step(i: int, x: Tensor) -> Tensor:
         nonlocal conditioning
         bar.update()
-        x = latents_hook(x, params.config.times[i + 1])
+        x = latents_hook(x, times[i + 1])
         if params.callback is None:
             return x
         inputs = {name: {"latents": x, **tensors}.get(name) for name in params.callback_inputs}
-        changed = params.callback(sampler, i, torch.tensor(params.config.times[i]), inputs) or {}
+        changed = params.callback(sampler, i, torch.tensor(times[i]), inputs) or {}
         if _replace_tensors(tensors, changed):
             conditioning = cache_conditioning(tensors)
         return changed.get("latents", x)
 
     label = params.progress_label
-    with tqdm(total=len(params.config.times) - 1, desc=label, disable=label is None) as bar:
+    with tqdm(total=len(times) - 1, desc=label, disable=label is None) as bar:
         return sample(
             predict,
             latents,
-            params.config.times,
+            times,
             params.generator,
             schedule=schedule,
             method=params.config.method,
