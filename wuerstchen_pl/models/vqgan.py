@@ -37,8 +37,10 @@ class VectorQuantizer(nn.Module):
         """(B, C, H, W) -> (B, H, W) int64 index of the nearest code, ties to the lowest."""
         codes = self.codebook.weight.float()
         flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2).float()
-        # |x - c|^2 without |x|^2, which does not affect the argmin
-        distance = torch.addmm(codes.square().sum(dim=1), flat, codes.t(), alpha=-2)
+        # autocast would compute the product in bfloat16, too coarse to tell near codes apart
+        with torch.autocast(flat.device.type, enabled=False):
+            # |x - c|^2 without |x|^2, which does not affect the argmin
+            distance = torch.addmm(codes.square().sum(dim=1), flat, codes.t(), alpha=-2)
         return distance.argmin(dim=1).view(latents.shape[0], *latents.shape[2:])
 
     def lookup(self, indices: Tensor) -> Tensor:

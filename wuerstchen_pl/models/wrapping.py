@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +36,14 @@ def _checkpointed(forward: Callable) -> Callable:
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile each block in place, which keeps the names of its weights."""
+    """Compile each block in place, which keeps the names of its weights.
+
+    Changes two settings of Dynamo for the whole process.
+    """
+    # a block's code is shared by blocks of all widths, batch sizes and modes: Stage B needs 7
+    # graphs a batch size, and beyond the limit Dynamo silently runs the rest eagerly
+    torch._dynamo.config.recompile_limit = 64
+    # DDP would split blocks above its bucket size, and fail at the first batch of another size
+    torch._dynamo.config.optimize_ddp = False
     for block in find_blocks(module):
         block.compile()
