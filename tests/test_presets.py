@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from open_clip.model import CLIPTextCfg, _build_text_tower
 
 from wuerstchen_pl.cli import conf_dir
+from wuerstchen_pl.stages.ema import EMA
 
 COUNTS = [
     ("a", "v2", "vqgan", 18_406_894),
@@ -61,3 +62,21 @@ def test_the_text_encoders_match_clip(preset: str, model: str) -> None:
     assert {name: p.shape for name, p in ours.named_parameters()} == shapes
     heads = [t.transformer.resblocks[0].attn.num_heads for t in (ours, theirs)]
     assert heads[0] == heads[1]
+
+
+@pytest.mark.parametrize("preset", ["v1", "v2"])
+def test_the_published_priors_average_as_the_released_code(preset: str) -> None:
+    """0.9 every 100 steps: after 5,000 steps the first copy, then the recursion by hand."""
+    ema: EMA = instantiate(part_config("c", preset, "ema"))
+    module = torch.nn.Linear(1, 1, bias=False)
+    shadows = {}
+    for step in range(1, 5401):
+        torch.nn.init.constant_(module.weight, step)
+        ema.update(module)
+        if ema.shadow:
+            shadows[step] = float(ema.shadow["weight"])
+    first = min(shadows)
+    assert first == 5100
+    assert shadows[5199] == 5100
+    assert shadows[5200] == pytest.approx(0.9 * 5100 + 0.1 * 5200)
+    assert shadows[5400] == pytest.approx(0.9 * (0.9 * shadows[5200] + 0.1 * 5300) + 0.1 * 5400)
