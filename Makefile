@@ -9,12 +9,12 @@ BIN := $(VENV)/bin
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(VENV)/.installed ## make .venv and install the package with its tests' needs
+setup: $(VENV)/.installed ## create .venv and install the package with its test dependencies
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	@echo 'Installing the package into $(VENV): two minutes and 6 GB, torch for the most part.'
+	@echo 'Installing the package into $(VENV): two minutes and 6 GB, mostly torch.'
 	$(BIN)/pip install --quiet --editable '.[dev,sweep,compare,hf,slurm,8bit]'
 	@touch $@
 
@@ -38,9 +38,9 @@ lint: setup ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup ## mend the style
+format: setup ## fix the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## time inference beside diffusers, and training: benchmarks/
+bench: setup ## benchmark inference against diffusers, and training: benchmarks/
 	$(BIN)/python scripts/bench.py

@@ -252,3 +252,46 @@ def test_an_unknown_key_of_a_users_own_yaml_is_refused(
     assert stderr.count("\n") == 1
     assert "stage.vqgan.depht" in stderr
     assert not (tmp_path / "out").exists()
+
+
+WRONG_VALUES = {
+    "sample.prior_timesteps": ("sample", ["prompt=a", "sample.prior_timesteps=[0.5,1]"]),
+    "sample.guidance_interval": ("sample", ["prompt=a", "sample.guidance_interval=[0.5]"]),
+    "clip.name": ("evaluate", ["metric=[clip]", "clip.name=x"]),
+    "clip.weights": ("evaluate", ["metric=[clip]", "clip.weights=x"]),
+    "fid_features.weights": ("evaluate", ["metric=[fid]", "fid_features.weights=x"]),
+    "callbacks.checkpoints.every_steps": ("train", ["stage=a", "callbacks.checkpoints.keep=0"]),
+    "data.ratios": ("train", ["stage=a", "data.ratios=[-1]"]),
+    "data.filters.max_ratio": ("train", ["stage=a", "data.filters.max_ratio=0.5"]),
+}
+
+
+@pytest.mark.parametrize("key", WRONG_VALUES)
+def test_an_error_names_a_key_of_the_config(
+    key: str, program: Any, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    name, overrides = WRONG_VALUES[key]
+    folder = "paths.root" if name == "train" else "output_dir"
+    assert program(name, *overrides, f"{folder}={tmp_path / 'out'}") == 1
+    printed = re.match(r"error: ([\w.]+)=", capsys.readouterr().err.splitlines()[-1])
+    assert printed is not None
+    config = composed(*overrides, program=name)
+    assert OmegaConf.select(config, printed[1], throw_on_missing=False) is not None
+    assert printed[1].rpartition(".")[0] == key.rpartition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "overrides"),
+    [
+        ("cache", "out", ["stage=c"]),
+        ("train", "paths.output_dir", ["stage=a"]),
+        ("sample", "output_dir", ["prompt=a"]),
+    ],
+)
+def test_an_output_folder_in_the_way_is_named_by_its_key(
+    name: str, key: str, overrides: list[str], program: Any, capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "file").touch()
+    assert program(name, *overrides, f"{key}={tmp_path / 'file'}") == 1
+    assert f"error: {key}={tmp_path / 'file'} is not a folder" in capsys.readouterr().err

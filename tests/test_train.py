@@ -302,3 +302,17 @@ def test_wrong_data_is_an_error_of_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", "bc")
+def test_init_from_other_networks_is_refused_by_name(
+    stage: str, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of another stage for B, and of another size for C."""
+    other = cascade / ("a" if stage == "b" else "c")
+    command = [*small(stage, tmp_path), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
+    command += ["stage.prior.width=32"] * (stage == "c") + [f"init_from={other}"]
+    assert run_program("train", command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"does not fit stage={stage}: " in error
+    assert "tensors differ in name or shape, such as " in error

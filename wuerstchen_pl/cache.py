@@ -94,7 +94,7 @@ def run(cfg: DictConfig) -> None:
     stage = str(cfg.stage._target_).rpartition(".Stage")[2].lower()
     check_ranges(cfg, stage)
     check_typed_keys()
-    folder = check_output_dir(cfg.out)
+    folder = check_output_dir(cfg.out, "out")
     data: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     encoders = Encoders(
         stage=stage,
@@ -174,7 +174,7 @@ def check_ranges(cfg: DictConfig, stage: str) -> None:
         )
 
 
-main = command("cache", run)
+main = command("cache", run, read_keys=READ_KEYS)
 
 if __name__ == "__main__":
     main()

@@ -44,7 +44,12 @@ def conf_dir() -> str:
     raise FileNotFoundError(f"no conf/ in or next to {_PACKAGE}; reinstall the package")
 
 
-def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Callable[[], None]:
+def command(
+    config_name: str,
+    run: Callable[[DictConfig], float | None],
+    *,
+    read_keys: re.Pattern[str] | None = None,
+) -> Callable[[], None]:
     """Make a command-line program that calls ``run`` with the composed ``<config_name>.yaml``.
 
     A sweeper minimizes the return value of ``run``.
@@ -60,7 +65,7 @@ def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Call
 
     def main() -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
-            print(help_text(config_name, inspect.getdoc(inspect.getmodule(run)) or ""))
+            print(help_text(config_name, inspect.getdoc(inspect.getmodule(run)) or "", read_keys))
         elif os.environ.get(_TRACEBACKS) == "1":
             with one_line_logs():
                 composed(run)()
@@ -71,11 +76,18 @@ def command(config_name: str, run: Callable[[DictConfig], float | None]) -> Call
     return main
 
 
-def help_text(config_name: str, description: str) -> str:
-    """A program's config groups with their choices, and its keys with their YAML comments."""
+def help_text(config_name: str, description: str, read_keys: re.Pattern[str] | None = None) -> str:
+    """A program's config groups with their choices, and its keys with their YAML comments.
+
+    Args:
+        config_name: name of the program's YAML.
+        description: what the program does.
+        read_keys: the keys and groups that it reads, if it refuses others; None is all.
+    """
     texts = list(_with_included(config_name))
     entries = [line[4:] for text in texts for line in text.splitlines() if line.startswith("  - ")]
     groups = [entry.split(":")[0] for entry in entries]
+    groups = [g for g in groups if read_keys is None or read_keys.match(g)]
     listed = [f"  {g}={'|'.join(group_choices(g))}" for g in groups if group_choices(g)]
     # cache includes train, most of whose keys it refuses; evaluate includes a plan without `hydra`
     shown = [text for text in texts[:-1] if "\nhydra:" not in text] + texts[-1:]
@@ -103,8 +115,8 @@ def group_choices(group: str) -> list[str]:
     return sorted(path.stem for path in Path(conf_dir(), group).glob("[!_]*.yaml"))
 
 
-def check_output_dir(configured: str) -> Path:
-    """The output folder of a run: ``configured``, or the numbered folder of a sweep's run.
+def check_output_dir(configured: str, key: str = "output_dir") -> Path:
+    """The output folder of a run: that of ``key``, or the numbered folder of a sweep's run.
 
     The folder is not created yet, but it is checked that it can be, before any work is done.
 
@@ -116,9 +128,9 @@ def check_output_dir(configured: str) -> Path:
         folder = Path(hydra_config.runtime.output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise NotADirectoryError(f"output_dir={folder} is not a folder: {existing} is a file")
+        raise NotADirectoryError(f"{key}={folder} is not a folder: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"output_dir={folder} is not writable: no permission for {existing}")
+        raise PermissionError(f"{key}={folder} is not writable: no permission for {existing}")
     return folder
 
 

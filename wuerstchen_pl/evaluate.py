@@ -181,6 +181,11 @@ def _load_model(
     if "validation_loss" not in plan.metric or trained is None or cfg.prior is not None:
         pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
         return pipeline, {}
+    if trained in ("a", "b"):
+        raise ValueError(
+            f"model={cfg.model} is a run of Stage {trained.upper()}, which generates no images; "
+            "set model= to a run of Stage C, or to a model folder"
+        )
     stage = load.load_stage(run=cfg.model, stage=trained).to(device)
     # losses are measured in float32, so a bfloat16 pipeline needs its own copy of the weights
     networks = copy.deepcopy(stage) if cfg.bf16 else stage

@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> float:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
     check_config(cfg)
     check_ranges(cfg)
-    output_dir = check_output_dir(cfg.paths.output_dir)
+    output_dir = check_output_dir(cfg.paths.output_dir, "paths.output_dir")
     resume = find_resume(cfg.ckpt, output_dir)
     if resume is not None and load.parse_step(resume) >= cfg.trainer.max_steps >= 0:
         logger.info("%s is already finished at step %d", output_dir, load.parse_step(resume))
@@ -133,8 +133,31 @@ def build_stage(cfg: DictConfig) -> "Stage":
         shadow = state["ema"]["shadow"]
         kind = "EMA" if shadow else "raw (there is no EMA yet)"
         logger.info("init_from: %s, weights: %s, step %s", path, kind, state.get("global_step"))
-        stage.load_state_dict({**state["state_dict"], **shadow})
+        _load_weights(stage, {**state["state_dict"], **shadow}, path)
     return stage
+
+
+def _load_weights(stage: "Stage", weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Start a stage from a checkpoint's weights.
+
+    Raises:
+        ValueError: if they are of another stage, or of networks of other sizes.
+    """
+    try:
+        stage.load_state_dict(weights)
+    except RuntimeError as error:
+        expected = stage.state_dict()
+        differing = [
+            name
+            for name in sorted(expected.keys() | weights.keys())
+            if name not in expected
+            or name not in weights
+            or expected[name].shape != weights[name].shape
+        ]
+        raise ValueError(
+            f"init_from={path} does not fit stage={stage.name}: {len(differing)} tensors differ in "
+            f"name or shape, such as {differing[0]}; use a run of the same stage and network sizes"
+        ) from error
 
 
 def check_ranges(cfg: DictConfig) -> None:

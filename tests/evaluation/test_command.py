@@ -529,3 +529,13 @@ def test_an_exported_model_has_no_training_data(
     assert f"model={model} is not a run, so it has no training data" in error
     assert "set model= to a run" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", "ab")
+def test_a_run_of_another_stage_is_refused(
+    stage: str, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = [f"model={cascade / stage}", f"output_dir={tmp_path / 'out'}"]
+    assert run_program("evaluate", command) == 1
+    error = capsys.readouterr().err
+    assert f"is a run of Stage {stage.upper()}, which generates no images" in error

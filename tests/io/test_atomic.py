@@ -96,11 +96,15 @@ def test_the_sidecar_is_removed_with_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", range(12))
 @pytest.mark.parametrize("name", ["fsync", "replace", "unlink"])
+@pytest.mark.parametrize("has_sidecar", [True, False])
 def test_a_kill_at_any_point_of_an_overwrite_leaves_an_intact_file(
-    tmp_path: Path, name: str, call: int
+    tmp_path: Path, name: str, call: int, has_sidecar: bool
 ) -> None:
     """The file is the old or the new one, and always matches its sidecar."""
     path = commit_checkpoint(tmp_path, 1, b"before")
+    if not has_sidecar:
+        for sidecar in path.parent.glob("*.sha256"):
+            sidecar.unlink()
     if (child := os.fork()) == 0:
         calls, real = [], getattr(os, name)
 

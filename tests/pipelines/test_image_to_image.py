@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wuerstchen_pl import WuerstchenPipeline
-from wuerstchen_pl.io.images import to_pil
+from wuerstchen_pl.io.images import EXIF_ORIENTATION, to_pil
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.images import to_mask, to_tensor
 
@@ -123,6 +123,20 @@ def test_uint8_and_transparent_images_are_converted(
     assert greatest(to_tensor(as_uint8), image) < 0.51 / 255
     transparent = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert greatest(to_tensor(transparent), torch.ones(1, 3, 4, 4)) == 0
+
+
+def test_images_are_decoded_as_in_training() -> None:
+    """16-bit gray is scaled, not clipped, and an EXIF rotation is applied, masks included."""
+    gray = Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16))
+    expected = torch.full((1, 3, 4, 4), round(30000 / 257) / 255)
+    assert greatest(to_tensor(gray), expected) < 1e-6
+    assert greatest(to_mask(gray), expected[:, :1]) < 1e-6
+    rotated = Image.new("RGB", (4, 6))
+    rotated.putpixel((0, 0), (255, 0, 0))
+    rotated.getexif()[EXIF_ORIENTATION] = 6  # a quarter turn clockwise
+    upright = to_tensor(rotated)
+    assert upright.shape == (1, 3, 4, 6)
+    assert upright[0, 0, 0, -1] == 1
     assert greatest(to_mask(Image.new("RGB", (4, 4), "white")), torch.ones(1, 1, 4, 4)) == 0
 
 

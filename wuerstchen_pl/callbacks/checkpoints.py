@@ -42,14 +42,14 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if every_steps < 1 or keep < 1:
             raise ValueError(
-                f"checkpoint_every_steps={every_steps} and keep={keep} must be at least 1"
+                f"every_steps={every_steps} and keep={keep} are out of range; use 1 or more"
             )
         if keep_every_steps is not None and (
             keep_every_steps < 1 or keep_every_steps % every_steps
         ):
             raise ValueError(
                 f"keep_every_steps={keep_every_steps} is not a multiple of "
-                f"checkpoint_every_steps={every_steps}; use a multiple, or null"
+                f"every_steps={every_steps}; use a multiple, or null"
             )
         self.folder, self.every_steps, self.keep = Path(folder), every_steps, keep
         self.keep_every_steps, self.async_save = keep_every_steps, async_save

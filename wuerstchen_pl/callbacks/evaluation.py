@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
 from wuerstchen_pl.distributed.launch import DistInfo
+from wuerstchen_pl.distributed.waiting import patient_barrier
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import EvaluationPlan
@@ -92,7 +93,7 @@ class EvaluationCallback(L.Callback):
                 callback.save(trainer)  # evaluation may take long, and signals wait for its end
         start = time.perf_counter()
         scores = self._evaluate(trainer, pl_module)
-        trainer.strategy.barrier()
+        patient_barrier()  # rank 0 scores alone
         self.seconds += time.perf_counter() - start
         if scores is not None:
             metrics = {f"eval/{name}": score.value for name, score in scores.items()}

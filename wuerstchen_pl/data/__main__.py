@@ -76,7 +76,7 @@ def run_build(cfg: DictConfig) -> None:
     settings = {key: value for key, value in data_config.items() if key not in RUNTIME_KEYS}
     entries, left_out = build(
         module.source,
-        check_output_dir(cfg.to),
+        check_output_dir(cfg.to, "to"),
         filters=module.filters,
         settings=settings | {"shard_samples": cfg.shard_samples},
         shard_samples=cfg.shard_samples,

@@ -127,7 +127,7 @@ def format_report(inspection: Inspection) -> str:
     )
     for (height, width), number in sorted(inspection.buckets.items()):
         positions = f"{-(-3 * height // 128)} x {-(-3 * width // 128)}"
-        lines.append(f"  {number:8d} in {height} x {width} px, {positions} semantic positions")
+        lines.append(f"  {number:8d} in {height} x {width} px, {positions} published positions")
     # File names may contain invalid Unicode, which terminals reject.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 

@@ -115,8 +115,8 @@ def resolve_timesteps(num_steps: int, times: Sequence[float] | None) -> list[flo
     return timesteps(num_steps) if times is None else check_timesteps(times)
 
 
-def check_timesteps(times: Sequence[float]) -> list[float]:
-    """Return ``times`` as floats if a sampler can follow them.
+def check_timesteps(times: Sequence[float], argument: str = "timesteps") -> list[float]:
+    """Return ``times`` as floats if a sampler can follow them; an error names ``argument``.
 
     Raises:
         ValueError: unless there are two or more, decreasing, in [0, 1].
@@ -125,7 +125,7 @@ def check_timesteps(times: Sequence[float]) -> list[float]:
     decreasing = all(t > t_next for t, t_next in itertools.pairwise(values))
     if len(values) < 2 or not decreasing or not 0 <= values[-1] < values[0] <= 1:
         shown = f"{values[:4]}{'...' if len(values) > 4 else ''}"
-        raise ValueError(f"timesteps={shown} are not decreasing in [0, 1]; use e.g. [1, 0.5, 0]")
+        raise ValueError(f"{argument}={shown} are not decreasing in [0, 1]; use e.g. [1, 0.5, 0]")
     return values
 
 

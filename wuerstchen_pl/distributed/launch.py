@@ -16,8 +16,11 @@ class DistInfo(NamedTuple):
 
     @staticmethod
     def from_env() -> "DistInfo":
-        """From RANK and WORLD_SIZE, which torchrun and Slurm's launcher set."""
-        return DistInfo(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        """From the variables that torchrun (RANK, WORLD_SIZE) or Slurm's srun sets."""
+        for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if rank in os.environ and world_size in os.environ:
+                return DistInfo(int(os.environ[rank]), int(os.environ[world_size]))
+        return DistInfo()
 
     @staticmethod
     def from_process_group() -> "DistInfo":
@@ -32,5 +35,7 @@ def resolve_device(requested: str | None = None) -> torch.device:
     if requested is not None:
         return torch.device(requested)
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        )
     return torch.device("cpu")

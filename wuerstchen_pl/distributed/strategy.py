@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from wuerstchen_pl.checkpointing import sharded
+from wuerstchen_pl.checkpointing import load, sharded
 from wuerstchen_pl.checkpointing.async_save import save_or_defer
 from wuerstchen_pl.distributed.fsdp2 import full_tensor, shard_like
 
@@ -78,8 +78,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if sharded.is_sharded(path):
             checkpoint = sharded.read_sharded(path, index.template)
         else:
-            checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-            checkpoint = index.shard(checkpoint)
+            checkpoint = index.shard(load.read_checkpoint(path))
         self.lightning_module.load_state_dict(checkpoint["state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)

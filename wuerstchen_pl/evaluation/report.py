@@ -22,6 +22,7 @@ TITLE_KEYS = ("model", "run", "step", "images")
 """Facts that form the title of the page."""
 NUM_EXAMPLES = 8
 """Number of best and of worst images shown per metric."""
+INTERVALS = "95 %: Wilson of proportions, bootstrap of means, 1.96 bootstrap deviations of sets"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 figure { display: inline-block; margin: 4px; width: 128px; vertical-align: top; font-size: 12px }
@@ -51,7 +52,7 @@ def write_report(
         OSError: if a file cannot be written; the message names it.
     """
     packages = {name: version(name) for name in PACKAGES}
-    method = {"resized_by": RESIZE_METHOD, "interval": "95 %, bootstrap", "versions": packages}
+    method = {"resized_by": RESIZE_METHOD, "interval": INTERVALS, "versions": packages}
     scores = {**network_scores, **image_scores}
     numbers = {name: score_to_json(score) for name, score in scores.items()}
     per_image = {name: score.per_sample for name, score in image_scores.items() if score.per_sample}

@@ -72,7 +72,7 @@ def _row(path: Path, *, with_ema: bool) -> str:
         stage.get("optimizer", {}).get("lr", UNKNOWN),
         trained.get("image_size", UNKNOWN),
         _source(data),
-        "EMA" if with_ema else "raw",
+        "EMA" if with_ema and content["ema"]["shadow"] else "raw",
         f"{record['hours']} x {record['devices']}" if record else UNKNOWN,
         record.get("hardware", UNKNOWN),
         atomic.sha256(path)[:12],

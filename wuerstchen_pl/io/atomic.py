@@ -84,7 +84,7 @@ def commit(temporary: Path, path: Path) -> None:
     lines = _hash_lines(temporary, path.name)
     if path.is_dir() or (path.exists() and temporary.is_dir()):
         remove(path)
-    previous = (_sidecar_lines(path) or []) if path.exists() else []
+    previous = (_sidecar_lines(path) or _hash_lines(path, path.name)) if path.exists() else []
     _write_sidecar(path, [*previous, *lines])
     os.replace(temporary, path)
     _sync(path.parent)

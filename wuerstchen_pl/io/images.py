@@ -1,4 +1,4 @@
-"""Image files: the decoder of training, evaluation and editing, and the PNG writer."""
+"""Image files: one conversion to RGB for training, evaluation and editing, and the PNG writer."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def decode_image(data: bytes, cover: tuple[int, int] | None = None) -> np.ndarra
                 _draft(img, cover, rotated=orientation >= 5)
             if (plain := _plain_jpeg(img, data, orientation)) is not None:
                 return plain
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(img)))
+            return np.asarray(to_rgb(img))
     except OSError:
         raise
     except Exception as error:  # PIL raises various types for damaged files
@@ -88,7 +88,9 @@ def _plain_jpeg(img: Image.Image, data: bytes, orientation: int) -> np.ndarray |
         return None
 
 
-def _to_rgb(img: Image.Image) -> Image.Image:
+def to_rgb(img: Image.Image) -> Image.Image:
+    """An upright 8-bit RGB image, with transparency composited on white."""
+    img = ImageOps.exif_transpose(img)
     if img.mode.startswith("I"):
         # 16-bit gray: PIL's conversion to 8 bits clips at 255 instead of scaling.
         img = Image.fromarray((np.asarray(img).astype(np.float64) / 257).round().astype(np.uint8))

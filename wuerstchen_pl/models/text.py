@@ -81,9 +81,7 @@ class TextEncoder(nn.Module):
         state = {key.removeprefix("text."): value for key, value in state.items()}
         missing = sorted(expected.keys() - state.keys())
         if missing:
-            raise ValueError(
-                f"text_encoder.weights={path} lacks {missing[0]}; give an open_clip checkpoint"
-            )
+            raise ValueError(f"weights={path} lacks {missing[0]}; give an open_clip checkpoint")
         self.tower.load_state_dict({key: state[key] for key in expected})
 
     def cut_off(self, caption: str) -> str:

@@ -24,7 +24,7 @@ def generate_images(
     """Generate one image per prompt, in order.
 
     Args:
-        pipeline: the cascade.
+        pipeline: the cascade, or the baseline.
         prompts: N prompts.
         seeds: N seeds; prompt, seed and size determine an image, in any batch.
         height: height in pixels.

@@ -1,4 +1,4 @@
-"""What the commands and the evaluation use of a pipeline, whichever stages it consists of."""
+"""The pipeline interface that the programs and the evaluation use."""
 
 import math
 import warnings

@@ -3,9 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.sampler import SamplerName, check_sampler, resolve_timesteps
+from wuerstchen_pl.diffusion.sampler import (
+    SamplerName,
+    check_sampler,
+    check_timesteps,
+    resolve_timesteps,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +73,16 @@ class SamplingConfig:
     @cached_property
     def prior(self) -> DenoiseConfig:
         """Denoising of Stage C."""
-        lowest, highest = self.guidance_interval
+        times = self.prior_timesteps
+        if times is not None:
+            times = check_timesteps(times, "prior_timesteps")
+        interval: Any = tuple(self.guidance_interval)
         return DenoiseConfig(
-            times=resolve_timesteps(self.prior_steps, self.prior_timesteps),
+            times=resolve_timesteps(self.prior_steps, times),
             guidance=Guidance(
                 scale=self.prior_guidance_scale,
                 rescale=self.guidance_rescale,
-                interval=(lowest, highest),
+                interval=interval,
             ),
             method=self.sampler,
         )

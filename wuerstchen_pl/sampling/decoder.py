@@ -178,7 +178,7 @@ class DecoderSampler(StepState):
 
         Args:
             semantic: (B, S, h, w) semantic latents in the compressor's scale.
-            prompts: one, B, or a number that divides B; ignored by a Stage B that reads no text.
+            prompts: one, B, or a number that divides B; ignored by a Stage B without text.
             height: in pixels.
             width: in pixels.
             params: parameters of the denoising loop.

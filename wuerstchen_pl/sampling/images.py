@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from wuerstchen_pl.io.images import to_pil
+from wuerstchen_pl.io.images import to_pil, to_rgb
 
 ImageInput = Image.Image | Tensor
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -86,7 +86,8 @@ def _batch(image: ImageInput | Sequence[ImageInput], *, channels: int) -> Tensor
 
 def _tensor(part: ImageInput, channels: int) -> Tensor:
     if isinstance(part, Image.Image):
-        return TF.to_tensor(part.convert("L") if channels == 1 else _on_white(part))[None]
+        image = to_rgb(part)
+        return TF.to_tensor(image.convert("L") if channels == 1 else image)[None]
     if not isinstance(part, Tensor) or part.ndim not in (3, 4) or part.shape[-3] != channels:
         description = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
         raise ValueError(
@@ -99,13 +100,6 @@ def _tensor(part: ImageInput, channels: int) -> Tensor:
             "give floats in [0, 1], or uint8"
         )
     return values if values.ndim == 4 else values[None]
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def pad_to(images: Tensor, height: int, width: int) -> Tensor:

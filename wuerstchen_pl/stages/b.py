@@ -192,7 +192,7 @@ class StageB(Stage):
     def loss(
         self, x0: Tensor, t: Tensor, noise: Tensor, semantic: Tensor, text: Tensor | None
     ) -> Tensor:
-        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.4)."""
+        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.3)."""
         pred = self.diffnext(self.schedule.add_noise(x0, t, noise), t, semantic, text)
         return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
 

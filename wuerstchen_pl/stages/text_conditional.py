@@ -188,7 +188,7 @@ class TextConditionalStage(Stage):
     # Objective
 
     def loss(self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor) -> Tensor:
-        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.4)."""
+        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.3)."""
         pred = self.prior(self.schedule.add_noise(x0, t, noise), t, text)
         return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
 

@@ -135,9 +135,9 @@ def test_a_folder_without_a_clip_model_is_rejected(published: Path, tmp_path: Pa
 
 
 def test_unknown_clip_models_and_weights_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"clip\.name=ViT-X is not an open_clip model"):
+    with pytest.raises(ValueError, match=r"name=ViT-X is not an open_clip model"):
         clip(name="ViT-X", weights="openai")
     with pytest.raises(
-        ValueError, match=r"clip\.weights=none is neither a file nor a tag of ViT-B-32; use"
+        ValueError, match=r"weights=none is neither a file nor a tag of ViT-B-32; use"
     ):
         clip(name="ViT-B-32", weights="none")

@@ -184,7 +184,7 @@ def _encode(
         without_text = [number for number in batch_numbers if encoded[number].text is None]
         _add_text(encoders, without_text, samples, encoded)
     for result in encoded:
-        if len(result.crops) < len(epochs):  # readable only at times: all crops are required
+        if len(result.crops) < len(epochs):  # readable only intermittently: all crops are required
             result.crops = []
     return encoded
 

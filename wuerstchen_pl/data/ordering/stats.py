@@ -1,4 +1,4 @@
-"""Counts of what a source's samples and shards turned out to be."""
+"""Counts of seen, dropped and bad samples and shards."""
 
 import warnings
 from collections import Counter

@@ -78,18 +78,16 @@ def clip(*, name: str, weights: str) -> Clip:
         FileNotFoundError: if the weights cannot be downloaded.
     """
     if name not in open_clip.list_models():
-        raise ValueError(f"clip.name={name} is not an open_clip model; see open_clip.list_models()")
+        raise ValueError(f"name={name} is not an open_clip model; see open_clip.list_models()")
     config = dict(open_clip.get_model_config(name) or {})
     text = config.get("text_cfg", {})
     if config.get("custom_text") or {"hf_tokenizer_name", "hf_model_name"} & text.keys():
-        raise ValueError(
-            f"clip.name={name} does not use CLIP's tokenizer; use a model such as ViT-L-14"
-        )
+        raise ValueError(f"name={name} does not use CLIP's tokenizer; use a model such as ViT-L-14")
     local = Path(weights).is_file()
     if not local and weights not in open_clip.list_pretrained_tags_by_model(name):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise ValueError(
-            f"clip.weights={weights} is neither a file nor a tag of {name}; use one of {tags}"
+            f"weights={weights} is neither a file nor a tag of {name}; use one of {tags}"
         )
     path = Path(weights) if local else _download(name, weights)
     pretrained = {} if local else open_clip.get_pretrained_cfg(name, weights)
@@ -106,7 +104,7 @@ def clip(*, name: str, weights: str) -> Clip:
         )
     except Exception as error:  # torch's own message suggests weights_only=False
         raise ValueError(
-            f"clip.weights={weights} was not loaded: it is damaged, does not match {name}, or "
+            f"weights={weights} was not loaded: it is damaged, does not match {name}, or "
             "contains more than tensors; use other weights"
         ) from error
     return Clip(net, transform=transform, weights_sha256=atomic.sha256(path))
@@ -118,7 +116,7 @@ def _download(name: str, tag: str) -> Path:
         return Path(open_clip.download_pretrained(config))
     except Exception as error:  # from urllib, requests or the hub client
         raise FileNotFoundError(
-            f"clip.weights={tag} of {name} cannot be downloaded ({type(error).__name__}); name a "
+            f"weights={tag} of {name} cannot be downloaded ({type(error).__name__}); name a "
             "local file of the weights"
         ) from error
 
@@ -140,13 +138,13 @@ def pickscore(*, weights: str) -> PickScore:
             folder = Path(snapshot_download(weights, allow_patterns=patterns))
         except Exception as error:  # from requests or the hub client
             raise FileNotFoundError(
-                f"pickscore.weights={weights} is not a folder and cannot be downloaded "
+                f"weights={weights} is not a folder and cannot be downloaded "
                 f"({type(error).__name__}); name a folder with config.json and model.safetensors"
             ) from error
     config, path = folder / "config.json", folder / "model.safetensors"
     for file in (config, path):
         if not file.is_file():
-            raise FileNotFoundError(f"pickscore.weights={weights} lacks {file.name}; add that file")
+            raise FileNotFoundError(f"weights={weights} lacks {file.name}; add that file")
     try:
         clip_config = json.loads(config.read_text(encoding="utf-8"))
         net, side = _network(clip_config)
@@ -155,8 +153,7 @@ def pickscore(*, weights: str) -> PickScore:
         ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError
     ) as error:  # fmt: skip
         raise ValueError(
-            f"pickscore.weights={weights} is not a transformers CLIPModel: "
-            f"{str(error).splitlines()[0]}"
+            f"weights={weights} is not a transformers CLIPModel: {str(error).splitlines()[0]}"
         ) from error
     transform = image_transform(
         side, is_train=False, mean=OPENAI_DATASET_MEAN, std=OPENAI_DATASET_STD

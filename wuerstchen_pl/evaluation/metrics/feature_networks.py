@@ -58,7 +58,7 @@ class Inception(nn.Module):
         path = Path(weights) if weights is not None else _downloaded(port.URL_INCEPTION_V3)
         if not path.is_file():
             raise FileNotFoundError(
-                f"fid_features.weights={weights} is not a file; name Inception's weights file"
+                f"weights={weights} is not a file; name Inception's weights file"
             )
         self.weights_sha256 = atomic.sha256(path)
         outputs = ["2048", "logits_unbiased"]
@@ -71,7 +71,7 @@ class Inception(nn.Module):
                     "inception-v3-compat", outputs, feature_extractor_weights_path=str(tensors_only)
                 )
             except RuntimeError as error:
-                raise ValueError(f"fid_features.weights={path} is not an Inception-v3") from error
+                raise ValueError(f"weights={path} is not an Inception-v3") from error
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _downloaded(url: str) -> Path:
     except (URLError, OSError) as error:
         raise FileNotFoundError(
             f"Inception's weights cannot be downloaded ({error}); name a local copy of "
-            f"{url.rpartition('/')[2]} with fid_features.weights=, or use fid_features=random"
+            f"{url.rpartition('/')[2]} with weights=, or use fid_features=random"
         ) from error
     return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
 
@@ -100,7 +100,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own message suggests weights_only=False
         raise ValueError(
-            f"fid_features.weights={path} was not loaded: it is damaged or contains more than "
+            f"weights={path} was not loaded: it is damaged or contains more than "
             "tensors; use another file"
         ) from error
 

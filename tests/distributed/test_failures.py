@@ -1,0 +1,51 @@
+"""A process that fails ends the others, and one that works alone for long does not."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import small
+from tests.distributed.failing import MESSAGE
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.slow
+
+WAITING = """
+import datetime, sys, time
+import torch.distributed as dist
+from wuerstchen_pl.distributed.waiting import patient_barrier
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+if dist.get_rank() == 0:
+    time.sleep(6)
+patient_barrier() if sys.argv[1] == "patient" else dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_processes_end_with_the_reason_when_one_fails(
+    strategy: str, cascade: Path, tmp_path: Path
+) -> None:
+    two = [f"trainer={strategy}", "trainer.devices=2", "trainer.accelerator=cpu"]
+    failing = "+callbacks.fail._target_=tests.distributed.failing.FailOnRankOne"
+    stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=f"error: {MESSAGE}"):
+        launch([[*small("c", tmp_path), *stage_paths, *two, failing]], tmp_path)
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(("barrier", "waits"), [("patient", True), ("default", False)])
+def test_others_wait_for_a_process_that_works_alone(
+    barrier: str, waits: bool, tmp_path: Path
+) -> None:
+    """For longer than the default group's timeout, which is two seconds here."""
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *torchrun, str(script), barrier]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode == 0) == waits, done.stderr[-2000:]
