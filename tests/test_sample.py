@@ -254,7 +254,7 @@ def test_a_model_of_another_stage_is_refused_by_name(
     sample: Sample, out: Path, cascade: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert sample("prompt=a", f"model={cascade / 'a'}") == 1
-    assert "lacks decoder, prior, prior_text_encoder; name a whole cascade" in one_line(capsys)
+    assert "lacks decoder, prior, prior_text_encoder; use a complete cascade" in one_line(capsys)
     assert not out.exists()
 
 

@@ -51,7 +51,7 @@ def test_check_reports_contents_and_usable_images(
     assert "2 dropped by max_upscale" in output
     assert "7 images left" in output
     assert "4 in 64 x 64 px, 2 x 2 published positions" in output
-    assert "3 in 64 x 96 px, 2 x 3 semantic positions" in output
+    assert "3 in 64 x 96 px, 2 x 3 published positions" in output
     # 96 x 48 is cropped to 72 x 48: a quarter of three of seven images is cropped away.
     cropped = 3 * 24 * 48 / (3 * 96 * 48 + 4 * 64 * 64)
     assert f"{cropped:.1%} of their pixels" in output

@@ -52,7 +52,7 @@ def run_check(cfg: DictConfig) -> float:
         plot_histograms(inspection.sizes, module.sizes).savefig(folder / "sizes.png")
         print(folder / "sizes.png")
     if not inspection.left:
-        raise ValueError("nothing is left to train on; see the bad and dropped samples above.")
+        raise ValueError("nothing is left to train on; see the bad and dropped samples above")
     return float(inspection.left)
 
 
@@ -61,7 +61,7 @@ def run_build(cfg: DictConfig) -> None:
     if cfg["from"] is not None:
         if not cfg.data._target_.endswith(".folder"):
             raise ValueError(
-                f"from={cfg['from']} needs data=folder; remove from, or the other data."
+                f"from={cfg['from']} needs data=folder; remove from, or the other data"
             )
         cfg.data.root = cfg["from"]
     elif OmegaConf.is_missing(cfg.data, "root"):

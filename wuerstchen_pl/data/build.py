@@ -92,7 +92,7 @@ def build(
     if not sum(entry["samples"] for entry in entries.values()):
         raise ValueError(
             f"nothing is left to write to {folder} ({dict(+left_out) or 'no samples'}); check the "
-            "source and its filters."
+            "source and its filters"
         )
     ordered = [entries[number] for number in sorted(entries)]
     for path in folder.glob("*.tar"):  # left over if the source has shrunk

@@ -92,14 +92,12 @@ class ImageTextDataModule(L.LightningDataModule):
         }
         for key, (value, minimum) in minimums.items():
             if value is not None and value < minimum:
-                raise ValueError(f"{key}={value} is out of range; use {minimum} or more.")
+                raise ValueError(f"{key}={value} is out of range; use {minimum} or more")
         if max_upscale is not None and max_upscale <= 0:
-            raise ValueError(
-                f"max_upscale={max_upscale} is out of range; use more than 0, or null."
-            )
+            raise ValueError(f"max_upscale={max_upscale} is out of range; use more than 0, or null")
         if not 0 < crop_share <= 1:
             raise ValueError(
-                f"crop_share={crop_share} is out of range; use more than 0 and at most 1."
+                f"crop_share={crop_share} is out of range; use more than 0 and at most 1"
             )
         Holdout(val_fraction)  # validates the fraction
         self.source = source

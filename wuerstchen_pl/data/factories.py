@@ -109,6 +109,6 @@ def _held_out(key: str, val_data: Any, val_fraction: float | None, *, default: f
     if val_fraction:
         raise ValueError(
             f"{key}={val_data!r} and val_fraction={val_fraction} both set the validation "
-            "data; set only one of them."
+            "data; set only one of them"
         )
     return 0.0

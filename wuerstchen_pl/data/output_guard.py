@@ -30,7 +30,7 @@ def claim_output(folder: Path, settings: dict[str, Any], *, key: str) -> None:
     if not marker.is_file():
         existing = [path for path in folder.iterdir() if not path.name.startswith(marker.stem)]
         if existing and not marker.is_file():  # another process may have just claimed it
-            raise ValueError(f"{key}={str(folder)!r} contains other files; use a new folder.")
+            raise ValueError(f"{key}={str(folder)!r} contains other files; use a new folder")
         write_text(marker, json.dumps(new))
         return
     try:
@@ -38,10 +38,10 @@ def claim_output(folder: Path, settings: dict[str, Any], *, key: str) -> None:
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{key}={str(folder)!r} has a damaged {_SETTINGS}, which records its settings; "
-            "use another folder, or delete that one."
+            "use another folder, or delete that one"
         ) from error
     if changed := sorted(k for k in {**old, **new} if old.get(k) != new.get(k)):
         raise ValueError(
             f"{key}={str(folder)!r} was begun with {changed[0]}={old.get(changed[0])!r}, but now "
-            f"it is {new.get(changed[0])!r}; use another folder, or delete that one."
+            f"it is {new.get(changed[0])!r}; use another folder, or delete that one"
         )

@@ -67,7 +67,7 @@ def data_from_yaml(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not a file; name a run's config.yaml, or a file of its data section"
+            f"{path} is not a file; use a run's config.yaml, or a file of its data section"
         )
     config: Any = OmegaConf.to_container(OmegaConf.load(path))
     data = load.instantiate_allowed(
@@ -75,12 +75,12 @@ def data_from_yaml(path: Path) -> Any:
     )
     if not hasattr(data, "in_order"):
         raise ValueError(
-            f"{path} does not define a data module; name a run's config.yaml, or a file of its "
+            f"{path} does not define a data module; use a run's config.yaml, or a file of its "
             "data section"
         )
     if hasattr(data, "made_with"):
         raise ValueError(
-            f"{path} defines a cache, which has no images; name the data that the cache "
+            f"{path} defines a cache, which has no images; use the data that the cache "
             "was built from"
         )
     data.prepare_data()

@@ -37,7 +37,7 @@ class ImageFolder:
         files = sorted(path.iterdir(), key=_by_numbers) if path.is_dir() else []
         self.paths = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES]
         if not self.paths:
-            raise FileNotFoundError(f"{key}={path} contains no images; name a folder of images")
+            raise FileNotFoundError(f"{key}={path} contains no images; use a folder of images")
         if prompts is None and (path / MANIFEST).is_file():
             prompts = _prompts_of(path / MANIFEST)
         self.prompts = None if prompts is None else list(prompts)

@@ -19,7 +19,7 @@ def read_prompts(path: str) -> list[str]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"prompts={path} is not a file; name a prompt file")
+        raise FileNotFoundError(f"prompts={path} is not a file; use a prompt file")
     try:
         lines = READERS.get(file.suffix, _lines)(file.read_text(encoding="utf-8-sig"))
         prompts = [" ".join(prompt.split()) for prompt in lines]

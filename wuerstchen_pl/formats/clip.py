@@ -19,7 +19,7 @@ def read_text_encoder(path: Path) -> Part:
         ValueError: if it is neither.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; name a CLIP text encoder")
+        raise FileNotFoundError(f"{path} does not exist; use a CLIP text encoder")
     if path.is_dir():
         return diffusers.read_text_encoder(path, path.with_name("tokenizer"))
     return _read_open_clip(path)
@@ -40,7 +40,7 @@ def _read_open_clip(path: Path) -> Part:
     prefixes = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
     tower = {f"tower.{name}": lazy for name, lazy in tensors.items() if name.startswith(prefixes)}
     if "tower.token_embedding.weight" not in tower:
-        raise ValueError(f"{path} has no CLIP text tower; name an open_clip checkpoint")
+        raise ValueError(f"{path} has no CLIP text tower; use an open_clip checkpoint")
     part = Part(_config(tower), tower)
     check_tensors(part, str(path))
     return part

@@ -26,7 +26,7 @@ def detect_format(path: Path) -> FormatName:
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; train Stage C first (python -m wuerstchen_pl.train stage=c), "
-            "or name another model"
+            "or use another model"
         )
     if native.matches(path):
         return "native"
@@ -36,7 +36,7 @@ def detect_format(path: Path) -> FormatName:
         return "upstream"
     raise ValueError(
         f"{path} is not a model: it has no {native.MANIFEST}, {diffusers.INDEX} or upstream .pt "
-        "file; name another path"
+        "file; use another path"
     )
 
 
@@ -60,7 +60,7 @@ def read_model(source: str, *, prior: str | None = None, variant: str | None = N
     if prior is not None:
         other = _read(prior, variant)
         if "prior" not in other.parts:
-            raise ValueError(f"prior={prior} has no Stage C; name a model that has one")
+            raise ValueError(f"prior={prior} has no Stage C; use a model that has one")
         model.parts |= {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
         model.settings |= {k: v for k, v in other.settings.items() if k != "latent_dim_scale"}
     return model

@@ -29,8 +29,8 @@ def build_components(model: Model, where: str) -> dict[str, Any]:
             needed.add("text_encoder")
     if missing := sorted(needed - model.parts.keys()):
         raise FileNotFoundError(
-            f"{where} lacks {', '.join(missing)}; name a whole cascade, such as Stage C's run, or "
-            "name a separate Stage C with prior="
+            f"{where} lacks {', '.join(missing)}; use a complete cascade, such as Stage C's run, "
+            "or set a separate Stage C with prior="
         )
     nets: dict[str, Any] = {name: build_network(part) for name, part in model.parts.items()}
     for net, encoder in (("prior", "prior_text_encoder"), ("decoder", "text_encoder")):

@@ -166,9 +166,9 @@ def test_missing_inception_weights_are_reported(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail_download)
-    with pytest.raises(FileNotFoundError, match=r"name a local copy of weights-inception.*random"):
+    with pytest.raises(FileNotFoundError, match=r"use a local copy of weights-inception.*random"):
         Inception()
-    with pytest.raises(FileNotFoundError, match="is not a file; name Inception's"):
+    with pytest.raises(FileNotFoundError, match="is not a file; use Inception's"):
         Inception(weights=str(tmp_path / "none.pth"))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="is not an Inception-v3"):

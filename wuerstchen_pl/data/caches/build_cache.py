@@ -115,7 +115,7 @@ def _finish(
 ) -> None:
     """Write the encoded empty caption and the manifest."""
     if not any(split == "train" for _, split in written):
-        raise ValueError("nothing is left to train on; see the skipped samples above.")
+        raise ValueError("nothing is left to train on; see the skipped samples above")
     empty = encoders.captions([""])
     if empty is not None:
         with atomic_write(folder / EMPTY) as partial:

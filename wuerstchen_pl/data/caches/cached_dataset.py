@@ -58,12 +58,12 @@ class CachedSource:
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"root={root!r} is not a finished cache, as it has no valid {MANIFEST}; build "
-                "it with python -m wuerstchen_pl.cache, which resumes an interrupted build."
+                "it with python -m wuerstchen_pl.cache, which resumes an interrupted build"
             ) from error
         if self.manifest["preprocessing"] != PREPROCESSING:
             raise ValueError(
                 f"root={root!r} is stale, as an older version decoded and cropped its images; "
-                "rebuild it with python -m wuerstchen_pl.cache."
+                "rebuild it with python -m wuerstchen_pl.cache"
             )
 
     @property
@@ -82,7 +82,7 @@ class CachedSource:
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
                 raise ValueError(
                     f"{path} is not the file that {MANIFEST} lists; delete both and run "
-                    "python -m wuerstchen_pl.cache again, which rebuilds missing files."
+                    "python -m wuerstchen_pl.cache again, which rebuilds missing files"
                 )
 
     def groups(self, split: Split) -> list[ShardGroup]:

@@ -73,7 +73,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
             names = ", ".join(row.sample.name for row in request.rows[:3])
             raise ValueError(
                 f"no image of a batch can be read ({names}, ...; {report.bad[0].where}); "
-                "inspect the data with python -m wuerstchen_pl.data check full=true."
+                "inspect the data with python -m wuerstchen_pl.data check full=true"
             )
         height, width = request.size
         images = torch.empty(len(rows), height, width, 3, dtype=torch.uint8)

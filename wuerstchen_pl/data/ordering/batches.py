@@ -74,10 +74,10 @@ class Batches:
         world_size: int = 1,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is out of range; use 1 or more.")
+            raise ValueError(f"batch_size={batch_size} is out of range; use 1 or more")
         if not 0 <= rank < world_size:
             raise ValueError(
-                f"rank={rank} of {world_size} processes is out of range; use 0 to world_size - 1."
+                f"rank={rank} of {world_size} processes is out of range; use 0 to world_size - 1"
             )
         self.stream, self.buckets = stream, buckets
         self.batch_size, self.max_upscale = batch_size, max_upscale
@@ -128,7 +128,7 @@ class Batches:
         if row.epoch > self._last_kept[id(self.stream.last)] + 1:
             raise ValueError(
                 f"data.max_upscale={self.max_upscale} drops every image "
-                f"({self.stats.summary()}); raise it, or lower data.image_size."
+                f"({self.stats.summary()}); raise it, or lower data.image_size"
             )
 
     # State

@@ -45,12 +45,12 @@ class Buckets:
         if ratios is not None and policy != "area":
             raise ValueError(
                 f"ratios={list(ratios)} is of buckets=area, but buckets={policy}; "
-                "remove one of them."
+                "remove one of them"
             )
         if (sizes is not None) != (policy == "sizes"):
             raise ValueError(
                 f"sizes={sizes and [list(s) for s in sizes]} and buckets={policy} "
-                "disagree; use sizes with buckets=sizes, and only with it."
+                "disagree; use sizes with buckets=sizes, and only with it"
             )
         if policy == "sizes":
             self.sizes = _checked_sizes(sizes or (), multiple)
@@ -98,7 +98,7 @@ def area_sizes(image_size: int, multiple: int, ratios: Sequence[float] | None = 
     if not chosen or min(chosen) <= 0:
         raise ValueError(
             f"ratios={list(chosen)} is invalid; use width / height ratios above 0, "
-            "such as [0.5, 1.0, 2.0], or null for the defaults."
+            "such as [0.5, 1.0, 2.0], or null for the defaults"
         )
 
     def side(length: float) -> int:
@@ -122,12 +122,12 @@ def enlargement(sample: Sample, size: Size) -> float:
 
 def _check_image_size(image_size: int, multiple: int) -> None:
     if multiple < 1:
-        raise ValueError(f"bucket_multiple={multiple} pixels is out of range; use 1 or more.")
+        raise ValueError(f"bucket_multiple={multiple} pixels is out of range; use 1 or more")
     if image_size < multiple or image_size % multiple:
         lower = max(image_size // multiple, 1) * multiple
         raise ValueError(
             f"image_size={image_size} pixels is not a multiple of "
-            f"bucket_multiple={multiple}; use {lower} or {lower + multiple}."
+            f"bucket_multiple={multiple}; use {lower} or {lower + multiple}"
         )
 
 
@@ -136,8 +136,8 @@ def _checked_sizes(sizes: Sequence[Sequence[int]], multiple: int) -> list[Size]:
         if len(size) != 2 or any(side < multiple or side % multiple for side in size):
             raise ValueError(
                 f"sizes={[list(s) for s in sizes]} contains {list(size)}; use [height, width] in "
-                f"multiples of bucket_multiple={multiple} pixels."
+                f"multiples of bucket_multiple={multiple} pixels"
             )
     if not sizes:
-        raise ValueError("sizes=[] is empty; use [[height, width], ...] in pixels.")
+        raise ValueError("sizes=[] is empty; use [[height, width], ...] in pixels")
     return sorted({(size[0], size[1]) for size in sizes})

@@ -57,18 +57,18 @@ class Filters:
         if unknown := sorted(set(scripts or ()) - set(SCRIPTS)):
             raise ValueError(
                 f"scripts={list(scripts or ())} contains {unknown[0]!r}; choose from "
-                f"{', '.join(SCRIPTS)}."
+                f"{', '.join(SCRIPTS)}"
             )
         for minimum, maximum in (("min_size", "max_size"), ("min_words", "max_words")):
             low, high = locals()[minimum], locals()[maximum]
             if low is not None and high is not None and low > high:
                 raise ValueError(
                     f"{minimum}={low} exceeds {maximum}={high}; raise "
-                    "the maximum or lower the minimum."
+                    "the maximum or lower the minimum"
                 )
         if max_ratio is not None and max_ratio < 1:
             raise ValueError(
-                f"max_ratio={max_ratio} (longer / shorter side) is out of range; use 1 or more."
+                f"max_ratio={max_ratio} (longer / shorter side) is out of range; use 1 or more"
             )
         self.min_size, self.max_size, self.max_ratio = min_size, max_size, max_ratio
         self.max_pwatermark, self.max_punsafe = max_pwatermark, max_punsafe

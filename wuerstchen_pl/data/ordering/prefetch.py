@@ -58,7 +58,7 @@ class ShardPrefetcher:
             if len(self._broken) == _MAX_BROKEN:
                 raise ValueError(
                     f"none of the first {_MAX_BROKEN} shards can be read ({self._broken[0]}; "
-                    f"{self._broken[1]}; ...); check the location of the data."
+                    f"{self._broken[1]}; ...); check the location of the data"
                 )
 
     def expect(self, shards: Iterable[str]) -> None:

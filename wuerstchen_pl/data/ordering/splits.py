@@ -110,6 +110,6 @@ class Splits:
             ][0]
             raise ValueError(
                 f"none of the first {num_samples} samples passes data.filters and data.max_upscale "
-                f"(most often because of {dropped}); relax these."
+                f"(most often because of {dropped}); relax these"
             )
         return listed, len(passing)

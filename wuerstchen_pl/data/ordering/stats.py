@@ -58,7 +58,7 @@ class DataStats:
                 raise ValueError(
                     f"{number} of {total} {kind} are bad, more than data.max_bad_fraction="
                     f"{self.limit} ({self.summary()}{unreadable}); fix the data, or raise "
-                    "data.max_bad_fraction."
+                    "data.max_bad_fraction"
                 )
 
     def summary(self) -> str:

@@ -124,7 +124,7 @@ class Stream:
             if not self._epoch_has_samples:
                 raise ValueError(
                     f"there is nothing to train on ({self.stats.summary()}); check data and "
-                    "data.filters."
+                    "data.filters"
                 )
             epoch, self._end, self._epoch_has_samples = epoch + 1, 0, False
         self._start, self._offset = (epoch, self._end), 0

@@ -59,12 +59,12 @@ class FolderSource:
         """
         if not self.root.is_dir():
             raise FileNotFoundError(
-                f"data.root={str(self.root)!r} is not a folder; use the folder of your images."
+                f"data.root={str(self.root)!r} is not a folder; use the folder of your images"
             )
         if not self._all_rows():
             raise FileNotFoundError(
                 f"data.root={str(self.root)!r} contains no images ({', '.join(IMAGE_SUFFIXES)}); "
-                "use the folder of your images."
+                "use the folder of your images"
             )
 
     def groups(self, split: Split) -> list[ShardGroup]:
@@ -173,7 +173,7 @@ def _table_rows(table: Path) -> Iterator[Row]:
             if not checked and (path is None or column is None):
                 missing = _PATH_COLUMNS if path is None else _CAPTION_COLUMNS
                 raise ValueError(
-                    f"row {number} of {table} has no {' or '.join(missing)}; add such a column."
+                    f"row {number} of {table} has no {' or '.join(missing)}; add such a column"
                 )
             checked = True
             if not isinstance(path, str):

@@ -133,7 +133,7 @@ class HubDataset:
             import datasets
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "data=hf needs the package datasets; run pip install 'wuerstchen_pl[hf]'."
+                "data=hf needs the package datasets; run pip install 'wuerstchen_pl[hf]'"
             ) from error
         saved = Path(self.name).expanduser()
         try:
@@ -148,7 +148,7 @@ class HubDataset:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FileNotFoundError(
                 f"data.name={self.name!r} with data.split={split!r} cannot be loaded ({first}); "
-                "check the name, or use the path of a folder."
+                "check the name, or use the path of a folder"
             ) from error
         self._check_columns(table, datasets)
         # Other columns would be decoded too, and may refer to files and URLs.
@@ -164,12 +164,12 @@ class HubDataset:
             if column not in table.column_names:
                 raise ValueError(
                     f"data.{key}={column!r} is not a column of {self.name!r}; choose from "
-                    f"{', '.join(table.column_names)}."
+                    f"{', '.join(table.column_names)}"
                 )
         if not isinstance(table.features[self.image_column], datasets.Image):
             raise ValueError(
                 f"data.image_column={self.image_column!r} of {self.name!r} contains no images but "
-                f"{table.features[self.image_column]}; use the column of the images."
+                f"{table.features[self.image_column]}; use the column of the images"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:

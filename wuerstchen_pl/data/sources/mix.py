@@ -29,22 +29,22 @@ class Mix:
     ) -> None:
         weights = dict(weights or {})
         if not sources:
-            raise ValueError("sources={} is empty; add at least one source.")
+            raise ValueError("sources={} is empty; add at least one source")
         if unknown := sorted(weights.keys() - sources.keys()):
             raise ValueError(
                 f"weights={weights} names {unknown[0]!r}, which is not one of the sources "
-                f"({', '.join(sorted(sources))}); fix the name."
+                f"({', '.join(sorted(sources))}); fix the name"
             )
         for name in sources:
             if weights.setdefault(name, 1.0) <= 0:
                 raise ValueError(
                     f"weights.{name}={weights[name]} is out of range; use more than 0, or "
-                    f"remove {name} from the sources."
+                    f"remove {name} from the sources"
                 )
             if "|" in name:
                 raise ValueError(
                     f"sources={sorted(sources)} names {name!r}, which contains '|'; remove it "
-                    "from the name."
+                    "from the name"
                 )
         self.sources, self.weights = dict(sources), weights
 

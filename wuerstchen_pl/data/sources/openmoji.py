@@ -91,12 +91,12 @@ class OpenMoji:
         unknown = sorted(set(groups or ()) - set(GROUPS))
         if unknown or (groups is not None and not groups):
             raise ValueError(
-                f"groups={groups} is invalid; use one or more of {sorted(GROUPS)}, or null for all."
+                f"groups={groups} is invalid; use one or more of {sorted(GROUPS)}, or null for all"
             )
         if image_size < 8:
-            raise ValueError(f"image_size={image_size} pixels is out of range; use 8 or more.")
+            raise ValueError(f"image_size={image_size} pixels is out of range; use 8 or more")
         if limit is not None and limit < 2:
-            raise ValueError(f"limit={limit} is out of range; use 2 or more, or null for all.")
+            raise ValueError(f"limit={limit} is out of range; use 2 or more, or null for all")
         self.image_size = image_size
         self.chosen_groups = None if groups is None else sorted(set(groups))
         self.limit = limit
@@ -176,7 +176,7 @@ class OpenMoji:
         ):
             raise ValueError(
                 f"{str(self.folder)!r} does not match its shards.json; delete that folder to "
-                "render it again."
+                "render it again"
             )
 
 
@@ -222,7 +222,7 @@ def select(
     if limit > len(kept):
         raise ValueError(
             f"data.limit={limit} exceeds the {len(kept)} drawings of data.groups={groups}; lower "
-            f"data.limit to {len(kept)}, or set it to null."
+            f"data.limit to {len(kept)}, or set it to null"
         )
     # Prefixed, as the holdout uses the hash of a bare name: a small subset would be all validation.
     by_hash = sorted(kept, key=lambda d: hashlib.sha256(f"limit {d.key}".encode()).digest())

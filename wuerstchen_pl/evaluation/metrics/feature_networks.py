@@ -58,7 +58,7 @@ class Inception(nn.Module):
         path = Path(weights) if weights is not None else _downloaded(port.URL_INCEPTION_V3)
         if not path.is_file():
             raise FileNotFoundError(
-                f"weights={weights} is not a file; name Inception's weights file"
+                f"weights={weights} is not a file; use Inception's weights file"
             )
         self.weights_sha256 = atomic.sha256(path)
         outputs = ["2048", "logits_unbiased"]
@@ -89,7 +89,7 @@ def _downloaded(url: str) -> Path:
         torch.hub.load_state_dict_from_url(url, weights_only=True, check_hash=True)
     except (URLError, OSError) as error:
         raise FileNotFoundError(
-            f"Inception's weights cannot be downloaded ({error}); name a local copy of "
+            f"Inception's weights cannot be downloaded ({error}); use a local copy of "
             f"{url.rpartition('/')[2]} with weights=, or use fid_features=random"
         ) from error
     return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
