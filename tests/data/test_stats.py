@@ -18,10 +18,16 @@ def stats(limit: float = 1.0, **counts: int) -> DataStats:
 
 def test_the_first_three_examples_of_each_reason_are_shown_and_all_are_counted() -> None:
     noted = DataStats()
+    errors = [
+        error
+        for i in range(5)
+        for error in (
+            SampleError("no caption", f"a/{i}", count=2),
+            SampleError("no image", f"b/{i}"),
+        )
+    ]
     with pytest.warns(UserWarning, match="skipped") as shown:
-        for i in range(5):
-            noted.note_bad(SampleError("no caption", f"a/{i}", count=2))
-            noted.note_bad(SampleError("no image", f"b/{i}"))
+        list(map(noted.note_bad, errors))
     more = " (further ones are only counted)"
     assert [str(w.message) for w in shown] == [
         f"skipped, {reason}: {folder}/{i}{more if i == 2 else ''}"

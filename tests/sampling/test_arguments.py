@@ -101,8 +101,8 @@ def test_settings_are_accepted_in_their_range_only(
 
 def test_each_stage_has_its_own_settings() -> None:
     config = SamplingConfig(
-        prior_steps=2, prior_guidance_scale=3.0, guidance_rescale=0.25, guidance_interval=[0.1, 0.9],
-        decoder_steps=4, decoder_guidance_scale=5.0, sampler="ddim",
+        prior_steps=2, prior_guidance_scale=3.0, guidance_rescale=0.25,
+        guidance_interval=[0.1, 0.9], decoder_steps=4, decoder_guidance_scale=5.0, sampler="ddim",
     )  # fmt: skip
     prior, decoder = config.prior, config.decoder
     assert prior.times == [1.0, 0.5, 0.0]
@@ -211,14 +211,15 @@ def test_each_prompt_is_repeated_and_followed_by_the_negative_ones(encoder: Text
     with torch.no_grad():
         cat, dog, blue, red, empty = encoder(["cat", "dog", "blue", "red", ""])
     pair = {"prompt": ["cat", "dog"]}
+    two = {**pair, "negative": ["blue", "red"]}
     for prompts, repeats, guided, rows in (
         (pair, 1, False, [cat, dog]),
         (pair, 2, False, [cat, cat, dog, dog]),
         (pair, 1, True, [cat, dog, empty, empty]),
         ({**pair, "negative": "blue"}, 1, True, [cat, dog, blue, blue]),
         ({**pair, "negative": ["blue"]}, 1, True, [cat, dog, blue, blue]),
-        ({**pair, "negative": ["blue", "red"]}, 1, True, [cat, dog, blue, red]),
-        ({**pair, "negative": ["blue", "red"]}, 2, True, [cat, cat, dog, dog, blue, blue, red, red]),
+        (two, 1, True, [cat, dog, blue, red]),
+        (two, 2, True, [cat, cat, dog, dog, blue, blue, red, red]),
         ({**pair, "negative": "blue"}, 1, False, [cat, dog]),
         ({"prompt": "cat"}, 2, True, [cat, cat, empty, empty]),
         ({"prompt": ["cat", "dog", "cat"]}, 1, False, [cat, dog, cat]),
