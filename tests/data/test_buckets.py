@@ -4,7 +4,14 @@ from collections import Counter
 import pytest
 
 from tests.data.factories import fake_sample
-from wuerstchen_pl.data.ordering.buckets import Buckets, area_sizes, enlargement, nearest
+from wuerstchen_pl.data.ordering.buckets import (
+    DEFAULT_RATIOS,
+    PAPER_RATIOS,
+    Buckets,
+    area_sizes,
+    enlargement,
+    nearest,
+)
 
 
 @pytest.mark.parametrize(("image_size", "multiple"), [(64, 16), (512, 32), (1024, 64)])
@@ -82,6 +89,12 @@ def test_the_smallest_sizes_are_one_multiple() -> None:
     assert area_sizes(32, 32, [16.0, 1 / 16]) == [(32, 128), (128, 32)]
     assert Buckets(policy="sizes", image_size=1, multiple=32, sizes=[[32, 64]]).sizes == [(32, 64)]
     assert Buckets(policy="paper", image_size=32, multiple=32).sizes[0] == (32, 32)
+
+
+@pytest.mark.parametrize("ratios", [DEFAULT_RATIOS, PAPER_RATIOS])
+def test_the_ratios_of_portraits_are_those_of_landscapes(ratios: tuple[float, ...]) -> None:
+    assert sorted(1 / ratio for ratio in ratios) == pytest.approx(ratios)
+    assert len(set(ratios)) == len(ratios)
 
 
 def test_ratios_are_width_by_height() -> None:
