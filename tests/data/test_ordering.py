@@ -256,9 +256,9 @@ def test_ranks_share_each_batch_without_losing_or_repeating_samples(
 def test_a_batch_has_substitutes_that_are_not_its_last_row() -> None:
     order = batches(FakeSource.with_sizes({"a": 40}), shuffle_samples=100)
     for request in islice(order, 30):
-        others = names(request.fallback)
-        assert len(others) == len(set(others)) == 16
-        assert request.rows[-1].sample.name not in others
+        substitutes = names(request.fallback)
+        assert len(substitutes) == len(set(substitutes)) == 16
+        assert request.rows[-1].sample.name not in substitutes
         assert request.is_unique
 
 

@@ -36,9 +36,9 @@ def splits(source: FakeSource, **changes: Any) -> Splits:
         "filters": Filters(), "max_upscale": None, "val_fraction": 0.0, "window": 1000,
         "buckets": Buckets(policy="area", image_size=32, multiple=16),
     }  # fmt: skip
-    made = Splits(source, **settings | changes)
-    made.opener.close()
-    return made
+    result = Splits(source, **settings | changes)
+    result.opener.close()
+    return result
 
 
 def everything(source: FakeSource) -> list[Sample]:
@@ -47,55 +47,57 @@ def everything(source: FakeSource) -> list[Sample]:
 
 def test_shards_alternate_between_groups() -> None:
     source = GroupedSource.with_sizes(dict.fromkeys(["a0", "a1", "a2", "b0", "c0", "c1", "v0"], 2))
-    made = splits(source)
-    assert made.shards("train") == ["a0", "b0", "c0", "a1", "c1", "a2"]
-    assert made.shards("val") == ["v0"]
+    result = splits(source)
+    assert result.shards("train") == ["a0", "b0", "c0", "a1", "c1", "a2"]
+    assert result.shards("val") == ["v0"]
 
 
 def test_a_small_set_is_split_completely_and_in_its_order() -> None:
     source = FakeSource.with_sizes({f"{i:02d}": 5 for i in range(20)})
-    made = splits(source, val_fraction=0.2)
-    train, val = made.first_window["train"], made.first_window["val"]
+    result = splits(source, val_fraction=0.2)
+    train, val = result.first_window["train"], result.first_window["val"]
     assert train == [s for s in everything(source) if s not in Holdout(0.2)]
     assert val == [s for s in everything(source) if s in Holdout(0.2)]
-    assert made.epoch_samples == len(train)
+    assert result.epoch_samples == len(train)
     assert 5 < len(val) < 40
-    assert [s for name in made.shards("train") for s in made.samples_of(source.open(name))] == train
-    assert made.stats.counts == {"shards": 20, "shards/broken": 0, "seen": len(train)}
+    assert [
+        s for name in result.shards("train") for s in result.samples_of(source.open(name))
+    ] == train
+    assert result.stats.counts == {"shards": 20, "shards/broken": 0, "seen": len(train)}
 
 
 def test_a_window_opens_no_more_shards_than_it_needs_and_extrapolates() -> None:
     source = FakeSource.with_sizes({f"{i:02d}": 7 for i in range(30)})
-    made = splits(source, window=21, val_fraction=0.3)
-    listed = sorted(made.first_window["train"] + made.first_window["val"], key=lambda s: s.name)
+    result = splits(source, window=21, val_fraction=0.3)
+    listed = sorted(result.first_window["train"] + result.first_window["val"], key=lambda s: s.name)
     opened = sorted({s.shard for s in listed})
     assert len(opened) == 3  # 21 samples
     assert listed == [s for name in opened for s in source.indexes[name].samples]
     assert opened != ["00", "01", "02"]
-    train = made.first_window["train"]
+    train = result.first_window["train"]
     assert train == sorted(train, key=lambda s: s.name)
     assert 0 < len(train) < 21
-    assert made.epoch_samples == len(train) * 30 / 3
+    assert result.epoch_samples == len(train) * 30 / 3
     assert len(splits(source, window=22).first_window["train"]) == 28
 
 
 def test_samples_that_the_filters_drop_are_in_no_split_and_not_expected() -> None:
     source = GroupedSource.with_sizes({"a": 60, "v": 12})
     choices: dict[str, Any] = {"filters": Filters(max_ratio=1.2), "max_upscale": 0.9}
-    made = splits(source, **choices, val_fraction=0.5)
+    result = splits(source, **choices, val_fraction=0.5)
     square = [s for s in everything(source) if s.width == s.height >= 32 / 0.9]
     assert 0 < len(square) < 72
     # Validation shards are used completely, and then nothing is held out.
-    assert made.first_window["train"] == [s for s in square if s.shard == "a"]
-    assert made.first_window["val"] == [s for s in square if s.shard == "v"]
-    assert made.holdout.fraction == 0
-    assert made.epoch_samples == len(made.first_window["train"])
+    assert result.first_window["train"] == [s for s in square if s.shard == "a"]
+    assert result.first_window["val"] == [s for s in square if s.shard == "v"]
+    assert result.holdout.fraction == 0
+    assert result.epoch_samples == len(result.first_window["train"])
 
 
 def test_a_source_without_shards_has_empty_splits() -> None:
-    made = splits(FakeSource({}), val_fraction=0.5)
-    assert made.first_window == {"train": [], "val": []}
-    assert made.epoch_samples == 0
+    result = splits(FakeSource({}), val_fraction=0.5)
+    assert result.first_window == {"train": [], "val": []}
+    assert result.epoch_samples == 0
 
 
 def test_the_most_common_reason_is_named_if_nothing_passes() -> None:
@@ -126,13 +128,13 @@ def test_duplicates_are_found_on_request_only() -> None:
             return b"copy"
 
     source = Copies.with_sizes({"a": 4, "b": 3})
-    made = splits(source, filters=Filters(deduplicate=True))
-    indexes = [made.opener.open(name) for name in "ab"]
-    kept = [s for index in indexes for s in made.samples_of(index)]
+    result = splits(source, filters=Filters(deduplicate=True))
+    indexes = [result.opener.open(name) for name in "ab"]
+    kept = [s for index in indexes for s in result.samples_of(index)]
     assert [s.name for s in kept] == ["a/0000"]
-    assert made.stats.counts["dropped/duplicate"] == 6
+    assert result.stats.counts["dropped/duplicate"] == 6
     # The first copy is kept again in the next epoch, in any order.
-    again = [s for index in reversed(indexes) for s in made.samples_of(index)]
+    again = [s for index in reversed(indexes) for s in result.samples_of(index)]
     assert again == kept
     plain = splits(Copies.with_sizes({"a": 4}))
     assert len(plain.samples_of(plain.opener.open("a"))) == 4
@@ -144,17 +146,17 @@ def test_every_process_uses_the_splits_of_the_first(monkeypatch: pytest.MonkeyPa
 
     def broadcast(shared: list[Any], src: int) -> None:
         assert src == 0
-        assert shared == [(own.first_window["val"], own.epoch_samples)]
+        assert shared == [(second.first_window["val"], second.epoch_samples)]
         shared[:] = [(first.first_window["val"], first.epoch_samples)]
 
-    own = splits(FakeSource.with_sizes({"a": 40}), val_fraction=0.2)
-    own_train = own.first_window["train"]
-    assert own.epoch_samples != first.epoch_samples
+    second = splits(FakeSource.with_sizes({"a": 40}), val_fraction=0.2)
+    second_train = second.first_window["train"]
+    assert second.epoch_samples != first.epoch_samples
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    own._broadcast_from_rank_zero()
-    assert own.epoch_samples == first.epoch_samples
-    assert own.first_window == {"train": own_train, "val": first.first_window["val"]}
+    second._broadcast_from_rank_zero()
+    assert second.epoch_samples == first.epoch_samples
+    assert second.first_window == {"train": second_train, "val": first.first_window["val"]}
 
 
 # Selection
@@ -176,20 +178,20 @@ def test_an_image_may_be_upscaled_up_to_the_limit() -> None:
 def test_images_are_the_same_if_their_hashes_are() -> None:
     selector = SampleSelector(Filters(max_ratio=2), shards=["a", "b"])
 
-    def made(shard: str, number: int, image_hash: int | None, width: int = 40) -> Sample:
+    def with_hash(shard: str, number: int, image_hash: int | None, width: int = 40) -> Sample:
         metadata = {} if image_hash is None else {IMAGE_HASH: image_hash}
         return fake_sample(shard, number, width, metadata=metadata)
 
-    wide = made("a", 0, 7, width=200)
+    wide = with_hash("a", 0, 7, width=200)
     assert selector.select(wide) == "max_ratio"  # and does not count as the first one
-    first = made("b", 0, 7)
+    first = with_hash("b", 0, 7)
     assert selector.apply_filters(first) == first
     assert selector.first_by_hash == {}  # `apply_filters` remembers nothing
     assert selector.select(first) == first
-    for copy in (made("a", 0, 7), made("b", 1, 7)):
+    for copy in (with_hash("a", 0, 7), with_hash("b", 1, 7)):
         assert selector.select(copy) == "duplicate"
         assert selector.apply_filters(copy) == copy
-    for other in (first, made("a", 1, 8), made("a", 2, None), made("a", 3, None)):
+    for other in (first, with_hash("a", 1, 8), with_hash("a", 2, None), with_hash("a", 3, None)):
         assert selector.select(other) == other
 
 

@@ -11,9 +11,9 @@ from wuerstchen_pl.data.sources.source import SampleError
 
 def stats(limit: float = 1.0, **counts: int) -> DataStats:
     """Stats with these counts; ``__`` stands for a slash."""
-    made = DataStats(limit=limit)
-    made.counts.update({name.replace("__", "/"): n for name, n in counts.items()})
-    return made
+    result = DataStats(limit=limit)
+    result.counts.update({name.replace("__", "/"): n for name, n in counts.items()})
+    return result
 
 
 def test_the_first_three_examples_of_each_reason_are_shown_and_all_are_counted() -> None:
@@ -49,6 +49,8 @@ def test_bad_samples_up_to_their_limit_and_of_fewer_than_a_thousand_are_allowed(
     at_limit = {"bad__no_caption": 100, "bad__no_image": 100}
     stats(limit=0.2, seen=800, **at_limit).check()
     with pytest.raises(ValueError, match=r"200 of 1000 samples are bad, .*=0\.19 "):
+        stats(limit=0.19, seen=800, **at_limit).check()
+    with pytest.raises(ValueError, match=r"\(800 samples read [^;]*; bad: [^;]*\); fix the data"):
         stats(limit=0.19, seen=800, **at_limit).check()
     stats(limit=0.0, seen=799, **at_limit).check()
     # dropped samples are not bad

@@ -68,9 +68,9 @@ def test_rows_are_repeated_next_to_each_other() -> None:
 def test_initial_noise_is_that_of_the_generator_unless_latents_are_given() -> None:
     expected = randn((2, 3), generators_from_seeds([4, 5]), CPU)
     assert torch.equal(initial_noise((2, 3), None, generators_from_seeds([4, 5]), CPU), expected)
-    given = initial_noise((2, 3), expected.double(), None, CPU)
-    assert given.dtype == torch.float32
-    assert torch.equal(given, expected)
+    converted = initial_noise((2, 3), expected.double(), None, CPU)
+    assert converted.dtype == torch.float32
+    assert torch.equal(converted, expected)
     with pytest.raises(ValueError, match=r"shape \(2, 3\); use shape \(1, 3\)"):
         initial_noise((1, 3), expected, None, CPU)
 
@@ -111,6 +111,8 @@ def test_each_stage_has_its_own_settings() -> None:
     assert (prior.guidance.rescale, decoder.guidance.rescale) == (0.25, 0.0)
     assert (prior.guidance.interval, decoder.guidance.interval) == ((0.1, 0.9), (0.0, 1.0))
     assert prior.method == decoder.method == "ddim"
+    assert not SamplingConfig().decoder.guidance.on
+    assert all(SamplingConfig().prior.guidance.at(t) for t in (0.0, 0.5, 1.0))
     listed = SamplingConfig(prior_timesteps=[0.9, 0.3, 0.0])
     assert listed.prior.times == [0.9, 0.3, 0.0]
     assert listed.decoder.times == SamplingConfig().decoder.times
