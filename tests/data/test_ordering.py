@@ -221,6 +221,14 @@ def test_nothing_to_train_on_is_an_error_with_the_reason() -> None:
         next(stream(FakeSource({})))
 
 
+def test_a_seek_to_the_start_does_not_delay_that_error() -> None:
+    source = FakeSource.with_sizes({"a": 9})
+    one = stream(source, filters=Filters(min_size=500))
+    one.seek(one.position)
+    with pytest.raises(ValueError, match=r"nothing to train on \(9 samples read from 1 shards"):
+        next(one)
+
+
 def test_only_broken_shards_stop_the_run_early() -> None:
     broken = ShardIndex([], [SampleError("unreachable shard", "refused")], broken=True)
     source = FakeSource({f"{i:03d}": broken for i in range(500)})
@@ -293,12 +301,13 @@ def test_every_sample_is_in_the_bucket_of_its_ratio_and_buckets_are_mixed() -> N
     assert len({request.size for request in requests[:8]}) > 2
 
 
+@pytest.mark.parametrize("policy", ["area", "paper"])
 @pytest.mark.parametrize("stop", range(0, 70, 3))
-def test_batches_resume_from_plain_values(stop: int) -> None:
-    whole = batches(filters=Filters(min_size=33))
+def test_batches_resume_from_plain_values(stop: int, policy: str) -> None:
+    whole = batches(filters=Filters(min_size=33), policy=policy)
     list(islice(whole, stop))
     state = whole.state_dict(whole.snapshot())
-    other = batches(filters=Filters(min_size=33))
+    other = batches(filters=Filters(min_size=33), policy=policy)
     other.restore(other.load_state_dict(state))
     assert list(islice(other, 30)) == list(islice(whole, 30))
     assert other.stats.counts == whole.stats.counts
@@ -330,6 +339,23 @@ def test_another_number_of_processes_resumes_with_the_same_samples() -> None:
     everything = {s.name for o in FakeSource.with_sizes(SHARDS).indexes.values() for s in o.samples}
     for epoch in range(max(by_epoch) - 5):
         assert sorted(by_epoch[epoch]) == sorted(everything), f"epoch {epoch} is wrong"
+
+
+def test_each_batch_has_the_paper_size_of_its_number() -> None:
+    """With another number of processes, batches are counted as if it had always been so."""
+
+    def sizes(order: Batches, count: int) -> list[tuple[int, int]]:
+        return [request.size for request in islice(order, count)]
+
+    def expected(order: Batches, first: int, count: int) -> list[tuple[int, int]]:
+        return [order.buckets.assign(fake_sample("a", 0), first + i) for i in range(count)]
+
+    two = batches(policy="paper", world_size=2)
+    assert sizes(two, 15) == expected(two, 0, 15)
+    one = batches(policy="paper")
+    with pytest.warns(UserWarning, match="global batch of 8 samples.*now it is 4"):
+        one.restore(one.load_state_dict(two.state_dict(two.snapshot())))
+    assert sizes(one, 20) == expected(one, 30, 20)
 
 
 def test_other_shards_restart_the_epoch_with_a_warning() -> None:

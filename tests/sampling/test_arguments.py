@@ -1,10 +1,12 @@
 """Arguments of a sampling run: initial latents, settings, callbacks and prompts."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.sampler import generators_from_seeds, randn
@@ -116,6 +118,15 @@ def test_each_stage_has_its_own_settings() -> None:
     listed = SamplingConfig(prior_timesteps=[0.9, 0.3, 0.0])
     assert listed.prior.times == [0.9, 0.3, 0.0]
     assert listed.decoder.times == SamplingConfig().decoder.times
+
+
+def test_the_defaults_are_those_of_the_configuration() -> None:
+    path = Path(__file__).parents[2] / "conf/sample/default.yaml"
+    configured = yaml.safe_load(path.read_text(encoding="utf-8"))
+    configured.pop("_target_", None)
+    for name, value in configured.items():
+        default = getattr(SamplingConfig(), name)
+        assert (list(default) if isinstance(default, tuple) else default) == value, name
 
 
 @pytest.mark.parametrize(
