@@ -482,6 +482,8 @@ def test_a_mixture_keeps_its_weights_and_resumes() -> None:
     rows = [row.sample.shard for request in islice(order, 500) for row in request.rows]
     # 2,000 draws: the standard deviation of the share is 0.01.
     assert abs(rows.count("a") / len(rows) - 0.75) < 0.04
+    state = order.snapshot()
+    assert state.drawn == len(rows) + sum(map(len, state.pending.values()))
     other = mixed()
     other.restore(other.load_state_dict(order.state_dict(order.snapshot())))
     assert list(islice(other, 20)) == list(islice(order, 20))
