@@ -466,27 +466,44 @@ def test_too_small_images_are_dropped_counted_and_never_loop_forever() -> None:
         next(batches(source, max_upscale=0.5))
 
 
-def test_a_mixture_keeps_its_weights_and_resumes() -> None:
-    def mixed() -> Batches:
-        streams = [
-            stream(FakeSource.with_sizes({name: 50}), shards=[name], shuffle_samples=100)
-            for name in "ab"
-        ]
-        stats = DataStats()
-        for one in streams:
-            one.stats = stats
-        buckets = Buckets(policy="area", image_size=32, multiple=16)
-        return Batches(Mixture(streams, [3.0, 1.0], seed=0), buckets, batch_size=4)
+def mixed(**sizes: int) -> Batches:
+    """Batches of a mixture, 3 : 1, of shards of these sizes."""
+    streams = [
+        stream(FakeSource.with_sizes({name: size}), shards=[name], shuffle_samples=100)
+        for name, size in sizes.items()
+    ]
+    stats = DataStats()
+    for one in streams:
+        one.stats = stats
+    buckets = Buckets(policy="area", image_size=32, multiple=16)
+    return Batches(Mixture(streams, [3.0, 1.0], seed=0), buckets, batch_size=4)
 
-    order = mixed()
+
+def test_a_mixture_keeps_its_weights_and_resumes() -> None:
+    order = mixed(a=50, b=50)
     rows = [row.sample.shard for request in islice(order, 500) for row in request.rows]
     # 2,000 draws: the standard deviation of the share is 0.01.
     assert abs(rows.count("a") / len(rows) - 0.75) < 0.04
     state = order.snapshot()
     assert state.drawn == len(rows) + sum(map(len, state.pending.values()))
-    other = mixed()
+    other = mixed(a=50, b=50)
     other.restore(other.load_state_dict(order.state_dict(order.snapshot())))
     assert list(islice(other, 20)) == list(islice(order, 20))
+
+
+def test_each_stream_restarts_at_the_latest_epoch_if_shards_differ() -> None:
+    order = mixed(a=50, b=50)
+    list(islice(order, 100))
+    reached = [position.epoch for position in order.snapshot().positions]
+    assert reached[0] > reached[1]
+    other = mixed(a=50, c=50)
+    with pytest.warns(UserWarning, match="shards differ"):
+        other.restore(other.load_state_dict(order.state_dict(order.snapshot())))
+    first: dict[str, int] = {}
+    for request in islice(other, 50):
+        for row in request.rows:
+            first.setdefault(row.sample.shard, row.epoch)
+    assert first == {"a": reached[0], "c": reached[0]}
 
 
 def test_sequential_batches_cover_each_sample_once() -> None:

@@ -81,6 +81,17 @@ def test_a_window_opens_no_more_shards_than_it_needs_and_extrapolates() -> None:
     assert len(splits(source, window=22).first_window["train"]) == 28
 
 
+def test_the_expected_samples_are_rounded() -> None:
+    source = FakeSource.with_sizes({f"{i:02d}": 7 for i in range(31)})
+    fractions = set()
+    for opened in (3, 6, 7, 9, 11):
+        result = splits(source, window=7 * opened, val_fraction=0.3)
+        exact = len(result.first_window["train"]) * 31 / opened
+        assert abs(result.epoch_samples - exact) <= 0.5
+        fractions.add(exact % 1 > 0.5)
+    assert True in fractions
+
+
 def test_samples_that_the_filters_drop_are_in_no_split_and_not_expected() -> None:
     source = GroupedSource.with_sizes({"a": 60, "v": 12})
     choices: dict[str, Any] = {"filters": Filters(max_ratio=1.2), "max_upscale": 0.9}

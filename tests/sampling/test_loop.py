@@ -274,6 +274,8 @@ def test_latents_are_adjusted_after_each_step_before_the_callback() -> None:
 
 
 def test_a_run_begins_with_its_own_state() -> None:
+    idle = StepState()
+    assert (idle.guidance_scale, idle.num_timesteps, idle.interrupt) == (0, 0, False)
     loop = Run(scale=1.5)
     loop._guidance_scale, loop._interrupt = 9.0, True
     loop()
