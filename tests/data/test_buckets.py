@@ -4,7 +4,14 @@ from collections import Counter
 import pytest
 
 from tests.data.factories import fake_sample
-from wuerstchen_pl.data.ordering.buckets import Buckets, area_sizes, enlargement, nearest
+from wuerstchen_pl.data.ordering.buckets import (
+    DEFAULT_RATIOS,
+    PAPER_RATIOS,
+    Buckets,
+    area_sizes,
+    enlargement,
+    nearest,
+)
 
 
 @pytest.mark.parametrize(("image_size", "multiple"), [(64, 16), (512, 32), (1024, 64)])
@@ -59,6 +66,13 @@ def test_listed_sizes_are_used_unchanged() -> None:
         ({"policy": "area", "sizes": [[64, 64]]}, r"sizes=.*use sizes with"),
         ({"policy": "sizes"}, r"sizes=None and buckets=sizes disagree"),
         ({"policy": "sizes", "sizes": [[64, 70]]}, r"contains \[64, 70\].*multiples of"),
+        ({"policy": "sizes", "sizes": [[64, 64], [0, 64]]}, r"contains \[0, 64\]"),
+        ({"policy": "sizes", "sizes": [[64, 64, 64]]}, r"contains \[64, 64, 64\]"),
+        ({"policy": "area", "image_size": 16}, r"image_size=16 .* use 32 or 64"),
+        ({"policy": "paper", "image_size": 65}, r"image_size=65 .* use 64 or 96"),
+        ({"policy": "area", "multiple": 0}, r"bucket_multiple=0 pixels is out of range"),
+        ({"policy": "area", "ratios": [1.0, 0.0]}, r"ratios=\[1\.0, 0\.0\] is invalid"),
+        ({"policy": "area", "ratios": []}, r"ratios=\[\] is invalid"),
         ({"policy": "sizes", "sizes": []}, r"sizes=\[\] is empty"),
         ({"policy": "paper", "ratios": [1.0]}, r"ratios=\[1\.0\] is of buckets=area"),
     ],
@@ -66,6 +80,37 @@ def test_listed_sizes_are_used_unchanged() -> None:
 def test_inconsistent_settings_are_rejected(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Buckets(**{"image_size": 64, "multiple": 32} | settings)
+
+
+def test_the_smallest_sizes_are_one_multiple() -> None:
+    assert area_sizes(32, 32, [1.0]) == [(32, 32)]
+    assert area_sizes(1, 1, [1.0]) == [(1, 1)]
+    # The sides of ratio 1:16 would be 8 and 128, of which the shorter is below one multiple.
+    assert area_sizes(32, 32, [16.0, 1 / 16]) == [(32, 128), (128, 32)]
+    assert Buckets(policy="sizes", image_size=1, multiple=32, sizes=[[32, 64]]).sizes == [(32, 64)]
+    assert Buckets(policy="paper", image_size=32, multiple=32).sizes[0] == (32, 32)
+
+
+@pytest.mark.parametrize("ratios", [DEFAULT_RATIOS, PAPER_RATIOS])
+def test_the_ratios_of_portraits_are_those_of_landscapes(ratios: tuple[float, ...]) -> None:
+    assert sorted(1 / ratio for ratio in ratios) == pytest.approx(ratios)
+    assert len(set(ratios)) == len(ratios)
+
+
+def test_ratios_are_width_by_height() -> None:
+    assert area_sizes(64, 16, [4.0]) == [(32, 128)]
+    assert Buckets(policy="area", image_size=64, multiple=16, ratios=[4.0]).sizes == [(32, 128)]
+
+
+def test_the_papers_long_side_is_rounded_to_the_nearest_multiple() -> None:
+    sizes = Buckets(policy="paper", image_size=64, multiple=16).sizes
+    assert max(max(size) for size in sizes) == 112  # 106.7, between 96 and 112
+
+
+def test_enlargement_is_that_of_the_assigned_size() -> None:
+    buckets = Buckets(policy="sizes", image_size=1, multiple=16, sizes=[[64, 64], [32, 96]])
+    assert buckets.enlargement(fake_sample("s", 0, 48, 48)) == pytest.approx(64 / 48)
+    assert buckets.enlargement(fake_sample("s", 0, 144, 48)) == pytest.approx(2 / 3)
 
 
 def test_nearest_is_symmetric_in_the_logarithm() -> None:

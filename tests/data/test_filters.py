@@ -17,6 +17,8 @@ SCORES = {"pwatermark": 0.2, "punsafe": 0.1, "aesthetic": 6.0}
         ({"max_size": 899}, 512, 900, "max_size"),
         ({"max_ratio": 2}, 100, 200, None),
         ({"max_ratio": 2}, 201, 100, "max_ratio"),
+        ({"max_ratio": 1, "min_size": 64, "max_size": 64}, 64, 64, None),
+        ({"max_ratio": 1}, 64, 65, "max_ratio"),
     ],
 )
 def test_shape(settings: Any, width: int, height: int, expected: str | None) -> None:
@@ -31,10 +33,14 @@ def test_shape(settings: Any, width: int, height: int, expected: str | None) -> 
         ({"max_pwatermark": 0.5}, {"pwatermark": 0.51}, "max_pwatermark"),
         ({"max_pwatermark": 0.5}, {}, "no pwatermark"),
         ({"max_punsafe": 0.99}, {"punsafe": 0.995}, "max_punsafe"),
+        ({"max_punsafe": 0.99}, {"punsafe": 0.99}, None),
         ({"max_punsafe": 0.99}, {}, "no punsafe"),
+        ({"max_punsafe": 0.0, "max_pwatermark": 0.0}, {"punsafe": 0.0, "pwatermark": 0.0}, None),
         ({"min_aesthetic": 5}, {"aesthetic": 4.9}, "min_aesthetic"),
         ({"min_aesthetic": 5}, {"AESTHETIC_SCORE": 4.9}, "min_aesthetic"),
         ({"min_aesthetic": 5}, {"AESTHETIC_SCORE": 5.0}, None),
+        ({"min_aesthetic": 5}, {"AESTHETIC_SCORE": 5.0, "aesthetic": 4.9}, "min_aesthetic"),
+        ({"min_aesthetic": 0}, {"aesthetic": -0.5}, "min_aesthetic"),
         ({"min_aesthetic": 5}, {}, "no aesthetic"),
         ({"min_aesthetic": 5, "max_punsafe": 0.99, "max_pwatermark": 0.5}, SCORES, None),
     ],
@@ -50,15 +56,21 @@ def test_scores(settings: Any, metadata: dict[str, float], expected: str | None)
         ({"min_words": 2}, "heart", "min_words"),
         ({"min_words": 2}, "red heart", None),
         ({"max_words": 2}, "a red heart", "max_words"),
+        ({"min_words": 2, "max_words": 2}, "red heart", None),
         ({"scripts": ["latin"]}, "ein Bücherregal, 3 m", None),
         ({"scripts": ["latin"]}, "красное сердце", "scripts"),
         ({"scripts": ["latin", "cyrillic"]}, "красное сердце", None),
         ({"scripts": ["cjk", "hiragana", "katakana"]}, "赤いハート", None),
         ({"scripts": ["latin"]}, "I love 東京", None),
         ({"scripts": ["latin"]}, "in 東京都庁", "scripts"),
+        ({"scripts": ["latin"]}, "東京 to", "scripts"),  # half of the letters is not most
         ({"scripts": ["latin"]}, "2024 !", None),
+        ({"scripts": []}, "heart", "scripts"),
         ({"forbidden_words": ["Stock"]}, "a stock, photo", "forbidden_words"),
         ({"forbidden_words": ["stock"]}, "a stocking", None),
+        ({"forbidden_words": ["stock", "clip"]}, 'a photo ("STOCK!")', "forbidden_words"),
+        ({"forbidden_words": ["c++", "no."]}, "no. 5 in C++", "forbidden_words"),
+        ({"forbidden_words": ["no."]}, "No. 5", "forbidden_words"),
     ],
 )
 def test_captions(settings: Any, caption: str, expected: str | None) -> None:
@@ -72,6 +84,11 @@ def test_only_passing_captions_are_kept() -> None:
     assert not isinstance(kept, str)
     assert kept.captions == ("one two", "one two three")
     assert Filters(min_words=4).apply(sample) == "min_words"
+
+
+def test_the_first_captions_reason_is_that_of_the_sample() -> None:
+    sample = fake_sample("s", 0, captions=("one two three", "one"))
+    assert Filters(min_words=2, max_words=2).apply(sample) == "max_words"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from wuerstchen_pl.data.ordering.buckets import Buckets
 from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.ordering.prefetch import ShardPrefetcher
 from wuerstchen_pl.data.ordering.stats import DataStats
-from wuerstchen_pl.data.ordering.stream import EpochSample, Mixture, Stream
+from wuerstchen_pl.data.ordering.stream import EpochSample, Mixture, Position, Stream
 from wuerstchen_pl.data.sources.source import Holdout, Sample, SampleError, ShardIndex
 
 
@@ -137,6 +137,52 @@ def test_at_the_end_of_a_window_the_next_is_opened_lazily() -> None:
     assert names(list(islice(other, 100))) == names(list(islice(one, 100)))
 
 
+def test_substitutes_are_the_next_samples_of_the_window_without_the_last_one() -> None:
+    one = stream(FakeSource.with_sizes({"a": 10}), shuffle_samples=100)
+    window = names(list(islice(stream(FakeSource.with_sizes({"a": 10}), shuffle_samples=100), 10)))
+    for drawn in range(1, 11):
+        last = next(one)
+        rotated = window[drawn:] + window[: drawn - 1]
+        assert last.sample.name == window[drawn - 1]
+        assert names(one.other_samples(100)) == rotated
+        assert names(one.other_samples(4)) == rotated[:4]
+        assert {other.epoch for other in one.other_samples(4)} == {last.epoch}
+    single = stream(FakeSource.with_sizes({"a": 1}))
+    next(single)
+    assert single.other_samples(3) == []
+
+
+def test_a_position_counts_the_samples_of_its_window() -> None:
+    one = stream(FakeSource.with_sizes({"a": 4, "b": 4}), shuffle_samples=4)
+    assert one.position == Position(epoch=0, shard=0, offset=0)
+    positions = []
+    for _ in range(10):
+        next(one)
+        positions.append(tuple(one.position))
+    first = [(0, 0, 1), (0, 0, 2), (0, 0, 3), (0, 1, 0)]
+    second = [(0, 1, 1), (0, 1, 2), (0, 1, 3), (0, 2, 0)]
+    assert positions == [*first, *second, (1, 0, 1), (1, 0, 2)]
+
+
+def test_a_window_is_no_larger_than_necessary() -> None:
+    for shuffle_samples, opened in ((1, 1), (10, 1), (11, 2), (20, 2), (21, 3), (99, 3)):
+        one = stream(
+            FakeSource.with_sizes(dict.fromkeys("abc", 10)), shuffle_samples=shuffle_samples
+        )
+        next(one)
+        assert one.stats.counts["shards"] == opened
+
+
+def test_an_epoch_that_yields_nothing_is_an_error_even_after_another_one() -> None:
+    source = FakeSource.with_sizes({"a": 3})
+    one = stream(source, shuffle_samples=1)
+    one.opener.keep = one.opener._cache_room = 0
+    list(islice(one, 3))
+    source.indexes["a"] = ShardIndex([])
+    with pytest.raises(ValueError, match="nothing to train on"):
+        next(one)
+
+
 def test_held_out_samples_are_never_drawn() -> None:
     source = FakeSource.with_sizes({"a": 300})
     holdout = Holdout(0.3)
@@ -175,6 +221,14 @@ def test_nothing_to_train_on_is_an_error_with_the_reason() -> None:
         next(stream(FakeSource({})))
 
 
+def test_a_seek_to_the_start_does_not_delay_that_error() -> None:
+    source = FakeSource.with_sizes({"a": 9})
+    one = stream(source, filters=Filters(min_size=500))
+    one.seek(one.position)
+    with pytest.raises(ValueError, match=r"nothing to train on \(9 samples read from 1 shards"):
+        next(one)
+
+
 def test_only_broken_shards_stop_the_run_early() -> None:
     broken = ShardIndex([], [SampleError("unreachable shard", "refused")], broken=True)
     source = FakeSource({f"{i:03d}": broken for i in range(500)})
@@ -207,6 +261,37 @@ def test_ranks_share_each_batch_without_losing_or_repeating_samples(
             assert set(seen) == everything
 
 
+def test_a_batch_has_substitutes_that_are_not_its_last_row() -> None:
+    order = batches(FakeSource.with_sizes({"a": 40}), shuffle_samples=100)
+    for request in islice(order, 30):
+        substitutes = names(request.fallback)
+        assert len(substitutes) == len(set(substitutes)) == 16
+        assert request.rows[-1].sample.name not in substitutes
+        assert request.is_unique
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 is out of range"),
+        ({"rank": 2, "world_size": 2}, "rank=2 of 2 processes"),
+        ({"rank": -1}, "rank=-1 of 1 processes"),
+    ],
+)
+def test_batches_out_of_range_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batches(**settings)
+    assert len(next(batches(batch_size=1, rank=1, world_size=2)).rows) == 1
+
+
+def test_images_are_dropped_only_if_upscaled_above_the_limit() -> None:
+    samples = [fake_sample("a", i, 16 + 8 * (i % 3), 16 + 8 * (i % 3)) for i in range(30)]
+    source = FakeSource({"a": ShardIndex(samples)})
+    for limit, smallest in ((2.0, 16), (1.99, 24), (4 / 3, 24), (1.33, 32), (None, 16)):
+        order = batches(source, max_upscale=limit)
+        assert min(r.sample.width for b in islice(order, 20) for r in b.rows) == smallest
+
+
 def test_every_sample_is_in_the_bucket_of_its_ratio_and_buckets_are_mixed() -> None:
     order = batches()
     requests = list(islice(order, 60))
@@ -216,12 +301,13 @@ def test_every_sample_is_in_the_bucket_of_its_ratio_and_buckets_are_mixed() -> N
     assert len({request.size for request in requests[:8]}) > 2
 
 
+@pytest.mark.parametrize("policy", ["area", "paper"])
 @pytest.mark.parametrize("stop", range(0, 70, 3))
-def test_batches_resume_from_plain_values(stop: int) -> None:
-    whole = batches(filters=Filters(min_size=33))
+def test_batches_resume_from_plain_values(stop: int, policy: str) -> None:
+    whole = batches(filters=Filters(min_size=33), policy=policy)
     list(islice(whole, stop))
     state = whole.state_dict(whole.snapshot())
-    other = batches(filters=Filters(min_size=33))
+    other = batches(filters=Filters(min_size=33), policy=policy)
     other.restore(other.load_state_dict(state))
     assert list(islice(other, 30)) == list(islice(whole, 30))
     assert other.stats.counts == whole.stats.counts
@@ -255,6 +341,23 @@ def test_another_number_of_processes_resumes_with_the_same_samples() -> None:
         assert sorted(by_epoch[epoch]) == sorted(everything), f"epoch {epoch} is wrong"
 
 
+def test_each_batch_has_the_paper_size_of_its_number() -> None:
+    """With another number of processes, batches are counted as if it had always been so."""
+
+    def sizes(order: Batches, count: int) -> list[tuple[int, int]]:
+        return [request.size for request in islice(order, count)]
+
+    def expected(order: Batches, first: int, count: int) -> list[tuple[int, int]]:
+        return [order.buckets.assign(fake_sample("a", 0), first + i) for i in range(count)]
+
+    two = batches(policy="paper", world_size=2)
+    assert sizes(two, 15) == expected(two, 0, 15)
+    one = batches(policy="paper")
+    with pytest.warns(UserWarning, match="global batch of 8 samples.*now it is 4"):
+        one.restore(one.load_state_dict(two.state_dict(two.snapshot())))
+    assert sizes(one, 20) == expected(one, 30, 20)
+
+
 def test_other_shards_restart_the_epoch_with_a_warning() -> None:
     order = batches()
     list(islice(order, 40))
@@ -264,7 +367,12 @@ def test_other_shards_restart_the_epoch_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="shards differ"):
         snapshot = other.load_state_dict(state)
     other.restore(snapshot)
-    assert epochs(list(islice(other, 5))).keys() == {epoch}
+    by_epoch = epochs(list(islice(other, 60)))
+    assert min(by_epoch) == epoch > 0
+    everything = {
+        s.name for o in other.stream.streams[0].opener.source.indexes.values() for s in o.samples
+    }
+    assert Counter(by_epoch[epoch]) == Counter(everything)  # the whole epoch, and nothing twice
 
 
 def test_a_run_resumes_with_fewer_samples() -> None:
@@ -358,25 +466,44 @@ def test_too_small_images_are_dropped_counted_and_never_loop_forever() -> None:
         next(batches(source, max_upscale=0.5))
 
 
-def test_a_mixture_keeps_its_weights_and_resumes() -> None:
-    def mixed() -> Batches:
-        streams = [
-            stream(FakeSource.with_sizes({name: 50}), shards=[name], shuffle_samples=100)
-            for name in "ab"
-        ]
-        stats = DataStats()
-        for one in streams:
-            one.stats = stats
-        buckets = Buckets(policy="area", image_size=32, multiple=16)
-        return Batches(Mixture(streams, [3.0, 1.0], seed=0), buckets, batch_size=4)
+def mixed(**sizes: int) -> Batches:
+    """Batches of a mixture, 3 : 1, of shards of these sizes."""
+    streams = [
+        stream(FakeSource.with_sizes({name: size}), shards=[name], shuffle_samples=100)
+        for name, size in sizes.items()
+    ]
+    stats = DataStats()
+    for one in streams:
+        one.stats = stats
+    buckets = Buckets(policy="area", image_size=32, multiple=16)
+    return Batches(Mixture(streams, [3.0, 1.0], seed=0), buckets, batch_size=4)
 
-    order = mixed()
+
+def test_a_mixture_keeps_its_weights_and_resumes() -> None:
+    order = mixed(a=50, b=50)
     rows = [row.sample.shard for request in islice(order, 500) for row in request.rows]
     # 2,000 draws: the standard deviation of the share is 0.01.
     assert abs(rows.count("a") / len(rows) - 0.75) < 0.04
-    other = mixed()
+    state = order.snapshot()
+    assert state.drawn == len(rows) + sum(map(len, state.pending.values()))
+    other = mixed(a=50, b=50)
     other.restore(other.load_state_dict(order.state_dict(order.snapshot())))
     assert list(islice(other, 20)) == list(islice(order, 20))
+
+
+def test_each_stream_restarts_at_the_latest_epoch_if_shards_differ() -> None:
+    order = mixed(a=50, b=50)
+    list(islice(order, 100))
+    reached = [position.epoch for position in order.snapshot().positions]
+    assert reached[0] > reached[1]
+    other = mixed(a=50, c=50)
+    with pytest.warns(UserWarning, match="shards differ"):
+        other.restore(other.load_state_dict(order.state_dict(order.snapshot())))
+    first: dict[str, int] = {}
+    for request in islice(other, 50):
+        for row in request.rows:
+            first.setdefault(row.sample.shard, row.epoch)
+    assert first == {"a": reached[0], "c": reached[0]}
 
 
 def test_sequential_batches_cover_each_sample_once() -> None:
@@ -388,4 +515,34 @@ def test_sequential_batches_cover_each_sample_once() -> None:
         sequential_batches(samples, buckets, batch_size=4, rank=r, world_size=3) for r in range(3)
     ]
     assert len({len(requests) for requests in ranks}) == 1
+    unique = [n for rank in ranks for r in rank if r.is_unique for n in names(r.rows)]
+    assert sorted(unique) == sorted(s.name for s in samples)
+    repeats = [(step, r) for rank in ranks for step, r in enumerate(rank) if not r.is_unique]
+    assert repeats
+    assert all(r.rows == ranks[0][step].rows[:1] for step, r in repeats)
+    assert all(r.is_unique and len(r.rows) <= 4 for r in alone)
+    assert {row.epoch for r in alone for row in (*r.rows, *r.fallback)} == {-1}
+    assert all(names(r.fallback) == [s.name for s in samples[:16]] for r in alone)
+    # the fullest bucket first; within one, the order of the samples
+    counts = Counter(buckets.assign(s, 0) for s in samples)
+    steps = [r.size for r in alone]
+    order = sorted(counts, key=lambda size: (-counts[size], size))
+    assert steps == [size for size in order for _ in range(0, counts[size], 4)]
+    for size in order:
+        rows = [n for r in alone if r.size == size for n in names(r.rows)]
+        assert rows == [s.name for s in samples if buckets.assign(s, 0) == size]
+
+
+def test_sequential_batches_draw_a_paper_size_per_global_batch() -> None:
+    samples = [fake_sample("a", i) for i in range(60)]
+    buckets = Buckets(policy="paper", image_size=32, multiple=16)
+    ranks = [
+        sequential_batches(samples, buckets, batch_size=3, rank=r, world_size=2) for r in range(2)
+    ]
+    assert all(len(r.rows) == 3 for rank in ranks for r in rank)
+    for step in range(10):
+        rows = [int(row.sample.key) for rank in ranks for row in rank[step].rows]
+        number = min(rows) // 6
+        assert sorted(rows) == list(range(6 * number, 6 * number + 6))
+        assert {rank[step].size for rank in ranks} == {buckets.assign(samples[0], number)}
     assert {n for rank in ranks for r in rank for n in names(r.rows)} == {s.name for s in samples}

@@ -143,12 +143,27 @@ def test_rescaled_guidance_has_the_conditional_predictions_standard_deviation() 
         ({"scale": float("nan")}, "guidance_scale=nan is not finite"),
         ({"interval": (0.5,)}, "is not an interval"),
         ({"rescale": 1.5}, "guidance_rescale=1.5 is out of range"),
+        ({"rescale": -0.1}, "guidance_rescale=-0.1 is out of range"),
         ({"interval": (0.5, 0.5)}, "is empty"),
+        ({"interval": (0.7, 0.3)}, "is empty"),
+        ({"interval": (-0.1, 0.5)}, "is empty"),
+        ({"interval": (0.5, 1.1)}, "is empty"),
+        ({"interval": (0.1, 0.5, 0.9)}, "is not an interval"),
     ],
 )
 def test_guidance_out_of_range_is_rejected(argument: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Guidance(**argument)
+
+
+def test_guidance_is_plain_by_default() -> None:
+    conditional, unconditional = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    guidance = Guidance(scale=2.0)
+    assert all(guidance.at(t) for t in (0.0, 0.5, 1.0))
+    expected = 2 * conditional - unconditional
+    torch.testing.assert_close(guidance.combine(conditional, unconditional), expected)
+    assert not Guidance().on
+    assert Guidance(scale=1.001, rescale=1.0).on
 
 
 def test_the_noise_of_an_image_depends_on_its_seed_only() -> None:
