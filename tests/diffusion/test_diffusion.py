@@ -231,6 +231,11 @@ def test_one_generator_makes_the_noise_of_the_whole_batch() -> None:
     assert torch.equal(randn((2, 2, 3), rng, CPU), expected)
 
 
+@pytest.mark.parametrize("seeds", [[4], [4, 5]])
+def test_noise_is_moved_to_the_device_of_the_latents(seeds: list[int]) -> None:
+    assert randn((2, 3), generators_from_seeds(seeds), torch.device("meta")).device.type == "meta"
+
+
 def test_without_a_generator_noise_is_of_torchs_default_one() -> None:
     torch.manual_seed(4)
     noise = randn((2, 3), None, CPU)
