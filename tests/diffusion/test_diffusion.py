@@ -275,7 +275,7 @@ def test_a_single_seed_is_that_of_the_first_image() -> None:
 
 @pytest.mark.parametrize(
     "times",
-    [[], [1.0], [0.5, 0.5], [0.2, 0.4], [1.0, 0.5, 0.5, 0.0], [1.001, 0.0], [1.0, -0.001]],
+    [[], [1.0], [0.5, 0.5], [0.2, 0.4], [1.0, 0.5, 0.5, 0.0], [1.001, 0.0], [1.0, 0.5, -0.001]],
 )
 def test_times_that_do_not_decrease_in_0_to_1_are_rejected(times: list[float]) -> None:
     with pytest.raises(ValueError, match="are not decreasing in"):
@@ -316,6 +316,13 @@ def test_a_run_in_two_parts_equals_one_run(method: SamplerName) -> None:
     for first_part in ({"last": 2}, {"interrupted": iter([False, True]).__next__}):
         rngs = generators_from_seeds([1, 2])
         assert torch.equal(run(run(x, rngs, 0, **first_part), rngs, 2), whole)
+
+
+def test_ddim_steps_keep_the_data_and_the_noise_that_they_predict() -> None:
+    x0, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    start, end = (SCHEDULE.add_noise(x0, torch.full((3,), t), noise) for t in (0.8, 0.3))
+    out = sample(lambda x, i: noise, start, [0.8, 0.5, 0.3], None, schedule=SCHEDULE, method="ddim")
+    torch.testing.assert_close(out, end, atol=1e-5, rtol=1e-5)
 
 
 def test_the_next_step_uses_what_the_callback_returns() -> None:
