@@ -1,14 +1,22 @@
 """Properties of every stage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.stages.conftest import STAGES, fit
 from wuerstchen_pl.models.wrapping import checkpoint_activations, find_blocks
 from wuerstchen_pl.pipelines.loading import pipeline_from_stage
-from wuerstchen_pl.stages.stage import Batch, Stage, WarmupCosine
+from wuerstchen_pl.stages.stage import (
+    Batch,
+    Stage,
+    WarmupCosine,
+    encode_captions,
+    num_unique_samples,
+)
 
 
 def validation_loss(stage: Stage, batch: Batch) -> float:
@@ -138,6 +146,32 @@ def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert factor(8) == pytest.approx(0.5)
     assert factor(13) == factor(99) == 0
     assert WarmupCosine(warmup_steps=3)(10**6) == 1
+
+
+def test_without_steps_to_decay_in_the_learning_rate_drops_after_the_warm_up() -> None:
+    factor = WarmupCosine(warmup_steps=3, total_steps=3)
+    assert [factor(s) for s in (2, 3, 4, 5)] == [0.75, 1.0, 0.0, 0.0]
+    assert WarmupCosine()(0) == WarmupCosine(warmup_steps=0, total_steps=9)(0) == 1
+
+
+def test_cached_captions_are_dropped_like_those_encoded_now() -> None:
+    def encode(captions: Sequence[str]) -> Tensor:
+        return torch.tensor([[[float(len(caption))]] for caption in captions])
+
+    batch: Any = {"caption": ["a", "bb", "ccc"]}
+    cached = {**batch, "text": encode(batch["caption"]), "empty_text": encode([""])}
+    for dropped in (None, torch.tensor([False, True, False]), torch.ones(3, dtype=torch.bool)):
+        keep = 1.0 if dropped is None else (~dropped).float()[:, None, None]
+        expected = encode(batch["caption"]) * keep
+        assert torch.equal(encode_captions(batch, encode, dropped), expected)
+        assert torch.equal(encode_captions(cached, encode, dropped), expected)
+    assert encode_captions(batch, lambda captions: None) is None
+
+
+def test_samples_of_another_process_are_not_counted() -> None:
+    batch: Any = {"caption": ["a", "bb", "ccc"]}
+    counts = [num_unique_samples({**batch, "is_unique": unique}) for unique in (True, False)]
+    assert [num_unique_samples(batch), *counts] == [3, 3, 0]
 
 
 def test_clipping_bounds_the_gradient(batch: Batch) -> None:
