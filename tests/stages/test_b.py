@@ -136,7 +136,7 @@ def test_latents_have_the_sizes_that_the_stage_promises() -> None:
 
 
 def test_a_reconstruction_is_the_decoded_encoding_in_twelve_steps_without_guidance(
-    batch: Batch,
+    batch: Batch, capsys: pytest.CaptureFixture
 ) -> None:
     stage = stage_b().eval()
     with torch.no_grad():
@@ -153,6 +153,7 @@ def test_a_reconstruction_is_the_decoded_encoding_in_twelve_steps_without_guidan
     few = stage.decode(semantic, **options, num_steps=2)
     assert torch.equal(stage.reconstruct(images, seeds=[3, 1], num_steps=2), few)
     assert not torch.equal(few, expected)
+    assert capsys.readouterr().err == ""  # no progress bar
 
 
 def test_a_perfect_denoiser_reconstructs_the_original_in_one_step(

@@ -102,7 +102,9 @@ def test_the_loss_is_weighted_in_the_given_form(batch: Batch) -> None:
     torch.testing.assert_close(losses["paper"], error * (1 - alpha_bar) / (1 + alpha_bar))
 
 
-def test_the_default_sampler_is_ddpm_in_sixty_steps_with_guidance_of_four() -> None:
+def test_the_default_sampler_is_ddpm_in_sixty_steps_with_guidance_of_four(
+    capsys: pytest.CaptureFixture,
+) -> None:
     stage = stage_c().eval()
     with torch.no_grad():
         stage.prior.head.weight.normal_(std=0.1)
@@ -113,6 +115,7 @@ def test_the_default_sampler_is_ddpm_in_sixty_steps_with_guidance_of_four() -> N
         stage.sample(captions, **options, num_steps=2, method=method) for method in ("ddpm", "ddim")
     )
     assert not torch.equal(ddpm, ddim)
+    assert capsys.readouterr().err == ""  # no progress bar
 
 
 def test_sizes_are_those_of_the_frozen_stages() -> None:

@@ -174,6 +174,52 @@ def test_samples_of_another_process_are_not_counted() -> None:
     assert [num_unique_samples(batch), *counts] == [3, 3, 0]
 
 
+def test_the_schedule_scales_the_learning_rate_of_every_step(batch: Batch) -> None:
+    stage = STAGES["c"](lr_schedule=lambda step: 1 / (step + 1))
+    trainer = fit(stage, batch, 3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(3e-3 / 4)
+    assert STAGES["c"]().lr_schedule(10**6) == 1
+
+
+def test_a_stage_without_an_optimizer_cannot_be_trained() -> None:
+    with pytest.raises(ValueError, match=r"stage\.optimizer is missing"):
+        STAGES["c"](optimizer=None).configure_optimizers()
+
+
+def test_without_an_ema_validation_uses_the_last_weights(batch: Batch) -> None:
+    stage = STAGES["c"](ema=None)
+    fit(stage, batch, 3)
+    assert all(torch.equal(stage.ema.shadow[key], p) for key, p in stage.named_parameters())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_losses_are_logged_in_the_steps_in_which_logs_are_written(every: int, batch: Batch) -> None:
+    stage = STAGES["c"]()
+    steps: list[int] = []
+    stage.log_dict = lambda values, **_: steps.append(stage.global_step)  # type: ignore[method-assign]
+    fit(stage, batch, 6, log_every_n_steps=every)
+    assert steps == [step for step in range(6) if (step + 1) % every == 0]
+
+
+def test_dropout_is_seeded_by_seed_step_and_micro_batch(batch: Batch) -> None:
+    def dropout_seeds(seed: int) -> list[int]:
+        stage = STAGES["c"](seed=seed)
+        seeds: list[int] = []
+        training_step = stage.training_step
+
+        def recording_step(*args: Any) -> Any:
+            seeds.append(torch.initial_seed())
+            return training_step(*args)
+
+        stage.training_step = recording_step  # type: ignore[method-assign]
+        fit(stage, batch, 2, accumulate_grad_batches=2, max_epochs=2)
+        return seeds
+
+    first = dropout_seeds(0)
+    assert dropout_seeds(0) == first
+    assert len({*first, *dropout_seeds(1)}) == 2 * len(first) >= 4
+
+
 def test_clipping_bounds_the_gradient(batch: Batch) -> None:
     stage = STAGES["c"]()
     norms = []
