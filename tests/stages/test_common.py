@@ -158,14 +158,17 @@ def test_cached_captions_are_dropped_like_those_encoded_now() -> None:
     def encode(captions: Sequence[str]) -> Tensor:
         return torch.tensor([[[float(len(caption))]] for caption in captions])
 
+    def without_text(captions: Sequence[str]) -> None:
+        return None
+
     batch: Any = {"caption": ["a", "bb", "ccc"]}
     cached = {**batch, "text": encode(batch["caption"]), "empty_text": encode([""])}
     for dropped in (None, torch.tensor([False, True, False]), torch.ones(3, dtype=torch.bool)):
         keep = 1.0 if dropped is None else (~dropped).float()[:, None, None]
         expected = encode(batch["caption"]) * keep
         assert torch.equal(encode_captions(batch, encode, dropped), expected)
-        assert torch.equal(encode_captions(cached, encode, dropped), expected)
-    assert encode_captions(batch, lambda captions: None) is None
+        assert torch.equal(encode_captions(cached, without_text, dropped), expected)
+    assert encode_captions(batch, without_text) is None
 
 
 def test_samples_of_another_process_are_not_counted() -> None:
