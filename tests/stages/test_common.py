@@ -204,6 +204,18 @@ def test_losses_are_logged_in_the_steps_in_which_logs_are_written(every: int, ba
     assert steps == [step for step in range(6) if (step + 1) % every == 0]
 
 
+def test_numbers_depend_on_the_micro_batch_within_a_step_and_not_within_an_epoch(
+    batch: Batch,
+) -> None:
+    stage = STAGES["c"]()
+    fit(stage, batch, 1, accumulate_grad_batches=3)
+    first, second, *later = (stage.batch_rng(2, i).uniform() for i in (0, 1, 3, 4, 9, 10))
+    assert not torch.equal(first, second)
+    for one, other in (later[:2], later[2:]):
+        assert torch.equal(one, first)
+        assert torch.equal(other, second)
+
+
 def test_dropout_is_seeded_by_seed_step_and_micro_batch(batch: Batch) -> None:
     def dropout_seeds(seed: int) -> list[int]:
         stage = STAGES["c"](seed=seed)
