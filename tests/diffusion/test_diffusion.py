@@ -318,6 +318,15 @@ def test_a_run_in_two_parts_equals_one_run(method: SamplerName) -> None:
         assert torch.equal(run(run(x, rngs, 0, **first_part), rngs, 2), whole)
 
 
+def test_the_default_sampler_takes_ddpm_steps_with_the_generators_noise() -> None:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    out = sample(lambda x, i: x.sin(), x, [0.8, 0.5], generators_from_seeds([1, 2]),
+                 schedule=SCHEDULE)  # fmt: skip
+    t, t_next = torch.full((2,), 0.8), torch.full((2,), 0.5)
+    noise = randn(x.shape, generators_from_seeds([1, 2]), CPU)
+    assert torch.equal(out, ddpm_step(SCHEDULE, x, t, t_next, x.sin(), noise))
+
+
 def test_ddim_steps_keep_the_data_and_the_noise_that_they_predict() -> None:
     x0, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     start, end = (SCHEDULE.add_noise(x0, torch.full((3,), t), noise) for t in (0.8, 0.3))
