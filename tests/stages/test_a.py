@@ -131,7 +131,7 @@ def test_unused_codes_and_their_ema_are_restarted(batch: Batch) -> None:
     assert torch.equal(shadow[8:], codebook[8:].detach())
 
 
-def test_a_restart_replaces_only_the_unused_codes_and_counts_anew(batch: Batch) -> None:
+def test_a_restart_replaces_only_the_unused_codes_and_resets_their_counts(batch: Batch) -> None:
     often, never = (
         stage_a(codebook_restart_every_steps=n, quantize_drop_prob=0.0) for n in (3, 99)
     )
@@ -170,7 +170,7 @@ def test_validation_logs_the_psnr_and_the_codes_of_unique_samples(batch: Batch) 
         "val/codebook_perplexity": perplexity,
         "val/codebook_dead": dead,
     }
-    for _ in range(2):  # the second time, codes are counted anew
+    for _ in range(2):  # the second time, from counts of zero
         loader = DataLoader([batch, other, copy], batch_size=None)  # type: ignore[arg-type]
         (metrics,) = trainer.validate(stage, loader, verbose=False)
         assert metrics == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-5)
