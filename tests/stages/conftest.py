@@ -63,12 +63,9 @@ def stage_c(**options: object) -> StageC:
     frozen = stage_b()
     torch.manual_seed(0)
     text = TextEncoder(width=16, depth=1, num_heads=2, context_length=8)
+    prior = Prior(width=32, depth=2, num_heads=2, text_dim=16, dropout=0.0)
     arguments: Any = {"text_encoder": text, "train_text_encoder": True, **training(3e-3)}
-    return StageC(
-        stage_b=frozen,
-        prior=Prior(width=32, depth=2, num_heads=2, text_dim=16, dropout=0.0),
-        **{**arguments, **options},
-    )
+    return StageC(stage_b=frozen, **{"prior": prior, **arguments, **options})
 
 
 def stage_ldm(**options: object) -> StageLDM:

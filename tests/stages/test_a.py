@@ -2,8 +2,10 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from tests.stages.conftest import fit, stage_a
 from wuerstchen_pl.models.vqgan import VQGAN, VectorQuantizer, codebook_usage
@@ -62,8 +64,8 @@ def test_the_discriminator_trains_before_its_loss_is_applied(batch: Batch) -> No
     assert all(torch.equal(a, b) for a, b in pairs)  # its loss is not applied yet
 
     with_it, without = stage_a(adversarial_start_step=6), stage_a(adversarial_start_step=10**9)
-    fit(with_it, batch, 8)
-    fit(without, batch, 8)
+    fit(with_it, batch, 7)
+    fit(without, batch, 7)
     pairs = list(zip(with_it.vqgan.parameters(), without.vqgan.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in pairs)
 
@@ -127,6 +129,78 @@ def test_unused_codes_and_their_ema_are_restarted(batch: Batch) -> None:
     assert codebook[8:].abs().max() < 10
     shadow = stage.ema.shadow["vqgan.quantizer.codebook.weight"]
     assert torch.equal(shadow[8:], codebook[8:].detach())
+
+
+def test_a_restart_replaces_only_the_unused_codes_and_resets_their_counts(batch: Batch) -> None:
+    often, never = (
+        stage_a(codebook_restart_every_steps=n, quantize_drop_prob=0.0) for n in (3, 99)
+    )
+    logged: dict[str, float] = {}
+    often.log = lambda name, value, **_: logged.update({name: float(value)})  # type: ignore[method-assign]
+    fit(often, batch, 3)
+    fit(never, batch, 3)
+    positions = 4 * 8 * 8
+    assert never.code_uses.sum() == 3 * positions
+    assert often.code_uses.sum() == 0
+    dead = never.code_uses == 0
+    assert 0 < logged["train/restarted_codes"] == dead.sum() < len(dead)
+    codes, kept = (stage.vqgan.quantizer.codebook.weight.detach() for stage in (often, never))
+    assert torch.equal(codes[~dead], kept[~dead])
+    latents = {tuple(row) for row in often._latents.tolist()}
+    assert {tuple(row) for row in codes[dead].tolist()} <= latents
+
+
+def test_validation_logs_the_psnr_and_the_codes_of_unique_samples(batch: Batch) -> None:
+    stage = stage_a().eval()
+    other: Batch = {**batch, "image": batch["image"].flip(0) * 0.5}
+    copy: Batch = {**batch, "is_unique": False}  # type: ignore[typeddict-unknown-key]
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with torch.no_grad():
+        images = torch.cat([batch["image"], other["image"]])
+        error = (stage.reconstruct(images) - images).square().mean(dim=(1, 2, 3))
+        outputs = [
+            stage.generator_loss(b["image"], quantize=True, adversarial=False)
+            for b in (batch, other)
+        ]
+    uses = torch.cat([terms["indices"].flatten() for _, _, terms in outputs]).bincount(minlength=16)
+    perplexity, dead = codebook_usage(uses)
+    expected = {
+        "val/psnr": -10 * error.log10().mean(),
+        "val/loss": torch.stack([loss for loss, _, _ in outputs]).mean(),
+        "val/codebook_perplexity": perplexity,
+        "val/codebook_dead": dead,
+    }
+    for _ in range(2):  # the second time, from counts of zero
+        loader = DataLoader([batch, other, copy], batch_size=None)  # type: ignore[arg-type]
+        (metrics,) = trainer.validate(stage, loader, verbose=False)
+        assert metrics == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-5)
+
+
+def test_the_grid_has_a_column_of_the_nearest_codes(batch: Batch) -> None:
+    stage = stage_a().eval()
+    with torch.no_grad():
+        features = stage.vqgan.features(batch["image"])
+        codes = stage.vqgan.quantizer.codebook.weight.normal_()
+        nearest = torch.cdist(features.permute(0, 2, 3, 1).flatten(0, 2), codes).argmin(dim=1)
+        quantized = codes[nearest].view(4, 8, 8, -1).permute(0, 3, 1, 2)
+        for parameter in stage.vqgan.head.parameters():
+            parameter.mul_(20)  # beyond [0, 1]
+        expected = stage.vqgan.decode_features(quantized).clamp(0, 1)
+    columns = stage.example_grid(batch)
+    torch.testing.assert_close(columns["EMA, quantized"], expected)
+    assert not torch.equal(columns["EMA, quantized"], columns["EMA"])
+    for name in ("raw", "EMA", "EMA, quantized"):
+        assert (columns[name].min(), columns[name].max()) == (0, 1)
+
+
+def test_the_logged_gradient_norms_are_those_of_the_networks(batch: Batch) -> None:
+    stage, logged = stage_a(adversarial_start_step=0), {}
+    stage.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
+    fit(stage, batch, 1)
+    for name in ("vqgan", "discriminator"):
+        grads = [p.grad for p in getattr(stage, name).parameters() if p.grad is not None]
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
+        torch.testing.assert_close(logged[f"train/grad_norm_{name}"], norm)
 
 
 def test_codebook_usage_of_given_counts() -> None:

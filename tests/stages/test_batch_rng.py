@@ -51,6 +51,7 @@ def test_derived_seeds_are_distinct_and_in_range() -> None:
     ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) >= 2**62  # all 63 bits are used
 
 
 @pytest.mark.parametrize("name", ["b", "c", "ldm"])

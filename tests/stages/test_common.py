@@ -1,14 +1,22 @@
 """Properties of every stage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.stages.conftest import STAGES, fit
 from wuerstchen_pl.models.wrapping import checkpoint_activations, find_blocks
 from wuerstchen_pl.pipelines.loading import pipeline_from_stage
-from wuerstchen_pl.stages.stage import Batch, Stage, WarmupCosine
+from wuerstchen_pl.stages.stage import (
+    Batch,
+    Stage,
+    WarmupCosine,
+    encode_captions,
+    num_unique_samples,
+)
 
 
 def validation_loss(stage: Stage, batch: Batch) -> float:
@@ -138,6 +146,93 @@ def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert factor(8) == pytest.approx(0.5)
     assert factor(13) == factor(99) == 0
     assert WarmupCosine(warmup_steps=3)(10**6) == 1
+
+
+def test_without_steps_to_decay_in_the_learning_rate_drops_after_the_warm_up() -> None:
+    factor = WarmupCosine(warmup_steps=3, total_steps=3)
+    assert [factor(s) for s in (2, 3, 4, 5)] == [0.75, 1.0, 0.0, 0.0]
+    assert WarmupCosine()(0) == WarmupCosine(warmup_steps=0, total_steps=9)(0) == 1
+
+
+def test_cached_captions_are_dropped_like_those_encoded_now() -> None:
+    def encode(captions: Sequence[str]) -> Tensor:
+        return torch.tensor([[[float(len(caption))]] for caption in captions])
+
+    def without_text(captions: Sequence[str]) -> None:
+        return None
+
+    batch: Any = {"caption": ["a", "bb", "ccc"]}
+    cached = {**batch, "text": encode(batch["caption"]), "empty_text": encode([""])}
+    for dropped in (None, torch.tensor([False, True, False]), torch.ones(3, dtype=torch.bool)):
+        keep = 1.0 if dropped is None else (~dropped).float()[:, None, None]
+        expected = encode(batch["caption"]) * keep
+        assert torch.equal(encode_captions(batch, encode, dropped), expected)
+        assert torch.equal(encode_captions(cached, without_text, dropped), expected)
+    assert encode_captions(batch, without_text) is None
+
+
+def test_samples_of_another_process_are_not_counted() -> None:
+    batch: Any = {"caption": ["a", "bb", "ccc"]}
+    counts = [num_unique_samples({**batch, "is_unique": unique}) for unique in (True, False)]
+    assert [num_unique_samples(batch), *counts] == [3, 3, 0]
+
+
+def test_the_schedule_scales_the_learning_rate_of_every_step(batch: Batch) -> None:
+    stage = STAGES["c"](lr_schedule=lambda step: 1 / (step + 1))
+    trainer = fit(stage, batch, 3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(3e-3 / 4)
+    assert STAGES["c"]().lr_schedule(10**6) == 1
+
+
+def test_a_stage_without_an_optimizer_cannot_be_trained() -> None:
+    with pytest.raises(ValueError, match=r"stage\.optimizer is missing"):
+        STAGES["c"](optimizer=None).configure_optimizers()
+
+
+def test_without_an_ema_validation_uses_the_last_weights(batch: Batch) -> None:
+    stage = STAGES["c"](ema=None)
+    fit(stage, batch, 3)
+    assert all(torch.equal(stage.ema.shadow[key], p) for key, p in stage.named_parameters())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_losses_are_logged_in_the_steps_in_which_logs_are_written(every: int, batch: Batch) -> None:
+    stage = STAGES["c"]()
+    steps: list[int] = []
+    stage.log_dict = lambda values, **_: steps.append(stage.global_step)  # type: ignore[method-assign]
+    fit(stage, batch, 6, log_every_n_steps=every)
+    assert steps == [step for step in range(6) if (step + 1) % every == 0]
+
+
+def test_numbers_depend_on_the_micro_batch_within_a_step_and_not_within_an_epoch(
+    batch: Batch,
+) -> None:
+    stage = STAGES["c"]()
+    fit(stage, batch, 1, accumulate_grad_batches=3)
+    first, second, *later = (stage.batch_rng(2, i).uniform() for i in (0, 1, 3, 4, 9, 10))
+    assert not torch.equal(first, second)
+    for one, other in (later[:2], later[2:]):
+        assert torch.equal(one, first)
+        assert torch.equal(other, second)
+
+
+def test_dropout_is_seeded_by_seed_step_and_micro_batch(batch: Batch) -> None:
+    def dropout_seeds(seed: int) -> list[int]:
+        stage = STAGES["c"](seed=seed)
+        seeds: list[int] = []
+        training_step = stage.training_step
+
+        def recording_step(*args: Any) -> Any:
+            seeds.append(torch.initial_seed())
+            return training_step(*args)
+
+        stage.training_step = recording_step  # type: ignore[method-assign]
+        fit(stage, batch, 2, accumulate_grad_batches=2, max_epochs=2)
+        return seeds
+
+    first = dropout_seeds(0)
+    assert dropout_seeds(0) == first
+    assert len({*first, *dropout_seeds(1)}) == 2 * len(first) >= 4
 
 
 def test_clipping_bounds_the_gradient(batch: Batch) -> None:

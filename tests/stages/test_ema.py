@@ -133,6 +133,36 @@ def test_resuming_from_the_state_dict_is_exact() -> None:
     assert torch.equal(resumed.shadow["weight"], whole.shadow["weight"])
 
 
+def test_a_loaded_shadow_is_averaged_by_name_and_not_by_order() -> None:
+    module, ema = nn.Linear(1, 1), EMA(decay=0.0)
+    state = {"weight": torch.tensor([[5.0]]), "bias": torch.tensor([7.0])}
+    reordered = {"bias": state["bias"], "weight": state["weight"]}
+    ema.load_state_dict({"num_steps": 1, "num_updates": 1, "shadow": reordered})
+    ema.update(module)
+    for name, p in module.named_parameters():
+        assert torch.equal(ema.shadow[name], p)
+
+
+def test_before_the_first_update_the_raw_weights_are_used() -> None:
+    ema = EMA(decay=0.9, start_step=2)
+    module = values_after(ema, [1.0, 2.0])
+    ema.overwrite_rows("weight", torch.tensor([0]), torch.tensor([[9.0]]))
+    assert not ema.shadow
+    with ema.applied(module):
+        assert module.weight.item() == 2.0
+    ema.update(module)
+    assert float(ema.shadow["weight"]) == 2.0
+
+
+def test_the_default_is_an_update_at_every_step() -> None:
+    by_default, explicit = EMA(decay=0.7), EMA(decay=0.7, every_steps=1, start_step=0, warmup=True)
+    for values in ([1.0], [4.0, 9.0], [float(i) for i in range(20)]):
+        values_after(by_default, values)
+        values_after(explicit, values)
+        assert torch.equal(by_default.shadow["weight"], explicit.shadow["weight"])
+    assert by_default.num_updates == by_default.num_steps == 23
+
+
 def test_only_the_given_rows_of_a_shadow_are_overwritten() -> None:
     module = nn.Embedding(3, 2)
     ema = EMA(decay=0.9)
@@ -145,7 +175,9 @@ def test_only_the_given_rows_of_a_shadow_are_overwritten() -> None:
     assert torch.equal(ema.shadow["weight"][[0, 2]], before[[0, 2]])
 
 
-@pytest.mark.parametrize("wrong", [{"decay": 1.0}, {"decay": 0.9, "every_steps": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"decay": 1.0}, {"decay": -0.001}, {"decay": 0.9, "every_steps": 0}]
+)
 def test_settings_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="out of range"):
         EMA(**wrong)

@@ -144,14 +144,16 @@ def test_the_gradient_norm_is_computed_once_per_step(
     assert len(calls) == 3 * len(stage.parameter_groups())
 
 
+@pytest.mark.parametrize("name", ["b", "c", "ldm"])
 @pytest.mark.parametrize(("precision", "exact"), [("float32", True), ("bfloat16", False)])
 def test_frozen_encoders_compute_in_frozen_precision(
-    precision: str, exact: bool, batch: Batch
+    precision: str, exact: bool, name: str, batch: Batch
 ) -> None:
     """Independently of the trainer's precision, so that the targets equal cached ones."""
-    stage = STAGES["c"](frozen_precision=precision)
+    stage = STAGES[name](frozen_precision=precision)
     with torch.no_grad():
-        expected = stage.encode(batch["image"])
+        frozen = stage.stage_a if name == "b" else stage
+        expected = frozen.encode(batch["image"])
     with torch.autocast("cpu", torch.bfloat16):
         latents = stage.latents(batch)
     assert torch.equal(latents, expected) == exact
