@@ -269,7 +269,8 @@ def test_a_mixture_of_sources_trains_and_is_counted(cascade: Path, tmp_path: Pat
     )
     more = [f"data.sources={sources}", "data.weights={web:1,own:2}", "data.num_workers=0"]
     filters = ["data.max_upscale=2", "data.filters.max_ratio=1.9", "trainer.max_steps=24"]
-    assert run_program("train", [*usual, "data=mix", *more, *filters]) == 0
+    with pytest.warns(UserWarning, match="skipped, unreadable image"):
+        assert run_program("train", [*usual, "data=mix", *more, *filters]) == 0
     log = (tmp_path / "default/c/metrics.csv").read_text()
     for name in ("seen", "bad/unreadable image", "dropped/max_ratio", "cropped_share"):
         assert f"data/{name}," in log, log

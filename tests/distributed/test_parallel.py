@@ -143,7 +143,9 @@ def check_equal(runs: Path, name: str, stage: str) -> None:
     one, two = (last_checkpoint(runs / run / "default" / stage) for run in ("one", name))
     assert one["global_step"] == two["global_step"] == STEPS
     assert max_difference(one, two)[0] < TOLERANCE, max_difference(one, two)
-    counts_one, counts_two = (content["ImageTextDataModule"]["found"] for content in (one, two))
+    counts_one, counts_two = (
+        content["ImageTextDataModule"]["worker_counts"] for content in (one, two)
+    )
     assert counts_one["pixels"] > counts_one["pixels/kept"] > 0
     assert counts_two == counts_one
     losses_one, losses_two = (losses(runs / run / "default" / stage) for run in ("one", name))

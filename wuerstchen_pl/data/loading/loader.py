@@ -112,13 +112,16 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the order and the counts; call it on every process."""
-        return {**self.batches.state_dict(self.position), "found": dict(self._worker_counts())}
+        return {
+            **self.batches.state_dict(self.position),
+            "worker_counts": dict(self._worker_counts()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from the position of `state`."""
         self.position = self.batches.load_state_dict(state)
         self.worker_stats.counts.clear()
-        self.counts_before = Counter(state["found"])
+        self.counts_before = Counter(state["worker_counts"])
 
 
 def _num_bad(counts: Counter[str]) -> int:

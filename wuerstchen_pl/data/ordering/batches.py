@@ -170,7 +170,7 @@ class Batches:
             "drawn": snapshot.drawn,
             "positions": [list(position) for position in snapshot.positions],
             "shards": self._shard_hashes(),
-            "known": [
+            "image_hashes": [
                 list(stream.selector.first_by_hash.items())[:num_hashes]
                 for stream, num_hashes in zip(self.stream.streams, snapshot.num_hashes, strict=True)
             ],
@@ -194,8 +194,8 @@ class Batches:
             )
             last = max((position.epoch for position in positions), default=0)
             positions = [Position(epoch=last)] * len(self.stream.streams)
-            state = {**state, "pending": [], "known": [[] for _ in positions]}
-        for stream, pairs in zip(self.stream.streams, state["known"], strict=True):
+            state = {**state, "pending": [], "image_hashes": [[] for _ in positions]}
+        for stream, pairs in zip(self.stream.streams, state["image_hashes"], strict=True):
             stream.selector.first_by_hash = dict(map(tuple, pairs))
         if state["global_batch"] != self.global_batch:
             warnings.warn(
