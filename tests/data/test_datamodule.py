@@ -436,3 +436,19 @@ def test_other_data_need_no_package_of_openmoji(
     assert isinstance(source, FolderSource)
     with pytest.raises(ModuleNotFoundError, match=r"import of \w+ halted"):
         module.openmoji(root=str(tmp_path), image_size=64)
+
+
+def test_counts_survive_a_resume(sources: Callable[[str], Source]) -> None:
+    """Those of the order (samples, shards) and those of the workers (pixels)."""
+    module = ready(sources("shards"), batch_size=4)
+    batches = iter(module.train_dataloader())
+    for _ in range(2):
+        next(batches)
+    counts, state = module.counts, module.state_dict()
+    assert counts["seen"] > 0
+    assert counts["shards"] > 0
+    assert counts["pixels"] >= counts["pixels/kept"] > 0
+    resumed = ready(sources("shards"), batch_size=4)
+    resumed.load_state_dict(state)
+    resumed.train_dataloader()
+    assert resumed.counts == counts
