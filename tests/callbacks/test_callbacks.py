@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from tests.conftest import run_program
 from tests.test_train import arguments
-from wuerstchen_pl.callbacks import memory_estimate, run_metadata, step_profile, throughput
+from wuerstchen_pl.callbacks import memory_estimate, step_profile, throughput
 from wuerstchen_pl.callbacks.loss_by_timestep import LossByTimestep, plot_losses
 from wuerstchen_pl.callbacks.memory_estimate import estimate_bytes
 from wuerstchen_pl.callbacks.skip_nonfinite import SkipNonFiniteGrads
@@ -318,8 +318,3 @@ def test_first_rows_of_a_cached_batch_slice_only_per_sample_keys() -> None:
     one = step_profile.first_rows(batch, 1)
     assert one["size"] == (128, 96)
     assert [len(one[k]) for k in ("semantic", "caption", "text", "empty_text")] == [1, 1, 1, 1]
-
-
-def test_the_version_of_a_package_that_is_not_installed_is_null() -> None:
-    assert torch.__version__.startswith(run_metadata._version("torch") or "none")
-    assert run_metadata._version("no-such-package-of-ours") is None

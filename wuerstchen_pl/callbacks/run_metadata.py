@@ -3,11 +3,12 @@
 import json
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import lightning as L
 import torch
+
+from wuerstchen_pl.io.versions import installed_versions
 
 
 class RunMetadata(L.Callback):
@@ -51,14 +52,6 @@ class RunMetadata(L.Callback):
             "hardware": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in ("torch", "lightning", "wuerstchen_pl")},
+            "versions": installed_versions(("torch", "lightning", "wuerstchen_pl")),
         }
         self.path.write_text(json.dumps(metadata, indent=2) + "\n")
-
-
-def _version(package: str) -> str | None:
-    """The installed version; None for a checkout that is only on the path."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.metrics.feature_networks import RESIZE_METHOD
 from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.io.atomic import write_text
+from wuerstchen_pl.io.versions import installed_versions
 
 PACKAGES = ("wuerstchen_pl", "torch", "torchvision", "torchmetrics", "torch-fidelity",
             "open_clip_torch", "pillow")  # fmt: skip
@@ -51,7 +51,7 @@ def write_report(
     Raises:
         OSError: if a file cannot be written; the message names it.
     """
-    packages = {name: version(name) for name in PACKAGES}
+    packages = installed_versions(PACKAGES)
     method = {"resized_by": RESIZE_METHOD, "interval": INTERVALS, "versions": packages}
     scores = {**network_scores, **image_scores}
     numbers = {name: score_to_json(score) for name, score in scores.items()}
