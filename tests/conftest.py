@@ -85,7 +85,13 @@ def small(stage: str, root: Path, steps: int = 4) -> list[str]:
 
 def what_cache_reads(arguments: list[str]) -> list[str]:
     """The arguments of ``train`` that ``cache`` accepts: those that change what is cached."""
-    networks = ("stage.prior.", "stage.diffnext.", "stage.ema.", "stage.caption_drop_prob=")
+    networks = (
+        "stage.prior.",
+        "stage.diffnext.",
+        "stage.compressor.",
+        "stage.ema.",
+        "stage.caption_drop_prob=",
+    )
     training = (
         "trainer",
         "logger",

@@ -40,7 +40,7 @@ TENSORS = {"b": ["latents", "image"], "c": ["semantic"]}
 """Tensors that are cached for each stage."""
 READ_KEYS = re.compile(
     r"(stage|preset|data|experiment|paths|name|seed|image_size|image_size_at_\d+|bucket_multiple)$"
-    r"|(data|paths|preset)[.@/]|stage\.(stage_[ab]|compressor|text_encoder|train_text_encoder)\b"
+    r"|(data|paths)\.|stage\.(stage_[ab]|text_encoder|train_text_encoder)\b"
     r"|(out|text|crops|dtype|shard_mb|device)$"
 )
 """Keys that determine the contents of a cache."""

@@ -5,13 +5,13 @@ Processes launched together, such as by torchrun, share the image generation.
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 from omegaconf import DictConfig
-from torch import nn
 
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.cli import check_output_dir, command, typed_keys
@@ -20,13 +20,7 @@ from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.evaluation import report
 from wuerstchen_pl.evaluation.datasets import run_data
 from wuerstchen_pl.evaluation.metrics.score import Score
-from wuerstchen_pl.evaluation.plan import (
-    IMAGE_METRICS,
-    NETWORK_METRICS,
-    SET_METRICS,
-    TRAINING_DATA,
-    EvaluationPlan,
-)
+from wuerstchen_pl.evaluation.plan import NETWORK_METRICS, NETWORKS, EvaluationPlan
 from wuerstchen_pl.evaluation.run import EvalTarget, evaluate, stages_with_loss
 from wuerstchen_pl.models.perceptual import LPIPS
 from wuerstchen_pl.pipelines.loading import load_pipeline, pipeline_from_stage, stage_of_run
@@ -59,10 +53,11 @@ KNOWN_KEYS: Mapping[str, Any] = {
 def run(cfg: DictConfig) -> float | None:
     """Generate images, compute and write the metrics; returns the first, for sweeps."""
     check_config(cfg, KNOWN_KEYS)
-    check_typed_keys(cfg)
+    plan = build_plan(cfg)
+    check_typed_keys(plan)
     folder, process = check_output_dir(cfg.output_dir), DistInfo.from_env()
     device = resolve_device(cfg.device)
-    plan = build_plan(cfg, device)
+    plan = with_networks(plan, cfg, device)
     target = build_target(cfg, plan, device)
     scores = evaluate(plan, target, folder, process)
     if scores is None:  # only the first process computes metrics
@@ -86,20 +81,8 @@ def first_score(metric: str, scores: Mapping[str, Score]) -> Score:
     )
 
 
-def build_plan(cfg: DictConfig, device: torch.device) -> EvaluationPlan:
-    """The evaluation plan of a config, with only those networks that its metrics need."""
-    is_needed = {
-        "fid_features": {*SET_METRICS, "rfid"} & set(cfg.metric),
-        "clip": "clip" in cfg.metric,
-        "pickscore": "pickscore" in cfg.metric,
-    }
-    metric_networks: dict[str, nn.Module] = {
-        name: hydra.utils.instantiate(cfg[name], _convert_="all").eval().to(device)
-        for name, needed in is_needed.items()
-        if needed
-    }
-    if cfg.lpips is not None and "reconstruction" in cfg.metric:
-        metric_networks["lpips"] = LPIPS(backbone=cfg.lpips).eval()
+def build_plan(cfg: DictConfig) -> EvaluationPlan:
+    """The evaluation plan of a config, without networks."""
     return EvaluationPlan(
         metric=list(cfg.metric),
         prompts=cfg.prompts,
@@ -112,34 +95,40 @@ def build_plan(cfg: DictConfig, device: torch.device) -> EvaluationPlan:
         seed=cfg.seed,
         settings=hydra.utils.instantiate(cfg.sample, _convert_="all"),
         cache_dir=cfg.cache_dir,
-        **metric_networks,  # type: ignore[arg-type]
     )
 
 
-def check_typed_keys(cfg: DictConfig) -> None:
+def with_networks(plan: EvaluationPlan, cfg: DictConfig, device: torch.device) -> EvaluationPlan:
+    """The plan with those networks that its metrics use."""
+    networks: dict[str, Any] = {
+        name: hydra.utils.instantiate(cfg[name], _convert_="all").eval().to(device)
+        for name in ("fid_features", "clip", "pickscore")
+        if plan.uses(name)
+    }
+    if cfg.lpips is not None and plan.uses("lpips"):
+        networks["lpips"] = LPIPS(backbone=cfg.lpips).eval()
+    return replace(plan, **networks)
+
+
+def check_typed_keys(plan: EvaluationPlan) -> None:
     """Refuse keys on the command line that the chosen metrics do not read.
 
     Raises:
         ValueError: naming the first of them.
     """
-    metrics = set(cfg.metric)
-    generates = cfg.images is None and bool(metrics & {*IMAGE_METRICS})
-    samples = generates or bool(metrics & {*NETWORK_METRICS})
-    sized = generates and cfg.prompts != TRAINING_DATA and not cfg.prompts.endswith(".yaml")
+    samples = plan.needs_generation or plan.needs_networks
+    sized = plan.needs_generation and not plan.prompts_are_data
     reads = {
         **dict.fromkeys(("sample", "bf16", "prior"), samples),
         **dict.fromkeys(("height", "width"), sized),
-        "fid_features": bool(metrics & {*SET_METRICS, "rfid"}),
-        "reference": bool(metrics & {"fid", "kid"}),
-        "clip": "clip" in metrics,
-        "pickscore": "pickscore" in metrics,
-        "lpips": "reconstruction" in metrics,
+        "reference": bool({"fid", "kid"} & set(plan.metric)),
+        **{name: plan.uses(name) for name in NETWORKS},
     }
     for key in typed_keys():
         if not reads.get(key.split(".")[0], True):
             raise ValueError(
-                f"{key} is not read by metric={list(cfg.metric)} with images={cfg.images} and "
-                f"prompts={cfg.prompts}; remove it, or choose a metric that reads it"
+                f"{key} is not read by metric={list(plan.metric)} with images={plan.images} and "
+                f"prompts={plan.prompts}; remove it, or choose a metric that reads it"
             )
 
 

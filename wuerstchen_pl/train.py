@@ -143,21 +143,15 @@ def _load_weights(stage: "Stage", weights: dict[str, torch.Tensor], path: Path) 
     Raises:
         ValueError: if they are of another stage, or of networks of other sizes.
     """
-    try:
-        stage.load_state_dict(weights)
-    except RuntimeError as error:
-        expected = stage.state_dict()
-        differing = [
-            name
-            for name in sorted(expected.keys() | weights.keys())
-            if name not in expected
-            or name not in weights
-            or expected[name].shape != weights[name].shape
-        ]
+    expected = {name: tensor.shape for name, tensor in stage.state_dict().items()}
+    actual = {name: tensor.shape for name, tensor in weights.items()}
+    names = sorted(expected.keys() | actual.keys())
+    if differing := [name for name in names if expected.get(name) != actual.get(name)]:
         raise ValueError(
             f"init_from={path} does not fit stage={stage.name}: {len(differing)} tensors differ in "
             f"name or shape, such as {differing[0]}; use a run of the same stage and network sizes"
-        ) from error
+        )
+    stage.load_state_dict(weights)
 
 
 def check_ranges(cfg: DictConfig) -> None:

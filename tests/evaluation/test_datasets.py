@@ -1,6 +1,7 @@
 """Training data as prompts and references: captions without decoding, unreadable images skipped."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from PIL import Image
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading import batch_dataset
 from wuerstchen_pl.data.sources.folder import FolderSource
+from wuerstchen_pl.evaluation.dataset_metrics import retrievals
 from wuerstchen_pl.evaluation.datasets import DatasetImages
-from wuerstchen_pl.evaluation.metrics.retrieval import pooled_pixels, ranks
+from wuerstchen_pl.evaluation.image_folder import ImageFolder
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
 
 NUM_IMAGES, BROKEN = 8, 3
 
@@ -59,10 +62,14 @@ def test_an_unreadable_batch_yields_no_substitute(images: DatasetImages) -> None
     assert indices == [i for i in range(NUM_IMAGES) if i != BROKEN]
 
 
-def test_targets_after_an_unreadable_image_are_found(images: DatasetImages) -> None:
+def test_targets_after_an_unreadable_image_are_found(images: DatasetImages, tmp_path: Path) -> None:
+    """Each caption's own image is retrieved; the image of the unreadable target is not counted."""
+    (tmp_path / "generated").mkdir()
+    for number in range(NUM_IMAGES):
+        Image.new("RGB", (64, 64), (10 * number,) * 3).save(tmp_path / f"generated/{number}.png")
+    generated, pipeline = ImageFolder(tmp_path / "generated"), cast(TextToImage, None)
     with pytest.warns(UserWarning, match="unreadable image"):
-        indices, candidates = zip(*images.indexed(), strict=True)
-    targets = [i for i in range(NUM_IMAGES) if i != BROKEN]
-    generated = pooled_pixels(torch.full((3, 64, 64), 10.0 * i) for i in targets)
-    rows = [indices.index(target) for target in targets]
-    assert ranks(generated, pooled_pixels(candidates), rows) == [0] * len(targets)
+        scores = retrievals(generated, range(NUM_IMAGES), images, pipeline)
+    assert scores["retrieval/top1"].value == 1
+    assert scores["retrieval/top1"].number == NUM_IMAGES - 1
+    assert scores["retrieval_shuffled/top1"].value == 0

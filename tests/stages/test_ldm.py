@@ -15,7 +15,7 @@ from tests.test_config import composed
 from wuerstchen_pl.checkpointing.load import load_stage
 from wuerstchen_pl.models.layers import Block
 from wuerstchen_pl.models.unet import UNet
-from wuerstchen_pl.pipelines.ldm import LatentDiffusionPipeline
+from wuerstchen_pl.pipelines.loading import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_command_generates_the_same_image_as_the_stage(baseline: Path, tmp_p
     overrides += ["sample.prior_steps=3", "height=64", "width=48"]
     assert run_program("sample", overrides) == 0
     image = np.asarray(Image.open(next(tmp_path.glob("0000-*.png")))).astype(int)
-    pipeline = LatentDiffusionPipeline.from_run(baseline)
+    pipeline = load_pipeline(str(baseline), device="cpu")
     stage: Any = load_stage(run=baseline, stage="ldm")
     latents = stage.sample(["red apple"], size=(64, 48), seeds=[5], num_steps=3)
     expected = stage.decode_semantic(latents, size=(64, 48), seeds=[5], captions=["red apple"])

@@ -9,13 +9,13 @@ logger = logging.getLogger(__name__)
 
 
 class DataReport(L.Callback):
-    """Log the data module's counts after each epoch, and print how many samples were skipped.
+    """Log the data module's counts after each epoch, and report how many samples were skipped.
 
     Logs ``data/seen``, ``data/dropped/<filter>``, and ``data/bad/<reason>``, all counted since the
     run began, and ``data/cropped_share``, the fraction of pixels that cropping removed.
 
     Args:
-        every_seconds: minimum time between two printed reports, as epochs may be short.
+        every_seconds: minimum time between two reports, as epochs may be short.
     """
 
     def __init__(self, *, every_seconds: float = 60.0) -> None:
@@ -24,7 +24,7 @@ class DataReport(L.Callback):
         self._reported_total = 0.0
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the counts, and print a report."""
+        """Log the counts, and report the skipped samples."""
         counts = getattr(getattr(trainer, "datamodule", None), "counts", {})
         if not counts:
             return

@@ -72,10 +72,10 @@ def plot_losses(readings: list[tuple[int, list[float]]]) -> "Figure":
 
     figure = Figure(figsize=(5.2, 2.6), layout="constrained")
     axes = figure.subplots()
-    for number, (step, means) in enumerate(readings, 1):
+    for number, (_, means) in enumerate(readings, 1):
         times = [bin_center(i, len(means)) for i in range(len(means))]
         shade = 0.15 + 0.85 * number / len(readings)
-        axes.plot(times, means, color="tab:blue", alpha=shade, label=f"step {step}")
+        axes.plot(times, means, color="tab:blue", alpha=shade)
     axes.set(xlabel="t", ylabel="loss", ylim=(0, None))
     first, last = readings[0][0], readings[-1][0]
     axes.set_title(f"loss over t, steps {first} (pale) to {last}")

@@ -16,8 +16,9 @@ class DistInfo(NamedTuple):
 
     @staticmethod
     def from_env() -> "DistInfo":
-        """From the variables that torchrun (RANK, WORLD_SIZE) or Slurm's srun sets."""
-        for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        """From the variables that torchrun or srun sets; (0, 1) if neither launched the process."""
+        # not SLURM_NTASKS, which a batch script has too, where it runs a command without srun
+        for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
             if rank in os.environ and world_size in os.environ:
                 return DistInfo(int(os.environ[rank]), int(os.environ[world_size]))
         return DistInfo()
@@ -35,7 +36,6 @@ def resolve_device(requested: str | None = None) -> torch.device:
     if requested is not None:
         return torch.device(requested)
     if torch.cuda.is_available():
-        return torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        )
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        return torch.device("cuda", int(local_rank))
     return torch.device("cpu")

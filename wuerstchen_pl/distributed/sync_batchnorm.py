@@ -90,7 +90,10 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def _synchronized(norm: nn.BatchNorm2d) -> SyncBatchNorm2d:
-    replacement = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum, device="meta")
+    replacement = SyncBatchNorm2d(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats,
+        device="meta",
+    )  # fmt: skip
     for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
         setattr(replacement, name, tensor)
     return replacement.train(norm.training)

@@ -11,8 +11,9 @@ LONGEST_WAIT = timedelta(days=2)
 def patient_barrier() -> None:
     """Wait for all processes, however long one of them works alone; every process must call it.
 
-    The default group of a GPU run gives up after 10 minutes (NCCL) and keeps the GPUs busy while it
-    waits, so this uses a temporary gloo group. Without a process group, returns at once.
+    The default group ends the run after its timeout, half an hour unless it is configured, and on
+    GPUs it waits on the GPU; so this uses a temporary gloo group. Without a process group, it
+    returns at once.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

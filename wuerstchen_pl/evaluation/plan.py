@@ -1,6 +1,6 @@
 """The evaluation plan: metrics, prompts, reference and the networks that score."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wuerstchen_pl.evaluation.metrics.clip import Clip, PickScore
@@ -14,6 +14,14 @@ IMAGE_METRICS = (*SET_METRICS, *TEXT_METRICS, "retrieval")
 """Metrics of images, whether generated or read from a folder."""
 NETWORK_METRICS = ("reconstruction", "rfid", "validation_loss")
 """Metrics of the model's networks on its own data."""
+NETWORKS: Mapping[str, Sequence[str]] = {
+    "fid_features": (*SET_METRICS, "rfid"),
+    "clip": ("clip",),
+    "pickscore": ("pickscore",),
+    "lpips": ("reconstruction",),
+}
+"""Network of a plan -> the metrics that use it; that of lpips is optional."""
+YAML = (".yaml", ".yml")
 TRAINING_DATA = "data"
 """Value of ``prompts`` and ``reference`` that selects the model's training data."""
 
@@ -60,16 +68,6 @@ class EvaluationPlan:
             )
         if self.num_prompts is not None and self.num_prompts < 1:
             raise ValueError(f"num_prompts={self.num_prompts} is out of range; use 1 or more")
-        needs = {
-            "clip": ("clip",),
-            "pickscore": ("pickscore",),
-            "fid_features": (*SET_METRICS, "rfid"),
-        }
-        for name, metrics in needs.items():
-            if getattr(self, name) is None and (lacking := set(metrics) & set(self.metric)):
-                raise ValueError(f"metric={lacking.pop()} needs {name}; set {name}=")
-        if "is" in self.metric and not isinstance(self.fid_features, Inception):
-            raise ValueError("metric=is needs Inception's classes; set fid_features=inception")
         if self.baselines and "pickscore" not in self.metric:
             raise ValueError("baselines= are compared by PickScore; add pickscore to metric=")
         if "retrieval" in self.metric and (
@@ -79,6 +77,28 @@ class EvaluationPlan:
                 "metric=retrieval needs images generated for training captions; use prompts=data "
                 "and images=null"
             )
+
+    def check_networks(self) -> None:
+        """Check that the networks of all metrics are there.
+
+        Raises:
+            ValueError: naming the metric and the missing network.
+        """
+        for name in ("fid_features", "clip", "pickscore"):
+            if getattr(self, name) is None and self.uses(name):
+                metric = next(metric for metric in self.metric if metric in NETWORKS[name])
+                raise ValueError(f"metric={metric} needs {name}; set {name}=")
+        if "is" in self.metric and not isinstance(self.fid_features, Inception):
+            raise ValueError("metric=is needs Inception's classes; set fid_features=inception")
+
+    def uses(self, network: str) -> bool:
+        """Whether a metric uses a network of ``NETWORKS``."""
+        return any(metric in NETWORKS[network] for metric in self.metric)
+
+    @property
+    def prompts_are_data(self) -> bool:
+        """Whether the prompts are captions of a data set, each with its image's size."""
+        return self.prompts == TRAINING_DATA or self.prompts.endswith(YAML)
 
     @property
     def needs_images(self) -> bool:

@@ -16,14 +16,13 @@ from wuerstchen_pl.evaluation.generation import GenerationRequest, generate_into
 from wuerstchen_pl.evaluation.image_folder import ImageFolder, check_same_number
 from wuerstchen_pl.evaluation.metrics.distances import check_enough
 from wuerstchen_pl.evaluation.metrics.score import Score
-from wuerstchen_pl.evaluation.plan import SET_METRICS, TRAINING_DATA, EvaluationPlan
+from wuerstchen_pl.evaluation.plan import SET_METRICS, TRAINING_DATA, YAML, EvaluationPlan
 from wuerstchen_pl.evaluation.prompt_sets import read_prompts, subsample
 from wuerstchen_pl.models.fingerprint import weights_fingerprint
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 
 IMAGES = "images"
 """Subfolder of the report for generated images."""
-YAML = (".yaml", ".yml")
 SIDE = 64
 """Default height and width of an image in pixels."""
 
@@ -112,8 +111,9 @@ def check_plan(
         baselines: folders of images for win rates.
 
     Raises:
-        ValueError: if the numbers of images do not match or are too small.
+        ValueError: if a network is missing, or the numbers of images do not match or are too small.
     """
+    plan.check_networks()
     for baseline in baselines:
         check_same_number(number, baseline)
     for name in {"fid", "kid"} & set(plan.metric):
@@ -126,7 +126,7 @@ def generation_requests(
     plan: EvaluationPlan, data: Any
 ) -> tuple[list[GenerationRequest], list[int]]:
     """The images to generate, and for training captions the dataset indices of their images."""
-    if plan.prompts == TRAINING_DATA or plan.prompts.endswith(YAML):
+    if plan.prompts_are_data:
         source = data if plan.prompts == TRAINING_DATA else data_from_yaml(Path(plan.prompts))
         samples = DatasetImages(source).captioned(plan.num_prompts)
         requests = [
@@ -142,7 +142,7 @@ def generation_requests(
 
 def num_images(plan: EvaluationPlan) -> int:
     """Number of images that the plan will evaluate; an upper bound for prompts from data."""
-    if plan.prompts == TRAINING_DATA or plan.prompts.endswith(YAML):
+    if plan.prompts_are_data:
         return plan.num_prompts or sys.maxsize
     return len(file_prompts(plan))
 

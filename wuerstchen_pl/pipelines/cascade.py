@@ -181,24 +181,14 @@ class CascadePipeline(TextToImage):
         images = convert_output(output, output_type)
         return ImageOutput(images) if return_dict else images
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        height: int,
-        width: int,
-        *,
-        config: SamplingConfig,
-        generator: Generator,
+    def _generate(
+        self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig, generator: Generator
     ) -> Tensor:
-        """Generate one image per prompt; see ``TextToImage.generate``."""
-        size = self.padded_size_with_warning(height, width)
-        texts = Prompts(prompts)
         prior_params = DenoiseParams(config=config.prior, generator=generator)
         decoder_params = DenoiseParams(config=config.decoder, generator=generator)
-        semantic = self.prior.sample(texts, *size, prior_params)
-        latents = self.decoder.sample(semantic, texts, *size, decoder_params)
-        return self.decoder.decode_latents(latents, height, width)
+        semantic = self.prior.sample(prompts, *size, prior_params)
+        latents = self.decoder.sample(semantic, prompts, *size, decoder_params)
+        return self.decoder.decode_latents(latents, *size)
 
     @property
     def size_multiple(self) -> int:

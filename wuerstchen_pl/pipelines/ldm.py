@@ -1,18 +1,15 @@
 """Text to images with the paper's baseline: one latent diffusion model and Stage A."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.checkpointing.load import load_stage
 from wuerstchen_pl.diffusion.sampler import Generator
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.sampling.config import SamplingConfig
-from wuerstchen_pl.sampling.images import center_crop
 from wuerstchen_pl.sampling.loop import DenoiseParams
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.sampling.prompts import Prompts
@@ -37,42 +34,18 @@ class LatentDiffusionPipeline(TextToImage):
         """The networks in the order of their use."""
         return [self.prior.text_encoder, self.prior.prior, self.vqgan]
 
-    @classmethod
-    def from_run(cls, run: str | Path) -> Self:
-        """Load the model that a run of ``stage=ldm`` trained.
-
-        Raises:
-            FileNotFoundError: if there is no checkpoint.
-            ValueError: if the checkpoint is of another stage, or damaged.
-        """
-        stage: Any = load_stage(run=run, stage="ldm")
-        return cls(
-            prior=stage.prior_sampler(),
-            vqgan=stage.stage_a.vqgan,
-            source=stage.provenance.source,
-        )
-
     def compile(self, **options: Any) -> Self:
         """Compile the denoiser; ``options`` are ``torch.compile``'s."""
         self.prior.predict_noise = torch.compile(self.prior.predict_noise, **options)
         return self
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        height: int,
-        width: int,
-        *,
-        config: SamplingConfig,
-        generator: Generator,
+    def _generate(
+        self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig, generator: Generator
     ) -> Tensor:
-        """Generate one image per prompt; see ``TextToImage.generate``."""
         params = DenoiseParams(config=config.prior, generator=generator)
-        size = self.padded_size_with_warning(height, width)
-        latents = self.prior.sample(Prompts(prompts), *size, params)
+        latents = self.prior.sample(prompts, *size, params)
         with self.placement.on_device(self.vqgan):
-            return center_crop(self.vqgan.decode(latents).clamp(0, 1), height, width)
+            return self.vqgan.decode(latents).clamp(0, 1)
 
     @property
     def size_multiple(self) -> int:

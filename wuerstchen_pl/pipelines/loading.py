@@ -33,7 +33,7 @@ def load_pipeline(
             raise ValueError(
                 f"prior={prior} needs a cascade, but {model} is a baseline; remove prior"
             )
-        return LatentDiffusionPipeline.from_run(model).to(device, dtype)
+        return pipeline_from_stage(load.load_stage(run=model, stage="ldm")).to(device, dtype)
     return WuerstchenPipeline.from_pretrained(model, prior=prior, device=device, torch_dtype=dtype)
 
 

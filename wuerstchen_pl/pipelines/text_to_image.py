@@ -13,7 +13,9 @@ from wuerstchen_pl.diffusion.sampler import Generator
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.sampling.config import SamplingConfig
 from wuerstchen_pl.sampling.device import DevicePlacement, cast_weights
+from wuerstchen_pl.sampling.images import center_crop
 from wuerstchen_pl.sampling.prior import PriorSampler
+from wuerstchen_pl.sampling.prompts import Prompts
 
 MAX_SIDE = 4096
 """Longest side in pixels: twice that of the published model's training images."""
@@ -44,7 +46,7 @@ class TextToImage(ABC):
         for module in self.modules:
             module.eval().requires_grad_(False)
 
-    @abstractmethod
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str],
@@ -69,6 +71,15 @@ class TextToImage(ABC):
         Raises:
             ValueError: if an argument is invalid.
         """
+        size = self.padded_size_with_warning(height, width)
+        images = self._generate(Prompts(prompts), size, config, generator)
+        return center_crop(images, height, width)
+
+    @abstractmethod
+    def _generate(
+        self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig, generator: Generator
+    ) -> Tensor:
+        """Images (N, 3, *size) in [0, 1], of a size that the model supports."""
 
     @property
     @abstractmethod

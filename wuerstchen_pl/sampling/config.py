@@ -10,7 +10,7 @@ from wuerstchen_pl.diffusion.sampler import (
     SamplerName,
     check_sampler,
     check_timesteps,
-    resolve_timesteps,
+    timesteps,
 )
 
 
@@ -63,22 +63,21 @@ class SamplingConfig:
             value = getattr(self, key)
             if not isinstance(value, int) or not 1 <= value <= 10_000:
                 raise ValueError(f"{key}={value!r} is out of range; use 1 to 10000")
-        check_sampler(self.sampler)
         for key in ("prior_guidance_scale", "decoder_guidance_scale"):
             value = getattr(self, key)
             if not 0 <= value <= MAX_SCALE:
                 raise ValueError(f"{key}={value} is out of range; use 0 to {MAX_SCALE}")
-        _ = self.prior, self.decoder  # which check the times and Stage C's guidance
+        _ = self.prior, self.decoder  # which check the sampler, the times and the guidance
 
     @cached_property
     def prior(self) -> DenoiseConfig:
         """Denoising of Stage C."""
-        times = self.prior_timesteps
-        if times is not None:
-            times = check_timesteps(times, "prior_timesteps")
+        times = timesteps(self.prior_steps)
+        if self.prior_timesteps is not None:
+            times = check_timesteps(self.prior_timesteps, "prior_timesteps")
         interval: Any = tuple(self.guidance_interval)
         return DenoiseConfig(
-            times=resolve_timesteps(self.prior_steps, times),
+            times=times,
             guidance=Guidance(
                 scale=self.prior_guidance_scale,
                 rescale=self.guidance_rescale,
@@ -91,7 +90,7 @@ class SamplingConfig:
     def decoder(self) -> DenoiseConfig:
         """Denoising of Stage B."""
         return DenoiseConfig(
-            times=resolve_timesteps(self.decoder_steps, None),
+            times=timesteps(self.decoder_steps),
             guidance=Guidance(scale=self.decoder_guidance_scale),
             method=self.sampler,
         )
