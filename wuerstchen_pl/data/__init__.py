@@ -1,1 +1,1 @@
-"""Captioned images, from their storage to batches: `sources` -> `ordering` -> `loading`."""
+"""Captioned images, from their storage to batches: ``sources`` -> ``ordering`` -> ``loading``."""

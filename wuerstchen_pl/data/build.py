@@ -61,7 +61,7 @@ def build(
     shard_samples: int,
     num_workers: int,
 ) -> tuple[list[manifest.Entry], Counter[str]]:
-    """Write a source's training samples to `folder`, in order, and `shards.json`.
+    """Write a source's training samples to ``folder``, in order, and ``shards.json``.
 
     Images of formats that shards allow keep their bytes. Shards are written atomically, and
     existing ones are reused.
@@ -105,7 +105,7 @@ def build(
 def _parts(
     source: Source, folder: Path, filters: Filters, shard_samples: int, left_out: Counter[str]
 ) -> Iterator[Part]:
-    """Divide the filtered samples of a source into parts of `shard_samples`."""
+    """The filtered samples of a source, divided into parts of ``shard_samples``."""
     opener = ShardPrefetcher(source, keep=0, hashes=filters.deduplicate)
     shards = [shard for group in source.groups("train") for shard in group.shards]
     selector = SampleSelector(filters, shards=shards)
@@ -161,7 +161,7 @@ def _written(
 
 
 def _read_log(path: Path) -> dict[int, Written]:
-    """Read the log by part number; truncated or invalid lines are skipped."""
+    """The log by part number; truncated or invalid lines are skipped."""
     entries: dict[int, Written] = {}
     for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
@@ -200,7 +200,7 @@ def _write(source: Source, part: Part) -> Written:
 
 
 def _members(data: bytes, sample: Sample) -> dict[str, bytes]:
-    """Return the tar members of one sample, by suffix."""
+    """The tar members of one sample, by suffix."""
     suffix = _shard_suffix(data)
     if suffix is None:  # not a format of shards
         buffer = io.BytesIO()
@@ -215,7 +215,7 @@ def _members(data: bytes, sample: Sample) -> dict[str, bytes]:
 
 
 def _shard_suffix(data: bytes) -> str | None:
-    """Return the suffix of an image whose format shards allow, else None.
+    """The suffix of an image whose format shards allow, else None.
 
     Raises:
         OSError: it is not an image.

@@ -1,8 +1,8 @@
 """Training and validation batches of captioned images, bucketed by aspect ratio.
 
-Data flow: `Source` -> `ShardPrefetcher` opens shards -> `Stream` shuffles and filters samples ->
-`Batches` fills buckets -> `ImageBatchDataset` builds the batch of a `BatchSpec` in a worker ->
-loader. All but the last two handle only metadata, in the main process.
+Data flow: ``Source`` -> ``ShardPrefetcher`` opens shards -> ``Stream`` shuffles and filters
+samples -> ``Batches`` fills buckets -> ``ImageBatchDataset`` builds the batch of a ``BatchSpec`` in
+a worker -> loader. All but the last two handle only metadata, in the main process.
 """
 
 import os
@@ -29,9 +29,9 @@ RUNTIME_KEYS = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "
 
 
 class ImageTextDataModule(L.LightningDataModule):
-    """Batches of a source; see `loading/batch_dataset.py` for their contents.
+    """Batches of a source; see ``loading/batch_dataset.py`` for their contents.
 
-    The Trainer needs `use_distributed_sampler=False`: this module splits the data between ranks.
+    The Trainer needs ``use_distributed_sampler=False``: this module splits the data between ranks.
 
     Args:
         source: the captioned images.
@@ -43,7 +43,7 @@ class ImageTextDataModule(L.LightningDataModule):
             one window, validation uses the held-out samples of the first window.
         num_workers: decoding processes, at most one per CPU; 0 decodes in the training process.
         seed: random seed of the order, the crops and the caption choices.
-        buckets: "area", "sizes" or "paper"; see `Buckets`.
+        buckets: "area", "sizes" or "paper"; see ``Buckets``.
         bucket_multiple: both sides of a batch are multiples of this many pixels.
         ratios: width / height of the buckets of "area"; None uses the defaults, 1:2 to 2:1.
         sizes: [height, width] of the buckets of "sizes".
@@ -154,7 +154,7 @@ class ImageTextDataModule(L.LightningDataModule):
             self.splits.opener.close()
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return a loader of the endless training order, divided into epochs of equal length."""
+        """A loader of the endless training order, divided into epochs of equal length."""
         rank, world_size = DistInfo.from_process_group()
         stats = DataStats(show=rank == 0, limit=self.max_bad_fraction)
         groups = self.source.groups("train")
@@ -191,26 +191,26 @@ class ImageTextDataModule(L.LightningDataModule):
         return self._loader
 
     def _batches_per_epoch(self, world_size: int) -> int:
-        """Return a multiple of accumulate_grad_batches: Lightning steps at the end of an epoch."""
+        """A multiple of accumulate_grad_batches, as Lightning steps at the end of an epoch."""
         batches_per_step = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         batches = self.splits.epoch_samples // (self.batch_size * world_size)
         return max(1, batches // batches_per_step) * batches_per_step
 
     def val_dataloader(self) -> OnceLoader:
-        """Return a loader of every validation sample, each once."""
+        """A loader of every validation sample, each once."""
         return self.in_order("val")
 
     def in_order(self, split: Split, *, alone: bool = False) -> OnceLoader:
-        """Return a loader of each sample of a split once; of a large split the first window.
+        """A loader of each sample of a split once; of a large split, only the first window.
 
-        Deterministic, with center crops. With `alone`, this process gets all of them instead of
+        Deterministic, with center crops. With ``alone``, this process gets all of them instead of
         its share.
         """
         specs = self.specs_in_order(split, alone=alone)
         return OnceLoader(self.dataset(), specs, **self.loader_options())
 
     def specs_in_order(self, split: Split, *, alone: bool = False) -> list[BatchSpec]:
-        """List the batches of `in_order`, without reading an image."""
+        """The specs of the batches of ``in_order``, without reading an image."""
         rank, world_size = DistInfo() if alone else DistInfo.from_process_group()
         return sequential_batches(
             self.splits.first_window[split],
@@ -222,11 +222,11 @@ class ImageTextDataModule(L.LightningDataModule):
 
     @property
     def counts(self) -> dict[str, float]:
-        """Counts over all processes, by name; see `DataStats`."""
+        """Counts over all processes, by name; see ``DataStats``."""
         return {} if self._loader is None else self._loader.counts
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the training loader's state.
+        """The training loader's state.
 
         Lightning stores the loader's own state too, but does not restore it from a checkpoint
         saved at the end of an epoch: the data would restart.
@@ -234,11 +234,11 @@ class ImageTextDataModule(L.LightningDataModule):
         return {} if self._loader is None else self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next training loader resume from `state`."""
+        """Let the next training loader resume from ``state``."""
         self._resume_from = dict(state)
 
     def dataset(self) -> Any:
-        """Return the dataset that builds batches from batch specs."""
+        """The dataset that builds batches from batch specs."""
         return ImageBatchDataset(
             source=self.source,
             seed=self.seed,
@@ -248,7 +248,7 @@ class ImageTextDataModule(L.LightningDataModule):
         )
 
     def loader_options(self) -> dict[str, Any]:
-        """Return the options of torch's DataLoader."""
+        """The options of torch's DataLoader."""
         # Persistent workers keep their decoded images and open shards. A separate generator, as a
         # loader would otherwise draw from the global one at every epoch.
         return {
@@ -261,7 +261,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
 
 def cpu_count() -> int:
-    """Return the number of CPUs available to this process."""
+    """The number of CPUs available to this process."""
     # sched_getaffinity does not exist on all systems.
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,6 +1,6 @@
-"""Targets of `data=...`: for each kind of source, a function that builds its data module.
+"""Targets of ``data=...``: for each kind of source, a function that builds its data module.
 
-Other keyword arguments are passed to `ImageTextDataModule`; see `config.KWARGS_TARGETS`.
+Other keyword arguments are passed to ``ImageTextDataModule``; see ``config.KWARGS_TARGETS``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def shards(
     val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Data module of WebDataset shards; see `ShardSource` for the first five arguments.
+    """Data module of WebDataset shards; see ``ShardSource`` for the first five arguments.
 
     Raises:
         ValueError: both val_urls and val_fraction are set.
@@ -42,7 +42,7 @@ def shards(
 
 
 def folder(*, root: str, **loading: Any) -> ImageTextDataModule:
-    """Data module of a folder of images; see `FolderSource` for `root`."""
+    """Data module of a folder of images; see ``FolderSource`` for ``root``."""
     return ImageTextDataModule(source=FolderSource(root=root), **loading)
 
 
@@ -58,7 +58,7 @@ def hf(
     val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Data module of a Hub dataset; see `HubDataset` for the first seven arguments.
+    """Data module of a Hub dataset; see ``HubDataset`` for the first seven arguments.
 
     Raises:
         ValueError: both val_split and val_fraction are set.
@@ -84,7 +84,7 @@ def openmoji(
     limit: int | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Data module of OpenMoji drawings; see `OpenMoji` for the first four arguments."""
+    """Data module of OpenMoji drawings; see ``OpenMoji`` for the first four arguments."""
     # its packages are not needed for other data
     from wuerstchen_pl.data.sources.openmoji import OpenMoji
 
@@ -98,12 +98,12 @@ def mix(
     weights: Mapping[str, float] | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Data module of several sources; see `Mix` for the first two arguments."""
+    """Data module of several sources; see ``Mix`` for the first two arguments."""
     return ImageTextDataModule(source=Mix(sources=sources, weights=weights), **loading)
 
 
 def _held_out(key: str, val_data: Any, val_fraction: float | None, *, default: float) -> float:
-    """Return the share of the training samples to hold out for validation."""
+    """The share of the training samples to hold out for validation."""
     if val_data is None:
         return default if val_fraction is None else val_fraction
     if val_fraction:

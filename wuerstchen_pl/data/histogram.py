@@ -15,7 +15,7 @@ _RATIOS = {"1:2": 1 / 2, "2:3": 2 / 3, "1:1": 1.0, "3:2": 3 / 2, "2:1": 2.0}
 
 
 def plot_histograms(sizes: Sequence[tuple[int, int]], buckets: Sequence[Size]) -> "Figure":
-    """Plot two histograms on logarithmic axes: aspect ratios, with the buckets, and shorter sides.
+    """Histograms on logarithmic axes: aspect ratios, with the buckets, and shorter sides.
 
     Args:
         sizes: (width, height) of each image.

@@ -21,7 +21,7 @@ _AHEAD = 4  # shards opened in the background
 
 @dataclass(slots=True)
 class Inspection:
-    """The result of `inspect_data`.
+    """The result of ``inspect_data``.
 
     Attributes:
         shards: number of opened shards.
@@ -109,7 +109,7 @@ def _decoding_error(source: Source, sample: Sample) -> SampleError | None:
 
 
 def format_report(inspection: Inspection) -> str:
-    """Format an inspection as lines for the terminal."""
+    """An inspection as lines for the terminal."""
     lines = [f"{inspection.shards} shards, {inspection.broken} of them damaged or missing"]
     lines.append(f"{len(inspection.sizes)} complete samples")
     for reason, number in inspection.bad.most_common():

@@ -128,7 +128,7 @@ Unit = tuple[Split, int, str]  # split, number, and the name that the record mus
 
 
 def _units(data: ImageTextDataModule) -> Iterator[Unit]:
-    """Yield the units of work: each training shard, and the validation set as a whole."""
+    """The units of work: each training shard, and the validation set as a whole."""
     for number, shard in enumerate(data.splits.shards("train")):
         yield "train", number, shard
     yield "val", 0, f"validation {_content_hash(data.splits.first_window['val'])}"
@@ -192,7 +192,7 @@ def _encode(
 def _add_text(
     encoders: Encoders, numbers: list[int], samples: list[Sample], encoded: list[EncodedSample]
 ) -> None:
-    """Encode all captions of the samples `numbers` in one batch."""
+    """Encode all captions of the samples ``numbers`` in one batch."""
     captions = [caption for number in numbers for caption in samples[number].captions]
     states = encoders.captions(captions) if captions else None
     if states is None:
@@ -213,7 +213,7 @@ def _write(path: Path, samples: list[Sample], encoded: list[EncodedSample]) -> N
 
 
 def _recorded_files(path: Path, shard: str) -> list[str] | None:
-    """Return the recorded files of a finished shard; None without a record of this shard."""
+    """The recorded files of a finished shard; None without a record of this shard."""
     try:
         record = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

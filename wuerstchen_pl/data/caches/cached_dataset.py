@@ -1,9 +1,9 @@
 """Reads cached outputs of frozen networks instead of images and captions.
 
-A cache is a folder of safetensors files and a manifest, `cache.json`. A file contains, for each
-bucket size, `<name>/<height>x<width>` with one row per crop of each sample; `text` with the hidden
-states of their captions; and the list of samples in its metadata. `empty.safetensors` has the
-hidden states of the empty caption, so that captions can still be dropped. Batches:
+A cache is a folder of safetensors files and a manifest, ``cache.json``. A file contains, for each
+bucket size, ``<name>/<height>x<width>`` with one row per crop of each sample; ``text`` with the
+hidden states of their captions; and the list of samples in its metadata. ``empty.safetensors`` has
+the hidden states of the empty caption, so that captions can still be dropped. Batches:
 
     semantic    (B, S, h, w) float32, for Stage C; or for Stage B:
     latents     (B, C, H/4, W/4) float32, and
@@ -41,7 +41,7 @@ PREPROCESSING = 1  # increment when decoding or cropping changes: older caches a
 
 
 class CachedSource:
-    """A `Source` over a cache.
+    """A ``Source`` over a cache.
 
     Args:
         root: the cache folder.
@@ -86,7 +86,7 @@ class CachedSource:
                 )
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """List the files of a split."""
+        """The files of a split."""
         names = [s["name"] for s in self.manifest["shards"] if s["split"] == split]
         return [ShardGroup(1.0, names)] if names else []
 
@@ -114,7 +114,7 @@ class CachedSource:
 
 
 class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
-    """Builds the batch of a `BatchSpec` from a cache.
+    """Builds the batch of a ``BatchSpec`` from a cache.
 
     Args:
         source: the cache.
@@ -152,13 +152,13 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         return batch, BatchReport()
 
     def _choices(self, sample: Sample, epoch: int) -> tuple[int, int]:
-        """Draw the indices of the crop and the caption for an epoch."""
+        """The indices of the crop and the caption that are drawn for an epoch."""
         crop, caption = hash_uniforms(f"{self.seed}/{epoch}/{sample.identity}", 2)
         return int(crop * self.crops), int(caption * len(sample.captions))
 
 
 class CachedDataModule(ImageTextDataModule):
-    """Batches of a cache; see also `ImageTextDataModule`.
+    """Batches of a cache; see also ``ImageTextDataModule``.
 
     Args:
         root: the cache folder.
@@ -204,7 +204,7 @@ class CachedDataModule(ImageTextDataModule):
         return self.source.manifest["made_with"]
 
     def dataset(self) -> CachedBatchDataset:
-        """Return the dataset that builds batches from batch specs."""
+        """The dataset that builds batches from batch specs."""
         return CachedBatchDataset(self.source, self.seed)
 
 
@@ -250,7 +250,7 @@ class ShardWriter:
 
 
 def write_manifest(root: Path, names: Sequence[tuple[str, Split]], **metadata: Any) -> None:
-    """Write `cache.json`, which marks the cache as complete."""
+    """Write ``cache.json``, which marks the cache as complete."""
     shards = [
         {"name": name, "split": split, "bytes": (root / name).stat().st_size}
         for name, split in names
@@ -270,5 +270,5 @@ def _empty_text(path: str) -> Tensor:
 
 
 def _to_float(tensor: Tensor) -> Tensor:
-    """Convert to float32; uint8 is scaled to [0, 1]."""
+    """The tensor in float32; uint8 is scaled to [0, 1]."""
     return tensor.float().div_(255) if tensor.dtype == torch.uint8 else tensor.float()

@@ -1,4 +1,4 @@
-"""Builds, in a worker, the batch of crops that a `BatchSpec` describes, without unreadable images.
+"""Builds the batch of crops that a ``BatchSpec`` describes, without unreadable images.
 
 A batch is a dict; all its images have the size of one bucket:
 
@@ -34,7 +34,7 @@ class BatchReport:
 
     Attributes:
         bad: images that could not be read.
-        rows: indices of the readable rows of the request.
+        rows: indices of the readable rows of the spec.
         pixels: total pixels of all decoded images before cropping.
         kept: number of these pixels inside the crops.
     """
@@ -46,7 +46,7 @@ class BatchReport:
 
 
 class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
-    """Builds the batch of a `BatchSpec`.
+    """Builds the batch of a ``BatchSpec``.
 
     Args:
         source: where the encoded images are read from.
@@ -90,7 +90,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
     def _rows(
         self, size: Size, epoch_samples: tuple[EpochSample, ...], report: BatchReport
     ) -> list[tuple[np.ndarray, str, str]]:
-        """Return (crop, caption, key) of each readable sample."""
+        """(crop, caption, key) of each readable sample."""
         rows = []
         for number, (sample, epoch) in enumerate(epoch_samples):
             try:
@@ -119,7 +119,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         return self._decoded_images[sample.name]
 
     def _random_choices(self, sample: Sample, epoch: int) -> tuple[tuple[float, float], float]:
-        """Draw the (top, left) position of the crop and the caption choice, all in [0, 1)."""
+        """The (top, left) position of the crop and the caption choice, all in [0, 1)."""
         if epoch < 0:
             return CENTER, 0.0
         top, left, caption_choice = hash_uniforms(f"{self.seed}/{epoch}/{sample.identity}", 3)
@@ -127,6 +127,6 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
 
 
 def hash_uniforms(name: str, count: int) -> list[float]:
-    """Return up to 8 pseudorandom numbers in [0, 1), a function of `name`."""
+    """Up to 8 pseudorandom numbers in [0, 1), a function of ``name``."""
     random_bytes = name_digest(name)
     return [int.from_bytes(random_bytes[4 * i : 4 * i + 4]) / 2**32 for i in range(count)]

@@ -23,7 +23,7 @@ def ignore_stop_signals(worker: int) -> None:
 
 
 class BatchSampler:
-    """Yields batch specs up to batch `stop`; records a snapshot of the order after each."""
+    """Yields batch specs up to batch ``stop``; records a snapshot of the order after each."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -44,7 +44,7 @@ class ResumableLoader(DataLoader[Any]):
     any number of workers: Lightning stores that of rank 0.
 
     Args:
-        dataset: builds each batch and its `BatchReport`.
+        dataset: builds each batch and its ``BatchReport``.
         batches: the endless order of batches.
         batches_per_epoch: length of an epoch; remaining samples move to the next one.
         max_bad_fraction: share of bad samples, or broken shards, above which an error is raised.
@@ -65,7 +65,7 @@ class ResumableLoader(DataLoader[Any]):
         self.max_bad_fraction = max_bad_fraction
         self.position = batches.snapshot()
         # Counts of this process's workers, and those of all processes before a resume. The counts
-        # of the order are in `position`.
+        # of the order are in ``position``.
         self.worker_stats = DataStats()
         self.counts_before: Counter[str] = Counter()
         super().__init__(dataset, batch_size=None, sampler=self.specs, **options)
@@ -86,7 +86,7 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def counts(self) -> dict[str, float]:
-        """Counts over all processes, by name; see `DataStats`.
+        """Counts over all processes, by name; see ``DataStats``.
 
         A collective operation: every process must access it.
         """
@@ -111,14 +111,14 @@ class ResumableLoader(DataLoader[Any]):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the order and the counts; call it on every process."""
+        """The position in the order and the counts; call it on every process."""
         return {
             **self.batches.state_dict(self.position),
             "worker_counts": dict(self._worker_counts()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from the position of `state`."""
+        """Resume from the position of ``state``."""
         self.position = self.batches.load_state_dict(state)
         self.worker_stats.counts.clear()
         self.counts_before = Counter(state["worker_counts"])
@@ -132,7 +132,7 @@ class OnceLoader(DataLoader[Any]):
     """A loader of a fixed list of batch specs.
 
     Args:
-        dataset: builds each batch and its `BatchReport`.
+        dataset: builds each batch and its ``BatchReport``.
         requests: one spec per batch.
         stats: counts unreadable samples; None creates new stats.
         options: options of torch's DataLoader.
@@ -154,7 +154,7 @@ class OnceLoader(DataLoader[Any]):
             yield batch
 
     def with_reports(self) -> Iterator[tuple[Batch, BatchReport]]:
-        """Yield each batch with its worker's report."""
+        """Each batch with its worker's report."""
         for batch, report in super().__iter__():
             for bad in report.bad:
                 self.stats.note_bad(bad)

@@ -24,7 +24,7 @@ _PROBE = 64  # shorter side in pixels of the thumbnail that is searched for edge
 def crop_box(
     height: int, width: int, size: Size, position: tuple[float, float], share: float = 1.0
 ) -> Box:
-    """Return the largest box of the target's aspect ratio, to the nearest pixel.
+    """The largest box of the target's aspect ratio, to the nearest pixel.
 
     Args:
         height: height of the image in pixels.
@@ -40,7 +40,7 @@ def crop_box(
 
 
 def salient_position(img: np.ndarray, size: Size) -> tuple[float, float]:
-    """Return the `crop_box` position of the crop with the strongest edges."""
+    """The ``crop_box`` position of the crop with the strongest edges."""
     height, width = img.shape[:2]
     scale = _PROBE / min(height, width)
     # The longer side is limited to 16 * _PROBE pixels.
@@ -52,7 +52,7 @@ def salient_position(img: np.ndarray, size: Size) -> tuple[float, float]:
 
 
 def _best_start(profile: np.ndarray, length: int) -> float:
-    """Return the start of the window with the largest sum, relative to its range, in [0, 1]."""
+    """The start of the window with the largest sum, relative to its range, in [0, 1]."""
     sums = np.convolve(profile, np.ones(length), mode="valid")
     best = np.flatnonzero(sums >= sums.max() * (1 - 1e-9))
     # On ties the middle one, as for an image without edges.

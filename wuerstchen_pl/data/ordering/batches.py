@@ -38,7 +38,7 @@ class BatchSpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of a `Batches` before batch number `batches`."""
+    """The state of a ``Batches`` before batch number ``batches``."""
 
     batches: int
     drawn: int
@@ -104,7 +104,7 @@ class Batches:
         return BatchSpec(size, tuple(local_rows), tuple(fallback))
 
     def _full_bucket(self) -> Size | None:
-        """Return a full bucket; after a resume with fewer processes there may be several."""
+        """A full bucket; after a resume with fewer processes there may be several."""
         return next(
             (size for size, rows in self._pending.items() if len(rows) >= self.global_batch), None
         )
@@ -134,7 +134,7 @@ class Batches:
     # State
 
     def snapshot(self) -> Snapshot:
-        """Return the current state; cheap enough to call at every batch."""
+        """The current state; cheap enough to call at every batch."""
         return Snapshot(
             batches=self.number,
             drawn=self.stream.drawn,
@@ -145,7 +145,7 @@ class Batches:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Return to a snapshot; opens at most one window of each stream."""
+        """Restore a snapshot; opens at most one window of each stream."""
         self.number, self.stream.drawn = snapshot.batches, snapshot.drawn
         self._pending = {size: list(rows) for size, rows in snapshot.pending.items()}
         for stream, position, num_hashes in zip(
@@ -158,7 +158,7 @@ class Batches:
         self.stats.counts = snapshot.counts.copy()
 
     def state_dict(self, snapshot: Snapshot) -> dict[str, Any]:
-        """Convert a snapshot to plain values for a checkpoint, the same on every rank."""
+        """A snapshot as plain values for a checkpoint, the same on every rank."""
         shard_numbers = {
             shard: (stream_number, number)
             for stream_number, stream in enumerate(self.stream.streams)
@@ -182,7 +182,7 @@ class Batches:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> Snapshot:
-        """Convert a checkpoint's state to a snapshot, for any current number of processes.
+        """Restore the image hashes of a checkpoint, and return its snapshot, for any world size.
 
         If shards were added or removed, the epoch restarts, with a warning.
         """
@@ -214,7 +214,7 @@ class Batches:
         )
 
     def _shard_hashes(self) -> list[str]:
-        """Return a hash of each stream's shard names, without folders as data may be moved."""
+        """A hash of each stream's shard names, without folders as data may be moved."""
         return [
             name_digest("\n".join(map(base_name, stream.shards))).hex()[:16]
             for stream in self.stream.streams
@@ -237,7 +237,7 @@ class Batches:
 def sequential_batches(
     samples: Sequence[Sample], buckets: Buckets, *, batch_size: int, rank: int, world_size: int
 ) -> list[BatchSpec]:
-    """List batch specs that cover each sample exactly once, unshuffled; the fullest bucket first.
+    """Batch specs that cover each sample exactly once, unshuffled; the fullest bucket first.
 
     The last batch of a bucket may be smaller. Ranks take the rows of a global batch in turn; a rank
     without rows repeats the first one, marked as not unique, as all ranks must take the same number

@@ -22,7 +22,7 @@ class Buckets:
         policy: "area" has one size per ratio, each with an area of about image_size^2; "sizes"
             uses an explicit list; "paper" has the three sizes of the paper's phase 3, with shorter
             side image_size, and draws one at random per batch, whatever the images' ratios.
-        image_size: in pixels; see `policy`.
+        image_size: in pixels; see ``policy``.
         multiple: both sides are multiples of this many pixels.
         ratios: width / height of each bucket of "area"; None uses DEFAULT_RATIOS.
         sizes: (height, width) pairs of "sizes".
@@ -67,15 +67,15 @@ class Buckets:
         self.policy, self.seed = policy, seed
 
     def assign(self, sample: Sample, batch: int) -> Size:
-        """Return the bucket of an image in batch number `batch` (relevant for "paper" only)."""
+        """The bucket of an image in batch number ``batch``, which only "paper" depends on."""
         if self.policy == "paper":
             return self.sizes[int(unit_hash(f"{self.seed}/size/{batch}") * len(self.sizes))]
         return nearest(sample.width, sample.height, self.sizes)
 
     def enlargement(self, sample: Sample) -> float:
-        """Return the upscaling factor of an image in its bucket; below 1 it is downscaled.
+        """The factor by which the bucket of an image upscales it; below 1 it is downscaled.
 
-        For "paper" that of the square size: the long sizes would upscale any square image more.
+        For "paper", the factor of the square size: the long ones upscale any square image more.
         """
         if self.policy == "paper":
             return enlargement(sample, self.sizes[0])
@@ -83,7 +83,7 @@ class Buckets:
 
 
 def area_sizes(image_size: int, multiple: int, ratios: Sequence[float] | None = None) -> list[Size]:
-    """List sizes of about equal area, sorted, without duplicates.
+    """Sizes of about equal area, sorted, without duplicates.
 
     Args:
         image_size: side in pixels of the square with about the area of every size.
@@ -91,7 +91,7 @@ def area_sizes(image_size: int, multiple: int, ratios: Sequence[float] | None = 
         ratios: target width / height of each size; None uses DEFAULT_RATIOS.
 
     Raises:
-        ValueError: `multiple` does not divide `image_size`, or a ratio is not positive.
+        ValueError: ``multiple`` does not divide ``image_size``, or a ratio is not positive.
     """
     _check_image_size(image_size, multiple)
     chosen = DEFAULT_RATIOS if ratios is None else tuple(ratios)
@@ -110,13 +110,13 @@ def area_sizes(image_size: int, multiple: int, ratios: Sequence[float] | None = 
 
 
 def nearest(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """Return the size with the aspect ratio nearest to an image's, in log space."""
+    """The size with the aspect ratio nearest to an image's, in log space."""
     target = math.log(width / height)
     return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - target))
 
 
 def enlargement(sample: Sample, size: Size) -> float:
-    """Return the factor that scales an image to cover a size; below 1 it is downscaled."""
+    """The factor that scales an image to cover a size; below 1 it is downscaled."""
     return max(size[0] / sample.height, size[1] / sample.width)
 
 

@@ -79,7 +79,7 @@ class Filters:
         self.deduplicate = deduplicate
 
     def apply(self, sample: Sample) -> Sample | str:
-        """Return the sample with only its passing captions, or the name of the filter it fails."""
+        """The sample with only its passing captions, or the name of the filter that it fails."""
         failed = self._by_shape(sample) or self._by_scores(sample)
         if failed:
             return failed
@@ -135,14 +135,14 @@ class Filters:
 
 
 def _normalized(words: Iterable[str]) -> Iterable[str]:
-    """Yield each word in lower case, with and without surrounding punctuation."""
+    """Each word in lower case, with and without surrounding punctuation."""
     for word in map(str.casefold, words):
         yield word
         yield word.strip(".,;:!?\"'()[]{}")
 
 
 def _mostly(caption: str, scripts: frozenset[str]) -> bool:
-    """Whether more than half of the letters are in `scripts`; true without any letter."""
+    """Whether more than half of the letters are in ``scripts``; true without any letter."""
     letters = [_script(char) for char in caption if char.isalpha()]
     return not letters or 2 * sum(script in scripts for script in letters) > len(letters)
 

@@ -9,7 +9,7 @@ from wuerstchen_pl.data.sources.source import ShardIndex, Source
 _THREADS = 4  # shards that are opened or downloaded concurrently
 _MAX_BROKEN = 8  # broken shards, before any sample was read, that stop the run
 IMAGE_HASH = "image_hash"
-"""The metadata key that `hashes` adds."""
+"""The metadata key that ``hashes`` adds."""
 
 
 class ShardPrefetcher:
@@ -33,7 +33,7 @@ class ShardPrefetcher:
         self._threads: ThreadPoolExecutor | None = None
 
     def open(self, shard: str) -> ShardIndex:
-        """Return the index of a shard; waits if it is being opened.
+        """The index of a shard, opened now if it is not cached; waits if it is being opened.
 
         Raises:
             ValueError: the first shards are all broken.

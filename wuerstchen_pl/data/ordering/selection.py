@@ -15,7 +15,7 @@ class SampleSelector:
     Args:
         filters: filters to apply.
         shards: names of all shards of the group.
-        buckets: the possible sizes of batches, for `max_upscale`.
+        buckets: the possible sizes of batches, for ``max_upscale``.
         max_upscale: images that their bucket would upscale more are dropped; None keeps all.
 
     Attributes:
@@ -36,7 +36,7 @@ class SampleSelector:
         self.first_by_hash: dict[int, int] = {}
 
     def select(self, sample: Sample) -> Sample | str:
-        """Return a sample with its passing captions, or the reason why it is dropped.
+        """The sample with only its passing captions, or the reason why it is dropped.
 
         The reason is the name of a filter, "max_upscale" or "duplicate".
         """
@@ -44,7 +44,7 @@ class SampleSelector:
         return "duplicate" if isinstance(result, Sample) and self._is_duplicate(sample) else result
 
     def apply_filters(self, sample: Sample) -> Sample | str:
-        """As `select`, without dropping or remembering duplicates."""
+        """Like ``select``, without dropping or remembering duplicates."""
         result = self.filters.apply(sample)
         if isinstance(result, str) or self.buckets is None or not self.max_upscale:
             return result
@@ -53,7 +53,7 @@ class SampleSelector:
     def samples(
         self, opened: ShardIndex, *, holdout: Holdout, stats: DataStats
     ) -> Iterator[Sample]:
-        """Yield the selected samples of an opened shard, and count them.
+        """The selected samples of an opened shard, which are counted in ``stats``.
 
         Args:
             opened: the shard.
@@ -61,7 +61,7 @@ class SampleSelector:
             stats: counts to update.
 
         Raises:
-            ValueError: there are more bad samples or shards than `stats` allows.
+            ValueError: there are more bad samples or shards than ``stats`` allows.
         """
         stats.counts["shards"] += 1
         stats.counts["shards/broken"] += opened.broken

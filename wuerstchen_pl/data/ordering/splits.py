@@ -33,7 +33,7 @@ class Splits:
         max_upscale: images that would be upscaled more are dropped; None keeps all.
         val_fraction: share to hold out of a source without a validation split.
         window: number of samples up to which shards are opened.
-        max_bad_fraction: share of bad samples or shards above which `samples_of` raises.
+        max_bad_fraction: share of bad samples or shards above which ``samples_of`` raises.
 
     Attributes:
         opener: opens the shards; those that fit in the window stay cached.
@@ -41,7 +41,7 @@ class Splits:
         first_window: for each split the samples of the first shards; all of a small set.
         epoch_samples: number of training samples: exact if all shards were opened, otherwise
             extrapolated from the opened ones.
-        stats: counts of `samples_of`.
+        stats: counts of ``samples_of``.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Splits:
             self.first_window["val"], self.epoch_samples = shared[0]
 
     def shards(self, split: Split) -> list[str]:
-        """List the shards of a split, alternating between groups so that each is covered early."""
+        """The shards of a split, alternating between groups so that each is covered early."""
         rounds = zip_longest(*(group.shards for group in self.source.groups(split)))
         return [shard for one_round in rounds for shard in one_round if shard is not None]
 
     def samples_of(self, opened: ShardIndex) -> list[Sample]:
-        """List the training samples of an opened shard, and update the stats."""
+        """The training samples of an opened shard, which are counted in ``stats``."""
         return list(self.selector.samples(opened, holdout=self.holdout, stats=self.stats))
 
     def _read_window(self, shards: list[str]) -> tuple[list[Sample], int]:

@@ -14,7 +14,7 @@ class DataStats:
 
     Args:
         show: whether to warn with examples.
-        limit: share of bad samples, or of broken shards, above which `check` raises.
+        limit: share of bad samples, or of broken shards, above which ``check`` raises.
 
     Attributes:
         counts: "seen", "dropped/<filter>", "bad/<reason>", "shards", "shards/broken" and those of
@@ -62,12 +62,12 @@ class DataStats:
                 )
 
     def summary(self) -> str:
-        """Format the counts as text."""
+        """The counts as text."""
         return format_counts(self.counts)
 
 
 def format_counts(counts: Counter[str]) -> str:
-    """Format the counts of a `DataStats` as text."""
+    """The counts of a ``DataStats`` as text."""
     parts = [f"{counts['seen']} samples read from {counts['shards']} shards"]
     for kind in ("dropped", "bad"):
         items = [

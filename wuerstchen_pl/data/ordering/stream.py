@@ -1,9 +1,9 @@
 """The endless order of a source's samples: shuffled, filtered and resumable.
 
 Each epoch visits the shards in a different order. Shards are opened until a window contains
-`shuffle_samples`, and the window is shuffled: a set that fits in one window is shuffled perfectly,
-and of a larger one only a window is in memory. A position is three numbers, so a run resumes
-anywhere by opening one window.
+``shuffle_samples``, and the window is shuffled: a set that fits in one window is shuffled
+perfectly, and of a larger one only a window is in memory. A position is three numbers, so a run
+resumes anywhere by opening one window.
 """
 
 import warnings
@@ -82,21 +82,21 @@ class Stream:
         return self
 
     def __next__(self) -> EpochSample:
-        # It may exceed the length after `seek`, if the data have shrunk since.
+        # It may exceed the length after ``seek``, if the data have shrunk since.
         while self._offset >= len(self._window):
             self._advance()
         self._offset += 1
         return EpochSample(self._window[self._offset - 1], self._start[0])
 
     def other_samples(self, count: int) -> list[EpochSample]:
-        """Return up to `count` samples of the window, without the last yielded one."""
+        """Up to ``count`` samples of the window, without the last one yielded."""
         size = len(self._window)
         indices = [(self._offset + i) % size for i in range(min(count, size - 1))]
         return [EpochSample(self._window[index], self._start[0]) for index in indices]
 
     @property
     def position(self) -> Position:
-        """The current position; at the end of a window that of the start of the next one."""
+        """The current position; at the end of a window, the start of the next one."""
         if self._window and self._offset >= len(self._window):
             return Position(self._start[0], self._end)
         return Position(*self._start, self._offset)

@@ -41,7 +41,7 @@ class DownloadCache:
         self.attempts, self.wait = attempts, wait
 
     def path(self, url: str) -> str:
-        """Return the local path of a shard, downloading it if it is not cached.
+        """The local path of a shard, which is downloaded if it is not cached.
 
         Raises:
             OSError: the shard cannot be fetched.

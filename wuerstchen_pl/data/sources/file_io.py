@@ -24,7 +24,7 @@ class OpenFiles:
         self._open = lru_cache(maxsize=_MAX_OPEN)(_Descriptor)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Return `size` bytes starting at `offset`.
+        """``size`` bytes starting at ``offset``.
 
         Raises:
             OSError: the file is missing or too short.

@@ -1,4 +1,4 @@
-"""A folder of images, captioned by a `.txt` file per image or by one table."""
+"""A folder of images, captioned by a ``.txt`` file per image or by one table."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
         path: relative to the folder; for an unusable row, its location in the table.
-        caption: a caption or a list of captions; None reads the `.txt` file beside the image.
+        caption: a caption or a list of captions; None reads the ``.txt`` file beside the image.
         metadata: all columns of the table row.
         error: why the row cannot be used; empty for a usable one.
     """
@@ -36,11 +36,11 @@ class Row:
 
 
 class FolderSource:
-    """A `Source` over a folder and its subfolders.
+    """A ``Source`` over a folder and its subfolders.
 
-    Captions come from `metadata.jsonl` or `metadata.csv`, with the columns `file_name` and `text`
-    (or caption, captions, prompt; of a list, training draws one), as in the Hub's image folders.
-    Without a table, `a.txt` holds the caption of `a.jpg` (or another image suffix).
+    Captions come from ``metadata.jsonl`` or ``metadata.csv``, with the columns ``file_name`` and
+    ``text`` (or caption, captions, prompt; of a list, training draws one), as in the Hub's image
+    folders. Without a table, ``a.txt`` contains the caption of ``a.jpg`` (or another image suffix).
 
     Args:
         root: the folder.
@@ -68,7 +68,7 @@ class FolderSource:
             )
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """List the shards, which are row ranges; there is no validation split."""
+        """The shards, which are row ranges; there is no validation split."""
         if split == "val":
             return []
         return [ShardGroup(1.0, row_ranges(len(self._all_rows())))]
@@ -85,13 +85,13 @@ class FolderSource:
         return ShardIndex(samples, bad)
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded image of a sample."""
+        """The encoded image of a sample."""
         if not is_inside(sample.key):  # the key may come from an untrusted checkpoint
             raise PermissionError(f"{sample.key!r} is outside {self.root}")
         return (self.root / sample.key).read_bytes()
 
     def _sample(self, shard: str, row: Row) -> Sample | str:
-        """Build the sample of a row, or return the reason it cannot be used."""
+        """The sample of a row, or the reason why it cannot be used."""
         path = self.root / row.path
         try:
             if row.error or not path.is_file():
@@ -129,13 +129,13 @@ def _folder(root: str) -> FolderSource:
 
 
 def row_ranges(count: int) -> list[str]:
-    """Name ranges of `count` rows, as START-END; growth renames only the last range."""
+    """Names of ranges of ``count`` rows, as START-END; growth renames only the last range."""
     starts = range(0, count, _SHARD_ROWS)
     return [f"{start:09d}-{min(start + _SHARD_ROWS, count):09d}" for start in starts]
 
 
 def parse_range(row_range: str) -> tuple[int, int]:
-    """Return (start, end) of a row range; the end is exclusive."""
+    """(start, end) of a row range; the end is exclusive."""
     start, _, end = row_range.partition("-")
     return int(start), int(end)
 
@@ -154,7 +154,7 @@ def _image_rows(root: Path) -> Iterator[Row]:
 
 
 def _table_rows(table: Path) -> Iterator[Row]:
-    """Yield a table's rows; an unusable one has its `error` set.
+    """The rows of a table; an unusable one has its ``error`` set.
 
     Raises:
         ValueError: the first readable row lacks a column.

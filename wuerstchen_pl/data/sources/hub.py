@@ -1,4 +1,4 @@
-"""A dataset of the Hugging Face Hub, or one saved on disk by the `datasets` library."""
+"""A dataset of the Hugging Face Hub, or one saved on disk by the ``datasets`` library."""
 
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ from wuerstchen_pl.io.images import upright_size
 
 
 class HubDataset:
-    """A `Source` over a table with a column of images and one of captions.
+    """A ``Source`` over a table with a column of images and one of captions.
 
-    Needs the package `datasets`: pip install 'wuerstchen_pl[hf]'. Code that comes with a dataset
+    Needs the package ``datasets``: pip install 'wuerstchen_pl[hf]'. Code that comes with a dataset
     is never run.
 
     Args:
-        name: dataset name on the Hub, or the path of a folder that `datasets` can load.
+        name: dataset name on the Hub, or the path of a folder that ``datasets`` can load.
         config: name of the dataset configuration, if there are several.
         split: split for training.
-        val_split: split for validation; None holds validation samples out of `split`.
+        val_split: split for validation; None holds validation samples out of ``split``.
         image_column: column of the images.
         caption_column: column of the captions, or of lists of captions to draw one from.
         revision: git revision on the Hub.
@@ -51,7 +51,7 @@ class HubDataset:
 
         Raises:
             FileNotFoundError: the dataset or split does not exist.
-            ModuleNotFoundError: the package `datasets` is not installed.
+            ModuleNotFoundError: the package ``datasets`` is not installed.
             ValueError: a column is missing or has the wrong type.
         """
         for split in self.splits.values():
@@ -59,7 +59,7 @@ class HubDataset:
                 self._table(split)
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """List the shards, which are row ranges of the table."""
+        """The shards, which are row ranges of the table."""
         name = self.splits[split]
         if name is None:
             return []
@@ -79,7 +79,7 @@ class HubDataset:
         return ShardIndex(samples, bad)
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded image of a sample."""
+        """The encoded image of a sample."""
         split = sample.shard.rpartition(":")[0]
         data = self._bytes(self._table(split)[sample.offset][self.image_column])
         if data is None:
@@ -87,7 +87,7 @@ class HubDataset:
         return data
 
     def _sample(self, shard: str, number: int, table: Any) -> Sample | str:
-        """Build the sample of a row, or return the reason it cannot be used."""
+        """The sample of a row, or the reason why it cannot be used."""
         row = table[number]
         data = self._bytes(row[self.image_column])
         if data is None:
@@ -105,7 +105,7 @@ class HubDataset:
         )
 
     def _bytes(self, image: Any) -> bytes | None:
-        """Return an image's bytes, from the table or from a file of the dataset."""
+        """An image's bytes, from the table or from a file of the dataset."""
         if image is None or image["bytes"] is not None:
             return None if image is None else image["bytes"]
         try:

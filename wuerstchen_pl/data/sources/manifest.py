@@ -1,4 +1,4 @@
-"""`shards.json`: the expected contents of a folder of shards, so that losses are detected."""
+"""``shards.json``: the expected contents of a folder of shards, so that losses are detected."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ class Entry(TypedDict):
 
 
 def entry_of(path: Path, samples: int) -> Entry:
-    """Return the manifest entry of a shard that was just written."""
+    """The manifest entry of a shard that was just written."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -34,12 +34,12 @@ def entry_of(path: Path, samples: int) -> Entry:
 
 
 def write(folder: Path, shards: Iterable[Entry], **more: Any) -> None:
-    """Write the manifest of a folder atomically, with additional top-level keys `more`."""
+    """Write the manifest of a folder atomically, with additional top-level keys ``more``."""
     write_text(folder / NAME, json.dumps({**more, "shards": list(shards)}, indent=2) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder, or None if it is missing or unreadable."""
+    """The manifest of a folder, or None if it is missing or unreadable."""
     try:
         return _read(folder / NAME, (folder / NAME).stat().st_mtime_ns)
     except (OSError, ValueError, RecursionError):
@@ -63,7 +63,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def expected_samples(shard: str) -> int | None:
-    """Return a local shard's number of samples from the manifest beside it, or None."""
+    """A local shard's number of samples from the manifest beside it, or None."""
     path = Path(shard)
     entries = (read(path.parent) or {}).get("shards", ())
     return next((entry["samples"] for entry in entries if entry["name"] == path.name), None)

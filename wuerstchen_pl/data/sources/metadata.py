@@ -9,7 +9,7 @@ SCORE_COLUMNS = ("pwatermark", "punsafe", "aesthetic", "AESTHETIC_SCORE")
 
 
 def parse_captions(value: Any) -> tuple[str, ...]:
-    """Return the valid captions of a field, which is a string or a list of strings."""
+    """The valid captions of a field, which is a string or a list of strings."""
     return tuple(text.strip() for text in _texts(value) if _is_unicode(text))
 
 
@@ -32,7 +32,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def parse_scores(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the finite scores of a metadata row, by name."""
+    """The finite scores of a metadata row, by name."""
     scores = {}
     for name in SCORE_COLUMNS:
         value = row.get(name)

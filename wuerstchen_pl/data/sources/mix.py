@@ -14,7 +14,7 @@ from wuerstchen_pl.data.sources.source import (
 
 
 class Mix:
-    """A `Source` over several others; its shards are named "<source>|<shard>".
+    """A ``Source`` over several others; its shards are named "<source>|<shard>".
 
     Args:
         sources: the sources by name.
@@ -54,7 +54,7 @@ class Mix:
             source.prepare()
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """List the shard groups of each source, scaled by its weight."""
+        """The shard groups of each source, with weights scaled by the source's."""
         return [
             ShardGroup(self.weights[name] * group.weight, [f"{name}|{s}" for s in group.shards])
             for name, source in self.sources.items()
@@ -73,6 +73,6 @@ class Mix:
         return ShardIndex(samples, bad, opened.broken)
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded image of a sample."""
+        """The encoded image of a sample."""
         name, _, inner_shard = sample.shard.partition("|")
         return self.sources[name].read(dataclasses.replace(sample, shard=inner_shard))

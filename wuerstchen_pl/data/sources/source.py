@@ -1,4 +1,4 @@
-"""The interface of a set of captioned images: `Sample` and `Source`.
+"""The interface of a set of captioned images: ``Sample`` and ``Source``.
 
 A source is a list of shards, and a shard, once opened, a list of samples. A shard is a tar file, or
 a range of rows of a folder or table. The full list of samples is never needed at once.
@@ -27,7 +27,7 @@ class Sample:
         offset: byte offset of the image in the shard, or the number of its row.
         size: size of the encoded image in bytes, where known.
         group_key: samples with the same one are in the same split; usually the key.
-        metadata: scores by the names in `SCORE_COLUMNS`, and what a source adds.
+        metadata: scores by the names in ``SCORE_COLUMNS``, and what a source adds.
     """
 
     key: str
@@ -93,13 +93,13 @@ class Source(Protocol):
         """Prepare the data on disk; called in one process per machine; fast if already prepared."""
 
     def groups(self, split: Split) -> list[ShardGroup]:
-        """List the shards of a split; empty for "val" if it is held out of "train"."""
+        """The shards of a split; empty for "val" if it is held out of "train"."""
 
     def open(self, shard: str) -> ShardIndex:
         """Index a shard; damage is reported in the result, not raised."""
 
     def read(self, sample: Sample) -> bytes:
-        """Return the encoded image of a sample.
+        """The encoded image of a sample.
 
         Raises:
             OSError: it cannot be read.
@@ -112,18 +112,18 @@ def base_name(shard: str) -> str:
 
 
 def name_digest(name: str) -> bytes:
-    """Return the sha256 of a name (32 bytes), the same in every process and run."""
+    """The sha256 of a name (32 bytes), the same in every process and run."""
     # Not hash(), which differs between processes. File names need not be UTF-8.
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
 def unit_hash(name: str) -> float:
-    """Hash a name to [0, 1)."""
+    """A hash of a name, in [0, 1)."""
     return int.from_bytes(name_digest(name)[:7]) / 2**56
 
 
 def permutation(length: int, name: str) -> list[int]:
-    """Return a random permutation of `length` items, seeded by `name`."""
+    """A random permutation of ``length`` items, seeded by ``name``."""
     seed = int.from_bytes(name_digest(name)[:7])
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -137,7 +137,7 @@ class Holdout:
             them, one is held out, so that a small set still has validation samples.
 
     Raises:
-        ValueError: `fraction` is out of range.
+        ValueError: ``fraction`` is out of range.
     """
 
     def __init__(self, fraction: float, group_keys: Sequence[str] = ()) -> None:

@@ -1,8 +1,8 @@
 """Writes and indexes tar files in WebDataset's layout: their samples and byte offsets.
 
-A sample is `<key>.jpg` (or jpeg, png, webp), `<key>.txt` and optionally `<key>.json`, as written by
-img2dataset; a list `captions` in the json overrides the txt. The tar headers are read once; any
-image can then be read with one `os.pread`.
+A sample is ``<key>.jpg`` (or jpeg, png, webp), ``<key>.txt`` and optionally ``<key>.json``, as
+written by img2dataset; a list ``captions`` in the json overrides the txt. The tar headers are read
+once; any image can then be read with one ``os.pread``.
 """
 
 import json
@@ -68,7 +68,7 @@ def index_tar(path: str, shard: str, expected: int | None = None) -> ShardIndex:
 
 
 def _group_members(path: str, descriptor: int) -> tuple[dict[str, Members], list[str], str | None]:
-    """Group the members of a tar file by WebDataset's key: the name up to its first dot.
+    """The members of a tar file, grouped by WebDataset's key: the name up to its first dot.
 
     Returns:
         The groups up to the first damage, repeated names (the last member is used), and a
@@ -107,7 +107,7 @@ def _group_members(path: str, descriptor: int) -> tuple[dict[str, Members], list
 
 
 def _sample(descriptor: int, shard: str, key: str, members: Members) -> Sample | str:
-    """Build a sample from its members, or return the reason it cannot be used."""
+    """The sample of these members, or the reason why it cannot be used."""
     image = next((members[kind] for kind in IMAGE_SUFFIXES if kind in members), None)
     if image is None:
         return "no image"
@@ -137,7 +137,7 @@ def _read_metadata(descriptor: int, members: Members) -> dict[str, Any]:
 
 
 def size_from_metadata(metadata: dict[str, Any]) -> tuple[int, int] | None:
-    """Return (width, height) from img2dataset's json, or None."""
+    """(width, height) from img2dataset's json, or None."""
     for prefix in ("", "original_"):
         width, height = (metadata.get(f"{prefix}{side}") for side in ("width", "height"))
         if not (isinstance(width, int) and isinstance(height, int)):
@@ -148,11 +148,11 @@ def size_from_metadata(metadata: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def size_from_header(descriptor: int, image: tarfile.TarInfo) -> tuple[int, int] | None:
-    """Return the upright (width, height) from the image's own header, or None."""
+    """The upright (width, height) from the image's own header, or None."""
     header = os.pread(descriptor, min(_HEADER, image.size), image.offset_data)
     return upright_size(header) or upright_size(read_member(descriptor, image))
 
 
 def read_member(descriptor: int, member: tarfile.TarInfo) -> bytes:
-    """Return the bytes of a member."""
+    """The bytes of a member."""
     return os.pread(descriptor, member.size, member.offset_data)

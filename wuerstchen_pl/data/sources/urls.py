@@ -16,7 +16,7 @@ _MAX_SHARDS = 1_000_000  # per pattern; more is surely a typo
 
 
 def expand_urls(urls: Urls, *, key: str, allow_pipe: bool = False) -> list[str]:
-    """Expand to a list of shards: local paths, http(s) URLs and, if allowed, commands.
+    """A list of shards: local paths, http(s) URLs and, if allowed, commands.
 
     Args:
         urls: a tar file, a folder of tar files, a text file that lists one location per line, a
@@ -63,7 +63,7 @@ def _expand_braces(pattern: str, key: str) -> list[str]:
 
 
 def _count(pattern: str) -> int:
-    """Return an upper bound on the number of names, from the innermost braces outwards."""
+    """An upper bound on the number of names, from the innermost braces outwards."""
 
     def braces_to_count(braces: re.Match[str]) -> str:
         content = braces[1]
@@ -79,7 +79,7 @@ def _count(pattern: str) -> int:
 
 
 def _product(part: str) -> int:
-    """Return the product of the counts that replace the braces in a part of a pattern."""
+    """The product of the counts that replace the braces in a part of a pattern."""
     return math.prod(int(count) for count in part.split("\0")[1::2])
 
 
