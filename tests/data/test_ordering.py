@@ -48,11 +48,11 @@ def names(drawn: list[EpochSample] | tuple[EpochSample, ...]) -> list[str]:
     return [d.sample.name for d in drawn]
 
 
-def epochs(requests: list[BatchSpec]) -> dict[int, list[str]]:
+def epochs(specs: list[BatchSpec]) -> dict[int, list[str]]:
     """Names of the samples by epoch."""
     by_epoch: dict[int, list[str]] = {}
-    for request in requests:
-        for sample, epoch in request.rows:
+    for spec in specs:
+        for sample, epoch in spec.rows:
             by_epoch.setdefault(epoch, []).append(sample.name)
     return by_epoch
 
@@ -263,11 +263,11 @@ def test_ranks_share_each_batch_without_losing_or_repeating_samples(
 
 def test_a_batch_has_substitutes_that_are_not_its_last_row() -> None:
     order = batches(FakeSource.with_sizes({"a": 40}), shuffle_samples=100)
-    for request in islice(order, 30):
-        substitutes = names(request.fallback)
+    for spec in islice(order, 30):
+        substitutes = names(spec.fallback)
         assert len(substitutes) == len(set(substitutes)) == 16
-        assert request.rows[-1].sample.name not in substitutes
-        assert request.is_unique
+        assert spec.rows[-1].sample.name not in substitutes
+        assert spec.is_unique
 
 
 @pytest.mark.parametrize(
@@ -294,11 +294,11 @@ def test_images_are_dropped_only_if_upscaled_above_the_limit() -> None:
 
 def test_every_sample_is_in_the_bucket_of_its_ratio_and_buckets_are_mixed() -> None:
     order = batches()
-    requests = list(islice(order, 60))
-    for request in requests:
-        for row in request.rows:
-            assert order.buckets.assign(row.sample, 0) == request.size
-    assert len({request.size for request in requests[:8]}) > 2
+    specs = list(islice(order, 60))
+    for spec in specs:
+        for row in spec.rows:
+            assert order.buckets.assign(row.sample, 0) == spec.size
+    assert len({spec.size for spec in specs[:8]}) > 2
 
 
 @pytest.mark.parametrize("policy", ["area", "paper"])
@@ -345,7 +345,7 @@ def test_each_batch_has_the_paper_size_of_its_number() -> None:
     """With another number of processes, batches are counted as if it had always been so."""
 
     def sizes(order: Batches, count: int) -> list[tuple[int, int]]:
-        return [request.size for request in islice(order, count)]
+        return [spec.size for spec in islice(order, count)]
 
     def expected(order: Batches, first: int, count: int) -> list[tuple[int, int]]:
         return [order.buckets.assign(fake_sample("a", 0), first + i) for i in range(count)]
@@ -382,7 +382,7 @@ def test_a_run_resumes_with_fewer_samples() -> None:
     other = batches(FakeSource.with_sizes({"a": 20}), shuffle_samples=100)
     with pytest.warns(UserWarning, match="there are fewer samples"):
         other.restore(other.load_state_dict(state))
-    drawn = [row for request in islice(other, 25) for row in request.rows]
+    drawn = [row for spec in islice(other, 25) for row in spec.rows]
     assert Counter(row.sample.name for row in drawn if row.epoch == 2) == Counter(
         s.name for s in FakeSource.with_sizes({"a": 20}).indexes["a"].samples
     )
@@ -397,8 +397,8 @@ def test_a_run_resumes_with_moved_shards() -> None:
     def rows(order: Batches) -> list[Any]:
         return [
             (d.epoch, d.sample.shard.partition("/")[2], d.sample.key)
-            for request in islice(order, 30)
-            for d in request.rows
+            for spec in islice(order, 30)
+            for d in spec.rows
         ]
 
     order = moved("here")
@@ -458,7 +458,7 @@ def test_bad_samples_of_a_shard_are_checked_after_its_good_ones() -> None:
 def test_too_small_images_are_dropped_counted_and_never_loop_forever() -> None:
     source = FakeSource({"a": ShardIndex([fake_sample("a", i, 10 + i, 10 + i) for i in range(40)])})
     order = batches(source, max_upscale=1.0)
-    widths = {row.sample.width for request in islice(order, 30) for row in request.rows}
+    widths = {row.sample.width for spec in islice(order, 30) for row in spec.rows}
     assert min(widths) == 32
     # 120 draws of 18 large enough images are between 6 and 7 epochs; 22 are too small.
     assert 6 * 22 <= order.stats.counts["dropped/max_upscale"] <= 7 * 22
@@ -481,7 +481,7 @@ def mixed(**sizes: int) -> Batches:
 
 def test_a_mixture_keeps_its_weights_and_resumes() -> None:
     order = mixed(a=50, b=50)
-    rows = [row.sample.shard for request in islice(order, 500) for row in request.rows]
+    rows = [row.sample.shard for spec in islice(order, 500) for row in spec.rows]
     # 2,000 draws: the standard deviation of the share is 0.01.
     assert abs(rows.count("a") / len(rows) - 0.75) < 0.04
     state = order.snapshot()
@@ -500,8 +500,8 @@ def test_each_stream_restarts_at_the_latest_epoch_if_shards_differ() -> None:
     with pytest.warns(UserWarning, match="shards differ"):
         other.restore(other.load_state_dict(order.state_dict(order.snapshot())))
     first: dict[str, int] = {}
-    for request in islice(other, 50):
-        for row in request.rows:
+    for spec in islice(other, 50):
+        for row in spec.rows:
             first.setdefault(row.sample.shard, row.epoch)
     assert first == {"a": reached[0], "c": reached[0]}
 
@@ -514,7 +514,7 @@ def test_sequential_batches_cover_each_sample_once() -> None:
     ranks = [
         sequential_batches(samples, buckets, batch_size=4, rank=r, world_size=3) for r in range(3)
     ]
-    assert len({len(requests) for requests in ranks}) == 1
+    assert len({len(specs) for specs in ranks}) == 1
     unique = [n for rank in ranks for r in rank if r.is_unique for n in names(r.rows)]
     assert sorted(unique) == sorted(s.name for s in samples)
     repeats = [(step, r) for rank in ranks for step, r in enumerate(rank) if not r.is_unique]

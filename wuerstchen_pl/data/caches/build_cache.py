@@ -164,22 +164,22 @@ def _encode(
     """Encode the samples of one file; an unreadable sample has no crops."""
     encoded = [EncodedSample() for _ in samples]
     numbers = {id(sample): number for number, sample in enumerate(samples)}
-    requests = [
-        BatchSpec(request.size, tuple(EpochSample(row.sample, epoch) for row in request.rows), None)
+    specs = [
+        BatchSpec(spec.size, tuple(EpochSample(row.sample, epoch) for row in spec.rows), None)
         for epoch in epochs
-        for request in sequential_batches(
+        for spec in sequential_batches(
             samples, data.buckets, batch_size=data.batch_size, rank=0, world_size=1
         )
     ]
-    loader = OnceLoader(data.dataset(), requests, stats=data.splits.stats, **data.loader_options())
-    for request, (batch, report) in zip(requests, loader.with_reports(), strict=True):
-        bar.update(len(request.rows))
+    loader = OnceLoader(data.dataset(), specs, stats=data.splits.stats, **data.loader_options())
+    for spec, (batch, report) in zip(specs, loader.with_reports(), strict=True):
+        bar.update(len(spec.rows))
         if not report.rows:
             continue
         tensors = encoders.images(batch["image"])
-        batch_numbers = [numbers[id(request.rows[row].sample)] for row in report.rows]
+        batch_numbers = [numbers[id(spec.rows[row].sample)] for row in report.rows]
         for row, number in enumerate(batch_numbers):
-            encoded[number].size = request.size
+            encoded[number].size = spec.size
             encoded[number].crops.append({k: t[row : row + 1] for k, t in tensors.items()})
         without_text = [number for number in batch_numbers if encoded[number].text is None]
         _add_text(encoders, without_text, samples, encoded)

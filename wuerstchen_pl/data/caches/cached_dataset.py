@@ -127,11 +127,11 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         self.crops: int = source.manifest["crops"]
         self.has_text = bool(source.manifest["text"])
 
-    def __getitem__(self, request: BatchSpec) -> tuple[Batch, BatchReport]:
-        bucket = f"{request.size[0]}x{request.size[1]}"
+    def __getitem__(self, spec: BatchSpec) -> tuple[Batch, BatchReport]:
+        bucket = f"{spec.size[0]}x{spec.size[1]}"
         rows: dict[str, list[Tensor]] = {name: [] for name in self.names}
         captions, text = [], []
-        for sample, epoch in request.rows:
+        for sample, epoch in spec.rows:
             file = _open_cached(str(self.source.root / sample.shard))
             crop, caption = 0, 0
             if epoch >= 0:
@@ -147,8 +147,8 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         if self.has_text:
             batch["text"] = torch.cat(text).float()
             batch["empty_text"] = _empty_text(str(self.source.root / EMPTY))
-        batch |= {"size": request.size, "caption": captions, "is_unique": request.is_unique}
-        batch["key"] = [epoch_sample.sample.key for epoch_sample in request.rows]
+        batch |= {"size": spec.size, "caption": captions, "is_unique": spec.is_unique}
+        batch["key"] = [epoch_sample.sample.key for epoch_sample in spec.rows]
         return batch, BatchReport()
 
     def _choices(self, sample: Sample, epoch: int) -> tuple[int, int]:

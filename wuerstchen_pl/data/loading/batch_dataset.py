@@ -63,19 +63,19 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         self.crop_share = crop_share
         self._decoded_images: dict[str, np.ndarray] | None = {} if keep_decoded else None
 
-    def __getitem__(self, request: BatchSpec) -> tuple[Batch, BatchReport]:
+    def __getitem__(self, spec: BatchSpec) -> tuple[Batch, BatchReport]:
         report = BatchReport()
-        rows = self._rows(request.size, request.rows, report)
+        rows = self._rows(spec.size, spec.rows, report)
         # An empty batch on a single rank would leave the other ranks waiting.
-        for substitute in request.fallback or ():
-            rows = rows or self._rows(request.size, (substitute,), report)
-        if not rows and request.fallback is not None:
-            names = ", ".join(row.sample.name for row in request.rows[:3])
+        for substitute in spec.fallback or ():
+            rows = rows or self._rows(spec.size, (substitute,), report)
+        if not rows and spec.fallback is not None:
+            names = ", ".join(row.sample.name for row in spec.rows[:3])
             raise ValueError(
                 f"no image of a batch can be read ({names}, ...; {report.bad[0].where}); "
                 "inspect the data with python -m wuerstchen_pl.data check full=true"
             )
-        height, width = request.size
+        height, width = spec.size
         images = torch.empty(len(rows), height, width, 3, dtype=torch.uint8)
         for row, (image, _, _) in enumerate(rows):
             images.numpy()[row] = image
@@ -83,7 +83,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
             "image": images.permute(0, 3, 1, 2).float().div_(255),
             "caption": [caption for _, caption, _ in rows],
             "key": [key for _, _, key in rows],
-            "is_unique": request.is_unique,
+            "is_unique": spec.is_unique,
         }
         return batch, report
 

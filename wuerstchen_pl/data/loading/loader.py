@@ -32,9 +32,9 @@ class BatchSampler:
 
     def __iter__(self) -> Iterator[BatchSpec]:
         while self.batches.number < self.stop:
-            request = next(self.batches)
+            spec = next(self.batches)
             self.snapshots.append(self.batches.snapshot())
-            yield request
+            yield spec
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -133,7 +133,7 @@ class OnceLoader(DataLoader[Any]):
 
     Args:
         dataset: builds each batch and its ``BatchReport``.
-        requests: one spec per batch.
+        specs: one spec per batch.
         stats: counts unreadable samples; None creates new stats.
         options: options of torch's DataLoader.
     """
@@ -141,13 +141,13 @@ class OnceLoader(DataLoader[Any]):
     def __init__(
         self,
         dataset: Dataset[tuple[Batch, BatchReport]],
-        requests: list[BatchSpec],
+        specs: list[BatchSpec],
         *,
         stats: DataStats | None = None,
         **options: Any,
     ) -> None:
         self.stats = stats or DataStats()
-        super().__init__(dataset, batch_size=None, sampler=requests, **options)
+        super().__init__(dataset, batch_size=None, sampler=specs, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch, _ in self.with_reports():
