@@ -1,4 +1,4 @@
-"""The import rule of docs/architecture.md, and the limit on file length."""
+"""The import rule of docs/architecture.md, the folders of tests, and the limit on file length."""
 
 import ast
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import pytest
 import wuerstchen_pl
 
 PACKAGE = Path(wuerstchen_pl.__file__).parent
+TESTS = Path(__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 VERBS = {"train", "sample", "evaluate", "cache", "convert", "export", "interpolate"}
@@ -139,6 +140,11 @@ def test_an_upward_import_is_found(source: str) -> None:
 def test_a_type_checking_import_is_ignored() -> None:
     source = "if TYPE_CHECKING:\n    from wuerstchen_pl.stages.stage import Stage"
     assert forbidden(PACKAGE / "models" / "planted.py", source) == []
+
+
+def test_folders_of_tests_are_those_of_the_package() -> None:
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    assert [str(folder) for folder in folders if not (PACKAGE / folder).is_dir()] == []
 
 
 def test_files_are_short_and_none_is_a_catch_all() -> None:

@@ -28,6 +28,14 @@ def image(key: str, width: int = 30, height: int = 20, **options: Any) -> bytes:
     return encode(Image.fromarray(noise), **options)
 
 
+def photo(width: int, height: int) -> Image.Image:
+    """A smooth image with some edges, like a photograph."""
+    y, x = np.mgrid[:height, :width] / 64
+    waves = [np.sin(a * x + b * y + c) for a, b, c in ((1, 2, 0), (3, 1, 1), (2, 5, 2))]
+    pixels = np.stack(waves, axis=-1) * 100 + 127 + 40 * (waves[0] > 0.5)[..., None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
 def sample(key: str, width: int = 30, height: int = 20, **metadata: Any) -> dict[str, bytes]:
     """The members of one sample, as img2dataset writes them."""
     fields = {"width": width, "height": height, "status": "success", **metadata}
