@@ -1,5 +1,6 @@
 """Network sizes of the shipped configs against the paper and the releases, on the meta device."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from open_clip.model import CLIPTextCfg, _build_text_tower
 
 from wuerstchen_pl.cli import conf_dir
+from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.stages.ema import EMA
 
 COUNTS = [
@@ -48,6 +50,25 @@ def test_the_compressor_has_the_published_latent_sizes() -> None:
         semantic = compressor(torch.empty(1, 3, 1024, 1024))
     assert compressor.latent_size(1024, 1024) == tuple(semantic.shape[-2:]) == (24, 24)
     assert compressor.latent_size(1024, 1536) == (24, 36)  # ceil(px / 42.67)
+
+
+@pytest.mark.parametrize("preset", ["paper", "v2", "tiny"])
+def test_the_third_phase_of_stage_c_has_the_papers_positions(preset: str) -> None:
+    """Appendix E.3: the compressor's input is 768 x 768, 768 x 1280 or 1280 x 768 px."""
+    keys = ["experiment=paper_c_3", f"preset={preset}", "data.urls=x"]
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        sizes = instantiate(compose("train", keys).data, _convert_="all").sizes
+        node = compose("train", ["stage=b", f"preset={preset}"]).stage.compressor
+    if preset != "tiny":
+        node.backbone.weights = None
+    with torch.device("meta"):
+        compressor = instantiate(node, _convert_="all")
+        shapes = [compressor(torch.empty(1, 3, *size)).shape[-2:] for size in sizes]
+    assert [tuple(shape) for shape in shapes] == [(24, 24), (24, 40), (40, 24)]
+    if preset != "tiny":
+        assert [compressor.resized(*s) for s in sizes] == [(768, 768), (768, 1280), (1280, 768)]
+    sampler: Any = SimpleNamespace(resolution_multiple=compressor.resolution_multiple)
+    assert [PriorSampler.latent_size(sampler, *size) for size in sizes] == shapes
 
 
 @pytest.mark.parametrize(("preset", "model"), [("v1", "ViT-H-14"), ("v2", "ViT-bigG-14")])

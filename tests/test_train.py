@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from tests.conftest import frozen_text, run_program, small
 from tests.data.factories import image, shards, write
+from tests.stages.conftest import stage_b
 from tests.test_resume import differing
 from wuerstchen_pl.callbacks.preemption import STOP_SIGNALS, PreemptionHandler
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.stage import Batch
-from wuerstchen_pl.train import REQUEUE, accumulation
+from wuerstchen_pl.train import REQUEUE, accumulation, check_sizes
 
 
 def arguments(cascade: Path, root: Path, *overrides: str) -> list[str]:
@@ -213,7 +215,6 @@ def test_every_nth_checkpoint_is_kept(cascade: Path, tmp_path: Path) -> None:
         ("checkpoint_every_steps=0", "checkpoint_every_steps=0 is out of range"),
         ("callbacks.checkpoints.keep_every_steps=3", "keep_every_steps=3 is not a multiple of"),
         ("stage.optimizer.lr=-1", "stage.optimizer.lr=-1 is out of range"),
-        ("data.bucket_multiple=8", "set data.bucket_multiple=16"),
         ("stage.prior.latent_channels=8", "stage.prior.latent_channels=8"),
         ("stage.prior.text_dim=99", "stage.prior.text_dim=99"),
         ("stage.prior.num_heads=5", "num_heads=5 does not divide the width 16"),
@@ -232,6 +233,15 @@ def test_invalid_settings_are_refused_before_anything_is_written(
     assert message in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "default").exists()
+
+
+def test_sizes_that_a_stage_cannot_encode_are_refused() -> None:
+    stage = stage_b()
+    multiple = stage.size_multiple
+    sizes = [(multiple, 3 * multiple), (multiple, multiple + 2)]
+    with pytest.raises(ValueError, match=rf"x {multiple + 2} px .*bucket_multiple={multiple} or"):
+        check_sizes(stage, SimpleNamespace(sizes=sizes))  # type: ignore[arg-type]
+    check_sizes(stage, SimpleNamespace(sizes=sizes[:1]))  # type: ignore[arg-type]
 
 
 def test_an_8_bit_optimizer_of_sharded_weights_is_refused(

@@ -118,15 +118,22 @@ def test_the_default_sampler_is_ddpm_in_sixty_steps_with_guidance_of_four(
     assert capsys.readouterr().err == ""  # no progress bar
 
 
-def test_sizes_are_those_of_the_frozen_stages() -> None:
+def test_latents_have_the_compressors_size_for_images_of_any_size() -> None:
     stage = stage_c()
-    assert stage.size_multiple == stage.stage_b.size_multiple
-    height, width = 4 * stage.size_multiple, 8 * stage.size_multiple
+    assert stage.size_multiple == 1
+    height, width = 67, 101
     h, w = stage.encode(torch.rand(1, 3, height, width)).shape[-2:]
     assert stage.semantic_size(height, width) == (h, w)
     # up to the part of a position at the edge
     assert 0 <= h - height / stage.resolution_multiple < 1
     assert 0 <= w - width / stage.resolution_multiple < 1
+
+
+def test_a_grid_shows_images_of_sizes_that_stage_b_cannot_divide() -> None:
+    stage, size = stage_c().eval(), (35, 61)
+    assert any(side % stage.stage_b.size_multiple for side in size)
+    columns = stage.example_grid({"image": torch.rand(1, 3, *size), "caption": ["red apple"]})
+    assert {tuple(images.shape[-2:]) for images in columns.values()} == {size}
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -141,7 +141,8 @@ class StageB(Stage):
 
         Args:
             semantic: (B, S, h, w).
-            size: (height, width) of the images, multiples of ``size_multiple``.
+            size: (height, width) of the images; sizes that are not multiples of
+                ``size_multiple`` are generated larger and cropped.
             seeds: one per image.
             captions: one per image, for a Stage B with text; None uses the empty caption.
             num_steps: denoising steps (paper: 12).

@@ -65,8 +65,8 @@ class StageC(TextConditionalStage):
 
     @property
     def size_multiple(self) -> int:
-        """Stage B's ``size_multiple``; the prior takes any size."""
-        return self.stage_b.size_multiple
+        """1: compressor and prior take any size, and Stage B generates any size for grids."""
+        return 1
 
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
         """Semantic positions (h, w) of an image of (height, width) pixels."""
