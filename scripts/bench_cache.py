@@ -2,7 +2,7 @@
 
 A prior of 8 blocks of width 512, at 24 x 24 positions (images of 1024 px), batch 1. diffusers' step
 encodes an image with EfficientNetV2 and a caption with a 12-layer text tower, adds noise and trains
-its prior; our step reads latents and token states from cache files and trains our prior.
+its prior; our step reads latents and text embeddings from cache files and trains our prior.
 """
 
 import tempfile
@@ -58,9 +58,9 @@ def online(size: str) -> Work:
     def step() -> None:
         with torch.no_grad():
             x0 = (encoder(image) + 1) / 42
-            states = text(ids).last_hidden_state
+            embeds = text(ids).last_hidden_state
         t, noise = torch.rand(1), torch.randn_like(x0)
-        pred = prior(scheduler.add_noise(x0, noise, t), t, states)
+        pred = prior(scheduler.add_noise(x0, noise, t), t, embeds)
         loss = F.mse_loss(pred.float(), noise.float())
         optimizer.zero_grad()
         loss.backward()
@@ -71,7 +71,7 @@ def online(size: str) -> Work:
 
 
 def write_cache(root: Path) -> None:
-    """Write random latents and token states in the layout of `python -m wuerstchen_pl.cache`."""
+    """Write random latents and text embeddings as ``python -m wuerstchen_pl.cache`` does."""
     writer = ShardWriter(root / "train-00000-000.safetensors")
     for i in range(SAMPLES):
         sample = Sample(f"{i}", ("a caption",), 1024, 1024, "s")

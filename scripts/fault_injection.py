@@ -135,7 +135,7 @@ def children(pid: int) -> list[int]:
 def disk_fault(root: Path, *, kind: str, steps: int, overrides: Sequence[str] = ()) -> list[str]:
     """Fill a run's disk or make it read-only, then repair it; returns what differs at the end.
 
-    Needs permission to mount, which `main` obtains with unshare.
+    Needs permission to mount, which ``main`` obtains with unshare.
     """
     (root / "disk").mkdir()
     size = "8m" if kind == "full-disk" else "200m"

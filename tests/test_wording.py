@@ -105,6 +105,17 @@ def bound_names(source: str) -> set[str]:
     return names
 
 
+def single_backticks(source: str) -> list[str]:
+    """The code in single backticks in the docstrings of a module."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = (
+        ast.get_docstring(node) or ""
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, documented)
+    )
+    return re.findall(r"(?<!`)`[^`\n]+`(?!`)", "\n".join(docstrings))
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if p != RENAMINGS], ids=relative)
 def test_a_file_uses_the_words_of_the_field(path: Path) -> None:
     assert hits(path.read_text(encoding="utf-8")) == []
@@ -113,6 +124,15 @@ def test_a_file_uses_the_words_of_the_field(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".py"], ids=relative)
 def test_a_name_says_what_it_holds(path: Path) -> None:
     assert bound_names(path.read_text(encoding="utf-8")) & VAGUE == set()
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".py"], ids=relative)
+def test_docstrings_mark_code_with_double_backticks(path: Path) -> None:
+    assert single_backticks(path.read_text(encoding="utf-8")) == []
+
+
+def test_single_backticks_are_found() -> None:
+    assert single_backticks('"""A `Source`, and ``seed``."""') == ["`Source`"]
 
 
 @pytest.mark.parametrize(

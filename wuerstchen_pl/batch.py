@@ -26,8 +26,8 @@ class Batch(TypedDict, total=False):
     latents: Tensor
     """(B, 4, H / 4, W / 4) float32 latents of Stage A, with unit variance."""
     text: Tensor
-    """(B, L, D) float32 token states of the captions."""
+    """(B, L, D) float32 text embeddings of the captions."""
     empty_text: Tensor
-    """(1, L, D) float32 token states of the empty caption."""
+    """(1, L, D) float32 text embeddings of the empty caption."""
     size: tuple[int, int]
     """(H, W) in pixels of the cached images."""

@@ -52,7 +52,7 @@ class Encoders:
     Args:
         stage: ``b`` or ``c``.
         encoder: the trained stage that encodes the images.
-        text_encoder: frozen; None does not cache text states.
+        text_encoder: frozen; None does not cache text embeddings.
         dtype: type of the cached tensors.
         device: device of the networks.
     """
@@ -82,7 +82,7 @@ class Encoders:
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor | None:
-        """B captions -> (B, L, D) token states, or None without a text encoder."""
+        """B captions -> (B, L, D) text embeddings, or None without a text encoder."""
         if self.text_encoder is None:
             return None
         return self.text_encoder(captions).to("cpu", self.dtype)

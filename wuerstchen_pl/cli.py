@@ -89,7 +89,7 @@ def help_text(config_name: str, description: str, read_keys: re.Pattern[str] | N
     groups = [entry.split(":")[0] for entry in entries]
     groups = [g for g in groups if read_keys is None or read_keys.match(g)]
     listed = [f"  {g}={'|'.join(group_choices(g))}" for g in groups if group_choices(g)]
-    # cache includes train, most of whose keys it refuses; evaluate includes a plan without `hydra`
+    # cache includes train and refuses most of its keys; evaluate includes a plan without ``hydra``
     shown = [text for text in texts[:-1] if "\nhydra:" not in text] + texts[-1:]
     keys = [text.partition("\nhydra:")[0].partition("\n\n")[2].strip("\n") for text in shown]
     footer = "--cfg job prints the composed config; -m runs every combination of key=value,value"

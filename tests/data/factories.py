@@ -56,7 +56,7 @@ def write(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def shards(folder: Path, count: int, each: int, first: int = 0) -> list[str]:
-    """Write `count` shards of `each` samples of several shapes; return their keys."""
+    """Write ``count`` shards of ``each`` samples of several shapes; return their keys."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = []
     for number in range(count):

@@ -1,4 +1,4 @@
-"""The commands `python -m wuerstchen_pl.data check` and `build`."""
+"""The commands ``python -m wuerstchen_pl.data check`` and ``build``."""
 
 import json
 import os

@@ -13,7 +13,7 @@ from wuerstchen_pl.models.paella import Paella
 INPUTS = ("x", "r", "effnet", "byt5")
 # Our constructor arguments, the published weights, the inputs and outputs.
 Golden = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]
-# train_stage_B.py: the constructor's defaults, with CLIP-H's text states (1024), not ByT5's.
+# train_stage_B.py: the constructor's defaults, with CLIP-H's text embeddings (1024), not ByT5's.
 PUBLISHED: dict[str, Any] = {
     "widths": [640, 1280, 1280],
     "num_blocks": [4, 12, 4],

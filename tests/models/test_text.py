@@ -28,7 +28,7 @@ def test_captions_are_padded_with_the_end_token(encoder: TextEncoder) -> None:
 
 
 @torch.no_grad()
-def test_states_of_words_equal_open_clips(encoder: TextEncoder) -> None:
+def test_embeddings_of_words_equal_open_clips(encoder: TextEncoder) -> None:
     ids, _ = encoder.tokenizer(CAPTIONS)
     tower = _build_text_tower(32, CLIPTextCfg(width=32, heads=4, layers=2))
     tower.load_state_dict({**encoder.tower.state_dict(), "text_projection": torch.zeros(32, 32)})

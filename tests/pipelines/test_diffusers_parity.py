@@ -147,13 +147,13 @@ def test_several_images_per_prompt_are_in_the_order_of_the_prompts(
     assert float((together[2:] - alone).abs().max()) < TOLERANCE
 
 
-def test_text_states_instead_of_prompts(theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_text_embeddings_instead_of_prompts(theirs: Any, ours: WuerstchenPipeline) -> None:
     width = reference_models.PRIOR["c_cond"]
-    states, negative = torch.randn(2, 1, 77, width, generator=rng(8))
-    options = {"prompt_embeds": states, "negative_prompt_embeds": negative}
+    embeds, negative = torch.randn(2, 1, 77, width, generator=rng(8))
+    options = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
     expected, actual = (generate(pipe, None, **options) for pipe in (theirs, ours))
     assert float((actual - expected).abs().max()) < TOLERANCE
-    assert float((generate(ours, None, prompt_embeds=states) - actual).abs().max()) > 20 * TOLERANCE
+    assert float((generate(ours, None, prompt_embeds=embeds) - actual).abs().max()) > 20 * TOLERANCE
 
 
 def test_the_prior_alone(theirs: Any, ours: WuerstchenPipeline) -> None:

@@ -241,15 +241,15 @@ def test_each_prompt_is_repeated_and_followed_by_the_negative_ones(encoder: Text
         torch.testing.assert_close(actual, torch.stack(rows))
 
 
-def test_states_replace_texts(encoder: TextEncoder) -> None:
+def test_embeddings_replace_texts(encoder: TextEncoder) -> None:
     with torch.no_grad():
-        states, negative = encoder(["cat", "dog"]), encoder(["blue", "red"])
+        embeds, negative = encoder(["cat", "dog"]), encoder(["blue", "red"])
     expected = encode(encoder, 2, prompt=["cat", "dog"], negative=["blue", "red"])
     for prompts in (
-        {"states": states, "negative_states": negative},
-        {"states": states, "negative": ["blue", "red"]},
-        {"prompt": ["cat", "dog"], "negative_states": negative},
-        {"prompt": ["cat", "dog"], "negative_states": negative.double()},
+        {"embeds": embeds, "negative_embeds": negative},
+        {"embeds": embeds, "negative": ["blue", "red"]},
+        {"prompt": ["cat", "dog"], "negative_embeds": negative},
+        {"prompt": ["cat", "dog"], "negative_embeds": negative.double()},
     ):
         torch.testing.assert_close(encode(encoder, 2, **prompts), expected)
 
@@ -259,13 +259,13 @@ def test_states_replace_texts(encoder: TextEncoder) -> None:
     [
         ({}, "neither prompt nor prompt_embeds"),
         ({"negative": "a"}, "neither prompt nor prompt_embeds"),
-        ({"prompt": "a", "states": torch.zeros(1, 8, 16)}, "prompt and prompt_embeds are both"),
+        ({"prompt": "a", "embeds": torch.zeros(1, 8, 16)}, "prompt and prompt_embeds are both"),
         (
-            {"prompt": "a", "negative": "b", "negative_states": torch.zeros(1, 8, 16)},
+            {"prompt": "a", "negative": "b", "negative_embeds": torch.zeros(1, 8, 16)},
             "negative_prompt and negative_prompt_embeds are both",
         ),
         ({"prompt": ["a", "b", "c"], "negative": ["d", "e"]}, "2 negative prompts for 3"),
-        ({"states": torch.zeros(2, 8, 16), "negative": ["d"] * 3}, "3 negative prompts for 2"),
+        ({"embeds": torch.zeros(2, 8, 16), "negative": ["d"] * 3}, "3 negative prompts for 2"),
         ({"prompt": ["a", 1]}, "is not text"),
         ({"prompt": {"a": 1}}, "is not text"),
         ({"prompt": "a", "negative": []}, r"negative_prompt=\[\] is not text"),
@@ -276,17 +276,19 @@ def test_inconsistent_prompts_are_rejected(prompts: dict[str, Any], message: str
         count_prompts(Prompts(**prompts))
 
 
-def test_prompts_are_counted_as_texts_or_states() -> None:
+def test_prompts_are_counted_as_texts_or_embeddings() -> None:
     assert count_prompts(Prompts("a")) == 1
     assert count_prompts(Prompts("")) == 1
     assert count_prompts(Prompts(("a", "b"), "c")) == 2
-    assert count_prompts(Prompts(states=torch.zeros(3, 8, 16), negative=["a", "b", "c"])) == 3
+    assert count_prompts(Prompts(embeds=torch.zeros(3, 8, 16), negative=["a", "b", "c"])) == 3
 
 
 @pytest.mark.parametrize("shape", [(8,), (8, 16), (1, 8, 17), (1, 1, 8, 16)])
-def test_states_of_another_shape_are_rejected(shape: tuple[int, ...], encoder: TextEncoder) -> None:
+def test_embeddings_of_another_shape_are_rejected(
+    shape: tuple[int, ...], encoder: TextEncoder
+) -> None:
     with pytest.raises(ValueError, match="prompt_embeds have shape"):
-        encode(encoder, states=torch.zeros(shape))
+        encode(encoder, embeds=torch.zeros(shape))
 
 
 @pytest.mark.parametrize("repeats", [0, -1, 1.5])

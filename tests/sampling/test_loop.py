@@ -52,7 +52,7 @@ Callback = Callable[[Any, int, Tensor, dict], dict]
 
 
 def test_a_callback_replaces_the_negative_prompt(sampler: PriorSampler) -> None:
-    """It applies from the second step, like a replacement of both halves of the text states."""
+    """It applies from the second step, like a replacement of both halves of the text embeddings."""
     other = sampler.text_encoder(["a ship", "a ship"])
 
     def replace(_: Any, step: int, t: Tensor, tensors: dict) -> dict:
@@ -148,7 +148,7 @@ class FakeConditioning(NamedTuple):
 
 
 class Run(StepState):
-    """A run of the loop whose predictions are the text states themselves."""
+    """A run of the loop whose predictions are the text embeddings themselves."""
 
     def __init__(self, times: Sequence[float] = (1.0, 0.6, 0.2, 0.0), **guidance: Any) -> None:
         self.times, self.guidance = times, Guidance(**guidance)

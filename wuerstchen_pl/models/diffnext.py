@@ -44,7 +44,7 @@ class UNetLevel(nn.Module):
         semantic_dim: channels of the mapped semantic latents; None if the level ignores them.
         skip_dim: channels that the first block gets from the other side of the U.
         time_dim: channels of the time embedding.
-        text_dim: D of the mapped text states; None without text.
+        text_dim: D of the mapped text embeddings; None without text.
         dropout: probability in blocks and attention.
     """
 
@@ -113,7 +113,7 @@ class DiffNeXt(nn.Module):
         num_heads: attention heads per level; None for a level without attention.
         inject_semantic: per level, whether its blocks get the semantic latents.
         cond_dim: channels of the mapped semantic latents and text.
-        text_dim: D of the text states, or None for a Stage B without text (the paper found that
+        text_dim: D of the text embeddings, or None for a Stage B without text (the paper found that
             text does not improve it, section 3.2).
         time_dim: channels of the time embedding.
         dropout: probability in blocks and attention.
@@ -207,7 +207,7 @@ class DiffNeXt(nn.Module):
         Args:
             t: (B,) or (T,) times in [0, 1].
             semantic: (B, S, h, w) semantic latents of any resolution; None if no level uses them.
-            text: (B, L, D) text states, or None.
+            text: (B, L, D) text embeddings, or None.
             size: (H, W) of the noised latents.
         """
         time = time_embedding(t, self.time_dim)
@@ -271,7 +271,7 @@ class DiffNeXt(nn.Module):
             xt: (B, C, H, W) noised Stage A latents.
             t: (B,) time in [0, 1], float32.
             semantic: (B, S, h, w) semantic latents of any resolution.
-            text: (B, L, D) text states; only if the network was built with ``text_dim``.
+            text: (B, L, D) text embeddings; only if the network was built with ``text_dim``.
 
         Returns:
             (B, C, H, W) float32.

@@ -17,7 +17,7 @@ def encoder_fingerprints(stage: str, *, encoder: Any, text_encoder: Any | None) 
     Args:
         stage: ``b`` or ``c``.
         encoder: the trained stage that encodes images; only its encoding network matters.
-        text_encoder: None if text states are not cached.
+        text_encoder: None if text embeddings are not cached.
     """
     fingerprints = {"stage": stage, "encoder": network_fingerprint(encoder.encoding)}
     if text_encoder is not None:

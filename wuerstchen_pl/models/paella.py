@@ -91,7 +91,7 @@ class Paella(nn.Module):
         num_blocks: blocks per level, on each side of the U.
         num_heads: attention heads per level; None for a level without; it ignores the conditions.
         cond_dim: channels of a condition token.
-        text_dim: D of the text states, or None: a Stage B without text.
+        text_dim: D of the text embeddings, or None: a Stage B without text.
         time_dim: channels of the time embedding, even.
         dropout: probability in blocks and attention.
 
@@ -200,7 +200,7 @@ class Paella(nn.Module):
             tokens: (B, H, W) integers in [0, K), of which a share t is random.
             t: (B,) time in [0, 1], float32.
             semantic: (B, S, h, w) semantic latents of any resolution.
-            text: (B, L, D) text states; only if the network was built with ``text_dim``.
+            text: (B, L, D) text embeddings; only if the network was built with ``text_dim``.
 
         Returns:
             (B, K, H, W) logits, in the dtype of the weights.

@@ -27,7 +27,7 @@ class Prior(nn.Module):
         width: channels of every block (paper 1280, v2 1536).
         depth: number of blocks (paper 16, v2 32).
         num_heads: attention heads (paper 16, v2 24).
-        text_dim: D of the text states (ViT-bigG-14 1280, ViT-H-14 1024).
+        text_dim: D of the text embeddings (ViT-bigG-14 1280, ViT-H-14 1024).
         time_dim: channels of the time embedding.
         dropout: probability in blocks and attention.
     """
@@ -71,13 +71,13 @@ class Prior(nn.Module):
                 module.scale_residual(depth)
 
     def inputs(self, t: Tensor, text: Tensor) -> list[BlockInputs]:
-        """(B,) or (T,) times and (B, L, D) text states -> the inputs of every block."""
+        """(B,) or (T,) times and (B, L, D) text embeddings -> the inputs of every block."""
         mapped = self.text_in(text.to(self.text_in.weight.dtype))
         mapped = self.text_out(F.leaky_relu(mapped, 0.2))
         return [BlockInputs(time_embedding(t, self.time_dim), mapped)] * len(self.blocks)
 
     def cache_conditioning(self, times: Tensor, text: Tensor) -> list[CachedConditioning]:
-        """(T,) upcoming times and (B, L, D) text states -> every block's cached conditioning."""
+        """(T,) times and (B, L, D) text embeddings -> every block's cached conditioning."""
         return cache_conditioning(self.blocks, self.inputs(times, text))
 
     def predict_noise(
@@ -99,7 +99,7 @@ class Prior(nn.Module):
         Args:
             xt: (B, C, h, w) noised latents.
             t: (B,) time in [0, 1], float32.
-            text: (B, L, D) text states.
+            text: (B, L, D) text embeddings.
 
         Returns:
             (B, C, h, w) float32, as the division is inaccurate in half precision.

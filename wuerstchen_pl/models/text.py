@@ -1,8 +1,9 @@
-"""CLIP text towers (open_clip) that return token states, not one pooled vector.
+"""CLIP text towers (open_clip) that return an embedding per token, not one pooled vector.
 
-The published models were trained on the states that transformers' CLIPTextModel returns: captions
-padded with the end token, padding masked as keys, all positions of the last layer after the final
-norm. open_clip pads with 0 and masks nothing; ``TextEncoder`` does the same as transformers.
+The published models were trained on the embeddings that transformers' CLIPTextModel returns:
+captions padded with the end token, padding masked as keys, all positions of the last layer after
+the final norm. open_clip pads with 0 and masks nothing; ``TextEncoder`` does the same as
+transformers.
 """
 
 import unicodedata
@@ -17,10 +18,10 @@ from wuerstchen_pl.models.tokenizer import Tokenizer
 
 
 class TextEncoder(nn.Module):
-    """Captions -> the states of all tokens.
+    """Captions -> text embeddings, one per token.
 
     Args:
-        width: D of the states (ViT-bigG-14: 1280, ViT-H-14: 1024).
+        width: D of the embeddings (ViT-bigG-14: 1280, ViT-H-14: 1024).
         depth: transformer layers (bigG: 32, H: 24).
         num_heads: attention heads (bigG: 20, H: 16).
         context_length: L, tokens per caption, including start and end.
@@ -89,7 +90,7 @@ class TextEncoder(nn.Module):
         return self.tokenizer.decode(self.tokenizer.encode(caption)[self.context_length - 2 :])
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) ids and mask, false for padding -> (B, L, D) states after the final norm."""
+        """(B, L) ids and mask, false for padding -> (B, L, D) embeddings after the final norm."""
         tower, length = self.tower, ids.shape[1]
         ids = ids.to(tower.token_embedding.weight.device)
         x = tower.token_embedding(ids) + tower.positional_embedding[:length]
@@ -101,7 +102,7 @@ class TextEncoder(nn.Module):
         return tower.ln_final(x)
 
     def forward(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> (B, L, D) states."""
+        """Captions -> (B, L, D) embeddings."""
         return self.encode(*self.tokenizer(captions))
 
     def check(self, prompt: str) -> None:

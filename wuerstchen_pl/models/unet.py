@@ -23,7 +23,7 @@ class UNet(nn.Module):
         num_up_blocks: blocks per level on the way up, finest first (paper 3, 5, 15, 5).
         num_heads: attention heads per level (paper 5, 10, 20, 20).
         cond_dim: channels of the mapped text.
-        text_dim: D of the text states.
+        text_dim: D of the text embeddings.
         time_dim: channels of the time embedding.
         dropout: probability in blocks and attention.
 
@@ -67,11 +67,11 @@ class UNet(nn.Module):
         return self.net.size_multiple
 
     def inputs(self, t: Tensor, text: Tensor) -> list[BlockInputs]:
-        """(B,) or (T,) times and (B, L, D) text states -> the inputs of every block."""
+        """(B,) or (T,) times and (B, L, D) text embeddings -> the inputs of every block."""
         return self.net.inputs(t, None, text, (0, 0))  # the size is for semantic latents only
 
     def cache_conditioning(self, times: Tensor, text: Tensor) -> list[CachedConditioning]:
-        """(T,) upcoming times and (B, L, D) text states -> every block's cached conditioning."""
+        """(T,) times and (B, L, D) text embeddings -> every block's cached conditioning."""
         return self.net.cache_conditioning(times, None, text, (0, 0))
 
     def predict_noise(

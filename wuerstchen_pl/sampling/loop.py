@@ -162,7 +162,7 @@ def _replace_tensors(tensors: Tensors, changed: Mapping[str, Tensor]) -> bool:
     """Replace the conditioning tensors that a callback changed; return whether there were any."""
     updates = {k: v for k, v in changed.items() if k in tensors and v is not tensors[k]}
     tensors.update(updates)
-    if NEGATIVE in updates:  # the second half of the text states, conditional and unconditional
+    if NEGATIVE in updates:  # the second half of the text embeddings, conditional and unconditional
         prompt = tensors[TEXT][: -len(updates[NEGATIVE])]
         tensors[TEXT] = torch.cat([prompt, updates[NEGATIVE].to(prompt)])
     return bool(updates)

@@ -60,7 +60,7 @@ class PriorSampler(StepState):
 
     Args:
         prior: the denoiser.
-        text_encoder: maps prompts to text states.
+        text_encoder: maps prompts to text embeddings.
         semantic_scale: ``scale`` of ``LatentScaling`` (v1, v2: 42).
         semantic_shift: ``shift`` of ``LatentScaling`` (v1, v2: 1).
         resolution_multiple: pixels per semantic position (v1, v2: 42.67).
@@ -127,8 +127,8 @@ class PriorSampler(StepState):
             timesteps: decreasing times in [0, 1] instead of equal steps.
             guidance_scale: away from the negative prompt; values up to 1 turn it off.
             negative_prompt: one, or one per prompt; empty if not given.
-            prompt_embeds: (N, L, D) text states instead of ``prompt``.
-            negative_prompt_embeds: (N, L, D) text states instead of ``negative_prompt``.
+            prompt_embeds: (N, L, D) text embeddings instead of ``prompt``.
+            negative_prompt_embeds: (N, L, D) text embeddings instead of ``negative_prompt``.
             num_images_per_prompt: images per prompt.
             generator: one for the whole batch, or a list with one per image.
             latents: (B, S, h, w) noise to start from.

@@ -1,4 +1,4 @@
-"""Prompts, or their text states -> the text conditioning of a denoiser."""
+"""Prompts, or their text embeddings -> the text conditioning of a denoiser."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from wuerstchen_pl.models.text import TextEncoder
 
 
 class Prompts(NamedTuple):
-    """Prompts and negative prompts, each as texts, as (N, L, D) states, or absent."""
+    """Prompts and negative prompts, each as texts, as (N, L, D) embeddings, or absent."""
 
     prompt: str | Sequence[str] | None = None
     negative: str | Sequence[str] | None = None
-    states: Tensor | None = None
-    negative_states: Tensor | None = None
+    embeds: Tensor | None = None
+    negative_embeds: Tensor | None = None
 
 
 def check_num_images(num_images: int) -> int:
-    """Return the number of images per prompt.
+    """The number of images per prompt, checked.
 
     Raises:
         ValueError: if it is not a positive integer.
@@ -47,18 +47,18 @@ def count_prompts(prompts: Prompts) -> int:
     """Number of prompts.
 
     Raises:
-        ValueError: if there is none, one is given as text and states, or the numbers differ.
+        ValueError: if there is none, one is given as text and embeddings, or the numbers differ.
     """
-    for name, text, states in (
-        ("prompt", prompts.prompt, prompts.states),
-        ("negative_prompt", prompts.negative, prompts.negative_states),
+    for name, text, embeds in (
+        ("prompt", prompts.prompt, prompts.embeds),
+        ("negative_prompt", prompts.negative, prompts.negative_embeds),
     ):
-        if text is not None and states is not None:
+        if text is not None and embeds is not None:
             raise ValueError(f"{name} and {name}_embeds are both given; use one of them")
-    if prompts.prompt is None and prompts.states is None:
+    if prompts.prompt is None and prompts.embeds is None:
         raise ValueError("neither prompt nor prompt_embeds is given; give one of them")
-    if prompts.states is not None:
-        num_prompts = len(prompts.states)
+    if prompts.embeds is not None:
+        num_prompts = len(prompts.embeds)
     else:
         num_prompts = len(as_list(_texts(prompts)))
     if prompts.negative is not None:
@@ -76,41 +76,41 @@ def _texts(prompts: Prompts) -> str | Sequence[str]:
 
 
 def encode_prompts(encoder: TextEncoder, prompts: Prompts, *, repeats: int, guided: bool) -> Tensor:
-    """Prompts -> their text states, each ``repeats`` times.
+    """Prompts -> their text embeddings, each ``repeats`` times.
 
     Args:
         encoder: text encoder of this stage.
         prompts: N prompts.
         repeats: images per prompt.
-        guided: append the states of the negative prompts, which default to empty ones.
+        guided: append those of the negative prompts, which default to empty ones.
 
     Returns:
         (N repeats, L, D), or (2 N repeats, L, D) if ``guided``.
     """
     num_prompts, repeats = count_prompts(prompts), check_num_images(repeats)
-    states = prompts.states
-    if states is None:
-        states = encode_texts(encoder, as_list(_texts(prompts)))
-    length = states.shape[1] if states.ndim > 1 else 0
-    _check_states(states, (num_prompts, length, encoder.width), "prompt_embeds")
-    both = [states]
+    embeds = prompts.embeds
+    if embeds is None:
+        embeds = encode_texts(encoder, as_list(_texts(prompts)))
+    length = embeds.shape[1] if embeds.ndim > 1 else 0
+    _check_embeds(embeds, (num_prompts, length, encoder.width), "prompt_embeds")
+    both = [embeds]
     if guided:
-        negative = prompts.negative_states
+        negative = prompts.negative_embeds
         if negative is None:
             texts = as_list("" if prompts.negative is None else prompts.negative)
             negative = encode_texts(encoder, texts * num_prompts if len(texts) == 1 else texts)
-        _check_states(negative, tuple(states.shape), "negative_prompt_embeds")
-        both.append(negative.to(states))
+        _check_embeds(negative, tuple(embeds.shape), "negative_prompt_embeds")
+        both.append(negative.to(embeds))
     return torch.cat([part.repeat_interleave(repeats, dim=0) for part in both])
 
 
-def _check_states(states: Tensor, shape: tuple[int, ...], name: str) -> None:
-    if tuple(states.shape) != shape:
-        raise ValueError(f"{name} have shape {tuple(states.shape)}; use shape {shape}")
+def _check_embeds(embeds: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tuple(embeds.shape) != shape:
+        raise ValueError(f"{name} have shape {tuple(embeds.shape)}; use shape {shape}")
 
 
 def encode_texts(encoder: TextEncoder, captions: list[str]) -> Tensor:
-    """Captions -> (N, L, D) states; warns if a caption is truncated."""
+    """Captions -> (N, L, D) embeddings; warns if a caption is truncated."""
     for caption in dict.fromkeys(captions):
         if cut := encoder.cut_off(caption):
             warnings.warn(
@@ -118,5 +118,5 @@ def encode_texts(encoder: TextEncoder, captions: list[str]) -> Tensor:
                 stacklevel=2,
             )
     distinct = list(dict.fromkeys(captions))
-    states = encoder(distinct)
-    return states[[distinct.index(caption) for caption in captions]]
+    embeds = encoder(distinct)
+    return embeds[[distinct.index(caption) for caption in captions]]

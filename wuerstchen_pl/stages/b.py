@@ -184,7 +184,7 @@ class StageB(Stage):
     # Objective
 
     def text(self, captions: Sequence[str]) -> Tensor | None:
-        """Captions -> (B, L, D) states, or None for a Stage B without text."""
+        """Captions -> (B, L, D) embeddings, or None for a Stage B without text."""
         if self.text_encoder is None:
             return None
         with self.frozen.inference(self.device):

@@ -28,11 +28,11 @@ def encode_captions(
     encode: Callable[[Sequence[str]], Tensor | None],
     dropped: Tensor | None = None,
 ) -> Tensor | None:
-    """The token states of a batch's captions, from the cache or encoded now.
+    """The text embeddings of a batch's captions, from the cache or encoded now.
 
     Args:
         batch: with ``caption``, and with ``text`` and ``empty_text`` if they were cached.
-        encode: captions -> (B, L, D) states, or None for a stage without text.
+        encode: captions -> (B, L, D) embeddings, or None for a stage without text.
         dropped: (B,) bool, True replaces the caption with the empty one; None keeps all.
     """
     if dropped is None:
@@ -83,7 +83,7 @@ class Stage(L.LightningModule):
     # Frozen networks
 
     def __getattr__(self, name: str) -> Any:
-        """Find frozen networks by name; ``nn.Module`` finds parameters and submodules."""
+        """The frozen network with this name; ``nn.Module`` finds parameters and submodules."""
         frozen = self.__dict__.get("frozen", {})
         return frozen[name] if name in frozen else super().__getattr__(name)
 

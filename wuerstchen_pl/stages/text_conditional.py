@@ -35,7 +35,7 @@ class TextConditionalStage(Stage):
 
     Args:
         prior: the denoiser.
-        text_encoder: captions -> token states.
+        text_encoder: captions -> text embeddings.
         train_text_encoder: train it with the prior (tiny preset); False freezes it.
         latent_channels: channels of the frozen stage's latents.
         optimizer: builds an optimizer over all weights that are not frozen.
@@ -134,7 +134,7 @@ class TextConditionalStage(Stage):
             return self.encode(batch["image"])
 
     def text(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> (B, L, D) states, with gradients if the text encoder is trained."""
+        """Captions -> (B, L, D) embeddings, with gradients if the text encoder is trained."""
         if self.train_text_encoder:
             return self.text_encoder(captions)
         with self.frozen.inference(self.device):

@@ -40,7 +40,7 @@ def test_images_are_the_same_if_their_hashes_are() -> None:
     assert selector.select(wide) == "max_ratio"  # and does not count as the first one
     first = with_hash("b", 0, 7)
     assert selector.apply_filters(first) == first
-    assert selector.first_by_hash == {}  # `apply_filters` remembers nothing
+    assert selector.first_by_hash == {}  # ``apply_filters`` remembers nothing
     assert selector.select(first) == first
     for copy in (with_hash("a", 0, 7), with_hash("b", 1, 7)):
         assert selector.select(copy) == "duplicate"

@@ -32,12 +32,12 @@ class Encoders(Protocol):
         """(B, 3, H, W) in [0, 1] -> tensors (B, ...) on the CPU, by name."""
 
     def captions(self, captions: list[str]) -> Tensor | None:
-        """B captions -> (B, L, D) hidden states on the CPU; None if captions are not cached."""
+        """B captions -> (B, L, D) text embeddings on the CPU; None if captions are not cached."""
 
 
 @dataclass(slots=True)
 class EncodedSample:
-    """The encoded sample: tensors of each crop, and the hidden states of its captions."""
+    """The encoded sample: tensors of each crop, and the text embeddings of its captions."""
 
     size: Size = (0, 0)
     crops: list[dict[str, Tensor]] = field(default_factory=list)
@@ -149,8 +149,8 @@ def _samples_per_file(
     height, width = max(data.sizes, key=lambda size: size[0] * size[1])
     encoded = encoders.images(torch.zeros(1, 3, height, width))
     size = crops * sum(tensor.nbytes for tensor in encoded.values())
-    states = encoders.captions([""])
-    size += 0 if states is None else states.nbytes
+    embeddings = encoders.captions([""])
+    size += 0 if embeddings is None else embeddings.nbytes
     return max(1, shard_mb * 1_000_000 // size)
 
 
@@ -194,11 +194,11 @@ def _add_text(
 ) -> None:
     """Encode all captions of the samples ``numbers`` in one batch."""
     captions = [caption for number in numbers for caption in samples[number].captions]
-    states = encoders.captions(captions) if captions else None
-    if states is None:
+    embeddings = encoders.captions(captions) if captions else None
+    if embeddings is None:
         return
     lengths = [len(samples[number].captions) for number in numbers]
-    for number, text in zip(numbers, states.split(lengths), strict=True):
+    for number, text in zip(numbers, embeddings.split(lengths), strict=True):
         encoded[number].text = text
 
 

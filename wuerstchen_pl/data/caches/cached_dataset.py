@@ -2,8 +2,8 @@
 
 A cache is a folder of safetensors files and a manifest, ``cache.json``. A file contains, for each
 bucket size, ``<name>/<height>x<width>`` with one row per crop of each sample; ``text`` with the
-hidden states of their captions; and the list of samples in its metadata. ``empty.safetensors`` has
-the hidden states of the empty caption, so that captions can still be dropped. Batches:
+embeddings of their captions; and the list of samples in its metadata. ``empty.safetensors`` has
+the embeddings of the empty caption, so that captions can still be dropped. Batches:
 
     semantic    (B, S, h, w) float32, for Stage C; or for Stage B:
     latents     (B, C, H/4, W/4) float32, and
@@ -227,7 +227,7 @@ class ShardWriter:
             sample: the sample.
             size: (height, width) of its bucket.
             crops: tensors (crops, ...) by name, one row per crop.
-            text: (captions, L, D) hidden states of its captions.
+            text: (captions, L, D) embeddings of its captions.
         """
         bucket = f"{size[0]}x{size[1]}"
         row = self._num_rows.get(bucket, 0)

@@ -26,7 +26,7 @@ from wuerstchen_pl.pipelines.generate import autoencode
 from wuerstchen_pl.pipelines.loading import load_pipeline
 from wuerstchen_pl.sampling.config import SamplingConfig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def fast(*overrides: str) -> list[str]:
