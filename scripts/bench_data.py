@@ -174,7 +174,7 @@ def run(rounds: int, count: int = 192) -> Path:
     return write_table(
         "data",
         "python scripts/bench.py data",
-        "Images per second and core, from JPEG shards to float batches of 16; images have one "
+        "Images per second per core, from JPEG shards to float batches of 16; images have one "
         f"megapixel and about {kilobytes} KB. Medians of {rounds} alternating rounds. WebDataset "
         "crops squares, with torchvision's decoder and antialiased bicubic resizing.",
         "| batches | WebDataset + torchvision | ours | ratio |",

@@ -189,8 +189,8 @@ def page(mfu: float, image_kb: float) -> str:
 
 
 CORE_RATE = 126.2
-"""Images per second and core, 1024 px JPEGs to 512 px; benchmarks/, AMD EPYC, 2026-11-21."""
-CLOSING = f"""Decoding cores assume {CORE_RATE} images per second and core, measured from 1024
+"""Images per second per core, 1024 px JPEGs to 512 px; benchmarks/, AMD EPYC, 2026-11-21."""
+CLOSING = f"""Decoding cores assume {CORE_RATE} images per second per core, measured from 1024
 px JPEGs to 512 px batches (`benchmarks/`, AMD EPYC, 2026-11-21). Larger images decode more slowly.
 
 ## What would limit a run on a billion images first
@@ -201,7 +201,7 @@ px JPEGs to 512 px batches (`benchmarks/`, AMD EPYC, 2026-11-21). Larger images 
    machine downloads every shard that its processes read. For a billion images, put the shards on a
    shared file system, or build the cache once (`python -m wuerstchen_pl.cache`: 18 KB per image at
    24 x 24).
-3. **Memory that grows with the data set.** The names of all shards are in memory: 100,000 of them
+3. **Memory that grows with the dataset.** The names of all shards are in memory: 100,000 of them
    at 10,000 images per shard. Samples are listed for one window at a time. `deduplicate` takes 120
    bytes per image; run it in `data build` instead.
 4. **Checkpoints.** With `ddp` one process writes and hashes the whole checkpoint; with `fsdp` all

@@ -63,7 +63,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def with_local_data(arguments: list[str], workdir: Path) -> list[str]:
-    """Create the data of a command, and replace a data set on the hub with a local one."""
+    """Create the data of a command, and replace a dataset on the Hub with a local one."""
     if "data=shards" in arguments:
         folder = "my/shards" if "data.urls=my/shards" in arguments else "shards"
         shards(workdir / folder, 10, 2)

@@ -97,7 +97,7 @@ class EvaluationPlan:
 
     @property
     def prompts_are_data(self) -> bool:
-        """Whether the prompts are captions of a data set, each with its image's size."""
+        """Whether the prompts are captions of a dataset, each with its image's size."""
         return self.prompts == TRAINING_DATA or self.prompts.endswith(YAML)
 
     @property
