@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from wuerstchen_pl.formats.key_map import from_upstream, key_mappings
+from wuerstchen_pl.formats.key_map import from_external, key_mappings
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,9 +27,9 @@ def load(net: nn.Module, config: dict, weights: dict[str, Tensor]) -> nn.Module:
     """Load the authors' weights into our network."""
     shapes = {k: tuple(v.shape) for k, v in net.state_dict().items() if k != "scale_factor"}
     table = key_mappings({"_target_": type(net).__name__, **config}, shapes, "upstream")
-    theirs = {name: in_memory(tensor) for name, tensor in weights.items()}
-    ours = from_upstream(theirs, table, shapes, "the golden file")
-    state = {name: lazy.load() for name, lazy in ours.items()}
+    external = {name: in_memory(tensor) for name, tensor in weights.items()}
+    native = from_external(external, table, shapes, "the golden file")
+    state = {name: lazy.load() for name, lazy in native.items()}
     result = net.load_state_dict(state, strict=False)
     assert set(result.missing_keys) <= {"scale_factor"}, result
     return net.eval()

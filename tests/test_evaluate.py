@@ -53,12 +53,12 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def assert_close(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> None:
+def assert_close(actual: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> None:
     """Scores agree up to the effect of different rounding of pixels."""
-    assert ours.keys() == theirs.keys()
-    for name, score in theirs.items():
+    assert actual.keys() == expected.keys()
+    for name, score in expected.items():
         for key in ("value", "low", "high"):
-            assert ours[name][key] == pytest.approx(score[key], rel=2e-3), name
+            assert actual[name][key] == pytest.approx(score[key], rel=2e-3), name
 
 
 @pytest.fixture(scope="module")

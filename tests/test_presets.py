@@ -77,11 +77,11 @@ def test_the_text_encoders_match_clip(preset: str, model: str) -> None:
         cfg = compose("train", ["stage=c", f"preset={preset}", "stage.text_encoder.weights=null"])
     clip = open_clip.get_model_config(model)
     with torch.device("meta"):
-        ours = instantiate(cfg.stage.text_encoder).tower
-        theirs = _build_text_tower(clip["embed_dim"], CLIPTextCfg(**clip["text_cfg"]))
-    shapes = {name: p.shape for name, p in theirs.named_parameters() if name != "text_projection"}
-    assert {name: p.shape for name, p in ours.named_parameters()} == shapes
-    heads = [t.transformer.resblocks[0].attn.num_heads for t in (ours, theirs)]
+        actual = instantiate(cfg.stage.text_encoder).tower
+        expected = _build_text_tower(clip["embed_dim"], CLIPTextCfg(**clip["text_cfg"]))
+    shapes = {name: p.shape for name, p in expected.named_parameters() if name != "text_projection"}
+    assert {name: p.shape for name, p in actual.named_parameters()} == shapes
+    heads = [t.transformer.resblocks[0].attn.num_heads for t in (actual, expected)]
     assert heads[0] == heads[1]
 
 

@@ -27,11 +27,11 @@ def differing(one: dict, other: dict) -> list[str]:
     shadow = other["ema"]["shadow"]
     names += [f"ema.{k}" for k, v in one["ema"]["shadow"].items() if not torch.equal(v, shadow[k])]
     pairs = zip(one["optimizer_states"], other["optimizer_states"], strict=True)
-    for mine, theirs in pairs:
-        for index, state in mine["state"].items():
+    for first, second in pairs:
+        for index, state in first["state"].items():
             for name, value in state.items():
                 if not torch.equal(
-                    torch.as_tensor(value), torch.as_tensor(theirs["state"][index][name])
+                    torch.as_tensor(value), torch.as_tensor(second["state"][index][name])
                 ):
                     names.append(f"optimizer.{index}.{name}")
     return names

@@ -70,7 +70,7 @@ VAGUE = set(
     Opener family facts Request spare Pictures Plan stretches addresses downloads claims survey
     caching During own_data pictures Wanted Subject Process OF_SETS OF_TEXTS OF_THE_RUN
     KnownToInterpolations READ size_12 size_24 recipe against licence in_background torture
-    rehearsal made
+    rehearsal made ours theirs
     """.split()  # noqa: SIM905
 )
 """Names that say nothing of their value, and names that were replaced by standard terms."""

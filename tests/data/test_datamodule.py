@@ -182,9 +182,9 @@ def test_spawned_workers_give_the_same_batches(sources: Callable[[str], Source],
     expected = ready(source).train_dataloader()
     loader = ready(source, num_workers=1).train_dataloader()
     loader.multiprocessing_context = multiprocessing.get_context("spawn")
-    for ours, theirs in zip(loader, expected, strict=True):
-        assert ours["key"] == theirs["key"]
-        assert torch.equal(ours["image"], theirs["image"])
+    for actual, other in zip(loader, expected, strict=True):
+        assert actual["key"] == other["key"]
+        assert torch.equal(actual["image"], other["image"])
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 6), (6, 2), (4, 3)])
@@ -242,9 +242,9 @@ def test_batch_contents(openmoji: OpenMoji) -> None:
 def test_keep_decoded_does_not_change_the_batches(openmoji: OpenMoji) -> None:
     plain, kept = (ready(openmoji, keep_decoded=keep).train_dataloader() for keep in (False, True))
     for _ in range(3):
-        for ours, theirs in zip(kept, plain, strict=True):
-            assert ours["key"] == theirs["key"]
-            assert torch.equal(ours["image"], theirs["image"])
+        for actual, other in zip(kept, plain, strict=True):
+            assert actual["key"] == other["key"]
+            assert torch.equal(actual["image"], other["image"])
 
 
 def test_crops_vary_if_the_aspect_ratio_leaves_room(openmoji: OpenMoji) -> None:

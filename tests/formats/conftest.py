@@ -87,7 +87,7 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="session")
-def ours(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native_folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model in the native format."""
     path = tmp_path_factory.mktemp("format") / "native"
     registry.write_model(model, path, "native")

@@ -57,18 +57,18 @@ def on_meta(build: Callable[[], Any]) -> Any:
         return build()
 
 
-@pytest.mark.parametrize(("stage", "name", "part", "theirs"), NETWORKS)
-def test_names_and_shapes_equal_diffusers(stage: str, name: str, part: str, theirs: Any) -> None:
-    expected = shapes_of(on_meta(theirs).state_dict())
+@pytest.mark.parametrize(("stage", "name", "part", "reference"), NETWORKS)
+def test_names_and_shapes_equal_diffusers(stage: str, name: str, part: str, reference: Any) -> None:
+    expected = shapes_of(on_meta(reference).state_dict())
     config = preset(stage, name, part)
     if name == "paper":  # its text encoder is configurable
         expected["cond_mapper.0.weight"] = (1280, config["text_dim"])
     assert external_shapes(config, "diffusers") == expected
 
 
-@pytest.mark.parametrize(("stage", "name", "part", "theirs"), NETWORKS)
-def test_arguments_equal_diffusers(stage: str, name: str, part: str, theirs: Any) -> None:
-    expected = dict(on_meta(theirs).config)
+@pytest.mark.parametrize(("stage", "name", "part", "reference"), NETWORKS)
+def test_arguments_equal_diffusers(stage: str, name: str, part: str, reference: Any) -> None:
+    expected = dict(on_meta(reference).config)
     config = preset(stage, name, part)
     if name == "paper":
         expected["c_cond"] = config["text_dim"]
@@ -87,9 +87,9 @@ def test_arguments_equal_diffusers(stage: str, name: str, part: str, theirs: Any
 def test_names_and_shapes_of_text_towers_equal_transformers(stage: str, name: str) -> None:
     config = with_defaults({**part_config(stage, name, "text_encoder"), "weights": None})
     config["vocab_size"] = 49408
-    theirs = CLIPTextConfig(**config_map.to_diffusers(config))
+    reference = CLIPTextConfig(**config_map.to_diffusers(config))
     with torch.device("meta"):
-        expected = shapes_of(CLIPTextModel(theirs).state_dict())
+        expected = shapes_of(CLIPTextModel(reference).state_dict())
     actual, unprefixed = (
         # transformers 4 writes the prefix, 5 does not
         {key.removeprefix("text_model."): shape for key, shape in shapes.items()}

@@ -19,9 +19,9 @@ from wuerstchen_pl.models.tokenizer import write_vocabulary
 
 
 @pytest.fixture
-def copy(ours: Path, tmp_path: Path) -> Path:
+def copy(native_folder: Path, tmp_path: Path) -> Path:
     """A copy of the native model, to be modified."""
-    return Path(shutil.copytree(ours, tmp_path / "copy"))
+    return Path(shutil.copytree(native_folder, tmp_path / "copy"))
 
 
 def change_tensors(path: Path, change: Callable[[dict], None]) -> None:

@@ -128,8 +128,8 @@ def test_a_single_upstream_file_is_read(model: Model, name: str, tmp_path: Path)
     assert_bit_equal(tensors(read_back), tensors(Model({part: model.parts[part]})))
 
 
-def test_written_files_equal_those_of_safetensors(model: Model, ours: Path) -> None:
-    path = ours / "decoder" / "model.safetensors"
+def test_written_files_equal_those_of_safetensors(model: Model, native_folder: Path) -> None:
+    path = native_folder / "decoder" / "model.safetensors"
     state = load_file(path)
     expected = {name: lazy.load() for name, lazy in model.parts["decoder"].tensors.items()}
     assert_bit_equal(state, expected)
@@ -138,8 +138,8 @@ def test_written_files_equal_those_of_safetensors(model: Model, ours: Path) -> N
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_shards_are_read(model: Model, ours: Path, tmp_path: Path) -> None:
-    registry.write_model(registry.read_model(str(ours)), tmp_path / "sharded", "native")
+def test_shards_are_read(model: Model, native_folder: Path, tmp_path: Path) -> None:
+    registry.write_model(registry.read_model(str(native_folder)), tmp_path / "sharded", "native")
     folder = tmp_path / "sharded" / "prior"
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -24,7 +24,7 @@ PUBLISHED: dict[str, Any] = {
 
 
 def arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Map the authors' constructor arguments to ours."""
+    """Map the authors' constructor arguments to this package's."""
     assert config["c_in"] == config["c_out"]
     return {
         "codebook_size": config["num_labels"],

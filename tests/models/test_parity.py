@@ -17,8 +17,8 @@ from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.vqgan import VQGAN
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

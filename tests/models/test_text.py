@@ -33,11 +33,11 @@ def test_embeddings_of_words_equal_open_clips(encoder: TextEncoder) -> None:
     tower = _build_text_tower(32, CLIPTextCfg(width=32, heads=4, layers=2))
     tower.load_state_dict({**encoder.tower.state_dict(), "text_projection": torch.zeros(32, 32)})
     tower.output_tokens = True
-    theirs = tower.eval()(ids)[1]
-    ours = encoder(CAPTIONS)
+    expected = tower.eval()(ids)[1]
+    actual = encoder(CAPTIONS)
     for row, caption in enumerate(CAPTIONS):
         used = len(encoder.tokenizer.encode(caption)) + 2
-        torch.testing.assert_close(ours[row, :used], theirs[row, :used], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(actual[row, :used], expected[row, :used], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

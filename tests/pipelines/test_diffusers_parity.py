@@ -1,4 +1,4 @@
-"""Our pipeline against diffusers': same weights and generators give the same images."""
+"""The pipeline against diffusers': same weights and generators give the same images."""
 
 import inspect
 import random
@@ -41,13 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> Any:
+def reference(folder: Path) -> Any:
     return reference_models.combined(folder / "tokenizer")
 
 
 @pytest.fixture(scope="module")
-def ours(theirs: Any, folder: Path) -> WuerstchenPipeline:
-    decoder, prior = reference_models.save_pair(theirs, folder)
+def pipeline(reference: Any, folder: Path) -> WuerstchenPipeline:
+    decoder, prior = reference_models.save_pair(reference, folder)
     return WuerstchenPipeline.from_pretrained(str(decoder), prior=str(prior))
 
 
@@ -85,14 +85,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_image_equals_diffusers(case: str, theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_an_image_equals_diffusers(case: str, reference: Any, pipeline: WuerstchenPipeline) -> None:
     options = CASES[case]
     if isinstance(options.get("generator"), list):
         options = {**options, "generator": [rng(5), rng(6)]}
-    expected = generate(theirs, **options)
+    expected = generate(reference, **options)
     if isinstance(options.get("generator"), list):
         options = {**options, "generator": [rng(5), rng(6)]}
-    actual = generate(ours, **options)
+    actual = generate(pipeline, **options)
     assert actual.shape == expected.shape
     assert float((actual - expected).abs().max()) < TOLERANCE
     assert 0.05 < float(expected.std()) < 0.4  # neither constant nor saturated
@@ -110,14 +110,16 @@ def test_an_image_equals_diffusers(case: str, theirs: Any, ours: WuerstchenPipel
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_each_compared_input_changes_the_image(changed: dict, ours: WuerstchenPipeline) -> None:
-    difference = (generate(ours) - generate(ours, **changed)).abs().max()
+def test_each_compared_input_changes_the_image(changed: dict, pipeline: WuerstchenPipeline) -> None:
+    difference = (generate(pipeline) - generate(pipeline, **changed)).abs().max()
     assert float(difference) > 20 * TOLERANCE
 
 
-def test_the_decoder_reads_its_prompt_and_the_semantic_latents(ours: WuerstchenPipeline) -> None:
+def test_the_decoder_reads_its_prompt_and_the_semantic_latents(
+    pipeline: WuerstchenPipeline,
+) -> None:
     def decoded(semantic: Tensor, prompt: str) -> Tensor:
-        return ours.decoder(
+        return pipeline.decoder(
             semantic, prompt, 3, generator=rng(), output_type="pt", progress=False
         ).images
 
@@ -128,48 +130,53 @@ def test_the_decoder_reads_its_prompt_and_the_semantic_latents(ours: WuerstchenP
 
 
 def test_an_image_does_not_depend_on_the_other_prompts_of_a_list(
-    theirs: Any, ours: WuerstchenPipeline
+    reference: Any, pipeline: WuerstchenPipeline
 ) -> None:
     prompts = ["a red heart", "a green frog on a table"]
-    together = generate(ours, prompts, generator=[rng(5), rng(6)], decoder_guidance_scale=2.0)
+    together = generate(pipeline, prompts, generator=[rng(5), rng(6)], decoder_guidance_scale=2.0)
     for image, prompt, seed in zip(together, prompts, (5, 6), strict=True):
-        for pipe in (ours, theirs):
+        for pipe in (pipeline, reference):
             alone = generate(pipe, prompt, generator=rng(seed), decoder_guidance_scale=2.0)[0]
             assert float((image - alone).abs().max()) < TOLERANCE
 
 
 def test_several_images_per_prompt_are_in_the_order_of_the_prompts(
-    ours: WuerstchenPipeline,
+    pipeline: WuerstchenPipeline,
 ) -> None:
     options: dict[str, Any] = {"num_images_per_prompt": 2, "generator": None}
-    together = generate(ours, ["a red heart", "a green frog"], seed=5, **options)
-    alone = generate(ours, "a green frog", seed=7, **options)
+    together = generate(pipeline, ["a red heart", "a green frog"], seed=5, **options)
+    alone = generate(pipeline, "a green frog", seed=7, **options)
     assert float((together[2:] - alone).abs().max()) < TOLERANCE
 
 
-def test_text_embeddings_instead_of_prompts(theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_text_embeddings_instead_of_prompts(reference: Any, pipeline: WuerstchenPipeline) -> None:
     width = reference_models.PRIOR["c_cond"]
     embeds, negative = torch.randn(2, 1, 77, width, generator=rng(8))
     options = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
-    expected, actual = (generate(pipe, None, **options) for pipe in (theirs, ours))
+    expected, actual = (generate(pipe, None, **options) for pipe in (reference, pipeline))
     assert float((actual - expected).abs().max()) < TOLERANCE
-    assert float((generate(ours, None, prompt_embeds=embeds) - actual).abs().max()) > 20 * TOLERANCE
+    assert (
+        float((generate(pipeline, None, prompt_embeds=embeds) - actual).abs().max())
+        > 20 * TOLERANCE
+    )
 
 
-def test_the_prior_alone(theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_the_prior_alone(reference: Any, pipeline: WuerstchenPipeline) -> None:
     options = {"height": 256, "num_inference_steps": 4, "negative_prompt": "blue"}
-    expected = theirs.prior_pipe("a red heart", generator=rng(), **options).image_embeddings
-    actual = ours.prior("a red heart", generator=rng(), progress=False, **options).image_embeddings
+    expected = reference.prior_pipe("a red heart", generator=rng(), **options).image_embeddings
+    actual = pipeline.prior(
+        "a red heart", generator=rng(), progress=False, **options
+    ).image_embeddings
     assert actual.shape == expected.shape == (1, 16, 6, 24)
     assert float((actual - expected).abs().max()) < TOLERANCE * float(expected.std())
 
 
 @pytest.mark.parametrize("output_type", ["pt", "np", "pil", "latent"])
-def test_the_decoder_alone(output_type: str, theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_the_decoder_alone(output_type: str, reference: Any, pipeline: WuerstchenPipeline) -> None:
     semantic = torch.randn(2, 16, 6, 3, generator=rng(1))
     options = {"num_inference_steps": 3, "output_type": output_type, "return_dict": False}
-    expected = theirs.decoder_pipe(semantic, "frog", generator=rng(), **options)
-    actual = ours.decoder(semantic, "frog", generator=rng(), progress=False, **options)
+    expected = reference.decoder_pipe(semantic, "frog", generator=rng(), **options)
+    actual = pipeline.decoder(semantic, "frog", generator=rng(), progress=False, **options)
     if output_type == "pil":
         expected, actual = (
             torch.stack([torch.from_numpy(np.array(image)) for image in part]).float() / 255
@@ -179,7 +186,9 @@ def test_the_decoder_alone(output_type: str, theirs: Any, ours: WuerstchenPipeli
     assert float(difference.abs().max()) < (1.5 / 255 if output_type == "pil" else TOLERANCE)
 
 
-def test_callbacks_get_and_change_the_same_tensors(theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_callbacks_get_and_change_the_same_tensors(
+    reference: Any, pipeline: WuerstchenPipeline
+) -> None:
     def recording(seen: list[Tensor]) -> Callable[..., dict[str, Tensor]]:
         def callback(pipe: Any, i: int, t: Tensor, tensors: dict) -> dict[str, Tensor]:
             seen.append(torch.cat([tensors["latents"].flatten(), t.flatten(), torch.tensor([i])]))
@@ -189,7 +198,7 @@ def test_callbacks_get_and_change_the_same_tensors(theirs: Any, ours: Wuerstchen
 
     runs: list[list[Tensor]] = []
     images = []
-    for pipe in (theirs, ours):
+    for pipe in (reference, pipeline):
         seen: list[Tensor] = []
         callbacks = {"prior_callback_on_step_end": recording(seen)}
         callbacks["callback_on_step_end"] = recording(seen)
@@ -199,10 +208,10 @@ def test_callbacks_get_and_change_the_same_tensors(theirs: Any, ours: Wuerstchen
     for expected, actual in zip(*runs, strict=True):
         torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert float((images[0] - images[1]).abs().max()) < TOLERANCE
-    assert float((images[1] - generate(ours)).abs().max()) > 20 * TOLERANCE
+    assert float((images[1] - generate(pipeline)).abs().max()) > 20 * TOLERANCE
 
 
-def test_a_callback_changes_the_text(theirs: Any, ours: WuerstchenPipeline) -> None:
+def test_a_callback_changes_the_text(reference: Any, pipeline: WuerstchenPipeline) -> None:
     def callback(pipe: Any, i: int, t: Tensor, tensors: dict) -> dict[str, Tensor]:
         states = tensors["text_encoder_hidden_states"]
         assert torch.equal(states[1:] if i == 0 else states[1:] * 2**i, tensors[NEGATIVE])
@@ -215,18 +224,18 @@ def test_a_callback_changes_the_text(theirs: Any, ours: WuerstchenPipeline) -> N
             NEGATIVE,
         ],
     }
-    expected, actual = (generate(pipe, **options) for pipe in (theirs, ours))
+    expected, actual = (generate(pipe, **options) for pipe in (reference, pipeline))
     assert float((actual - expected).abs().max()) < TOLERANCE
-    assert float((actual - generate(ours)).abs().max()) > 20 * TOLERANCE
+    assert float((actual - generate(pipeline)).abs().max()) > 20 * TOLERANCE
 
 
 def test_arguments_have_diffusers_names_order_and_defaults(
-    theirs: Any, ours: WuerstchenPipeline
+    reference: Any, pipeline: WuerstchenPipeline
 ) -> None:
     for their, our in (
-        (type(theirs), WuerstchenPipeline),
-        (type(theirs.prior_pipe), PriorSampler),
-        (type(theirs.decoder_pipe), DecoderSampler),
+        (type(reference), WuerstchenPipeline),
+        (type(reference.prior_pipe), PriorSampler),
+        (type(reference.decoder_pipe), DecoderSampler),
     ):
         expected, actual = (
             {
@@ -242,22 +251,24 @@ def test_arguments_have_diffusers_names_order_and_defaults(
     )
 
 
-def test_the_combined_folder_is_read(theirs: Any, ours: WuerstchenPipeline, tmp_path: Path) -> None:
-    theirs.save_pretrained(tmp_path / "combined")
+def test_the_combined_folder_is_read(
+    reference: Any, pipeline: WuerstchenPipeline, tmp_path: Path
+) -> None:
+    reference.save_pretrained(tmp_path / "combined")
     combined = WuerstchenPipeline.from_pretrained(str(tmp_path / "combined"))
-    assert torch.equal(generate(combined), generate(ours))
+    assert torch.equal(generate(combined), generate(pipeline))
 
 
 @pytest.mark.slow
-def test_a_compiled_pipeline_generates_the_same(ours: WuerstchenPipeline, folder: Path) -> None:
+def test_a_compiled_pipeline_generates_the_same(pipeline: WuerstchenPipeline, folder: Path) -> None:
     compiled = WuerstchenPipeline.from_pretrained(
         str(folder / "wuerstchen"), prior=str(folder / "wuerstchen-prior")
     ).compile(backend="aot_eager")
-    assert float((generate(compiled) - generate(ours)).abs().max()) < TOLERANCE
+    assert float((generate(compiled) - generate(pipeline)).abs().max()) < TOLERANCE
 
 
 def test_diffusers_loads_every_part_that_we_write(
-    theirs: Any, ours: WuerstchenPipeline, folder: Path, tmp_path: Path
+    reference: Any, pipeline: WuerstchenPipeline, folder: Path, tmp_path: Path
 ) -> None:
     model = registry.read_model(str(folder / "wuerstchen"), prior=str(folder / "wuerstchen-prior"))
     registry.write_model(model, tmp_path / "native", "native")  # diffusers -> native -> diffusers
@@ -279,19 +290,19 @@ def test_diffusers_loads_every_part_that_we_write(
         prior_prior=WuerstchenPrior.from_pretrained(prior, subfolder="prior"),
         prior_scheduler=DDPMWuerstchenScheduler.from_pretrained(prior, subfolder="scheduler"),
     )
-    assert torch.equal(generate(loaded), generate(theirs))
+    assert torch.equal(generate(loaded), generate(reference))
 
 
 @pytest.mark.slow
 def test_the_written_vocabulary_of_open_clip_is_read_by_transformers(tmp_path: Path) -> None:
     write_vocabulary(tmp_path)
-    theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
-    theirs.save_pretrained(tmp_path / "whole")  # as tokenizer.json
+    reference, pipeline = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
+    reference.save_pretrained(tmp_path / "whole")  # as tokenizer.json
     for text in CAPTIONS:
-        expected = theirs(
+        expected = reference(
             [text], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         )
-        for tokenizer in (ours, *(Tokenizer(folder=str(tmp_path / f)) for f in ("", "whole"))):
+        for tokenizer in (pipeline, *(Tokenizer(folder=str(tmp_path / f)) for f in ("", "whole"))):
             ids, mask = tokenizer([text])
             assert torch.equal(ids, expected.input_ids), text
             assert torch.equal(mask, expected.attention_mask.bool()), text
@@ -300,7 +311,7 @@ def test_the_written_vocabulary_of_open_clip_is_read_by_transformers(tmp_path: P
 def test_random_text_is_tokenized_as_by_transformers(tmp_path: Path) -> None:
     """Strings of pieces that are easily split differently: spaces, cases, special tokens."""
     write_vocabulary(tmp_path)
-    theirs, ours = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
+    reference, pipeline = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer()
     pieces = [
         *"aB9 !'<|>\u03a3\u03c3e\u0301\x1c\x85\u00a0\u200b\t\n\u1e9e\u0130\u0661\u3000\ufb01",
         "<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "'s", "'LL",
@@ -308,8 +319,8 @@ def test_random_text_is_tokenized_as_by_transformers(tmp_path: Path) -> None:
     rng = random.Random(0)
     for _ in range(500):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 14)))
-        expected = theirs([text], padding="max_length", max_length=77, truncation=True)
-        ids, mask = ours([text])
+        expected = reference([text], padding="max_length", max_length=77, truncation=True)
+        ids, mask = pipeline([text])
         assert ids.tolist() == expected.input_ids, repr(text)
         assert mask.long().tolist() == expected.attention_mask, repr(text)
 
@@ -334,7 +345,7 @@ pipe("a red heart", 128, 128, 2, num_inference_steps=1, seed=0, progress=False)
 
 @pytest.mark.slow
 def test_neither_diffusers_nor_transformers_is_needed(
-    ours: WuerstchenPipeline, folder: Path
+    pipeline: WuerstchenPipeline, folder: Path
 ) -> None:
     paths = [str(folder / "wuerstchen"), str(folder / "wuerstchen-prior")]
     run = subprocess.run([sys.executable, "-c", WITHOUT, *paths], capture_output=True, text=True)
@@ -342,7 +353,7 @@ def test_neither_diffusers_nor_transformers_is_needed(
 
 
 def test_hub_ids_are_downloaded_without_pickles(
-    ours: WuerstchenPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: WuerstchenPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         assert not {"*.bin", "*.pt", "*", "*.pkl", "*.py"} & set(allow_patterns)
@@ -352,11 +363,11 @@ def test_hub_ids_are_downloaded_without_pickles(
     pipe = WuerstchenPipeline.from_pretrained(
         "warp-ai/wuerstchen", prior="warp-ai/wuerstchen-prior"
     )
-    assert torch.equal(generate(pipe), generate(ours))
+    assert torch.equal(generate(pipe), generate(pipeline))
 
 
 def test_the_sample_command_generates_from_published_folders(
-    ours: WuerstchenPipeline, folder: Path, tmp_path: Path, program: Callable[..., int]
+    pipeline: WuerstchenPipeline, folder: Path, tmp_path: Path, program: Callable[..., int]
 ) -> None:
     fast = ["sample.prior_steps=4", "sample.decoder_steps=3", "height=128", "width=128"]
     models = [f"model={folder / 'wuerstchen'}", f"prior={folder / 'wuerstchen-prior'}"]
@@ -364,19 +375,19 @@ def test_the_sample_command_generates_from_published_folders(
     assert program("sample", *models, *fast, *arguments) == 0
     (path,) = tmp_path.glob("*.png")
     actual = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1) / 255
-    expected = generate(ours, generator=[rng(3)])[0]
+    expected = generate(pipeline, generator=[rng(3)])[0]
     assert float((actual - expected).abs().max()) < 0.51 / 255
 
 
-def test_a_seed_replaces_generators_in_each_part(ours: WuerstchenPipeline) -> None:
+def test_a_seed_replaces_generators_in_each_part(pipeline: WuerstchenPipeline) -> None:
     options: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
     by_seed, by_generator = (
-        ours.prior("frog", 128, 128, **options, num_images_per_prompt=2, **seeding)[0]
+        pipeline.prior("frog", 128, 128, **options, num_images_per_prompt=2, **seeding)[0]
         for seeding in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
     )
     assert torch.equal(by_seed, by_generator)
     images = [
-        ours.decoder(by_seed, "frog", output_type="pt", **options, **seeding).images
+        pipeline.decoder(by_seed, "frog", output_type="pt", **options, **seeding).images
         for seeding in ({"seed": 5}, {"generator": [rng(5), rng(6)]})
     ]
     assert torch.equal(*images)

@@ -112,29 +112,29 @@ def _prompts_of(path: Path) -> list[str]:
     return prompts
 
 
-def check_same_number(number: int, theirs: ImageFolder) -> None:
+def check_same_number(number: int, other: ImageFolder) -> None:
     """Check that a folder contains the expected number of images.
 
     Raises:
         ValueError: naming both numbers.
     """
-    if number != len(theirs):
+    if number != len(other):
         raise ValueError(
-            f"{theirs.key}={theirs.path} contains {len(theirs)} images, but there are {number} "
+            f"{other.key}={other.path} contains {len(other)} images, but there are {number} "
             "to compare with; generate both for the same prompts"
         )
 
 
-def check_same_prompts(ours: ImageFolder, theirs: ImageFolder) -> None:
+def check_same_prompts(folder: ImageFolder, other: ImageFolder) -> None:
     """Check that two folders were generated for the same prompts.
 
     Raises:
         ValueError: naming the first difference.
     """
-    check_same_number(len(ours), theirs)
-    pairs = zip(ours.prompts or (), theirs.prompts or (), strict=False)
+    check_same_number(len(folder), other)
+    pairs = zip(folder.prompts or (), other.prompts or (), strict=False)
     if mismatch := next((pair for pair in pairs if pair[0] != pair[1]), None):
         raise ValueError(
-            f"{theirs.key}={theirs.path} was generated for {mismatch[1]!r}, but {ours.path} for "
+            f"{other.key}={other.path} was generated for {mismatch[1]!r}, but {folder.path} for "
             f"{mismatch[0]!r}; generate both for the same prompts"
         )

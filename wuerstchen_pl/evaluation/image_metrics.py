@@ -54,25 +54,25 @@ def set_metrics(
     scores = {}
     if distances := [name for name in ("fid", "kid") if name in metrics]:
         assert reference is not None
-        ours = features(images, network, "generated")
+        generated = features(images, network, "generated")
         feature_cache = {} if feature_cache is None else feature_cache
         if network.weights_sha256 not in feature_cache:
-            reference_features = cached_features(reference, network, cache_dir)
-            feature_cache[network.weights_sha256] = reference_features
-        theirs = feature_cache[network.weights_sha256]
+            cached = cached_features(reference, network, cache_dir)
+            feature_cache[network.weights_sha256] = cached
+        reference_features = feature_cache[network.weights_sha256]
         for name in distances:
-            check_enough(name, network.width, len(ours), len(theirs))
+            check_enough(name, network.width, len(generated), len(reference_features))
             measure = (
-                FrechetDistance(theirs)
+                FrechetDistance(reference_features)
                 if name == "fid"
-                else partial(kernel_distance, reference=theirs)
+                else partial(kernel_distance, reference=reference_features)
             )
             metadata = {
-                "reference": len(theirs),
+                "reference": len(reference_features),
                 "weights_sha256": network.weights_sha256,
                 **BIAS[name],
             }
-            scores[metric_name(name, network)] = distance(ours, measure, **metadata)
+            scores[metric_name(name, network)] = distance(generated, measure, **metadata)
     if "is" in metrics:
         assert isinstance(network, Inception)
         device = next(network.parameters()).device
@@ -97,9 +97,9 @@ BIAS: dict[str, dict[str, Any]] = {
 """Finite-sample bias: Frechet distances are comparable only for equal numbers of images."""
 
 
-def distance(ours: Tensor, measure: Callable[[Tensor], float], **metadata: Any) -> Score:
+def distance(generated: Tensor, measure: Callable[[Tensor], float], **metadata: Any) -> Score:
     """Apply ``measure`` to (N, D) features, with its interval."""
-    return set_score(lambda indices: measure(ours[indices]), len(ours), **metadata)
+    return set_score(lambda indices: measure(generated[indices]), len(generated), **metadata)
 
 
 def features(images: Iterable[Tensor], network: FeatureNetwork, label: str) -> Tensor:
@@ -146,7 +146,7 @@ def text_metric(images: ImageFolder, model: Clip, name: str) -> Score:
 
 
 def win_rates(
-    images: ImageFolder, baselines: Sequence[ImageFolder], ours: Score, model: Clip
+    images: ImageFolder, baselines: Sequence[ImageFolder], pickscores: Score, model: Clip
 ) -> dict[str, Score]:
     """``win_rate/<folder>``: the share of prompts whose image scores above the baseline's.
 
@@ -158,11 +158,11 @@ def win_rates(
     scores = {}
     for baseline in baselines:
         baseline.prompts = images.prompts
-        theirs = text_metric(baseline, model, f"pickscore of {baseline.path.name}")
-        wins = pairwise_wins(ours.per_sample, theirs.per_sample)
+        baseline_scores = text_metric(baseline, model, f"pickscore of {baseline.path.name}")
+        wins = pairwise_wins(pickscores.per_sample, baseline_scores.per_sample)
         counts = {outcome: wins.count(value) for outcome, value in OUTCOMES.items()}
         scores[f"win_rate/{_unique_name(baseline, baselines)}"] = proportion_score(
-            wins, **counts, theirs=theirs.value
+            wins, **counts, baseline=baseline_scores.value
         )
     return scores
 

@@ -91,11 +91,11 @@ def from_diffusers(kind: str, config: Mapping[str, Any], where: str) -> Config:
             f"{where} has hidden_act={config['hidden_act']!r}; only gelu and quick_gelu are "
             "supported"
         )
-    if missing := sorted(theirs for theirs in scheme.names.values() if theirs not in config):
+    if missing := sorted(name for name in scheme.names.values() if name not in config):
         raise ValueError(f"{where} lacks {', '.join(missing)}; it is not a {scheme.class_name}")
-    arguments = {ours: config[theirs] for ours, theirs in scheme.names.items()}
+    arguments = {native: config[name] for native, name in scheme.names.items()}
     if any(value is None for value in arguments.values()):
-        null = next(theirs for ours, theirs in scheme.names.items() if arguments[ours] is None)
+        null = next(name for native, name in scheme.names.items() if arguments[native] is None)
         raise ValueError(f"{where} has {null}=null; set its value")
     if kind == "diffnext.DiffNeXt":
         arguments |= _from_diffnext(config, where)
@@ -136,7 +136,7 @@ def to_diffusers(config: Config) -> Config:
     if config.get("text_dim", 0) is None:
         raise ValueError("diffusers has no Stage B without text (text_dim=null); use format=native")
     scheme = SCHEMES[kind]
-    external = {theirs: config[ours] for ours, theirs in scheme.names.items()} | scheme.fixed
+    external = {name: config[native] for native, name in scheme.names.items()} | scheme.fixed
     if kind == "text.TextEncoder":
         return external | {
             "architectures": [scheme.class_name],

@@ -1,8 +1,8 @@
 """The diffusers format of ``warp-ai/wuerstchen`` and ``warp-ai/wuerstchen-prior``.
 
 Either two folders, one with Stage C and one with Stages A and B, or a single folder with all parts,
-in which Stage C's have the prefix ``prior_``. The published folders have no compressor; ours is
-written beside the decoder in upstream names, which diffusers ignores.
+in which Stage C's have the prefix ``prior_``. The published folders have no compressor; it
+is added beside the decoder under upstream names, which diffusers ignores.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from wuerstchen_pl.formats.config_map import from_diffusers, to_diffusers
-from wuerstchen_pl.formats.key_map import ExternalFormat, from_upstream, key_mappings, to_upstream
+from wuerstchen_pl.formats.key_map import ExternalFormat, from_external, key_mappings, to_external
 from wuerstchen_pl.formats.lazy_tensors import (
     LazyTensor,
     in_memory,
@@ -83,7 +83,7 @@ def read(path: Path, *, variant: str | None = None) -> Model:
                 part = name if name == "prior" else f"{'prior_' if only_prior else prefix}{name}"
                 model.parts[part] = _read_part(folder, f"{prefix}{name}", part, variant)
         _check_schedules(folder)
-        settings = {ours: index[theirs] for ours, theirs in SETTINGS.items() if theirs in index}
+        settings = {native: index[name] for native, name in SETTINGS.items() if name in index}
         model.settings |= validate_settings(settings, str(folder / INDEX))
         if (folder / "compressor").is_dir():
             model.parts["compressor"] = _read_compressor(folder / "compressor")
@@ -106,16 +106,18 @@ def _read_part(folder: Path, name: str, part: str, variant: str | None) -> Part:
         return read_text_encoder(folder / name, tokenizer, variant)
     config = folder / name / "config.json"
     weights = find_weights(folder / name, "diffusion_pytorch_model", variant)
-    ours = with_defaults(from_diffusers(KINDS[part], load_json(config), str(config)))
-    return Part(ours, _import_tensors(read_safetensors(weights), ours, "diffusers", str(weights)))
+    arguments = with_defaults(from_diffusers(KINDS[part], load_json(config), str(config)))
+    return Part(
+        arguments, _import_tensors(read_safetensors(weights), arguments, "diffusers", str(weights))
+    )
 
 
 def read_text_encoder(folder: Path, tokenizer: Path, variant: str | None = None) -> Part:
     """Read a transformers CLIPTextModel, and the files of its tokenizer if that folder exists."""
     config, weights = folder / "config.json", find_weights(folder, "model", variant)
-    ours = with_defaults(from_diffusers("text.TextEncoder", load_json(config), str(config)))
+    arguments = with_defaults(from_diffusers("text.TextEncoder", load_json(config), str(config)))
     tensors = _with_prefix(read_safetensors(weights))
-    part = Part(ours, _import_tensors(tensors, ours, "diffusers", str(weights)))
+    part = Part(arguments, _import_tensors(tensors, arguments, "diffusers", str(weights)))
     part.tokenizer = tokenizer if tokenizer.is_dir() else None
     return part
 
@@ -142,7 +144,7 @@ def _import_tensors(
     """External tensors under native names; Stage A's scale becomes a tensor again."""
     state = build_on_meta(config).state_dict()
     shapes = {name: tuple(t.shape) for name, t in state.items() if name != SCALE}
-    imported = from_upstream(tensors, key_mappings(config, shapes, format), shapes, where)
+    imported = from_external(tensors, key_mappings(config, shapes, format), shapes, where)
     if SCALE in state:
         imported[SCALE] = in_memory(torch.tensor(config[SCALE]))
     return imported
@@ -170,16 +172,16 @@ def write(model: Model, path: Path) -> None:
         for name, config in configs.items():
             if name not in networks and name != f"{prefix}text_encoder":
                 continue
-            theirs = name.removeprefix(prefix) if name.endswith("text_encoder") else name
-            _write_part(written[name], config, path / folder / theirs)
-            index[theirs] = CLASSES[theirs]
-            if theirs == "text_encoder":
+            component = name.removeprefix(prefix) if name.endswith("text_encoder") else name
+            _write_part(written[name], config, path / folder / component)
+            index[component] = CLASSES[component]
+            if component == "text_encoder":
                 copy_tokenizer(written[name], path / folder / "tokenizer")
                 index["tokenizer"] = CLASSES["tokenizer"]
         index["scheduler"] = CLASSES["scheduler"]
-        for ours, theirs in SETTINGS.items():
-            if ours in model.settings and (theirs == "latent_dim_scale") == (not prefix):
-                index[theirs] = model.settings[ours]
+        for native, external in SETTINGS.items():
+            if native in model.settings and (external == "latent_dim_scale") == (not prefix):
+                index[external] = model.settings[native]
         dump_json(path / folder / INDEX, index)
         scheduler = {"_class_name": "DDPMWuerstchenScheduler", **SCHEDULE}
         dump_json(path / folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -187,11 +189,11 @@ def write(model: Model, path: Path) -> None:
         part, folder_path = written["compressor"], path / PAIR[0] / "compressor"
         dump_json(folder_path / "config.json", part.config)
         table = key_mappings(part.config, part.tensors, "upstream")
-        write_safetensors(folder_path / "model.safetensors", to_upstream(part.tensors, table))
+        write_safetensors(folder_path / "model.safetensors", to_external(part.tensors, table))
 
 
 def _write_part(part: Part, config: dict[str, Any], folder: Path) -> None:
     stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
     dump_json(folder / "config.json", config)
     table = key_mappings(part.config, part.tensors, "diffusers")
-    write_safetensors(folder / f"{stem}.safetensors", to_upstream(part.tensors, table))
+    write_safetensors(folder / f"{stem}.safetensors", to_external(part.tensors, table))

@@ -82,8 +82,8 @@ _TEXT_LAYER: Rules = [
 class KeyMapping(NamedTuple):
     """A native tensor and its counterparts in an external format."""
 
-    ours: str
-    theirs: tuple[str, ...]  # several are concatenated along dim 0 in ours
+    native: str
+    external: tuple[str, ...]  # several are concatenated along dim 0 in the native one
     is_grn: bool  # native (C), external (1, 1, 1, C)
 
 
@@ -99,24 +99,24 @@ def key_mappings(
     mappings = []
     for key in keys:
         name = name_of(key, config)
-        theirs = (name,) if format == "upstream" else _for_diffusers(name, kind)
+        external = (name,) if format == "upstream" else _for_diffusers(name, kind)
         is_grn = kind in ("Prior", "DiffNeXt", "Paella") and key.endswith((".gamma", ".beta"))
-        mappings.append(KeyMapping(key, theirs, is_grn))
+        mappings.append(KeyMapping(key, external, is_grn))
     return mappings
 
 
-def to_upstream(
+def to_external(
     tensors: Mapping[str, LazyTensor], table: Iterable[KeyMapping]
 ) -> dict[str, LazyTensor]:
     """Native tensors -> external ones."""
     converted: dict[str, LazyTensor] = {}
-    for ours, theirs, is_grn in table:
-        lazy = tensors[ours]
-        for i, name in enumerate(theirs):
+    for native, external, is_grn in table:
+        lazy = tensors[native]
+        for i, name in enumerate(external):
             shape = (1, 1, 1, *lazy.shape) if is_grn else lazy.shape
-            if len(theirs) > 1:
-                shape = (shape[0] // len(theirs), *shape[1:])
-            converted[name] = LazyTensor(shape, lazy.dtype, _chunk(lazy, i, len(theirs), shape))
+            if len(external) > 1:
+                shape = (shape[0] // len(external), *shape[1:])
+            converted[name] = LazyTensor(shape, lazy.dtype, _chunk(lazy, i, len(external), shape))
     return converted
 
 
@@ -126,7 +126,7 @@ def _chunk(lazy: LazyTensor, i: int, num_chunks: int, shape: tuple[int, ...]) ->
     return lambda: lazy.load().chunk(num_chunks)[i]
 
 
-def from_upstream(
+def from_external(
     tensors: Mapping[str, LazyTensor],
     table: list[KeyMapping],
     shapes: Mapping[str, tuple[int, ...]],
@@ -145,13 +145,15 @@ def from_upstream(
             wrong shape.
     """
     empty = {k: LazyTensor(shapes[k], torch.float32, lambda: torch.empty(0)) for k, _, _ in table}
-    expected = {name: lazy.shape for name, lazy in to_upstream(empty, table).items()}
+    expected = {name: lazy.shape for name, lazy in to_external(empty, table).items()}
     compare_shapes(expected, {name: lazy.shape for name, lazy in tensors.items()}, where)
     return {
-        ours: LazyTensor(
-            shapes[ours], tensors[theirs[0]].dtype, _concatenated(tensors, theirs, shapes[ours])
+        native: LazyTensor(
+            shapes[native],
+            tensors[external[0]].dtype,
+            _concatenated(tensors, external, shapes[native]),
         )
-        for ours, theirs, _ in table
+        for native, external, _ in table
     }
 
 

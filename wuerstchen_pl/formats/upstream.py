@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.formats import config_map
-from wuerstchen_pl.formats.key_map import from_upstream, key_mappings, to_upstream
+from wuerstchen_pl.formats.key_map import from_external, key_mappings, to_external
 from wuerstchen_pl.formats.lazy_tensors import in_memory, read_pickle
 from wuerstchen_pl.formats.model import (
     SCALE,
@@ -98,10 +98,10 @@ def _read_part(
     config = validate_config(config, part, len(tensors), where)
     expected = build_on_meta(config).state_dict()
     shapes = {name: tuple(t.shape) for name, t in expected.items() if name != SCALE}
-    ours = from_upstream(tensors, key_mappings(config, shapes, "upstream"), shapes, where)
+    native = from_external(tensors, key_mappings(config, shapes, "upstream"), shapes, where)
     if SCALE in expected:
-        ours[SCALE] = in_memory(torch.tensor(config[SCALE]))
-    return Part(config, ours)
+        native[SCALE] = in_memory(torch.tensor(config[SCALE]))
+    return Part(config, native)
 
 
 def write(model: Model, path: Path) -> None:
@@ -136,4 +136,4 @@ def _to_upstream(part: Part) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A part's native arguments, and its tensors in upstream names."""
     part = move_scale_to_config(part)
     table = key_mappings(part.config, part.tensors, "upstream")
-    return part.config, {name: t.load() for name, t in to_upstream(part.tensors, table).items()}
+    return part.config, {name: t.load() for name, t in to_external(part.tensors, table).items()}

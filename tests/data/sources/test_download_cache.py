@@ -38,8 +38,8 @@ def test_remote_shards_match_local_ones_and_are_downloaded_once(
     local, web = ShardSource(urls=str(shard_folder)), remote(server, tmp_path)
     for local_index, web_index in zip(open_all(local), open_all(web), strict=True):
         assert [s.key for s in local_index.samples] == [s.key for s in web_index.samples]
-        for ours, fetched in zip(local_index.samples, web_index.samples, strict=True):
-            assert local.read(ours) == web.read(fetched)
+        for local_sample, web_sample in zip(local_index.samples, web_index.samples, strict=True):
+            assert local.read(local_sample) == web.read(web_sample)
     assert sorted(server.requested) == ["/00000.tar", "/00001.tar"]
     open_all(remote(server, tmp_path))
     assert len(server.requested) == 2

@@ -20,13 +20,13 @@ from wuerstchen_pl.data.sources.urls import expand_urls
 
 def test_bytes_and_captions_match_webdataset(shard_folder: Path) -> None:
     source = ShardSource(urls=str(shard_folder / "{00000..00001}.tar"))
-    ours = [s for index in open_all(source) for s in index.samples]
+    samples = [s for index in open_all(source) for s in index.samples]
     names = [str(shard_folder / f"0000{i}.tar") for i in range(2)]
-    theirs = list(webdataset.WebDataset(names, shardshuffle=False))
-    assert [s.key for s in ours] == [t["__key__"] for t in theirs]
-    assert [s.captions[0].encode() for s in ours] == [t["txt"] for t in theirs]
-    assert [source.read(s) for s in ours] == [t["jpg"] for t in theirs]
-    assert [(s.width, s.height) for s in ours] == [(30, 20), (10, 40), (16, 16)]
+    expected = list(webdataset.WebDataset(names, shardshuffle=False))
+    assert [s.key for s in samples] == [t["__key__"] for t in expected]
+    assert [s.captions[0].encode() for s in samples] == [t["txt"] for t in expected]
+    assert [source.read(s) for s in samples] == [t["jpg"] for t in expected]
+    assert [(s.width, s.height) for s in samples] == [(30, 20), (10, 40), (16, 16)]
 
 
 def test_folder_pattern_list_and_list_file_are_equivalent(shard_folder: Path) -> None:

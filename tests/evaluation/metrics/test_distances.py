@@ -44,8 +44,8 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def frechet(ours: Tensor, reference: Tensor) -> float:
-    return FrechetDistance(reference)(ours)
+def frechet(features: Tensor, reference: Tensor) -> float:
+    return FrechetDistance(reference)(features)
 
 
 def images(number: int, seed: int) -> Tensor:
@@ -68,13 +68,13 @@ class ImageDataset(torch.utils.data.Dataset):
 
 @pytest.mark.slow
 def test_fid_kid_and_is_equal_torch_fidelity(inception_file: Path) -> None:
-    ours = torch.stack([square(image, 128) for image in images(24, 0)])
+    generated = torch.stack([square(image, 128) for image in images(24, 0)])
     reference = torch.stack([square(image // 2, 128) for image in images(24, 1)])
     net = Inception(weights=str(inception_file))
-    features = [torch.cat([net.features(b) for b in x.split(8)]) for x in (ours, reference)]
-    logits = torch.cat([net.logits(b) for b in ours.split(8)])
+    features = [torch.cat([net.features(b) for b in x.split(8)]) for x in (generated, reference)]
+    logits = torch.cat([net.logits(b) for b in generated.split(8)])
     expected: dict[str, Any] = calculate_metrics(
-        input1=ImageDataset(ours), input2=ImageDataset(reference), fid=True, kid=True, isc=True,
+        input1=ImageDataset(generated), input2=ImageDataset(reference), fid=True, kid=True, isc=True,
         kid_subset_size=24, kid_subsets=1, isc_splits=1, verbose=False, batch_size=8, cuda=False,
         feature_extractor_weights_path=str(inception_file), save_cpu_ram=True, cache=False,
     )  # fmt: skip

@@ -38,10 +38,10 @@ class FrechetDistance:
         )
         self.metric.update(reference.double(), real=True)
 
-    def __call__(self, ours: Tensor) -> float:
+    def __call__(self, features: Tensor) -> float:
         """(N, D) features -> the distance."""
         self.metric.reset()
-        self.metric.update(ours.double(), real=False)
+        self.metric.update(features.double(), real=False)
         return float(self.metric.compute())
 
 
@@ -69,25 +69,27 @@ def check_enough(name: str, width: int, *numbers: int) -> None:
         )
 
 
-def kernel_distance(ours: Tensor, reference: Tensor, *, subset_size: int = SUBSET_SIZE) -> float:
+def kernel_distance(
+    features: Tensor, reference: Tensor, *, subset_size: int = SUBSET_SIZE
+) -> float:
     """Squared maximum mean discrepancy, cubic kernel (Binkowski et al. 2018, arXiv 1801.01401).
 
     The mean over 100 pairs of random subsets with a fixed seed, or over one if it is the whole set.
 
     Args:
-        ours: (N, D) features.
+        features: (N, D) features.
         reference: (M, D) features.
         subset_size: number of images in a subset, clipped to the size of the smaller set.
     """
-    size = min(subset_size, len(ours), len(reference))
-    subsets = 1 if size == len(ours) == len(reference) else SUBSETS
+    size = min(subset_size, len(features), len(reference))
+    subsets = 1 if size == len(features) == len(reference) else SUBSETS
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*save all extracted features.*")
         metric = KernelInceptionDistance(
-            feature=_Identity(ours.shape[1]), subsets=subsets, subset_size=size, **NO_SYNC
+            feature=_Identity(features.shape[1]), subsets=subsets, subset_size=size, **NO_SYNC
         )
     metric.update(reference.double(), real=True)
-    metric.update(ours.double(), real=False)
+    metric.update(features.double(), real=False)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         return float(metric.compute()[0])

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 
-def pairwise_wins(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """1 for each prompt where ours scores higher, 0 where theirs does, and 1/2 for a tie.
+def pairwise_wins(scores: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """1 for each prompt whose score is above the baseline's, 0 where it is below, 1/2 for a tie.
 
     Raises:
         ValueError: if the numbers of scores differ.
     """
-    if len(ours) != len(theirs):
+    if len(scores) != len(baseline):
         raise ValueError(
-            f"{len(ours)} and {len(theirs)} scores do not match; use the same prompts for both"
+            f"{len(scores)} and {len(baseline)} scores do not match; use the same prompts for both"
         )
-    return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
+    return [0.5 if a == b else float(a > b) for a, b in zip(scores, baseline, strict=True)]
