@@ -68,8 +68,8 @@ def write_shards(folder: Path, count: int) -> list[bytes]:
     return images
 
 
-def ours(folder: Path, **buckets: object) -> Iterator[dict]:
-    """Our batches, endlessly."""
+def package_batches(folder: Path, **buckets: object) -> Iterator[dict]:
+    """The batches of this package, endlessly."""
     module = ImageTextDataModule(
         source=ShardSource(urls=str(folder)),
         image_size=SIDE,
@@ -83,7 +83,7 @@ def ours(folder: Path, **buckets: object) -> Iterator[dict]:
         yield from loader
 
 
-def theirs(folder: Path) -> Iterator[dict]:
+def webdataset_batches(folder: Path) -> Iterator[dict]:
     """WebDataset's batches, endlessly: decoded, resized with antialiasing, cropped to a square."""
     crop = RandomCrop(SIDE)
 
@@ -149,17 +149,17 @@ def run(rounds: int, count: int = 192) -> Path:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         images = write_shards(Path(name), count)
-        peer = theirs(Path(name))
+        peer = webdataset_batches(Path(name))
         batches = 6
         square = {"buckets": "sizes", "sizes": [[SIDE, SIDE]]}
         for label, settings in (("area buckets", {}), ("one square", square)):
-            loader = ours(Path(name), **settings)
+            loader = package_batches(Path(name), **settings)
             timing = side_by_side(
                 partial(consume, peer, batches), partial(consume, loader, batches), rounds
             )
             rate = batches * BATCH * 1000
             rows.append(
-                f"| {label} | {rate / timing.theirs_ms:.1f} | {rate / timing.ours_ms:.1f} "
+                f"| {label} | {rate / timing.reference_ms:.1f} | {rate / timing.package_ms:.1f} "
                 f"| {timing.ratio:.2f} |"
             )
             print(rows[-1], flush=True)

@@ -50,8 +50,8 @@ class Case(NamedTuple):
     """A computation to time in both implementations; each returns the output to compare."""
 
     name: str
-    theirs: Work
-    ours: Work
+    reference: Work
+    package: Work
 
 
 def run(size: str, rounds: int) -> Path:
@@ -68,18 +68,18 @@ def run(size: str, rounds: int) -> Path:
     networks = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
         decoder = {**reference_models.PUBLISHED_DECODER, **networks.decoder}
-        theirs = reference_models.combined(Path(folder), networks.prior, decoder, networks.vqgan)
-        paths = reference_models.save_pair(theirs, Path(folder))
-        ours = WuerstchenPipeline.from_pretrained(str(paths[0]), prior=str(paths[1]))
-    theirs.to(device, dtype)
-    ours.to(device, dtype)
+        reference = reference_models.combined(Path(folder), networks.prior, decoder, networks.vqgan)
+        paths = reference_models.save_pair(reference, Path(folder))
+        package = WuerstchenPipeline.from_pretrained(str(paths[0]), prior=str(paths[1]))
+    reference.to(device, dtype)
+    package.to(device, dtype)
     rows = []
     print(HEADER)
     for compiled in (False, True) if cuda else (False,):
         if compiled:
-            _compile(theirs, ours)
+            _compile(reference, package)
         for batch in networks.batches:
-            for case in cases(theirs, ours, networks, batch, device, dtype):
+            for case in cases(reference, package, networks, batch, device, dtype):
                 rows.append(_row(case, batch, compiled, rounds, dtype))
                 print(rows[-1], flush=True)
     return write_table(
@@ -97,32 +97,37 @@ def run(size: str, rounds: int) -> Path:
 
 
 def _row(case: Case, batch: int, compiled: bool, rounds: int, dtype: torch.dtype) -> str:
-    theirs, ours = case.theirs().float(), case.ours().float()
-    difference = float((theirs - ours).abs().max())
+    reference, package = case.reference().float(), case.package().float()
+    difference = float((reference - package).abs().max())
     if dtype != torch.float32:
-        difference /= float(theirs.std())
+        difference /= float(reference.std())
     # in bfloat16, diffusers samples the initial noise in bfloat16 too, which gives another image
     comparable = dtype == torch.float32 or case.name != WHOLE
     if comparable and not difference < TOLERANCE[dtype]:
         raise RuntimeError(f"{case.name}: outputs differ by {difference}; nothing was timed")
-    timing = side_by_side(case.theirs, case.ours, rounds)
+    timing = side_by_side(case.reference, case.package, rounds)
     mode = "compiled" if compiled else "eager"
     return (
-        f"| {case.name} | {batch} | {mode} | {timing.theirs_ms:.1f} | {timing.ours_ms:.1f} "
+        f"| {case.name} | {batch} | {mode} | {timing.reference_ms:.1f} | {timing.package_ms:.1f} "
         f"| {timing.ratio:.2f} | {difference:.1e} |"
     )
 
 
-def _compile(theirs: Any, ours: WuerstchenPipeline) -> None:
-    for net in (theirs.prior_prior, theirs.decoder):
+def _compile(reference: Any, package: WuerstchenPipeline) -> None:
+    for net in (reference.prior_prior, reference.decoder):
         net.forward = torch.compile(net.forward)
-    theirs.vqgan.decode = torch.compile(theirs.vqgan.decode)
-    ours.compile()
+    reference.vqgan.decode = torch.compile(reference.vqgan.decode)
+    package.compile()
 
 
 @torch.no_grad()
 def cases(
-    theirs: Any, ours: WuerstchenPipeline, size: Size, batch: int, device: str, dtype: torch.dtype
+    reference: Any,
+    package: WuerstchenPipeline,
+    size: Size,
+    batch: int,
+    device: str,
+    dtype: torch.dtype,
 ) -> Iterator[Case]:
     """A step of Stage C and of Stage B, Stage A's decoder, and a whole run."""
     rng = torch.Generator().manual_seed(0)
@@ -139,33 +144,35 @@ def cases(
     # Stage C has two rows per image, for guidance
     x, text = (
         randn(2 * batch, 16, grid, grid),
-        randn(2 * batch, 77, theirs.prior_prior.config.c_cond),
+        randn(2 * batch, 77, reference.prior_prior.config.c_cond),
     )
-    prior = [c.at_step(0) for c in ours.prior.prior.cache_conditioning(times, text)]
+    prior = [c.at_step(0) for c in package.prior.prior.cache_conditioning(times, text)]
     plain = Case(
-        "Stage C step", without_grad(lambda: theirs.prior_prior(x, t, text)),
-        without_grad(lambda: ours.prior.predict_noise(x, prior)),
+        "Stage C step", without_grad(lambda: reference.prior_prior(x, t, text)),
+        without_grad(lambda: package.prior.predict_noise(x, prior)),
     )  # fmt: skip
     yield plain
-    processors = theirs.prior_prior.attn_processors
-    theirs.prior_prior.set_attn_processor(AttnProcessor2_0())
+    processors = reference.prior_prior.attn_processors
+    reference.prior_prior.set_attn_processor(AttnProcessor2_0())
     yield plain._replace(name="Stage C step (SDPA)")
-    theirs.prior_prior.set_attn_processor(processors)
+    reference.prior_prior.set_attn_processor(processors)
 
     z, semantic = randn(batch, 4, latents, latents), randn(batch, 16, grid, grid)
-    clip = randn(batch, 77, theirs.decoder.config.clip_embd)
+    clip = randn(batch, 77, reference.decoder.config.clip_embd)
     decoder = [
         c.at_step(0)
-        for c in ours.decoder.decoder.cache_conditioning(times, semantic, clip, (latents, latents))
+        for c in package.decoder.decoder.cache_conditioning(
+            times, semantic, clip, (latents, latents)
+        )
     ]
     yield Case(
-        "Stage B step", without_grad(lambda: theirs.decoder(z, t[:batch], semantic, clip)),
-        without_grad(lambda: ours.decoder.predict_noise(z, decoder)),
+        "Stage B step", without_grad(lambda: reference.decoder(z, t[:batch], semantic, clip)),
+        without_grad(lambda: package.decoder.predict_noise(z, decoder)),
     )  # fmt: skip
-    scale = theirs.vqgan.config.scale_factor
+    scale = reference.vqgan.config.scale_factor
     yield Case(
-        "Stage A decoding", without_grad(lambda: theirs.vqgan.decode(z * scale).sample),
-        without_grad(lambda: ours.decoder.decode(z)),
+        "Stage A decoding", without_grad(lambda: reference.vqgan.decode(z * scale).sample),
+        without_grad(lambda: package.decoder.decode(z)),
     )  # fmt: skip
 
     def whole(pipe: Any, **options: Any) -> torch.Tensor:
@@ -174,4 +181,4 @@ def cases(
             generator=torch.Generator().manual_seed(0), output_type="pt", **options,
         ).images  # fmt: skip
 
-    yield Case(WHOLE, lambda: whole(theirs), lambda: whole(ours, progress=False))
+    yield Case(WHOLE, lambda: whole(reference), lambda: whole(package, progress=False))

@@ -31,20 +31,20 @@ Forward = Callable[[], Tensor]
 
 
 def priors(config: dict[str, int]) -> tuple[Any, nn.Module]:
-    """diffusers' prior and ours, with the same random weights."""
+    """diffusers' prior and this package's, with the same random weights."""
     with tempfile.TemporaryDirectory() as folder:
         decoder = {**reference_models.PUBLISHED_DECODER, **DECODER}
-        theirs = reference_models.combined(Path(folder), config, decoder, {"embed_dim": 96})
-        paths = reference_models.save_pair(theirs, Path(folder))
-        ours = WuerstchenPipeline.from_pretrained(str(paths[0]), prior=str(paths[1]))
-    for net in (theirs.prior_prior, ours.prior.prior):
+        reference = reference_models.combined(Path(folder), config, decoder, {"embed_dim": 96})
+        paths = reference_models.save_pair(reference, Path(folder))
+        package = WuerstchenPipeline.from_pretrained(str(paths[0]), prior=str(paths[1]))
+    for net in (reference.prior_prior, package.prior.prior):
         net.train().requires_grad_(True)
         for part in net.modules():
             if hasattr(part, "dropout") and isinstance(part.dropout, float):
                 part.dropout = 0.0
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
-    return theirs.prior_prior, ours.prior.prior
+    return reference.prior_prior, package.prior.prior
 
 
 def saved_bytes(net: nn.Module, forward: Forward) -> int:
@@ -87,9 +87,9 @@ def run(rounds: int) -> Path:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     config, batch = (PUBLISHED, 16) if cuda else (SMALL, 2)
-    theirs, ours = priors(config)
-    theirs.to(device)
-    ours.to(device)
+    reference, package = priors(config)
+    reference.to(device)
+    package.to(device)
     rng = torch.Generator().manual_seed(0)
     x, text = (
         torch.randn(batch, 16, 24, 24, generator=rng),
@@ -104,14 +104,14 @@ def run(rounds: int) -> Path:
 
         return forward
 
-    rows, default = [], dict(theirs.attn_processors)
+    rows, default = [], dict(reference.attn_processors)
     for mode in ("plain", "activation checkpointing"):
         if mode != "plain":
-            checkpoint_activations(ours)
+            checkpoint_activations(package)
         # a copy, because diffusers empties the dict
         for attention, processor in {"default": {**default}, "SDPA": AttnProcessor2_0()}.items():
-            theirs.set_attn_processor(processor)
-            rows.append(row(theirs, ours, loss_of, f"{mode} | {attention}", rounds))
+            reference.set_attn_processor(processor)
+            rows.append(row(reference, package, loss_of, f"{mode} | {attention}", rounds))
             print(rows[-1], flush=True)
     return write_table(
         "training_prior",
@@ -127,18 +127,18 @@ def run(rounds: int) -> Path:
 
 
 def row(
-    theirs: nn.Module, ours: nn.Module, loss_of: Callable[[nn.Module], Forward], name: str,
+    reference: nn.Module, package: nn.Module, loss_of: Callable[[nn.Module], Forward], name: str,
     rounds: int,
 ) -> str:  # fmt: skip
     """Measure one row of the table."""
-    a, b = loss_of(theirs), loss_of(ours)
+    a, b = loss_of(reference), loss_of(package)
     if abs(float(a()) / float(b()) - 1) > (2e-2 if torch.cuda.is_available() else 1e-4):
         raise RuntimeError(f"losses are {float(a())} and {float(b())}; nothing was timed")
-    their_bytes, our_bytes = saved_bytes(theirs, a), saved_bytes(ours, b)
+    reference_bytes, package_bytes = saved_bytes(reference, a), saved_bytes(package, b)
     timing = side_by_side(
-        train_step(theirs, a, fused=False), train_step(ours, b, fused=True), rounds
+        train_step(reference, a, fused=False), train_step(package, b, fused=True), rounds
     )
     return (
-        f"| {name} | {timing.theirs_ms:.0f} | {timing.ours_ms:.0f} | {timing.ratio:.2f} "
-        f"| {their_bytes / 1e6:.0f} | {our_bytes / 1e6:.0f} | {our_bytes / their_bytes:.2f} |"
+        f"| {name} | {timing.reference_ms:.0f} | {timing.package_ms:.0f} | {timing.ratio:.2f} "
+        f"| {reference_bytes / 1e6:.0f} | {package_bytes / 1e6:.0f} | {package_bytes / reference_bytes:.2f} |"
     )

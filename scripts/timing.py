@@ -15,10 +15,10 @@ OUTPUT_DIR = Path(__file__).parents[1] / "benchmarks"
 
 
 class SideBySide(NamedTuple):
-    """Median times in milliseconds, and the median of the per-round ratios theirs / ours."""
+    """Median times in milliseconds, and the median of the per-round ratios reference / package."""
 
-    theirs_ms: float
-    ours_ms: float
+    reference_ms: float
+    package_ms: float
     ratio: float
 
 
@@ -31,14 +31,14 @@ def seconds(work: Work) -> float:
     return time.perf_counter() - start
 
 
-def side_by_side(theirs: Work, ours: Work, rounds: int) -> SideBySide:
+def side_by_side(reference: Work, package: Work, rounds: int) -> SideBySide:
     """Time two callables in alternating order, after one warm-up round."""
     pairs = []
     for i in range(rounds + 1):
         if i % 2:
-            pairs.append((seconds(theirs), seconds(ours)))
+            pairs.append((seconds(reference), seconds(package)))
         else:
-            pairs.append((seconds(ours), seconds(theirs))[::-1])
+            pairs.append((seconds(package), seconds(reference))[::-1])
     measured = pairs[1:]
     return SideBySide(
         statistics.median(a for a, _ in measured) * 1000,

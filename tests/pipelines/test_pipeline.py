@@ -59,7 +59,7 @@ def test_seed_and_image_determine_the_reconstruction(pipeline: WuerstchenPipelin
 def test_unsupported_sizes_are_rejected(
     pipeline: WuerstchenPipeline, height: int, width: int
 ) -> None:
-    with pytest.raises(ValueError, match="use 16 to 4096, best a multiple of 16"):
+    with pytest.raises(ValueError, match="use 16 to 4096, preferably a multiple of 16"):
         pipeline("frog", height, width, seed=0)
 
 

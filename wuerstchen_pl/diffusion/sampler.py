@@ -27,7 +27,7 @@ def generators_from_seeds(seeds: Sequence[int]) -> list[torch.Generator]:
 def resolve_generator(
     seed: int | Sequence[int] | None, generator: Generator, num_images: int
 ) -> Generator:
-    """Return ``generator``, or one generator per image if ``seed`` is given.
+    """``generator``, or one generator per image if ``seed`` is given.
 
     Raises:
         ValueError: if both are given, or the number of seeds is not ``num_images``.
@@ -55,7 +55,7 @@ def randn(shape: Sequence[int], generator: Generator, device: torch.device) -> T
         return randn(shape, generator[0], device)
     if len(generator) != shape[0]:
         raise ValueError(
-            f"{len(generator)} generators for {shape[0]} images; give one per image, or one in all"
+            f"{len(generator)} generators for {shape[0]} images; give one per image, or one for all"
         )
     rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
     return torch.stack(rows).to(device)
@@ -116,7 +116,7 @@ def resolve_timesteps(num_steps: int, times: Sequence[float] | None) -> list[flo
 
 
 def check_timesteps(times: Sequence[float], argument: str = "timesteps") -> list[float]:
-    """Return ``times`` as floats if a sampler can follow them; an error names ``argument``.
+    """``times`` as floats if a sampler can follow them; an error names ``argument``.
 
     Raises:
         ValueError: unless there are two or more, decreasing, in [0, 1].

@@ -60,7 +60,7 @@ def autoencoders(pipeline: TextToImage) -> str:
 def reconstructed_batches(
     pipeline: TextToImage, data: Any, settings: SamplingConfig, stage: str, split: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, reconstructions) of a split; ``b`` reconstructs by compressor + B + A."""
+    """(images, reconstructions) of a split; ``b`` reconstructs by compressor + B + A."""
     batches = data.in_order(split, alone=True)
     for batch in tqdm(batches, desc=f"stage {stage}, {split}", unit="batch"):
         images = batch["image"]

@@ -30,11 +30,11 @@ class DatasetImages:
         self.data = data
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield the readable images (3, H, W) uint8."""
+        """The readable images (3, H, W) uint8."""
         return (image for _, image in self.indexed())
 
     def indexed(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the dataset index and the image (3, H, W) uint8 of each readable sample."""
+        """The dataset index and the image (3, H, W) uint8 of each readable sample."""
         loader, start = self.data.in_order("train", alone=True), 0
         for spec, (batch, report) in zip(loader.sampler, loader.with_reports(), strict=True):
             images = (batch["image"] * 255).round().byte()
@@ -43,8 +43,8 @@ class DatasetImages:
                     yield start + row, image
             start += len(spec.rows)
 
-    def captioned(self, number: int | None) -> list[CaptionedImage]:
-        """Up to ``number`` samples, evenly spaced over the set so that all buckets occur.
+    def captioned(self, num_samples: int | None) -> list[CaptionedImage]:
+        """Up to ``num_samples`` samples, evenly spaced over the set so that all buckets occur.
 
         No image is decoded, so unreadable ones are among them.
         """
@@ -54,7 +54,7 @@ class DatasetImages:
             for row in spec.rows:
                 caption = row.sample.captions[0]
                 samples.append(CaptionedImage(caption, height, width, len(samples)))
-        count = min(number or len(samples), len(samples))
+        count = min(num_samples or len(samples), len(samples))
         return [samples[i * len(samples) // count] for i in range(count)]
 
 

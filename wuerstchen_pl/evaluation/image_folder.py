@@ -112,15 +112,15 @@ def _prompts_of(path: Path) -> list[str]:
     return prompts
 
 
-def check_same_number(number: int, other: ImageFolder) -> None:
+def check_same_number(num_images: int, other: ImageFolder) -> None:
     """Check that a folder contains the expected number of images.
 
     Raises:
         ValueError: naming both numbers.
     """
-    if number != len(other):
+    if num_images != len(other):
         raise ValueError(
-            f"{other.key}={other.path} contains {len(other)} images, but there are {number} "
+            f"{other.key}={other.path} contains {len(other)} images, but there are {num_images} "
             "to compare with; generate both for the same prompts"
         )
 

@@ -34,11 +34,11 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def subsample(prompts: list[str], number: int | None, seed: int) -> list[str]:
-    """A random subset of ``number`` prompts in their original order; None returns all."""
-    if number is None or number >= len(prompts):
+def subsample(prompts: list[str], num_prompts: int | None, seed: int) -> list[str]:
+    """A random subset of ``num_prompts`` prompts in their original order; None returns all."""
+    if num_prompts is None or num_prompts >= len(prompts):
         return prompts
-    chosen = sorted(random.Random(seed).sample(range(len(prompts)), number))
+    chosen = sorted(random.Random(seed).sample(range(len(prompts)), num_prompts))
     return [prompts[i] for i in chosen]
 
 

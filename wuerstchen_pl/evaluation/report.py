@@ -19,7 +19,7 @@ from wuerstchen_pl.io.versions import installed_versions
 PACKAGES = ("wuerstchen_pl", "torch", "torchvision", "torchmetrics", "torch-fidelity",
             "open_clip_torch", "pillow")  # fmt: skip
 TITLE_KEYS = ("model", "run", "step", "images")
-"""Facts that form the title of the page."""
+"""Metadata keys that form the title of the page."""
 NUM_EXAMPLES = 8
 """Number of best and of worst images shown per metric."""
 INTERVALS = "95 %: Wilson of proportions, bootstrap of means, 1.96 bootstrap deviations of sets"

@@ -98,7 +98,7 @@ def evaluate(
 
 def check_plan(
     plan: EvaluationPlan,
-    number: int,
+    num_images: int,
     reference: Iterable[Tensor] | None,
     baselines: list[ImageFolder],
 ) -> None:
@@ -106,7 +106,7 @@ def check_plan(
 
     Args:
         plan: what to measure.
-        number: number of images to evaluate.
+        num_images: number of images to evaluate.
         reference: images for FID and KID.
         baselines: folders of images for win rates.
 
@@ -115,11 +115,11 @@ def check_plan(
     """
     plan.check_networks()
     for baseline in baselines:
-        check_same_number(number, baseline)
+        check_same_number(num_images, baseline)
     for name in {"fid", "kid"} & set(plan.metric):
         assert plan.fid_features is not None
         reference_size = [len(reference)] if isinstance(reference, ImageFolder) else []
-        check_enough(name, plan.fid_features.width, number, *reference_size)
+        check_enough(name, plan.fid_features.width, num_images, *reference_size)
 
 
 def generation_requests(

@@ -241,7 +241,7 @@ class Block(nn.Module):
         )
 
     def cache_conditioning(self, inputs: BlockInputs) -> CachedConditioning:
-        """Compute everything in the block that does not depend on the latents."""
+        """Everything in the block that does not depend on the latents, computed once."""
         keys, values = self.attn.project_kv(inputs.cond) if self.attn else (None, None)
         semantic_proj = None if inputs.semantic is None else self.res.semantic_proj(inputs.semantic)
         modulation = self.time.mapper(inputs.time.to(self.time.mapper.weight.dtype))

@@ -24,7 +24,7 @@ MAX_SIDE = 4096
 class TextToImage(ABC):
     """A text-to-image model: a prior conditioned on text, and what decodes its latents.
 
-    An abstract class and not a protocol, since devices and sizes are handled in one way.
+    An abstract class, not a protocol, as all models handle devices and sizes in the same way.
 
     Args:
         prior: text to latents.
@@ -129,13 +129,13 @@ class TextToImage(ABC):
         for key, value in (("height", height), ("width", width)):
             if value != int(value) or not multiple <= value <= MAX_SIDE:
                 raise ValueError(
-                    f"{key}={value} is not supported; use {multiple} to {MAX_SIDE}, best a "
+                    f"{key}={value} is not supported; use {multiple} to {MAX_SIDE}, preferably a "
                     f"multiple of {multiple}"
                 )
         return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
 
     def padded_size_with_warning(self, height: int, width: int) -> tuple[int, int]:
-        """As ``padded_size``, with a warning if it differs from the requested size."""
+        """Like ``padded_size``, with a warning if it differs from the requested size."""
         padded = self.padded_size(height, width)
         if padded != (height, width):
             warnings.warn(

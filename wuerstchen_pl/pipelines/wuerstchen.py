@@ -68,8 +68,8 @@ class WuerstchenPipeline(CascadePipeline):
         """
         if self.compressor is None:
             raise ValueError(
-                "this model has no compressor to encode images; load one that has (the published "
-                "one is in model_v2_stage_b.pt)"
+                "this model has no compressor to encode images; load one that has it (the "
+                "published one is in model_v2_stage_b.pt)"
             )
         with self.placement.on_device(self.compressor):
             return self.compressor(to_tensor(image).to(self.placement.device))
@@ -136,7 +136,7 @@ class WuerstchenPipeline(CascadePipeline):
         strength: float = 1.0,
         **options: Any,
     ) -> Any:
-        """Generate a masked region of an image again.
+        """Regenerate a masked region of an image.
 
         Args:
             prompt: what to generate.

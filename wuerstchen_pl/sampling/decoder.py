@@ -260,7 +260,7 @@ class DecoderSampler(StepState):
         num_prompts = 1 if isinstance(prompts.prompt, str) else len(prompts.prompt or ())
         if not num_prompts or rows % num_prompts:
             raise ValueError(
-                f"{num_prompts} prompts for {rows} images; give one per image, or one in all"
+                f"{num_prompts} prompts for {rows} images; give one per image, or one for all"
             )
         with self.placement.on_device(encoder):
             text = encode_prompts(encoder, prompts, repeats=rows // num_prompts, guided=guided)

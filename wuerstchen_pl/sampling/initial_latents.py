@@ -10,7 +10,7 @@ from wuerstchen_pl.diffusion.sampler import Generator, randn
 
 
 class InitLatents(NamedTuple):
-    """Initial latents in Stage C's scale, and the region to generate again."""
+    """Initial latents in Stage C's scale, and the region to regenerate."""
 
     latents: Tensor  # (B, S, h, w)
     mask: Tensor | None  # (B, 1, h, w), 1 where to generate; None for everywhere
@@ -32,7 +32,7 @@ def initial_noise(
 
 
 def expand_rows(x: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """Repeat the rows of ``x``, one in all, per prompt or per image, to ``shape``.
+    """Repeat the rows of ``x`` (one for all, per prompt or per image) to ``shape``.
 
     Raises:
         ValueError: if their number or shape does not fit.
@@ -43,7 +43,7 @@ def expand_rows(x: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def times_from(strength: float, times: Sequence[float]) -> Sequence[float]:
-    """Times to sample along from ``strength`` on, without those above it.
+    """The times to sample at, from ``strength`` down.
 
     Raises:
         ValueError: if ``strength`` is outside [0, 1], or not above the last time.

@@ -66,7 +66,7 @@ def count_prompts(prompts: Prompts) -> int:
         if negative not in (1, num_prompts):
             raise ValueError(
                 f"{negative} negative prompts for {num_prompts} prompts; give one per prompt, or "
-                "one in all"
+                "one for all"
             )
     return num_prompts
 

@@ -22,7 +22,7 @@ class TimestepBins:
         self.sums[1].index_add_(0, bins, finite.float())
 
     def pop(self) -> Tensor:
-        """Return this process's (2, NUM_BINS) sums and counts, and reset them."""
+        """Reset this process's (2, NUM_BINS) sums and counts, and return them."""
         sums = self.sums.clone()
         self.sums.zero_()
         return sums

@@ -74,8 +74,9 @@ def test_fid_kid_and_is_equal_torch_fidelity(inception_file: Path) -> None:
     features = [torch.cat([net.features(b) for b in x.split(8)]) for x in (generated, reference)]
     logits = torch.cat([net.logits(b) for b in generated.split(8)])
     expected: dict[str, Any] = calculate_metrics(
-        input1=ImageDataset(generated), input2=ImageDataset(reference), fid=True, kid=True, isc=True,
-        kid_subset_size=24, kid_subsets=1, isc_splits=1, verbose=False, batch_size=8, cuda=False,
+        input1=ImageDataset(generated), input2=ImageDataset(reference), fid=True, kid=True,
+        isc=True, kid_subset_size=24, kid_subsets=1, isc_splits=1, verbose=False,
+        batch_size=8, cuda=False,
         feature_extractor_weights_path=str(inception_file), save_cpu_ram=True, cache=False,
     )  # fmt: skip
     assert frechet(*features) == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
