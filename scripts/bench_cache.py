@@ -127,8 +127,8 @@ def run(rounds: int) -> Path:
         for size in ("s", "l"):
             timing = side_by_side(online(size), from_cache, rounds)
             rows.append(
-                f"| EfficientNetV2-{size.upper()} | {timing.reference_ms:.0f} | {timing.package_ms:.0f} "
-                f"| {timing.ratio:.2f} |"
+                f"| EfficientNetV2-{size.upper()} | {timing.reference_ms:.0f} "
+                f"| {timing.package_ms:.0f} | {timing.ratio:.2f} |"
             )
             print(rows[-1], flush=True)
     return write_table(

@@ -140,5 +140,6 @@ def row(
     )
     return (
         f"| {name} | {timing.reference_ms:.0f} | {timing.package_ms:.0f} | {timing.ratio:.2f} "
-        f"| {reference_bytes / 1e6:.0f} | {package_bytes / 1e6:.0f} | {package_bytes / reference_bytes:.2f} |"
+        f"| {reference_bytes / 1e6:.0f} | {package_bytes / 1e6:.0f} "
+        f"| {package_bytes / reference_bytes:.2f} |"
     )
