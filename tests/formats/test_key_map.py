@@ -18,7 +18,7 @@ from tests.formats.conftest import MODELS
 from tests.models.test_paella import PUBLISHED
 from tests.test_presets import part_config
 from wuerstchen_pl.formats import config_map
-from wuerstchen_pl.formats.key_map import ExternalFormat, key_mappings, to_upstream
+from wuerstchen_pl.formats.key_map import ExternalFormat, key_mappings, to_external
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import build_on_meta, with_defaults
 
@@ -34,7 +34,7 @@ def external_shapes(config: dict[str, Any], format: ExternalFormat) -> Shapes:
     state = build_on_meta(config).state_dict()
     state.pop("scale_factor", None)
     tensors = {name: in_memory(tensor) for name, tensor in state.items()}
-    return shapes_of(to_upstream(tensors, key_mappings(config, tensors, format)))
+    return shapes_of(to_external(tensors, key_mappings(config, tensors, format)))
 
 
 def preset(stage: str, name: str, part: str) -> dict[str, Any]:
