@@ -1,14 +1,9 @@
-"""The noise process, objective, guidance and samplers against their closed forms."""
-
-import math
+"""DDPM and DDIM steps, generators and time grids against their closed forms."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.diffusion.guidance import Guidance
-from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
-from wuerstchen_pl.diffusion.objective import noise_error, p2_weight
 from wuerstchen_pl.diffusion.sampler import (
     SamplerName,
     check_timesteps,
@@ -20,95 +15,12 @@ from wuerstchen_pl.diffusion.sampler import (
     sample,
     timesteps,
 )
-from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
+from wuerstchen_pl.diffusion.schedule import CosineSchedule
 
 SCHEDULE = CosineSchedule()
+
+
 CPU = torch.device("cpu")
-
-
-def test_alpha_bar_equals_its_closed_form_and_is_clamped() -> None:
-    t = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    f = [math.cos(math.pi / 2 * (x + 0.008) / 1.008) ** 2 for x in t.tolist()]
-    expected = torch.tensor([0.9999, f[1] / f[0], f[2] / f[0], 1e-4])
-    torch.testing.assert_close(SCHEDULE.alpha_bar(t), expected)
-
-
-def test_the_offset_of_the_schedule_is_that_of_its_closed_form() -> None:
-    t = torch.tensor([0.1, 0.5, 0.9])
-    f = [math.cos(math.pi / 2 * (x + 0.5) / 1.5) ** 2 for x in [0.0, *t.tolist()]]
-    expected = torch.tensor(f[1:]) / f[0]
-    torch.testing.assert_close(CosineSchedule(s=0.5).alpha_bar(t), expected)
-
-
-def test_half_precision_times_are_computed_with_in_float32() -> None:
-    half = torch.tensor([0.11, 0.52, 0.93]).bfloat16()
-    assert torch.equal(SCHEDULE.alpha_bar(half), SCHEDULE.alpha_bar(half.float()))
-    assert torch.equal(sample_timesteps(half), sample_timesteps(half.float()))
-
-
-def test_time_stays_float32_in_half_precision() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        alpha_bar = SCHEDULE.alpha_bar(torch.tensor([0.5001, 0.5002]))
-    assert alpha_bar.dtype == torch.float32
-    assert alpha_bar[0] != alpha_bar[1]  # they are equal in bfloat16
-
-
-def test_predict_x0_inverts_add_noise() -> None:
-    x0, noise = torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    t = torch.linspace(0.05, 0.95, 8)
-    xt = SCHEDULE.add_noise(x0, t, noise)
-    torch.testing.assert_close(SCHEDULE.predict_x0(xt, t, noise), x0, atol=1e-4, rtol=1e-4)
-
-
-def test_training_times_have_the_published_distribution() -> None:
-    u = torch.tensor([0.0, 0.5, 0.9999999])
-    torch.testing.assert_close(sample_timesteps(u), torch.tensor([1.0, 0.541, 0.001]))
-    many = sample_timesteps(torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
-    assert float((many == 1).float().mean()) == pytest.approx(1 - 0.999 / 1.08, abs=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("form", "weight"),
-    [("code", lambda a: 1 - a), ("paper", lambda a: (1 - a) / (1 + a)), ("none", lambda a: 1.0)],
-)
-def test_p2_weight_has_its_closed_form(form: str, weight: object) -> None:
-    t = torch.tensor([0.1, 0.4, 0.9])
-    expected = torch.tensor(
-        [weight(a) for a in SCHEDULE.alpha_bar(t).tolist()]  # type: ignore[operator]
-    )
-    torch.testing.assert_close(p2_weight(SCHEDULE, t, form), expected)  # type: ignore[arg-type]
-    alpha_bar = SCHEDULE.alpha_bar(t)
-    snr = alpha_bar / (1 - alpha_bar)
-    if form == "code":  # k = gamma = 1 of Choi et al.
-        torch.testing.assert_close(p2_weight(SCHEDULE, t, "code"), 1 / (1 + snr))
-
-
-def test_an_unknown_form_of_the_weight_is_rejected() -> None:
-    with pytest.raises(ValueError, match="'paper', 'code' or 'none'"):
-        p2_weight(SCHEDULE, torch.tensor([0.5]), "p3")  # type: ignore[arg-type]
-
-
-def test_noise_error_is_the_mean_of_each_sample() -> None:
-    pred = torch.tensor([[[1.0, 3.0], [5.0, 7.0]], [[0.0, 0.0], [0.0, 2.0]]])
-    expected = torch.tensor([21.0, 1.0])
-    torch.testing.assert_close(noise_error(pred, torch.zeros(2, 2, 2)), expected)
-
-
-def test_noise_error_is_computed_in_float32() -> None:
-    pred, noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = noise_error(pred.float(), noise.float())
-    for a, b in ((pred, noise), (pred.float(), noise), (pred, noise.float())):
-        assert torch.equal(noise_error(a, b), expected)
-
-
-def test_scaled_latents_are_shifted_before_they_are_divided() -> None:
-    semantic = torch.tensor([-1.0, 0.0, 41.0])
-    scaling = LatentScaling(shift=1.0, scale=42.0)
-    torch.testing.assert_close(scaling.normalize(semantic), torch.tensor([0.0, 1 / 42, 1.0]))
-    torch.testing.assert_close(scaling.denormalize(scaling.normalize(semantic)), semantic)
-    plain = LatentScaling()
-    assert torch.equal(plain.normalize(semantic), semantic)
-    assert torch.equal(plain.denormalize(semantic), semantic)
 
 
 def test_a_ddpm_step_samples_the_posterior_of_the_true_noise() -> None:
@@ -163,72 +75,6 @@ def test_ddpm_keeps_the_variance_of_standard_normal_data() -> None:
     noise = randn((4, 8, 32, 32), rngs, CPU)
     out = sample(denoise, noise, times, rngs, schedule=SCHEDULE)
     assert float(out.std()) == pytest.approx(1, abs=0.03)
-
-
-def test_guidance_extrapolates_from_the_unconditional_to_the_conditional_prediction() -> None:
-    conditional, unconditional = torch.full((1, 2), 2.0), torch.full((1, 2), -1.0)
-    guided = Guidance(scale=3.0).combine(conditional, unconditional)
-    assert torch.equal(guided, torch.full((1, 2), 8.0))  # -1 + 3 * 3
-
-
-@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1.0])
-def test_guidance_scales_up_to_one_turn_it_off(scale: float) -> None:
-    assert not Guidance(scale=scale).on
-    assert Guidance(scale=1.001).on
-
-
-def test_guidance_is_off_by_default_and_else_plain_at_all_times() -> None:
-    assert not Guidance().on
-    assert Guidance(scale=2.0) == Guidance(scale=2.0, rescale=0.0, interval=(0.0, 1.0))
-    assert all(Guidance(scale=2.0).at(t) for t in (0.0, 1.0))
-
-
-def test_guidance_is_limited_to_its_interval() -> None:
-    guidance = Guidance(scale=4.0, interval=(0.2, 0.8))
-    assert [guidance.at(t) for t in (0.1, 0.2, 0.5, 0.8, 0.9)] == [False, True, True, True, False]
-    assert not Guidance(scale=1.0, interval=(0.2, 0.8)).at(0.5)
-
-
-def test_rescaled_guidance_has_the_conditional_predictions_standard_deviation() -> None:
-    conditional, unconditional = torch.randn(
-        2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)
-    )
-    axes = (1, 2, 3)
-    plain = Guidance(scale=7.0).combine(conditional, unconditional)
-    full = Guidance(scale=7.0, rescale=1.0).combine(conditional, unconditional)
-    half = Guidance(scale=7.0, rescale=0.5).combine(conditional, unconditional)
-    torch.testing.assert_close(full.std(axes), conditional.std(axes))
-    torch.testing.assert_close(half, (plain + full) / 2)
-    assert (plain.std(axes) > 3 * conditional.std(axes)).all()
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ({"scale": float("nan")}, "guidance_scale=nan is not finite"),
-        ({"interval": (0.5,)}, "is not an interval"),
-        ({"interval": (0.1, 0.5, 0.9)}, "is not an interval"),
-        ({"rescale": 1.001}, "guidance_rescale=1.001 is out of range"),
-        ({"rescale": -0.001}, "guidance_rescale=-0.001 is out of range"),
-        ({"interval": (0.5, 0.5)}, "is empty"),
-        ({"interval": (0.7, 0.3)}, "is empty"),
-        ({"interval": (0.5, 1.001)}, "is empty"),
-        ({"interval": (-0.001, 0.5)}, "is empty"),
-    ],
-)
-def test_guidance_out_of_range_is_rejected(argument: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Guidance(**argument)
-
-
-def test_guidance_is_plain_by_default() -> None:
-    conditional, unconditional = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    guidance = Guidance(scale=2.0)
-    assert all(guidance.at(t) for t in (0.0, 0.5, 1.0))
-    expected = 2 * conditional - unconditional
-    torch.testing.assert_close(guidance.combine(conditional, unconditional), expected)
-    assert not Guidance().on
-    assert Guidance(scale=1.001, rescale=1.0).on
 
 
 def test_the_noise_of_an_image_depends_on_its_seed_only() -> None:
