@@ -68,7 +68,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data.datamodule",
         "io",
     },
-    **{name: set() for name in ("batch", "diffusion", "distributed", "io", "loggers")},
+    "loggers": {"io"},
+    **{name: set() for name in ("batch", "diffusion", "distributed", "io")},
     "__init__": {"pipelines", "sampling"},
 }
 

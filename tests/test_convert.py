@@ -78,7 +78,7 @@ def test_the_model_card_describes_the_training(cascade: Path, exported: Path) ->
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
     rows = [line for line in card.splitlines() if line.startswith("| Stage")]
-    assert [row.split(" | ")[0] for row in rows] == ["| StageC", "| StageB", "| StageA"]
+    assert [row.split(" | ")[0] for row in rows] == ["| Stage C", "| Stage B", "| Stage A"]
     assert all("| 4 | 4 | 0.001 | 64 | openmoji (limit=24)" in row for row in rows)
     assert atomic.sha256(load.find_checkpoint(cascade / "b"))[:12] in rows[1]
     code = card.partition("```python\n")[2].partition("```")[0]

@@ -1,6 +1,7 @@
 """The train program: signals, faults and errors leave the last checkpoint intact."""
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from tests.conftest import frozen_text, run_program, small
@@ -24,7 +26,7 @@ from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.stage import Batch
-from wuerstchen_pl.train import REQUEUE, accumulation, check_sizes
+from wuerstchen_pl.train import REQUEUE, accumulation, build_stage, check_sizes
 
 
 def arguments(cascade: Path, root: Path, *overrides: str) -> list[str]:
@@ -254,13 +256,30 @@ def test_an_8_bit_optimizer_of_sharded_weights_is_refused(
     assert not (tmp_path / "default").exists()
 
 
-def test_init_from_starts_from_the_weights_of_that_run(cascade: Path, tmp_path: Path) -> None:
+def test_init_from_starts_from_the_ema_weights_of_that_run_and_says_so(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = load.read_checkpoint(load.find_checkpoint(cascade / "c"))["ema"]["shadow"]
     slow = arguments(cascade, tmp_path, f"init_from={cascade / 'c'}")
     slow = [a for a in slow if not a.startswith(("stage.optimizer.lr", "trainer.max_steps"))]
     assert run_program("train", [*slow, "stage.optimizer.lr=1e-12", "trainer.max_steps=2"]) == 0
     state = load.read_checkpoint(load.find_checkpoint(tmp_path / "default/c"))["state_dict"]
     assert max(float((state[k] - v).abs().max()) for k, v in source.items()) < 1e-6
+    path = load.find_checkpoint(cascade / "c")
+    assert f"init_from: {path}, weights: EMA, step 4\n" in capsys.readouterr().err
+
+
+def test_init_from_says_that_a_run_has_no_ema_weights_yet(
+    cascade: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "no_ema.ckpt"
+    state = torch.load(load.find_checkpoint(cascade / "a"), weights_only=True)
+    torch.save({**state, "ema": {**state["ema"], "shadow": {}}}, path)
+    cfg = OmegaConf.create({"stage": state["stage"], "init_from": str(path)})
+    with caplog.at_level(logging.INFO, "wuerstchen_pl.train"):
+        stage = build_stage(cfg)
+    assert caplog.messages == [f"init_from: {path}, weights: raw (there is no EMA yet), step 4"]
+    assert all(torch.equal(v, state["state_dict"][k]) for k, v in stage.state_dict().items())
 
 
 @pytest.mark.slow

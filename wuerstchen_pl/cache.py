@@ -91,7 +91,7 @@ class Encoders:
 def run(cfg: DictConfig) -> None:
     """Encode the shards that are missing, and write the manifest once all exist."""
     check_config(cfg, KNOWN_KEYS)
-    stage = str(cfg.stage._target_).rpartition(".Stage")[2].lower()
+    stage: str = hydra.utils.get_class(cfg.stage._target_).name  # type: ignore[attr-defined]
     check_ranges(cfg, stage)
     check_typed_keys()
     folder = check_output_dir(cfg.out, "out")

@@ -103,6 +103,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         cfg.trainer,
         callbacks=_instantiate_group(cfg.callbacks),
         logger=_instantiate_group(cfg.logger),
+        plugins=None if is_sharded(cfg) else [SingleFileCheckpointIO()],
         _convert_="all",
     )
     if cfg.global_batch is not None:
@@ -111,9 +112,13 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         )
     # Lightning counts batches; validate_every_steps counts optimizer steps.
     trainer.val_check_interval *= trainer.accumulate_grad_batches
-    if not isinstance(trainer.strategy, FSDP2Strategy):
-        trainer.strategy.checkpoint_io = SingleFileCheckpointIO()
     return trainer
+
+
+def is_sharded(cfg: DictConfig) -> bool:
+    """Whether the weights are sharded over the processes."""
+    target = OmegaConf.select(cfg, "trainer.strategy._target_")
+    return target is not None and issubclass(hydra.utils.get_class(target), FSDP2Strategy)
 
 
 def _instantiate_group(group: DictConfig) -> list[Any]:
@@ -171,9 +176,7 @@ def check_ranges(cfg: DictConfig) -> None:
             f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use; "
             "use trainer.accelerator=cpu, or fix the driver"
         )
-    strategy = OmegaConf.select(cfg, "trainer.strategy._target_")
-    sharded = strategy == f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__qualname__}"
-    if sharded and cfg.stage.optimizer._target_.startswith("bitsandbytes"):
+    if is_sharded(cfg) and cfg.stage.optimizer._target_.startswith("bitsandbytes"):
         raise ValueError(
             "optimizer@stage.optimizer=adamw_8bit does not support sharded weights; use "
             "trainer=ddp, or optimizer@stage.optimizer=adamw, whose state is sharded"
@@ -233,7 +236,7 @@ def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
         if height % stage.size_multiple or width % stage.size_multiple:
             raise ValueError(
                 f"a bucket of {height} x {width} px is not a multiple of {stage.size_multiple}, as "
-                f"{type(stage).__name__} needs; set data.bucket_multiple={stage.size_multiple} or "
+                f"stage={stage.name} needs; set data.bucket_multiple={stage.size_multiple} or "
                 "a multiple of that"
             )
 

@@ -3,7 +3,9 @@
 import hashlib
 import pickle
 import shutil
+import sys
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import torch
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.load import (
     ALLOWED_TARGETS,
+    STAGE_TARGETS,
     find_checkpoint,
     load_stage,
     read_checkpoint,
+    stage_class,
 )
 from wuerstchen_pl.formats.run import read_run
 from wuerstchen_pl.io import atomic
@@ -91,10 +95,28 @@ def test_a_target_outside_the_package_is_refused(moved: Path, target: Any, insid
         load_stage(run=moved / "a", stage="a")
 
 
-def test_a_stage_outside_the_package_is_refused(moved: Path) -> None:
-    rewrite(moved / "a", stage={"_target_": "os.system", "command": "true"})
-    with pytest.raises(ValueError, match=r"contains stage=os\.system, but stage=a is needed"):
-        load_stage(run=moved / "a", stage="a")
+@pytest.mark.parametrize(
+    "target", ["planted_module.StageA", "os.system", "wuerstchen_pl.data.factories.folder", None]
+)
+def test_a_stage_outside_the_package_is_refused_and_not_imported(
+    moved: Path, target: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted_module.py").write_text("class StageA:\n    name = 'a'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rewrite(moved / "a", stage={"_target_": target})
+    for read in (partial(load_stage, stage="a"), read_run):
+        with pytest.raises(ValueError, match=r"is not a stage of this package"):
+            read(run=moved / "a")
+    assert "planted_module" not in sys.modules
+    assert hydra.utils.get_class("planted_module.StageA").name == "a"
+    del sys.modules["planted_module"]
+
+
+@pytest.mark.parametrize("target", sorted(STAGE_TARGETS))
+def test_the_class_of_a_stage_has_its_name(target: str) -> None:
+    stage = stage_class({"_target_": target})
+    assert f"{stage.__module__}.{stage.__qualname__}" == target
+    assert stage.__module__.endswith(f".{stage.name}")
 
 
 @pytest.mark.parametrize("kind", ["value", "list", "tuple"])

@@ -79,7 +79,7 @@ def test_arguments_equal_diffusers(stage: str, name: str, part: str, reference: 
         key: value for key, value in expected.items() if key in exported
     }
     assert expected.keys() - exported.keys() <= {"_use_default_values"}
-    back = config_map.from_diffusers(config["_target_"].removeprefix(MODELS), exported, "file")
+    back = config_map.from_diffusers(config["_target_"], exported, "file")
     assert back == {key: {**config, "scale_factor": 0.3764}[key] for key in back}
 
 

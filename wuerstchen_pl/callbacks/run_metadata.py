@@ -4,11 +4,14 @@ import json
 import platform
 import time
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
 
+from wuerstchen_pl.io.atomic import write_text
 from wuerstchen_pl.io.versions import installed_versions
+from wuerstchen_pl.stages.stage import Stage
 
 
 class RunMetadata(L.Callback):
@@ -44,7 +47,7 @@ class RunMetadata(L.Callback):
             return
         cuda = torch.cuda.is_available()
         metadata = {
-            "stage": type(pl_module).__name__.removeprefix("FSDP"),
+            "stage": cast(Stage, pl_module).name,
             "steps": trainer.global_step,
             "hours": round(self._hours(), 4),
             "parameters": sum(p.numel() for p in pl_module.parameters()),
@@ -54,4 +57,4 @@ class RunMetadata(L.Callback):
             "python": platform.python_version(),
             "versions": installed_versions(("torch", "lightning", "wuerstchen_pl")),
         }
-        self.path.write_text(json.dumps(metadata, indent=2) + "\n")
+        write_text(self.path, json.dumps(metadata, indent=2) + "\n")

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,36 +24,42 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ALLOWED_TARGETS = frozenset(
-    f"wuerstchen_pl.{name}"
+STAGE_TARGETS = frozenset(
+    f"wuerstchen_pl.stages.{name}" for name in ("a.StageA", "b.StageB", "c.StageC", "ldm.StageLDM")
+)
+NETWORK_TARGETS = frozenset(
+    f"wuerstchen_pl.models.{name}"
     for name in (
-        "checkpointing.load.load_stage",
-        "data.caches.cached_dataset.CachedDataModule",
-        "data.ordering.filters.Filters",
-        "data.sources.folder.FolderSource",
-        "data.sources.hub.HubDataset",
-        "data.factories.folder",
-        "data.factories.hf",
-        "data.factories.mix",
-        "data.factories.openmoji",
-        "data.factories.shards",
-        "data.sources.openmoji.OpenMoji",
-        "data.sources.shards.ShardSource",
-        "models.compressor.ConvBackbone",
-        "models.compressor.EfficientNet",
-        "models.compressor.SemanticCompressor",
-        "models.diffnext.DiffNeXt",
-        "models.paella.Paella",
-        "models.discriminator.Discriminator",
-        "models.prior.Prior",
-        "models.text.TextEncoder",
-        "models.unet.UNet",
-        "models.vqgan.VQGAN",
-        "stages.a.StageA",
-        "stages.b.StageB",
-        "stages.c.StageC",
-        "stages.ldm.StageLDM",
+        "compressor.ConvBackbone",
+        "compressor.EfficientNet",
+        "compressor.SemanticCompressor",
+        "diffnext.DiffNeXt",
+        "paella.Paella",
+        "discriminator.Discriminator",
+        "prior.Prior",
+        "text.TextEncoder",
+        "unet.UNet",
+        "vqgan.VQGAN",
     )
+)
+DATA_TARGETS = frozenset(
+    f"wuerstchen_pl.data.{name}"
+    for name in (
+        "caches.cached_dataset.CachedDataModule",
+        "ordering.filters.Filters",
+        "sources.folder.FolderSource",
+        "sources.hub.HubDataset",
+        "factories.folder",
+        "factories.hf",
+        "factories.mix",
+        "factories.openmoji",
+        "factories.shards",
+        "sources.openmoji.OpenMoji",
+        "sources.shards.ShardSource",
+    )
+)
+ALLOWED_TARGETS = (
+    STAGE_TARGETS | NETWORK_TARGETS | DATA_TARGETS | {"wuerstchen_pl.checkpointing.load.load_stage"}
 )
 REQUIRED = ("stage", "state_dict", "ema", "frozen")
 
@@ -176,7 +183,7 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
     """
     path = _find_trained(run, stage)
     content = read_checkpoint(path, optimizer_state=False)
-    trained = trained_stage(content)
+    trained = stage_class(content["stage"]).name
     if trained != stage:
         raise ValueError(
             f"{path} contains stage={trained}, but stage={stage} is needed; "
@@ -185,10 +192,16 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
     return build_stage(path, content, ema=ema)
 
 
-def trained_stage(content: dict[str, Any]) -> str:
-    """The stage of a checkpoint or a run's config: ``a``, ``b``, ``c`` or ``ldm``."""
-    target = str(content["stage"].get("_target_"))
-    return target.rpartition(".Stage")[2].lower()
+def stage_class(config: Mapping[str, Any]) -> "type[Stage]":
+    """The class of a stage's config, from a checkpoint or a run.
+
+    Raises:
+        ValueError: if it is not a stage of this package; nothing is imported then.
+    """
+    target = config.get("_target_")
+    if target not in STAGE_TARGETS:
+        raise ValueError(f"_target_={target!r} in a checkpoint is not a stage of this package")
+    return hydra.utils.get_class(target)
 
 
 def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "Stage":
@@ -228,12 +241,11 @@ def _find_trained(run: str | Path, stage: str) -> Path:
 def _sampling_config(content: dict[str, Any]) -> dict[str, Any]:
     """The config of a checkpoint's stage, without the arguments that only training needs."""
     config = content["stage"]
-    stage_class: Any = hydra.utils.get_class(config["_target_"])
     trained = {key.partition(".")[0] for key in content["state_dict"]}
     return {
         key: drop_weight_paths(value) if key in trained else value
         for key, value in config.items()
-        if key not in stage_class.TRAINING_ONLY
+        if key not in stage_class(config).TRAINING_ONLY
     }
 
 

@@ -16,6 +16,7 @@ from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.data.build import build
 from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
+from wuerstchen_pl.data.factories import folder
 from wuerstchen_pl.data.histogram import plot_histograms
 from wuerstchen_pl.data.inspect import format_report, inspect_data
 
@@ -39,7 +40,7 @@ BUILD_KEYS = {
 def run_check(cfg: DictConfig) -> float:
     """Inspect all data, print a report and save a plot; return the number of usable images."""
     check_config(cfg, CHECK_KEYS)
-    folder = check_output_dir(cfg.output_dir)
+    output_dir = check_output_dir(cfg.output_dir)
     module: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     module.prepare_data()
     inspection = inspect_data(module, full=cfg.full)
@@ -48,9 +49,9 @@ def run_check(cfg: DictConfig) -> float:
         print("for validation:")
         print(format_report(inspect_data(module, "val", full=cfg.full)))
     if inspection.sizes:
-        folder.mkdir(parents=True, exist_ok=True)
-        plot_histograms(inspection.sizes, module.sizes).savefig(folder / "sizes.png")
-        print(folder / "sizes.png")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        plot_histograms(inspection.sizes, module.sizes).savefig(output_dir / "sizes.png")
+        print(output_dir / "sizes.png")
     if not inspection.left:
         raise ValueError("nothing is left to train on; see the bad and dropped samples above")
     return float(inspection.left)
@@ -59,7 +60,7 @@ def run_check(cfg: DictConfig) -> float:
 def run_build(cfg: DictConfig) -> None:
     """Write shards, and print how to train on them."""
     if cfg["from"] is not None:
-        if not cfg.data._target_.endswith(".folder"):
+        if hydra.utils.get_object(cfg.data._target_) is not folder:
             raise ValueError(
                 f"from={cfg['from']} needs data=folder; remove from, or the other data"
             )

@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from wuerstchen_pl.formats import diffusers
-from wuerstchen_pl.formats.config_map import HEAD_WIDTH, MODELS
+from wuerstchen_pl.formats.config_map import HEAD_WIDTH
 from wuerstchen_pl.formats.lazy_tensors import LazyTensor, in_memory, read_pickle, read_safetensors
-from wuerstchen_pl.formats.model import Part, check_tensors, with_defaults
+from wuerstchen_pl.formats.model import TEXT_ENCODER, Part, check_tensors, with_defaults
 
 
 def read_text_encoder(path: Path) -> Part:
@@ -55,7 +55,7 @@ def _config(tower: dict[str, LazyTensor]) -> dict[str, Any]:
     first = "tower.transformer.resblocks.0.mlp.c_fc.weight"
     return with_defaults(
         {
-            "_target_": MODELS + "text.TextEncoder",
+            "_target_": TEXT_ENCODER,
             "width": width,
             "depth": sum(name.endswith(".ln_1.weight") for name in tower),
             "num_heads": width // HEAD_WIDTH,

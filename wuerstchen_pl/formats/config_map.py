@@ -8,7 +8,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from wuerstchen_pl.formats.model import MODELS
+from wuerstchen_pl.formats.model import (
+    COMPRESSOR,
+    DIFFNEXT,
+    EFFICIENTNET,
+    PAELLA,
+    PRIOR,
+    TEXT_ENCODER,
+    VQGAN,
+)
 
 Config = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -29,7 +37,7 @@ class Scheme(NamedTuple):
     fixed: Config
 
 
-PRIOR = Scheme(
+_PRIOR = Scheme(
     "WuerstchenPrior",
     {
         "latent_channels": "c_in", "width": "c", "text_dim": "c_cond", "time_dim": "c_r",
@@ -37,7 +45,7 @@ PRIOR = Scheme(
     },
     {},
 )  # fmt: skip
-DIFFNEXT = Scheme(
+_DIFFNEXT = Scheme(
     "WuerstchenDiffNeXt",
     {
         "latent_channels": "c_in", "semantic_channels": "effnet_embd", "patch_size": "patch_size",
@@ -47,7 +55,7 @@ DIFFNEXT = Scheme(
     },
     {"kernel_size": 3},
 )  # fmt: skip
-VQGAN = Scheme(
+_VQGAN = Scheme(
     "PaellaVQModel",
     {
         "levels": "levels", "bottleneck_blocks": "bottleneck_blocks", "width": "embed_dim",
@@ -56,7 +64,7 @@ VQGAN = Scheme(
     },
     {"in_channels": 3, "out_channels": 3, "up_down_scale_factor": 2},
 )  # fmt: skip
-TEXT = Scheme(
+_TEXT = Scheme(
     "CLIPTextModel",
     {
         "width": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads",
@@ -65,24 +73,22 @@ TEXT = Scheme(
     },
     {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"},
 )  # fmt: skip
-SCHEMES = {
-    "prior.Prior": PRIOR, "diffnext.DiffNeXt": DIFFNEXT, "vqgan.VQGAN": VQGAN,
-    "text.TextEncoder": TEXT,
-}  # fmt: skip
+SCHEMES = {PRIOR: _PRIOR, DIFFNEXT: _DIFFNEXT, VQGAN: _VQGAN, TEXT_ENCODER: _TEXT}
+"""Native ``_target_`` -> external network."""
 
 
-def from_diffusers(kind: str, config: Mapping[str, Any], where: str) -> Config:
+def from_diffusers(target: str, config: Mapping[str, Any], where: str) -> Config:
     """``config.json`` -> native arguments, with ``_target_``.
 
     Args:
-        kind: native class, a key of ``SCHEMES``.
+        target: native ``_target_``, a key of ``SCHEMES``.
         config: contents of ``config.json``.
         where: the file, for error messages.
 
     Raises:
         ValueError: naming a key that is missing, or whose value is not supported.
     """
-    scheme = SCHEMES[kind]
+    scheme = SCHEMES[target]
     for key, value in {"_class_name": scheme.class_name, **scheme.fixed}.items():
         if config.get(key, value) != value:
             raise ValueError(f"{where} has {key}={config[key]!r}; only {value!r} is supported")
@@ -97,11 +103,11 @@ def from_diffusers(kind: str, config: Mapping[str, Any], where: str) -> Config:
     if any(value is None for value in arguments.values()):
         null = next(name for native, name in scheme.names.items() if arguments[native] is None)
         raise ValueError(f"{where} has {null}=null; set its value")
-    if kind == "diffnext.DiffNeXt":
+    if target == DIFFNEXT:
         arguments |= _from_diffnext(config, where)
-    if kind == "text.TextEncoder":
+    if target == TEXT_ENCODER:
         arguments["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
-    return {"_target_": MODELS + kind, **arguments}
+    return {"_target_": target, **arguments}
 
 
 def _from_diffnext(config: Mapping[str, Any], where: str) -> Config:
@@ -130,14 +136,14 @@ def to_diffusers(config: Config) -> Config:
     Raises:
         ValueError: if diffusers has no such network.
     """
-    kind = config["_target_"].removeprefix(MODELS)
-    if kind not in SCHEMES:
-        raise ValueError(f"diffusers has no {kind}; use format=native")
+    target = config["_target_"]
+    if target not in SCHEMES:
+        raise ValueError(f"diffusers has no {target}; use format=native")
     if config.get("text_dim", 0) is None:
         raise ValueError("diffusers has no Stage B without text (text_dim=null); use format=native")
-    scheme = SCHEMES[kind]
+    scheme = SCHEMES[target]
     external = {name: config[native] for native, name in scheme.names.items()} | scheme.fixed
-    if kind == "text.TextEncoder":
+    if target == TEXT_ENCODER:
         return external | {
             "architectures": [scheme.class_name],
             "intermediate_size": round(config["width"] * config["mlp_ratio"]),
@@ -145,7 +151,7 @@ def to_diffusers(config: Config) -> Config:
             "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1,
             "projection_dim": config["width"], "initializer_factor": 1.0,
         }  # fmt: skip
-    if kind == "diffnext.DiffNeXt":
+    if target == DIFFNEXT:
         external |= {
             "nhead": [-1 if n is None else n for n in config["num_heads"]],
             "level_config": ["CT" if n is None else "CTA" for n in config["num_heads"]],
@@ -170,7 +176,7 @@ def from_shapes(part: str, shapes: Shapes) -> Config:
 def _prior(shapes: Shapes) -> Config:
     width, latent_channels = shapes["projection.weight"][:2]
     return {
-        "_target_": MODELS + "prior.Prior",
+        "_target_": PRIOR,
         "latent_channels": latent_channels,
         "width": width,
         "depth": _count(shapes, r"blocks\.(\d+)\.") // 3,
@@ -201,14 +207,14 @@ def _decoder(shapes: Shapes) -> Config:
         cond_dim, text_dim = shapes["byt5_mapper.weight"]
         channels = shapes["effnet_mapper.weight"][1]
         return {
-            "_target_": MODELS + "paella.Paella", "codebook_size": codes, "token_dim": token_dim,
+            "_target_": PAELLA, "codebook_size": codes, "token_dim": token_dim,
             "semantic_channels": channels, "cond_dim": cond_dim, "text_dim": text_dim, **shared,
         }  # fmt: skip
     cond_dim, text_dim = shapes["clip_mapper.weight"]
     mapped = [f"effnet_mappers.{i}.weight" in shapes for i in range(levels)]
     mapper = shapes[f"effnet_mappers.{mapped.index(True)}.weight"]
     return {
-        "_target_": MODELS + "diffnext.DiffNeXt", "cond_dim": cond_dim, "text_dim": text_dim,
+        "_target_": DIFFNEXT, "cond_dim": cond_dim, "text_dim": text_dim,
         "latent_channels": shapes["embedding.1.weight"][1] // PATCH_SIZE**2,
         "semantic_channels": mapper[1], "inject_semantic": mapped, **shared,
     }  # fmt: skip
@@ -222,7 +228,7 @@ def _vqgan(shapes: Shapes) -> Config:
     codes, channels = shapes["vquantizer.codebook.weight"]
     blocks = sum(bool(re.fullmatch(r"up_blocks\.\d+\.gammas", key)) for key in shapes)
     return {
-        "_target_": MODELS + "vqgan.VQGAN",
+        "_target_": VQGAN,
         "levels": levels,
         "bottleneck_blocks": blocks - (levels - 1),
         "width": shapes["up_blocks.0.0.weight"][0],
@@ -235,11 +241,11 @@ def _vqgan(shapes: Shapes) -> Config:
 def _compressor(shapes: Shapes) -> Config:
     stages = _count(shapes, r"backbone\.(\d+)\.")
     return {
-        "_target_": MODELS + "compressor.SemanticCompressor",
+        "_target_": COMPRESSOR,
         "latent_channels": shapes["mapper.0.weight"][0],
         "resize": 0.75,
         "backbone": {
-            "_target_": MODELS + "compressor.EfficientNet",
+            "_target_": EFFICIENTNET,
             "size": "l" if stages > EFFICIENTNET_S_STAGES else "s",
             "weights": None,
         },

@@ -19,7 +19,9 @@ from wuerstchen_pl.formats.lazy_tensors import (
     write_safetensors,
 )
 from wuerstchen_pl.formats.model import (
+    PART_TARGETS,
     SCALE,
+    TEXT_ENCODER,
     Model,
     Part,
     build_on_meta,
@@ -34,9 +36,6 @@ INDEX = "model_index.json"
 PAIR = ("wuerstchen", "wuerstchen-prior")
 """The two folders that are written, named like the published repositories."""
 SCHEDULE = {"scaler": 1.0, "s": 0.008}
-KINDS = {
-    "prior": "prior.Prior", "decoder": "diffnext.DiffNeXt", "vqgan": "vqgan.VQGAN",
-}  # fmt: skip
 CLASSES = {
     "prior": ["wuerstchen", "WuerstchenPrior"],
     "decoder": ["wuerstchen", "WuerstchenDiffNeXt"],
@@ -106,7 +105,7 @@ def _read_part(folder: Path, name: str, part: str, variant: str | None) -> Part:
         return read_text_encoder(folder / name, tokenizer, variant)
     config = folder / name / "config.json"
     weights = find_weights(folder / name, "diffusion_pytorch_model", variant)
-    arguments = with_defaults(from_diffusers(KINDS[part], load_json(config), str(config)))
+    arguments = with_defaults(from_diffusers(PART_TARGETS[part][0], load_json(config), str(config)))
     return Part(
         arguments, _import_tensors(read_safetensors(weights), arguments, "diffusers", str(weights))
     )
@@ -115,7 +114,7 @@ def _read_part(folder: Path, name: str, part: str, variant: str | None) -> Part:
 def read_text_encoder(folder: Path, tokenizer: Path, variant: str | None = None) -> Part:
     """Read a transformers CLIPTextModel, and the files of its tokenizer if that folder exists."""
     config, weights = folder / "config.json", find_weights(folder, "model", variant)
-    arguments = with_defaults(from_diffusers("text.TextEncoder", load_json(config), str(config)))
+    arguments = with_defaults(from_diffusers(TEXT_ENCODER, load_json(config), str(config)))
     tensors = _with_prefix(read_safetensors(weights))
     part = Part(arguments, _import_tensors(tensors, arguments, "diffusers", str(weights)))
     part.tokenizer = tokenizer if tokenizer.is_dir() else None

@@ -6,13 +6,22 @@ diffusers stores query, key and value separately, the other two formats concaten
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from wuerstchen_pl.formats.lazy_tensors import LazyTensor
-from wuerstchen_pl.formats.model import compare_shapes
+from wuerstchen_pl.formats.model import (
+    COMPRESSOR,
+    DIFFNEXT,
+    PAELLA,
+    PRIOR,
+    TEXT_ENCODER,
+    VQGAN,
+    compare_shapes,
+)
 
 ExternalFormat = Literal["upstream", "diffusers"]
 Rules = list[tuple[str, str]]
@@ -91,16 +100,16 @@ def key_mappings(
     config: Mapping[str, Any], keys: Iterable[str], format: ExternalFormat
 ) -> list[KeyMapping]:
     """The external names of a part's tensors, given the native ones."""
-    kind = config["_target_"].rpartition(".")[2]
+    target = config["_target_"]
     name_of = {
-        "Prior": _prior, "DiffNeXt": _u_net, "Paella": _u_net, "VQGAN": _vqgan,
-        "SemanticCompressor": _compressor, "TextEncoder": _text,
-    }[kind]  # fmt: skip
+        PRIOR: _prior, DIFFNEXT: _u_net, PAELLA: _u_net, VQGAN: _vqgan, COMPRESSOR: _compressor,
+        TEXT_ENCODER: _text,
+    }[target]  # fmt: skip
     mappings = []
     for key in keys:
         name = name_of(key, config)
-        external = (name,) if format == "upstream" else _for_diffusers(name, kind)
-        is_grn = kind in ("Prior", "DiffNeXt", "Paella") and key.endswith((".gamma", ".beta"))
+        external = (name,) if format == "upstream" else _for_diffusers(name, target)
+        is_grn = target in (PRIOR, DIFFNEXT, PAELLA) and key.endswith((".gamma", ".beta"))
         mappings.append(KeyMapping(key, external, is_grn))
     return mappings
 
@@ -120,7 +129,9 @@ def to_external(
     return converted
 
 
-def _chunk(lazy: LazyTensor, i: int, num_chunks: int, shape: tuple[int, ...]) -> Any:
+def _chunk(
+    lazy: LazyTensor, i: int, num_chunks: int, shape: tuple[int, ...]
+) -> Callable[[], Tensor]:
     if num_chunks == 1:
         return lambda: lazy.load().reshape(shape)
     return lambda: lazy.load().chunk(num_chunks)[i]
@@ -159,7 +170,7 @@ def from_external(
 
 def _concatenated(
     tensors: Mapping[str, LazyTensor], names: tuple[str, ...], shape: tuple[int, ...]
-) -> Any:
+) -> Callable[[], Tensor]:
     if len(names) == 1:
         return lambda: tensors[names[0]].load().reshape(shape)
     return lambda: torch.cat([tensors[name].load() for name in names])
@@ -198,7 +209,7 @@ def _u_net(key: str, config: Mapping[str, Any]) -> str:
         first = 1 if side == "down" and i > 0 else 0
         index = first + j * parts[i if side == "down" else last - i] + _BLOCK_PARTS[match[5]]
         return f"{side}_blocks.{i}.{index}.{_rename(match[4], _BLOCK)}"
-    return _rename(key, _PAELLA if config["_target_"].endswith("Paella") else _DIFFNEXT)
+    return _rename(key, _PAELLA if config["_target_"] == PAELLA else _DIFFNEXT)
 
 
 def _vqgan(key: str, config: Mapping[str, Any]) -> str:
@@ -225,9 +236,9 @@ def _text(key: str, config: Mapping[str, Any]) -> str:
     return _rename(_rename(key, _TEXT), _TEXT_LAYER)
 
 
-def _for_diffusers(name: str, kind: str) -> tuple[str, ...]:
+def _for_diffusers(name: str, target: str) -> tuple[str, ...]:
     """Upstream name -> names in diffusers and transformers, which split query, key and value."""
-    if kind == "VQGAN":
+    if target == VQGAN:
         return (name.replace("vquantizer.codebook.", "vquantizer.embedding."),)
     name = name.replace("attention.attn.out_proj.", "attention.to_out.0.")
     if match := re.fullmatch(r"(.*attention\.)attn\.in_proj_(\w+)", name):

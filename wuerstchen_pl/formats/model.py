@@ -9,7 +9,7 @@ import torch
 from hydra.utils import get_class
 from torch import nn
 
-from wuerstchen_pl.checkpointing.load import instantiate_allowed
+from wuerstchen_pl.checkpointing.load import NETWORK_TARGETS, instantiate_allowed
 from wuerstchen_pl.formats.lazy_tensors import LazyTensor
 
 SHIFT = "semantic_shift"
@@ -47,16 +47,22 @@ class Model:
     """The model card, README.md."""
 
 
-KINDS = {
-    "prior": ("prior.Prior",),
-    "decoder": ("diffnext.DiffNeXt", "paella.Paella"),
-    "vqgan": ("vqgan.VQGAN",),
-    "compressor": ("compressor.SemanticCompressor",),
-    "text_encoder": ("text.TextEncoder",),
-    "prior_text_encoder": ("text.TextEncoder",),
+PRIOR = "wuerstchen_pl.models.prior.Prior"
+DIFFNEXT = "wuerstchen_pl.models.diffnext.DiffNeXt"
+PAELLA = "wuerstchen_pl.models.paella.Paella"
+VQGAN = "wuerstchen_pl.models.vqgan.VQGAN"
+COMPRESSOR = "wuerstchen_pl.models.compressor.SemanticCompressor"
+EFFICIENTNET = "wuerstchen_pl.models.compressor.EfficientNet"
+TEXT_ENCODER = "wuerstchen_pl.models.text.TextEncoder"
+PART_TARGETS = {
+    "prior": (PRIOR,),
+    "decoder": (DIFFNEXT, PAELLA),
+    "vqgan": (VQGAN,),
+    "compressor": (COMPRESSOR,),
+    "text_encoder": (TEXT_ENCODER,),
+    "prior_text_encoder": (TEXT_ENCODER,),
 }
-"""Part -> its possible classes."""
-MODELS = "wuerstchen_pl.models."
+"""Part -> its possible ``_target_``."""
 COUNTS = ("depth", "num_blocks", "bottleneck_blocks", "levels")
 """Arguments that count layers, which cannot exceed the number of tensors."""
 
@@ -69,9 +75,7 @@ def validate_config(config: Any, part: str, num_tensors: int, where: str) -> dic
     Raises:
         ValueError: if it would build something else, or more layers than there are tensors.
     """
-    if not isinstance(config, dict) or config.get("_target_") not in [
-        MODELS + kind for kind in KINDS[part]
-    ]:
+    if not isinstance(config, dict) or config.get("_target_") not in PART_TARGETS[part]:
         target = config.get("_target_") if isinstance(config, dict) else config
         raise ValueError(
             f"{where} has _target_={target!r}, which is not a {part}; use another file"
@@ -84,7 +88,7 @@ def _sanitized(node: Any, num_tensors: int, where: str) -> Any:
         return [_sanitized(item, num_tensors, where) for item in node]
     if not isinstance(node, dict):
         return node
-    if not str(node.get("_target_", MODELS)).startswith(MODELS):
+    if "_target_" in node and node["_target_"] not in NETWORK_TARGETS:
         raise ValueError(f"{where} has _target_={node['_target_']!r}, which is not a network")
     sanitized = {}
     for key, value in node.items():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from wuerstchen_pl.checkpointing import load
@@ -66,7 +67,7 @@ def _row(path: Path, *, with_ema: bool) -> str:
     stage, trained = content["stage"], _config(path)
     data, record = trained.get("data", {}), _record(path)
     cells = [
-        stage["_target_"].rpartition(".")[2],
+        f"Stage {load.stage_class(stage).name.upper()}",
         f"{content['global_step']:,}" if "global_step" in content else UNKNOWN,
         data.get("batch_size", UNKNOWN),
         stage.get("optimizer", {}).get("lr", UNKNOWN),
@@ -81,14 +82,15 @@ def _row(path: Path, *, with_ema: bool) -> str:
 
 
 def _source(data: dict[str, Any]) -> str:
-    """The class of the data module and its arguments, without local paths."""
+    """The function that built the data module, and its arguments without local paths."""
     if not data:
         return UNKNOWN
-    kind = data["_target_"].rpartition(".")[2]
+    target = data["_target_"]
+    name = get_object(target).__name__ if target in load.DATA_TARGETS else target
     arguments = [
         f"{k}={data[k]}" for k in ("urls", "name", "groups", "limit") if data.get(k) is not None
     ]
-    return f"{kind} ({', '.join(arguments)})" if arguments else kind
+    return f"{name} ({', '.join(arguments)})" if arguments else name
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from wuerstchen_pl.checkpointing.load import (
     drop_weight_paths,
     find_checkpoint,
     read_checkpoint,
-    trained_stage,
+    stage_class,
 )
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import Model, Part, with_defaults
@@ -40,7 +40,7 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
     """
     path = find_checkpoint(run)
     content = read_checkpoint(path, optimizer_state=False)
-    if (name := trained_stage(content)) not in STAGE_PARTS:
+    if (name := stage_class(content["stage"]).name) not in STAGE_PARTS:
         raise ValueError(
             f"{run} is a run of stage={name}, which no model format supports; use it with sample "
             "and evaluate only"

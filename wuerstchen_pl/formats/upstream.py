@@ -14,6 +14,7 @@ from wuerstchen_pl.formats import config_map
 from wuerstchen_pl.formats.key_map import from_external, key_mappings, to_external
 from wuerstchen_pl.formats.lazy_tensors import in_memory, read_pickle
 from wuerstchen_pl.formats.model import (
+    PAELLA,
     SCALE,
     Model,
     Part,
@@ -116,7 +117,7 @@ def write(model: Model, path: Path) -> None:
         raise ValueError(
             "the upstream code has no Stage B without text (text_dim=null); use format=native"
         )
-    is_v1 = decoder is not None and decoder.config["_target_"].endswith("Paella")
+    is_v1 = decoder is not None and decoder.config["_target_"] == PAELLA
     for name, parts in (
         (STAGE_A, ("vqgan",)),
         (STAGE_B_V1 if is_v1 else STAGE_B, ("decoder", "compressor")),

@@ -1,11 +1,16 @@
 """A CSV log that survives resuming; Lightning's CSVLogger deletes the existing file."""
 
 import csv
+import io
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+
+from wuerstchen_pl.io.atomic import write_text
 
 
 class CSVLogger(Logger):
@@ -47,13 +52,14 @@ class CSVLogger(Logger):
         """Append one row per metric."""
         if not self._opened:
             self._open(step or 0)
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows(
-                (step, name, f"{value:.6g}") for name, value in metrics.items() if name != "epoch"
-            )
+        rows = [(step, name, f"{value:.6g}") for name, value in metrics.items() if name != "epoch"]
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:  # a single system call, so that no signal leaves half a row
+            os.write(descriptor, _to_csv(rows).encode())
+        finally:
+            os.close(descriptor)
 
     def _open(self, step: int) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         if self.path.is_file():
             text = self.path.read_text("utf-8", errors="replace").replace("\0", "")
@@ -62,6 +68,11 @@ class CSVLogger(Logger):
                 for row in csv.reader(text.splitlines())
                 if len(row) == 3 and row[0].isdecimal() and int(row[0]) < step
             ]
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("step", "metric", "value"), *rows])
+        write_text(self.path, _to_csv([("step", "metric", "value"), *rows]))
         self._opened = True
+
+
+def _to_csv(rows: Iterable[Iterable[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from wuerstchen_pl.formats.model import Model, build_network
+from wuerstchen_pl.formats.model import PAELLA, Model, build_network
 from wuerstchen_pl.sampling.decoder import DecoderSampler
 from wuerstchen_pl.sampling.prior import PriorSampler
 
@@ -23,7 +23,7 @@ def build_components(model: Model, where: str) -> dict[str, Any]:
     """
     needed = {"prior", "prior_text_encoder", "decoder", "vqgan"}
     if (decoder := model.parts.get("decoder")) is not None:
-        if decoder.config["_target_"].endswith("Paella"):
+        if decoder.config["_target_"] == PAELLA:
             raise ValueError(f"{where} has v1's Stage B, which can only be converted; use v2's")
         if decoder.config["text_dim"] is not None:
             needed.add("text_encoder")

@@ -53,7 +53,7 @@ def stage_of_run(model: str) -> str | None:
         content = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     if not isinstance(content, dict) or "stage" not in content:
         content = load.read_checkpoint(load.find_checkpoint(model), optimizer_state=False)
-    return load.trained_stage(content)
+    return load.stage_class(content["stage"]).name
 
 
 def pipeline_from_stage(stage: Any) -> TextToImage:
