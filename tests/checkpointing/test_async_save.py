@@ -2,12 +2,17 @@
 
 import errno
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tests.test_resume import STEPS, differing, train
+from wuerstchen_pl.callbacks.checkpoints import Checkpoints
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.async_save import DeferredSave
 from wuerstchen_pl.io import atomic
@@ -73,6 +78,37 @@ def test_a_full_disk_during_an_async_save_ends_the_run_and_keeps_older_checkpoin
     uninterrupted = train("c", tmp_path / "whole", cascade)
     resumed = train("c", tmp_path / "full", cascade, ASYNC_SAVE, "ckpt=auto")
     assert not differing(uninterrupted, resumed)
+
+
+def test_the_writing_thread_uses_the_device_of_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current device is a setting of each thread, and device 0 in a new one."""
+    current = threading.local()
+
+    @contextmanager
+    def device_index(index: int | None) -> Iterator[None]:
+        current.device = index
+        yield
+        del current.device
+
+    def save(path: Path, storage_options: DeferredSave) -> None:
+        def write(content: dict, group: None) -> None:
+            path.write_text(f"cuda:{getattr(current, 'device', 0)}")
+
+        storage_options.record(write, {})
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    trainer: Any = SimpleNamespace(
+        global_step=1,
+        is_global_zero=True,
+        save_checkpoint=save,
+        strategy=SimpleNamespace(root_device=torch.device("cuda", 3)),
+    )
+    checkpoints = Checkpoints(folder=str(tmp_path), every_steps=1, async_save=True)
+    checkpoints.save(trainer)
+    checkpoints.finish()
+    assert (tmp_path / "step0000001.ckpt").read_text() == "cuda:3"
 
 
 def test_a_deferred_save_writes_a_copy_or_the_tensors_themselves() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -105,7 +106,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(temporary, storage_options=deferred)
         write = partial(self._write, deferred, path, temporary, trainer.is_global_zero)
         if self.async_save:
-            self._writing = _THREAD.submit(write)
+            self._writing = _THREAD.submit(_on_device, trainer.strategy.root_device, write)
         else:
             write()
         self._saved_step = step
@@ -168,3 +169,9 @@ class Checkpoints(Checkpoint):
         for step, old in saved[: -self.keep]:
             if not self.keep_every_steps or step % self.keep_every_steps:
                 atomic.remove(old)
+
+
+def _on_device(device: torch.device, work: Callable[[], None]) -> None:
+    """Run ``work`` with ``device`` as the current one, which in a new thread is device 0."""
+    with torch.accelerator.device_index(device.index):
+        work()
