@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from tests.stages.conftest import fit, stage_a
 from wuerstchen_pl.models.vqgan import VQGAN, VectorQuantizer, codebook_usage
+from wuerstchen_pl.stages.a import count_codes
 from wuerstchen_pl.stages.stage import Batch
 
 
@@ -201,6 +202,13 @@ def test_the_logged_gradient_norms_are_those_of_the_networks(batch: Batch) -> No
         grads = [p.grad for p in getattr(stage, name).parameters() if p.grad is not None]
         norm = torch.cat([grad.flatten() for grad in grads]).norm()
         torch.testing.assert_close(logged[f"train/grad_norm_{name}"], norm)
+
+
+def test_codes_are_counted_without_waiting_for_the_device() -> None:
+    """``bincount`` reads its largest value on the host; a meta tensor has none to read."""
+    indices = torch.randint(7, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(count_codes(indices, 9), indices.flatten().bincount(minlength=9).float())
+    assert count_codes(indices.to("meta"), 9).shape == (9,)
 
 
 def test_codebook_usage_of_given_counts() -> None:

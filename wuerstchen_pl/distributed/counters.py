@@ -3,6 +3,7 @@
 from collections import Counter
 
 import torch.distributed as dist
+from torch import Tensor
 
 from wuerstchen_pl.distributed.launch import DistInfo
 
@@ -20,3 +21,13 @@ def sum_counters(counter: Counter[str]) -> Counter[str]:
     for process_counter in counters:
         total.update(process_counter)
     return total
+
+
+def sum_counts(counts: Tensor) -> Tensor:
+    """The sum over processes, in place; every process must call it.
+
+    Lightning's ``strategy.reduce`` would wait for all processes and for the GPU first.
+    """
+    if DistInfo.from_process_group().world_size > 1:
+        dist.all_reduce(counts)
+    return counts

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wuerstchen_pl.batch import Batch
+from wuerstchen_pl.distributed.counters import sum_counts
 from wuerstchen_pl.distributed.fsdp2 import index_copy, unsharded
 from wuerstchen_pl.models.discriminator import Discriminator
 from wuerstchen_pl.models.vqgan import VQGAN, codebook_usage
@@ -175,8 +176,7 @@ class StageA(Stage):
         return loss + discriminator_loss
 
     def _count_codes(self, indices: Tensor) -> None:
-        uses = torch.bincount(indices.flatten(), minlength=len(self.code_uses)).float()
-        self.code_uses += self.trainer.strategy.reduce(uses, reduce_op="sum")
+        self.code_uses += sum_counts(count_codes(indices, len(self.code_uses)))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -213,9 +213,8 @@ class StageA(Stage):
         loss, _, terms = self.generator_loss(images, quantize=True, adversarial=False)
         error = F.mse_loss(self.reconstruct(images), images, reduction="none")
         psnr = -10 * error.flatten(1).mean(dim=1).log10().mean()
-        codes = len(self.val_code_uses)
         if num_unique_samples(batch):
-            self.val_code_uses += torch.bincount(terms["indices"].flatten(), minlength=codes)
+            self.val_code_uses += count_codes(terms["indices"], len(self.val_code_uses))
         metrics = {"val/loss": loss, "val/psnr": psnr}
         self.log_dict(metrics, batch_size=num_unique_samples(batch), sync_dist=True)
 
@@ -243,3 +242,12 @@ class StageA(Stage):
 def rows_of(features: Tensor) -> Tensor:
     """(B, C, H, W) -> (B H W, C) float32."""
     return features.permute(0, 2, 3, 1).flatten(0, 2).float()
+
+
+def count_codes(indices: Tensor, codes: int) -> Tensor:
+    """Code indices of any shape -> (codes,) float32 number of uses of each.
+
+    Unlike ``torch.bincount``, it does not wait for a GPU to finish.
+    """
+    uses = torch.zeros(codes, device=indices.device)
+    return uses.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=indices.device))
