@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
-from wuerstchen_pl.distributed.fsdp2 import full_tensor
 from wuerstchen_pl.stages.stage import Stage
 
 
@@ -69,7 +68,7 @@ class SkipNonFiniteGrads(L.Callback):
             ValueError: if too many steps were skipped in a row.
         """
         stage = cast(Stage, pl_module)
-        norms = torch.stack([full_tensor(norm) for norm in stage.gradient_norms(optimizer)])
+        norms = torch.stack(stage.gradient_norms(optimizer))
         if norms.isfinite().all():
             self._in_a_row = 0
             return

@@ -1,6 +1,6 @@
 """Helpers for weights that may be sharded over processes with FSDP2."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
 def shard_stage(stage: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
@@ -50,6 +50,28 @@ def unsharded(module: nn.Module) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(part is not module, recurse=False)
             part.reshard()
+
+
+@torch.no_grad()
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's shards of tensors that may be sharded, in the same memory.
+
+    An operation on the shards of many small tensors is several times faster than on the tensors.
+    """
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+@torch.no_grad()
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all elements of tensors that may be sharded, all in the same way.
+
+    Every process must call it.
+    """
+    norm = nn.utils.get_total_norm(local_shards(tensors))
+    if not tensors or not isinstance(first := tensors[0], DTensor):
+        return norm
+    placements = [Partial() if p.is_shard() else p for p in first.placements]
+    return DTensor.from_local(norm.square(), first.device_mesh, placements).full_tensor().sqrt()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ integer buffers, does not support sharded weights, and leaves raw and EMA weight
 validation raises.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from wuerstchen_pl.distributed.fsdp2 import index_copy, shard_like, unsharded
+from wuerstchen_pl.distributed.fsdp2 import index_copy, local_shards, shard_like, unsharded
 
 
 class EMA:
@@ -59,25 +59,27 @@ class EMA:
         self.num_steps += 1
         if self.num_steps <= self.start_step or self.num_steps % self.every_steps:
             return
-        params = {name: p.detach() for name, p in _trainable(module).items()}
+        params = _trainable(module)
         if self.num_updates == 0:
             self.shadow = {name: self._to_shadow_device(p).clone() for name, p in params.items()}
         else:
             self._align(params)
             max_decay = (1 + self.num_updates) / (10 + self.num_updates) if self.warmup else 1.0
             decay = min(self.decay, max_decay)
-            current = [self._to_shadow_device(p) for p in params.values()]
-            torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)
+            current = [self._to_shadow_device(p) for p in local_shards(params.values())]
+            torch._foreach_lerp_(local_shards(self.shadow.values()), current, 1 - decay)
         self.num_updates += 1
 
     def _to_shadow_device(self, tensor: Tensor) -> Tensor:
         return tensor if self.device is None else tensor.to(self.device)
 
-    def _align(self, params: dict[str, Tensor]) -> None:
+    def _align(self, params: Mapping[str, Tensor]) -> None:
         """Give a shadow from a checkpoint the parameters' sharding, order and device."""
         for name, p in params.items():
             shadow = shard_like(self.shadow.pop(name), p)
-            self.shadow[name] = shadow.to(self.device or p.device)
+            device = torch.device(self.device or p.device)
+            # ``to`` takes as long as the update for a sharded tensor, even on the same device
+            self.shadow[name] = shadow if shadow.device == device else shadow.to(device)
 
     def overwrite_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
         """Overwrite rows in the shadow of parameter ``name``, such as re-initialized ones."""

@@ -1,6 +1,5 @@
 """Base of all stages: frozen networks, EMA, optimizer, validation, and checkpoints."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.batch import Batch
-from wuerstchen_pl.distributed.fsdp2 import full_tensor, reshard, shard_stage
+from wuerstchen_pl.distributed.fsdp2 import local_shards, reshard, shard_stage, total_norm
 from wuerstchen_pl.models.wrapping import find_blocks
 from wuerstchen_pl.stages.batch_rng import BatchRNG, derive_seed
 from wuerstchen_pl.stages.ema import EMA
@@ -142,9 +141,7 @@ class Stage(L.LightningModule):
     def gradient_norms(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """The gradient norm of each parameter group, computed once per step."""
         if self._grad_norms is None:
-            self._grad_norms = [
-                nn.utils.get_total_norm(_gradients(group)) for group in optimizer.param_groups
-            ]
+            self._grad_norms = [total_norm(_gradients(g)) for g in optimizer.param_groups]
         return self._grad_norms
 
     def discard_gradients(self) -> None:
@@ -160,12 +157,13 @@ class Stage(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by norm, and log the norms; Lightning's own clipping refuses fused optimizers."""
-        max_norm = gradient_clip_val or math.inf
         norms, self._grad_norms = self.gradient_norms(optimizer), None
         for group, norm in zip(optimizer.param_groups, norms, strict=True):
-            nn.utils.clip_grads_with_norm_(group["params"], max_norm, norm)
+            if gradient_clip_val:
+                factor = (gradient_clip_val / (norm + 1e-6)).clamp(max=1)
+                torch._foreach_mul_(local_shards(_gradients(group)), factor)
             name = "_".join(["train/grad_norm", *group.get("name", "").split()])
-            self.log(name, full_tensor(norm))
+            self.log(name, norm)
 
     def log_means(self, values: dict[str, Tensor]) -> None:
         """Log ``train/...``: means over the micro-batches of a step and over processes.

@@ -1,0 +1,24 @@
+"""Process groups within the test's process."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+
+@pytest.fixture
+def mesh_of_one() -> Iterator[DeviceMesh]:
+    """A group of one process, which gathers and scatters for real."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def fake_processes() -> Iterator[int]:
+    """The first of two processes, of which the other does not exist: collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield 2
+    dist.destroy_process_group()
