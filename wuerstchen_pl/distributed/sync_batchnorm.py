@@ -10,15 +10,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with statistics over all processes in training."""
+class SyncBatchNorm2d(nn.SyncBatchNorm):
+    """``nn.BatchNorm2d`` with statistics over all processes in training.
+
+    On a GPU it is torch's ``SyncBatchNorm``, which communicates once forward and once backward. On
+    the CPU, statistics are computed here, with two all-reduces forward and two backward.
+    """
 
     FINGERPRINT_AS = nn.BatchNorm2d  # trained weights are interchangeable with it
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        if not self.training or _is_single_process():
+        if x.device.type != "cpu":
             return super().forward(x)
+        if not self.training or _is_single_process():
+            return super(nn.SyncBatchNorm, self).forward(x)
         centered, mean, squares, count = _center(x.float(), dims=(0, 2, 3))
         var = squares / count
         self._update_running(mean.detach().flatten(), var.detach().flatten() * count / (count - 1))

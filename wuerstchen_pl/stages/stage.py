@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.distributed.fsdp2 import local_shards, reshard, shard_stage, total_norm
