@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from wuerstchen_pl.data.loading.loader import check_counts
 from wuerstchen_pl.data.ordering.stats import DataStats, format_counts
 from wuerstchen_pl.data.sources.source import SampleError
 
@@ -84,3 +85,21 @@ def test_the_summary_lists_dropped_and_bad_samples_by_name() -> None:
     noted = DataStats()
     noted.counts = counts
     assert noted.summary() == expected
+
+
+def test_bad_images_of_one_process_count_among_the_samples_of_all() -> None:
+    order = Counter({"seen": 1000, "shards": 1})
+    check_counts([order] * 4, unreadable=50, limit=0.05)
+    with pytest.raises(ValueError, match="51 of 1000 samples are bad") as error:
+        check_counts([order] * 4, unreadable=51, limit=0.05)
+    assert "(1000 samples read from 1 shards; 51 unreadable images)" in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_process_that_lists_other_samples_is_an_error(rank: int) -> None:
+    """Its batches would be others, and samples would be repeated or left out."""
+    orders = [Counter({"seen": 10, "shards": 2}) for _ in range(3)]
+    check_counts(orders, unreadable=0, limit=1.0)
+    orders[rank]["bad/damaged shard"] = 1
+    with pytest.raises(ValueError, match=rf"^process {rank or 1} lists other samples than proc"):
+        check_counts(orders, unreadable=0, limit=1.0)
