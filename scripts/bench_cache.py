@@ -94,7 +94,8 @@ def cached(root: Path) -> Work:
 
     def endless() -> Iterator[dict]:
         while True:
-            yield from loader
+            for batch in loader:
+                yield module.on_after_batch_transfer(batch, 0)
 
     batches = endless()
     prior = Prior(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.evaluation.datasets import DatasetImages, run_data
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
-from wuerstchen_pl.io.images import to_pil
+from wuerstchen_pl.io.images import to_float, to_pil
 from wuerstchen_pl.pipelines.generate import autoencode, generate_images, reconstruct
 from wuerstchen_pl.sample import tile
 from wuerstchen_pl.sampling.images import to_tensor
@@ -105,7 +105,7 @@ def training_pairs(generated: ImageFolder, data: object, indices: list[int]) -> 
     captioned, training = images.captioned(len(generated)), dict(images.indexed())
     return [
         pair(
-            (training[captioned[i].dataset_index] / 255, "training image"),
+            (to_float(training[captioned[i].dataset_index]), "training image"),
             (to_tensor(generated.image(i))[0], captioned[i].caption),
         )
         for i in indices
@@ -116,7 +116,7 @@ def reconstructions(pipeline: WuerstchenPipeline, data: object) -> list[str]:
     """A frame per validation image: input, Stage A, and compressor + Stage B + Stage A."""
     frames = []
     for batch in data.in_order("val"):  # type: ignore[attr-defined]
-        images = batch["image"]
+        images = to_float(batch["image"])
         through_a = autoencode(pipeline, images)
         through_b = reconstruct(pipeline, images, seeds=range(len(images)))
         for original, a, b in zip(images, through_a, through_b, strict=True):

@@ -22,6 +22,7 @@ from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.metrics.clip import pickscore
 from wuerstchen_pl.evaluation.metrics.distances import FrechetDistance
 from wuerstchen_pl.evaluation.metrics.feature_networks import RandomConvFeatures, batched
+from wuerstchen_pl.io.images import to_float
 from wuerstchen_pl.pipelines.generate import autoencode
 from wuerstchen_pl.pipelines.loading import load_pipeline
 from wuerstchen_pl.sampling.config import SamplingConfig
@@ -465,8 +466,9 @@ def test_rfid_compares_training_images_with_their_reconstructions(
     )
     originals, reconstructions = [], []
     for batch in run_data(cascade / "c").in_order("train"):
-        originals += list((batch["image"] * 255).round().byte())
-        reconstructions += list((autoencode(pipeline, batch["image"]) * 255).round().byte())
+        originals += list(batch["image"])
+        reconstructed = autoencode(pipeline, to_float(batch["image"]))
+        reconstructions += list((reconstructed * 255).round().byte())
     features = [
         torch.cat([network.features(b) for b in batched(each, 256)])
         for each in (originals, reconstructions)

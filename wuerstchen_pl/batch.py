@@ -10,10 +10,15 @@ class Batch(TypedDict, total=False):
 
     ``caption``, ``key`` and ``is_unique`` are always present. ``image`` is absent from a cache for
     Stage C; ``semantic``, ``latents``, ``text``, ``empty_text`` and ``size`` come only from caches.
+
+    This is what a stage gets. A loader yields smaller tensors: images in uint8, a quarter of the
+    bytes, and cached tensors in the cache's type. The data module's ``on_after_batch_transfer``
+    converts them on the stage's device; code that reads images from a loader without a Trainer
+    calls ``io.images.to_float``.
     """
 
     image: Tensor
-    """(B, 3, H, W) float32 in [0, 1], RGB."""
+    """(B, 3, H, W) float32 in [0, 1], RGB: uint8 divided by 255 in IEEE float32."""
     caption: list[str]
     """B captions."""
     key: list[str]

@@ -23,6 +23,7 @@ from wuerstchen_pl.data.caches.cached_dataset import MANIFEST, PREPROCESSING
 from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
 from wuerstchen_pl.data.output_guard import claim_output
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
+from wuerstchen_pl.io.images import to_float
 from wuerstchen_pl.models.fingerprint import encoder_fingerprints
 
 logger = logging.getLogger(__name__)
@@ -74,11 +75,12 @@ class Encoders:
 
     @torch.no_grad()
     def images(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) in [0, 1] -> the tensors of ``TENSORS``, on the CPU."""
-        encoded = self.encoder.encode(images.to(self.device)).to("cpu", self.dtype)
+        """(B, 3, H, W) uint8 -> the tensors of ``TENSORS``, on the CPU."""
+        encoded = self.encoder.encode(to_float(images.to(self.device))).to("cpu", self.dtype)
         if self.stage == "c":
             return {"semantic": encoded}
-        return {"latents": encoded, "image": (images * 255).round().to(torch.uint8)}
+        # a copy, as the batch is in shared memory, which would fill up until a file is written
+        return {"latents": encoded, "image": images.clone()}
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor | None:

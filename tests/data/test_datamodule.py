@@ -1,6 +1,7 @@
 """The data module under Lightning: batches, exact resume, counts and validation."""
 
 import importlib
+import math
 import multiprocessing
 import sys
 from collections import Counter
@@ -229,7 +230,7 @@ def test_batch_contents(openmoji: OpenMoji) -> None:
     loader = module.train_dataloader()
     assert len(loader) == (24 - len(held_out)) // 5 == len(list(loader))
     for batch in loader:
-        image = batch["image"]
+        image = module.on_after_batch_transfer(batch, 0)["image"]
         assert batch.keys() == {"image", "caption", "key", "is_unique"}
         assert image.dtype == torch.float32
         assert tuple(image.shape[2:]) in module.sizes
@@ -237,6 +238,18 @@ def test_batch_contents(openmoji: OpenMoji) -> None:
         assert len(batch["key"]) == len(image) == 5
         assert batch["caption"] == [captions[key] for key in batch["key"]]
         assert not held_out & set(batch["key"])
+
+
+def test_workers_send_three_bytes_per_pixel(openmoji: OpenMoji) -> None:
+    """Of shared memory, a quarter of the images' float32."""
+    module = ready(openmoji)
+    batch = next(iter(module.train_dataloader()))
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    pixels = len(batch["key"]) * math.prod(batch["image"].shape[2:])
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 3 * pixels
+    converted = module.on_after_batch_transfer(batch, 0)
+    assert converted["image"].nbytes == 12 * pixels
+    assert converted.keys() == batch.keys()
 
 
 def test_keep_decoded_does_not_change_the_batches(openmoji: OpenMoji) -> None:

@@ -1,10 +1,6 @@
-"""Callbacks that break one process only."""
-
-from itertools import count
+"""A callback that fails on one process only."""
 
 import lightning as L
-
-from wuerstchen_pl.data.sources.source import Sample
 
 MESSAGE = "this process fails alone"
 
@@ -15,19 +11,3 @@ class FailOnRankOne(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
         if trainer.global_rank == 1 and trainer.global_step == 1:
             raise ValueError(MESSAGE)
-
-
-class UnreadableOnRankOne(L.Callback):
-    """Let rank 1 read only every other image."""
-
-    def setup(self, trainer: L.Trainer, *args: object) -> None:
-        source, calls = trainer.datamodule.source, count()  # type: ignore[attr-defined]
-        read = source.read
-
-        def read_every_other(sample: Sample) -> bytes:
-            if next(calls) % 2:
-                raise OSError("this process cannot read it")
-            return read(sample)
-
-        if trainer.global_rank == 1:
-            source.read = read_every_other

@@ -4,11 +4,12 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.data.factories import encode, photo
 from wuerstchen_pl.data.loading.transforms import resize
-from wuerstchen_pl.io.images import decode_image, upright_size
+from wuerstchen_pl.io.images import decode_image, to_float, upright_size
 
 
 def color(data: bytes, pixel: tuple[int, int] = (4, 4)) -> tuple[int, int, int]:
@@ -135,3 +136,15 @@ def test_the_fast_decoder_matches_pil(mode: str) -> None:
     data = encode(photo(301, 203).convert(mode), "JPEG", quality=85)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(decode_image(data) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_pixels_are_divided_in_ieee_float32(device: str) -> None:
+    """Multiplying by 1 / 255, as CUDA does with a Python number, rounds 126 of them differently."""
+    values = np.arange(256, dtype=np.uint8)
+    expected = values.astype(np.float32) / np.float32(255)
+    pixels = torch.from_numpy(values).to(device)
+    assert np.array_equal(to_float(pixels).cpu().numpy(), expected)
+    assert torch.equal((to_float(pixels) * 255).round().byte(), pixels)
+    reciprocal = values.astype(np.float32) * (np.float32(1) / np.float32(255))
+    assert np.count_nonzero(reciprocal != expected) == 126

@@ -11,8 +11,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
-from wuerstchen_pl.data.loading.batch_dataset import ImageBatchDataset
+from wuerstchen_pl.data.loading.batch_dataset import Batch, ImageBatchDataset
 from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_stop_signals
 from wuerstchen_pl.data.loading.transforms import Crop
 from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, sequential_batches
@@ -23,6 +24,7 @@ from wuerstchen_pl.data.ordering.stats import DataStats
 from wuerstchen_pl.data.ordering.stream import Mixture, Stream
 from wuerstchen_pl.data.sources.source import Holdout, Source, Split
 from wuerstchen_pl.distributed.launch import DistInfo
+from wuerstchen_pl.io.images import to_float
 
 RUNTIME_KEYS = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
 """Config keys of the data that do not affect caches or shards built from them."""
@@ -200,11 +202,21 @@ class ImageTextDataModule(L.LightningDataModule):
         """A loader of every validation sample, each once."""
         return self.in_order("val")
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """The batch of the contract with stages, from a loader's batch on the stage's device.
+
+        Workers send images as bytes, and cached tensors in the type of the cache.
+        """
+        return {
+            name: _to_float32(value) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+
     def in_order(self, split: Split, *, alone: bool = False) -> OnceLoader:
         """A loader of each sample of a split once; of a large split, only the first window.
 
         Deterministic, with center crops. With ``alone``, this process gets all of them instead of
-        its share.
+        its share. Images are uint8; see ``io.images.to_float``.
         """
         specs = self.specs_in_order(split, alone=alone)
         return OnceLoader(self.dataset(), specs, **self.loader_options())
@@ -265,3 +277,7 @@ def cpu_count() -> int:
     # sched_getaffinity does not exist on all systems.
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _to_float32(tensor: Tensor) -> Tensor:
+    return to_float(tensor) if tensor.dtype == torch.uint8 else tensor.float()

@@ -16,6 +16,7 @@ from wuerstchen_pl.evaluation.metrics.feature_networks import FeatureNetwork
 from wuerstchen_pl.evaluation.metrics.reconstruction import Compare, compare_images, psnr, ssim
 from wuerstchen_pl.evaluation.metrics.retrieval import pooled_pixels, ranks, shuffle_control
 from wuerstchen_pl.evaluation.metrics.score import Score, mean_score, proportion_score
+from wuerstchen_pl.io.images import to_float
 from wuerstchen_pl.models.vqgan import codebook_usage
 from wuerstchen_pl.pipelines.generate import autoencode, reconstruct
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
@@ -47,7 +48,7 @@ def reconstructions(
             pairs = reconstructed_batches(pipeline, data, settings, stage, split)
             for name, values in compare_images(pairs, metrics).items():
                 scores[f"stage_{stage}{suffix}/{name}"] = mean_score(values)
-    images = (batch["image"] for batch in data.in_order("train", alone=True))
+    images = (to_float(batch["image"]) for batch in data.in_order("train", alone=True))
     return scores | codebook(pipeline, images)
 
 
@@ -63,7 +64,7 @@ def reconstructed_batches(
     """(images, reconstructions) of a split; ``b`` reconstructs by compressor + B + A."""
     batches = data.in_order(split, alone=True)
     for batch in tqdm(batches, desc=f"stage {stage}, {split}", unit="batch"):
-        images = batch["image"]
+        images = to_float(batch["image"])
         if stage == "a":
             yield images, autoencode(pipeline, images)
         else:
@@ -141,12 +142,12 @@ def retrievals(
     for index, image in reference.indexed():
         positions[index] = len(positions)
         for suffix, embed in spaces.items():
-            rows[suffix].append(embed([image.float() / 255]))
+            rows[suffix].append(embed([to_float(image)]))
     readable = [i for i, target in enumerate(targets) if target in positions]
     targets = [positions[targets[i]] for i in readable]
     scores: dict[str, Score] = {}
     for suffix, embed in spaces.items():
-        candidates, queries = torch.cat(rows[suffix]), embed(to_float(generated))[readable]
+        candidates, queries = torch.cat(rows[suffix]), embed(map(to_float, generated))[readable]
         for control, indices in (("", list(targets)), ("_shuffled", shuffle_control(targets))):
             scores |= topk_scores(
                 f"retrieval{suffix}{control}", ranks(queries, candidates, indices), len(candidates)
@@ -164,11 +165,6 @@ def topk_scores(name: str, target_ranks: Sequence[int], num_candidates: int) -> 
         )
         for k in (1, 5)
     }
-
-
-def to_float(images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Images (3, H, W) uint8 -> the same in [0, 1]."""
-    return (image.float() / 255 for image in images)
 
 
 def pooled_semantic(pipeline: WuerstchenPipeline, images: Iterable[Tensor]) -> Tensor:
@@ -190,7 +186,7 @@ def validation_losses(stages: dict[str, Any], data: Any) -> dict[str, Score]:
         times: list[Tensor] = []
         losses: list[Tensor] = []
         for batch in tqdm(data.in_order("val", alone=True), desc=f"loss of stage {name}"):
-            batch["image"] = batch["image"].to(next(stage.parameters()).device)
+            batch["image"] = to_float(batch["image"].to(next(stage.parameters()).device))
             t, loss = stage.validation_losses(batch)
             times.append(t.cpu())
             losses.append(loss.float().cpu())

@@ -37,8 +37,7 @@ class DatasetImages:
         """The dataset index and the image (3, H, W) uint8 of each readable sample."""
         loader, start = self.data.in_order("train", alone=True), 0
         for spec, (batch, report) in zip(loader.sampler, loader.with_reports(), strict=True):
-            images = (batch["image"] * 255).round().byte()
-            for row, key, image in zip(report.rows, batch["key"], images, strict=True):
+            for row, key, image in zip(report.rows, batch["key"], batch["image"], strict=True):
                 if key == spec.rows[row].sample.key:  # not a substitute of an unreadable batch
                     yield start + row, image
             start += len(spec.rows)

@@ -101,6 +101,14 @@ def to_rgb(img: Image.Image) -> Image.Image:
     return img.convert("RGB")
 
 
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 in [0, 255] -> float32 in [0, 1] on the same device, with the same bits on all of them.
+
+    The divisor is a tensor, because CUDA multiplies by the rounded reciprocal of a Python number.
+    """
+    return pixels.float().div_(torch.full((), 255.0, device=pixels.device))
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] -> an RGB image, rounded to 8 bits."""
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)

@@ -29,7 +29,7 @@ class Encoders(Protocol):
     """The frozen networks that encode images and captions."""
 
     def images(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) in [0, 1] -> tensors (B, ...) on the CPU, by name."""
+        """(B, 3, H, W) uint8 -> tensors (B, ...) on the CPU, by name."""
 
     def captions(self, captions: list[str]) -> Tensor | None:
         """B captions -> (B, L, D) text embeddings on the CPU; None if captions are not cached."""
@@ -147,7 +147,7 @@ def _samples_per_file(
     data: ImageTextDataModule, encoders: Encoders, crops: int, shard_mb: int
 ) -> int:
     height, width = max(data.sizes, key=lambda size: size[0] * size[1])
-    encoded = encoders.images(torch.zeros(1, 3, height, width))
+    encoded = encoders.images(torch.zeros(1, 3, height, width, dtype=torch.uint8))
     size = crops * sum(tensor.nbytes for tensor in encoded.values())
     embeddings = encoders.captions([""])
     size += 0 if embeddings is None else embeddings.nbytes

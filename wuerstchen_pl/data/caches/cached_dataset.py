@@ -5,15 +5,17 @@ bucket size, ``<name>/<height>x<width>`` with one row per crop of each sample; `
 embeddings of their captions; and the list of samples in its metadata. ``empty.safetensors`` has
 the embeddings of the empty caption, so that captions can still be dropped. Batches:
 
-    semantic    (B, S, h, w) float32, for Stage C; or for Stage B:
-    latents     (B, C, H/4, W/4) float32, and
-    image       (B, 3, H, W) float32 in [0, 1]
-    text        (B, L, D) float32, if it was cached, and
-    empty_text  (1, L, D) float32
+    semantic    (B, S, h, w), for Stage C; or for Stage B:
+    latents     (B, C, H/4, W/4), and
+    image       (B, 3, H, W) uint8
+    text        (B, L, D), if it was cached, and
+    empty_text  (1, L, D)
     size        (H, W) in pixels of the images
     caption     list of B str
     key         list of B str
     is_unique   False if another process has the same samples
+
+Tensors without a type are of the cache's: bfloat16 or float32.
 """
 
 import json
@@ -143,9 +145,9 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
                 row = int(sample.metadata["text"]) + caption
                 text.append(file.get_slice("text")[row : row + 1])
             captions.append(sample.captions[caption])
-        batch: Batch = {name: _to_float(torch.cat(tensors)) for name, tensors in rows.items()}
+        batch: Batch = {name: torch.cat(tensors) for name, tensors in rows.items()}
         if self.has_text:
-            batch["text"] = torch.cat(text).float()
+            batch["text"] = torch.cat(text)
             batch["empty_text"] = _empty_text(str(self.source.root / EMPTY))
         batch |= {"size": spec.size, "caption": captions, "is_unique": spec.is_unique}
         batch["key"] = [epoch_sample.sample.key for epoch_sample in spec.rows]
@@ -266,9 +268,4 @@ def _open_cached(path: str) -> Any:
 @lru_cache(maxsize=4)
 def _empty_text(path: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor("text").float()
-
-
-def _to_float(tensor: Tensor) -> Tensor:
-    """The tensor in float32; uint8 is scaled to [0, 1]."""
-    return tensor.float().div_(255) if tensor.dtype == torch.uint8 else tensor.float()
+        return file.get_tensor("text")

@@ -2,7 +2,7 @@
 
 A batch is a dict; all its images have the size of one bucket:
 
-    image      (B, 3, H, W) float32 in [0, 1], RGB
+    image      (B, 3, H, W) uint8, RGB, a quarter of the bytes of the float32 of the batch contract
     caption    list of B str
     key        list of B str, the samples' keys
     is_unique  False if another process has the same samples, as at the end of a validation split
@@ -80,7 +80,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         for row, (image, _, _) in enumerate(rows):
             images.numpy()[row] = image
         batch = {
-            "image": images.permute(0, 3, 1, 2).float().div_(255),
+            "image": images.permute(0, 3, 1, 2),
             "caption": [caption for _, caption, _ in rows],
             "key": [key for _, _, key in rows],
             "is_unique": spec.is_unique,
