@@ -28,7 +28,7 @@ from scripts.timing import side_by_side, write_table
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading.transforms import CENTER, crop_box, resize
 from wuerstchen_pl.data.sources.shards import ShardSource
-from wuerstchen_pl.io.images import decode_image
+from wuerstchen_pl.io.images import decode_image, to_float
 
 SHAPES = ((1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768))
 SIDE, BATCH = 512, 16
@@ -69,7 +69,7 @@ def write_shards(folder: Path, count: int) -> list[bytes]:
 
 
 def package_batches(folder: Path, **buckets: object) -> Iterator[dict]:
-    """The batches of this package, endlessly."""
+    """The batches of this package, endlessly, with images in float32 as those of WebDataset."""
     module = ImageTextDataModule(
         source=ShardSource(urls=str(folder)),
         image_size=SIDE,
@@ -80,7 +80,8 @@ def package_batches(folder: Path, **buckets: object) -> Iterator[dict]:
     module.setup()
     loader = module.train_dataloader()
     while True:
-        yield from loader
+        for batch in loader:
+            yield {**batch, "image": to_float(batch["image"])}
 
 
 def webdataset_batches(folder: Path) -> Iterator[dict]:
