@@ -18,7 +18,6 @@ from tests.data.factories import image, sample, shards, write
 from tests.data.serving import serve
 from wuerstchen_pl.data import factories
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.ordering.buckets import nearest
 from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.sources.folder import FolderSource
 from wuerstchen_pl.data.sources.mix import Mix
@@ -270,7 +269,7 @@ def test_crops_vary_if_the_aspect_ratio_leaves_room(openmoji: OpenMoji) -> None:
                 crops.setdefault(key, set()).add(pixels.contiguous().numpy().tobytes())
     moved = 0
     for each in samples_of(openmoji):
-        height, width = nearest(each.width, each.height, module.sizes)
+        height, width = module.buckets.assign(each, 0)
         scale = max(height / each.height, width / each.width)
         room = each.height * scale - height + each.width * scale - width
         if room < 1e-6:

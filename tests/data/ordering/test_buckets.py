@@ -10,7 +10,6 @@ from wuerstchen_pl.data.ordering.buckets import (
     Buckets,
     area_sizes,
     enlargement,
-    nearest,
 )
 
 
@@ -113,12 +112,13 @@ def test_enlargement_is_that_of_the_assigned_size() -> None:
     assert buckets.enlargement(fake_sample("s", 0, 144, 48)) == pytest.approx(2 / 3)
 
 
-def test_nearest_is_symmetric_in_the_logarithm() -> None:
+def test_the_nearest_ratio_is_symmetric_in_the_logarithm() -> None:
     sizes = [(64, 64), (64, 128), (128, 64)]
-    border = math.sqrt(2)
-    assert nearest(round(1000 * border) - 2, 1000, sizes) == (64, 64)
-    assert nearest(round(1000 * border) + 2, 1000, sizes) == (64, 128)
-    assert nearest(1000, round(1000 * border) + 2, sizes) == (128, 64)
+    buckets = Buckets(policy="sizes", image_size=1, multiple=16, sizes=sizes)
+    border = round(1000 * math.sqrt(2))
+    assert buckets.assign(fake_sample("s", 0, border - 2, 1000), 0) == (64, 64)
+    assert buckets.assign(fake_sample("s", 0, border + 2, 1000), 0) == (64, 128)
+    assert buckets.assign(fake_sample("s", 0, 1000, border + 2), 0) == (128, 64)
 
 
 def test_enlargement_is_the_larger_of_both_sides() -> None:

@@ -8,7 +8,7 @@ import pytest
 import webdataset
 
 from tests.data.factories import fake_sample
-from wuerstchen_pl.data.ordering.buckets import area_sizes, nearest
+from wuerstchen_pl.data.ordering.buckets import Buckets
 from wuerstchen_pl.data.sources import openmoji as module
 from wuerstchen_pl.data.sources.openmoji import OpenMoji, drawings, group_key, select
 from wuerstchen_pl.data.sources.source import Holdout, Sample
@@ -73,10 +73,10 @@ def test_manifest_describes_the_shards(openmoji: OpenMoji) -> None:
 
 def test_each_crop_fits_its_bucket_within_the_multiple(openmoji: OpenMoji) -> None:
     multiple = 8
-    sizes = area_sizes(64, multiple)
+    buckets = Buckets(policy="area", image_size=64, multiple=multiple)
     used = set()
     for sample in samples_of(openmoji):
-        height, width = nearest(sample.width, sample.height, sizes)
+        height, width = buckets.assign(sample, 0)
         used.add((height, width))
         scale = max(height / sample.height, width / sample.width)
         assert scale < 1, "enlarged"

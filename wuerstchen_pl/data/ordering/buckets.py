@@ -64,13 +64,19 @@ class Buckets:
             ]
         else:
             self.sizes = area_sizes(image_size, multiple, ratios)
+        self._log_ratios = [_log_ratio(size) for size in self.sizes]
         self.policy, self.seed = policy, seed
 
     def assign(self, sample: Sample, batch: int) -> Size:
-        """The bucket of an image in batch number ``batch``, which only "paper" depends on."""
+        """The bucket of an image in batch number ``batch``, which only "paper" depends on.
+
+        Except for "paper", it is the size with the nearest aspect ratio, on a logarithmic scale.
+        """
         if self.policy == "paper":
             return self.sizes[int(unit_hash(f"{self.seed}/size/{batch}") * len(self.sizes))]
-        return nearest(sample.width, sample.height, self.sizes)
+        log_ratio = _log_ratio((sample.height, sample.width))
+        distances = [abs(other - log_ratio) for other in self._log_ratios]
+        return self.sizes[distances.index(min(distances))]
 
     def enlargement(self, sample: Sample) -> float:
         """The factor by which the bucket of an image upscales it; below 1 it is downscaled.
@@ -109,15 +115,13 @@ def area_sizes(image_size: int, multiple: int, ratios: Sequence[float] | None = 
     )
 
 
-def nearest(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """The size with the aspect ratio nearest to an image's, in log space."""
-    target = math.log(width / height)
-    return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - target))
-
-
 def enlargement(sample: Sample, size: Size) -> float:
     """The factor that scales an image to cover a size; below 1 it is downscaled."""
     return max(size[0] / sample.height, size[1] / sample.width)
+
+
+def _log_ratio(size: Size) -> float:
+    return math.log(size[1] / size[0])
 
 
 def _check_image_size(image_size: int, multiple: int) -> None:
