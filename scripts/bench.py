@@ -5,6 +5,7 @@ on the same weights; the outputs are compared too.
 prior: a training step of Stage C's prior and its activation memory, compared with diffusers' prior.
 training: forward, backward and AdamW of each stage's network, on random latents.
 data: loading batches from JPEG shards on one core, compared with WebDataset and torchvision.
+order: the order of batches in the main process, with and without the indexes of the shards.
 cache: a training step of Stage C from a cache, compared with diffusers' online encoding.
 
 Each benchmark writes a table to ``benchmarks/``. Run them on an otherwise idle machine.
@@ -14,9 +15,9 @@ import argparse
 
 import torch
 
-from scripts import bench_data, bench_training
+from scripts import bench_data, bench_order, bench_training
 
-BENCHMARKS = ["inference", "training", "prior", "cache", "data"]
+BENCHMARKS = ["inference", "training", "prior", "cache", "data", "order"]
 
 
 def main() -> None:
@@ -55,8 +56,10 @@ def main() -> None:
         from scripts import bench_cache  # needs diffusers
 
         print(bench_cache.run(options.rounds))
-    if "data" in options.benchmarks:  # last, because it sets torch to one thread
+    if "data" in options.benchmarks:  # late, because these set torch to one thread
         print(bench_data.run(options.rounds))
+    if "order" in options.benchmarks:
+        print(bench_order.run(options.rounds))
 
 
 if __name__ == "__main__":
