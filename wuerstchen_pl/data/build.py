@@ -21,6 +21,7 @@ from wuerstchen_pl.data.output_guard import claim_output
 from wuerstchen_pl.data.sources import manifest
 from wuerstchen_pl.data.sources.source import Sample, Source, name_digest
 from wuerstchen_pl.data.sources.tar import tar_writer
+from wuerstchen_pl.data.sources.tar_index import index_path, index_tar
 from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.io.images import IMAGE_FORMATS, decode_image
 
@@ -98,6 +99,7 @@ def build(
     for path in folder.glob("*.tar"):  # left over if the source has shrunk
         if path.name not in {entry["name"] for entry in ordered}:
             path.unlink()
+            index_path(path).unlink(missing_ok=True)
     manifest.write(folder, ordered, settings=settings)
     return ordered, +left_out
 
@@ -181,7 +183,7 @@ def _is_current(written: Written, part: Part) -> bool:
 
 
 def _write(source: Source, part: Part) -> Written:
-    """Write one shard."""
+    """Write one shard, and its index."""
     kept = 0
     with atomic_write(part.path) as partial, tar_writer(partial) as tar:
         for index, sample in enumerate(part.samples):
@@ -191,6 +193,7 @@ def _write(source: Source, part: Part) -> Written:
                 continue
             tar.write({"__key__": f"{part.number:05d}{index:05d}", **members})
             kept += 1
+    index_tar(str(part.path), part.path.name)  # writes its index
     return {
         "number": part.number,
         "content": part.content,

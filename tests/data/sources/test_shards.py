@@ -14,7 +14,7 @@ from tests.data.sources.reading import open_all, reasons
 from wuerstchen_pl.data.sources import manifest
 from wuerstchen_pl.data.sources.shards import ShardSource
 from wuerstchen_pl.data.sources.source import unit_hash
-from wuerstchen_pl.data.sources.tar import index_tar
+from wuerstchen_pl.data.sources.tar_index import index_tar
 from wuerstchen_pl.data.sources.urls import expand_urls
 
 

@@ -16,6 +16,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from wuerstchen_pl.data.sources.tar_index import index_path
+
 _TIMEOUT = 30.0  # seconds without receiving a byte
 _MIN_RATE = 10_000  # bytes per second
 _CHUNK = 1 << 20
@@ -98,6 +100,7 @@ class DownloadCache:
                 break
             total -= _size(path)
             path.unlink(missing_ok=True)
+            index_path(path).unlink(missing_ok=True)
 
 
 def _download(url: str, partial: Path, max_bytes: int) -> None:

@@ -27,7 +27,8 @@ from wuerstchen_pl.data.sources.file_io import OpenFiles
 from wuerstchen_pl.data.sources.rasterize import rasterize
 from wuerstchen_pl.data.sources.shards import folder_shards
 from wuerstchen_pl.data.sources.source import Sample, ShardGroup, ShardIndex, Split
-from wuerstchen_pl.data.sources.tar import index_tar, tar_writer
+from wuerstchen_pl.data.sources.tar import tar_writer
+from wuerstchen_pl.data.sources.tar_index import index_tar
 
 # Two groups of Unicode's emoji list, as ranges of the first code point; OpenMoji's package has no
 # groups. One drawing is in the wrong group: Unicode counts the brown mushroom as food.

@@ -6,7 +6,7 @@ from wuerstchen_pl.data.sources import manifest
 from wuerstchen_pl.data.sources.download_cache import DownloadCache
 from wuerstchen_pl.data.sources.file_io import OpenFiles
 from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardGroup, ShardIndex, Split
-from wuerstchen_pl.data.sources.tar import index_tar
+from wuerstchen_pl.data.sources.tar_index import index_tar
 from wuerstchen_pl.data.sources.urls import (
     Urls,
     check_any_exists,
@@ -26,7 +26,7 @@ class ShardSource:
             URL, or a list of these.
         val_urls: validation shards; None holds validation samples out of ``urls``.
         allow_pipe: allow "pipe:COMMAND", which runs the command in a shell.
-        download_dir: folder for downloaded shards.
+        download_dir: folder for downloaded shards, and for the indexes of read-only ones.
         download_gb: size limit of that folder in gigabytes.
 
     Raises:
@@ -71,9 +71,8 @@ class ShardSource:
             return ShardIndex(
                 [], [SampleError("unreachable shard", f"{shard}: {error}")], broken=True
             )
-        return index_tar(
-            path, shard, None if is_remote(shard) else manifest.expected_samples(shard)
-        )
+        expected = None if is_remote(shard) else manifest.expected_samples(shard)
+        return index_tar(path, shard, expected, index_dir=self.download_cache.folder / "indexes")
 
     def read(self, sample: Sample) -> bytes:
         """The encoded image of a sample."""

@@ -1,4 +1,4 @@
-"""Writes and indexes tar files in WebDataset's layout: their samples and byte offsets.
+"""Writes and scans tar files in WebDataset's layout: their samples and byte offsets.
 
 A sample is ``<key>.jpg`` (or jpeg, png, webp), ``<key>.txt`` and optionally ``<key>.json``, as
 written by img2dataset; a list ``captions`` in the json overrides the txt. The tar headers are read
@@ -20,7 +20,10 @@ from wuerstchen_pl.data.sources.metadata import parse_captions, parse_scores
 from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex
 from wuerstchen_pl.io.images import IMAGE_SUFFIXES, upright_size
 
-_LONGEST_SIDE = 1_000_000
+LONGEST_SIDE = 1_000_000
+"""In pixels; a larger side in the json is not believed."""
+REPEATED_NAME, DAMAGED = "repeated name", "damaged shard"
+"""Reasons of a ``SampleError`` that is not about one sample."""
 _HEADER = 1 << 16  # bytes that nearly always include the size of an image
 
 Members = dict[str, tarfile.TarInfo]
@@ -34,36 +37,30 @@ def tar_writer(path: Path) -> Iterator[TarWriter]:
         yield writer
 
 
-def index_tar(path: str, shard: str, expected: int | None = None) -> ShardIndex:
-    """Index the samples of a tar file; damage is reported in the result, never raised.
+def scan_tar(path: str, shard: str) -> ShardIndex:
+    """The samples of a tar file, from all its headers.
 
     Args:
         path: path of the file.
         shard: shard name to set in its samples.
-        expected: number of samples according to the manifest.
+
+    Raises:
+        OSError: the file cannot be read; damage to its contents is reported in the result.
+        ValueError: the path is invalid.
     """
+    samples: list[Sample] = []
     bad: list[SampleError] = []
-    try:
-        with open(path, "rb") as file:
-            groups, repeated, damage = _group_members(path, file.fileno())
-            samples = []
-            for key, members in groups.items():
-                sample = _sample(file.fileno(), shard, key, members)
-                if isinstance(sample, Sample):
-                    samples.append(sample)
-                else:
-                    bad.append(SampleError(sample, f"{shard}/{key}"))
-    except (OSError, ValueError) as error:  # ValueError: an invalid path
-        return ShardIndex(
-            [], [SampleError("unreadable shard", f"{shard}: {error}", expected or 1)], True
-        )
-    bad += [SampleError("repeated name", f"{shard}/{name}") for name in repeated]
+    with open(path, "rb") as file:
+        groups, repeated, damage = _group_members(path, file.fileno())
+        for key, members in groups.items():
+            sample = _sample(file.fileno(), shard, key, members)
+            if isinstance(sample, Sample):
+                samples.append(sample)
+            else:
+                bad.append(SampleError(sample, f"{shard}/{key}"))
+    bad += [SampleError(REPEATED_NAME, f"{shard}/{name}") for name in repeated]
     if damage is not None:
-        bad.append(SampleError("damaged shard", f"{shard}: {damage}"))
-    if expected is not None and len(groups) < expected:
-        lost = expected - len(groups)
-        where = f"{shard}: {lost} of {expected} samples of its manifest are missing"
-        bad.append(SampleError("lost samples", where, lost))
+        bad.append(SampleError(DAMAGED, f"{shard}: {damage}"))
     return ShardIndex(samples, bad, broken=damage is not None)
 
 
@@ -142,7 +139,7 @@ def size_from_metadata(metadata: dict[str, Any]) -> tuple[int, int] | None:
         width, height = (metadata.get(f"{prefix}{side}") for side in ("width", "height"))
         if not (isinstance(width, int) and isinstance(height, int)):
             continue
-        if min(width, height) > 0 and max(width, height) <= _LONGEST_SIDE:
+        if min(width, height) > 0 and max(width, height) <= LONGEST_SIDE:
             return width, height
     return None
 
