@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wuerstchen_pl import WuerstchenPipeline
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.evaluation.datasets import DatasetImages, run_data
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.io.images import to_float, to_pil
@@ -99,7 +100,9 @@ def pair(*labeled: tuple[Tensor, str]) -> str:
     return f'<div class="pair">{"".join(figure(*item) for item in labeled)}</div>'
 
 
-def training_pairs(generated: ImageFolder, data: object, indices: list[int]) -> list[str]:
+def training_pairs(
+    generated: ImageFolder, data: ImageTextDataModule, indices: list[int]
+) -> list[str]:
     """A frame per selected image: the training image of its caption, and the generated image."""
     images = DatasetImages(data)
     captioned, training = images.captioned(len(generated)), dict(images.indexed())
@@ -112,10 +115,10 @@ def training_pairs(generated: ImageFolder, data: object, indices: list[int]) -> 
     ]
 
 
-def reconstructions(pipeline: WuerstchenPipeline, data: object) -> list[str]:
+def reconstructions(pipeline: WuerstchenPipeline, data: ImageTextDataModule) -> list[str]:
     """A frame per validation image: input, Stage A, and compressor + Stage B + Stage A."""
     frames = []
-    for batch in data.in_order("val"):  # type: ignore[attr-defined]
+    for batch in data.in_order("val"):
         images = to_float(batch["image"])
         through_a = autoencode(pipeline, images)
         through_b = reconstruct(pipeline, images, seeds=range(len(images)))

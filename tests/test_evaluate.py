@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tests.conftest import run_program, small
 from wuerstchen_pl.evaluation import generation
@@ -231,8 +232,8 @@ def test_images_of_other_settings_or_prompts_are_not_mixed(
     more = ["metric=[kid]", f"prompts={prompts}"]
     more.append("sample.prior_guidance_scale=2" if name == "settings" else "num_prompts=4")
     assert run_program("evaluate", arguments(cascade, folder, *more)) == 1
-    other = "prior_guidance_scale" if name == "settings" else "prompts, seeds, sizes"
-    assert f"contains images with other {other}; choose another" in capsys.readouterr().err
+    other = "prior_guidance_scale=4.0, but now it is 2" if name == "settings" else "prompts=["
+    assert f"images was begun with {other}" in capsys.readouterr().err
     assert len(list((folder / "images").glob("*.png"))) == 6
 
 
@@ -288,6 +289,50 @@ def test_plans_that_cannot_be_measured_are_rejected(
     assert error.startswith("error: ")
     assert message in error
     assert len(list((folder / "images").glob("*.png"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["reference=nowhere"], "reference=nowhere contains no images"),
+        (["images=nowhere"], "images=nowhere contains no images"),
+        (["prompts=nowhere.txt"], "prompts=nowhere.txt is not a file"),
+        (["baselines=[nowhere]"], "baselines=nowhere contains no images"),
+        (["metric=[fid,bleu]"], "is unknown; choose from"),
+        (["model=nowhere/b", "prompts=data"], "model=nowhere/b is not a run"),
+        (["model={cascade}/b"], "is a run of Stage B"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_inputs_are_checked_before_any_network_is_built(
+    wrong: list[str], message: str, cascade: Path, prompts: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    built: list[str] = []
+    initialize = nn.Module.__init__
+
+    def spy(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        built.append(type(module).__name__)
+        initialize(module, *args, **kwargs)
+
+    for number in range(6):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+    right = ["metric=[fid,pickscore]", f"prompts={prompts}", f"reference={tmp_path}"]
+    right += ["pickscore.weights=nowhere", f"output_dir={tmp_path / 'report'}"]
+    right += [f"model={cascade / 'c'}", *fast(*right)]
+    wrong_keys = {key.partition("=")[0] for key in wrong}
+    overrides = [key for key in right if key.partition("=")[0] not in wrong_keys]
+    overrides += [key.format(cascade=cascade) for key in wrong]
+    if "images" in wrong_keys:
+        overrides = [key for key in overrides if not key.startswith("sample.")]
+    monkeypatch.setattr(nn.Module, "__init__", spy)
+    assert run_program("evaluate", overrides) == 1
+    assert message in capsys.readouterr().err
+    assert built == []
+    assert not (tmp_path / "report").exists()
+    assert run_program("evaluate", right) == 1  # only the networks' own weights are missing
+    assert "pickscore.weights=nowhere is not a folder" in capsys.readouterr().err
+    assert "RandomConvFeatures" in built
 
 
 def test_folders_that_do_not_match_are_rejected(
@@ -397,8 +442,11 @@ def test_shares_do_not_depend_on_which_process_starts_first(
     requests = [generation.GenerationRequest(prompt, seed, *size) for prompt, seed, size in rows]
     pipeline = load_pipeline(str(cascade / "c"), device="cpu")
     settings = SamplingConfig(prior_steps=1, decoder_steps=1)
-    (tmp_path / "000000-0.png").touch()  # of rank 0
     second = generation.DistInfo(rank=1, world_size=2)
+    generation.generate_into(tmp_path, requests, pipeline, settings, {}, second)  # claims it
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    (tmp_path / "000000-0.png").touch()  # of rank 0
     generation.generate_into(tmp_path, requests, pipeline, settings, {}, second)
     names = {path.name for path in tmp_path.glob("*.png")}
     assert names == {"000000-0.png", "000001-1.png", "000003-3.png", "000005-5.png"}
@@ -431,7 +479,7 @@ def test_changed_weights_under_the_same_path_are_detected(
     tensors = load_file(weights)
     save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, weights)
     assert run_program("evaluate", overrides) == 1
-    assert "contains images with other weights_sha256" in capsys.readouterr().err
+    assert "images was begun with weights_sha256=" in capsys.readouterr().err
 
 
 def test_images_are_in_natural_order(tmp_path: Path) -> None:

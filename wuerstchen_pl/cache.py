@@ -14,17 +14,18 @@ from typing import Any, Literal
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from wuerstchen_pl.cli import check_output_dir, command, typed_keys
 from wuerstchen_pl.config import TRAIN_KEYS, check_config
 from wuerstchen_pl.data.caches.build_cache import build_cache
 from wuerstchen_pl.data.caches.cached_dataset import MANIFEST, PREPROCESSING
 from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
-from wuerstchen_pl.data.output_guard import claim_output
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.io.images import to_float
-from wuerstchen_pl.models.fingerprint import encoder_fingerprints
+from wuerstchen_pl.io.output_folder import claimed
+from wuerstchen_pl.models.fingerprint import ImageEncoder, encoder_fingerprints
+from wuerstchen_pl.models.text import TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ class Encoders:
     """
 
     def __init__(
-        self, *, stage: str, encoder: Any, text_encoder: nn.Module | None, dtype: torch.dtype,
-        device: torch.device,
+        self, *, stage: str, encoder: ImageEncoder, text_encoder: TextEncoder | None,
+        dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self.stage, self.dtype, self.device = stage, dtype, device
         self.encoder = encoder.to(device)
@@ -119,18 +120,18 @@ def run(cfg: DictConfig) -> None:
         "shard_mb": cfg.shard_mb,
         "data": {key: value for key, value in source.items() if key not in RUNTIME_KEYS},
     }
-    claim_output(folder, settings, key="out")
     dist_info = DistInfo.from_env()
-    missing = build_cache(
-        data,
-        encoders,
-        folder,
-        settings=settings,
-        crops=cfg.crops,
-        shard_mb=cfg.shard_mb,
-        rank=dist_info.rank,
-        world_size=dist_info.world_size,
-    )
+    with claimed(folder, key="out", settings=settings):
+        missing = build_cache(
+            data,
+            encoders,
+            folder,
+            settings=settings,
+            crops=cfg.crops,
+            shard_mb=cfg.shard_mb,
+            rank=dist_info.rank,
+            world_size=dist_info.world_size,
+        )
     logger.info("%s", data.splits.stats.summary())
     if missing:
         logger.warning(

@@ -14,6 +14,7 @@ from wuerstchen_pl.config import check_config
 from wuerstchen_pl.formats import clip, registry
 from wuerstchen_pl.formats.model import Model
 from wuerstchen_pl.formats.registry import FormatName
+from wuerstchen_pl.io.output_folder import claimed
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "from": str,
@@ -29,12 +30,12 @@ KNOWN_KEYS: Mapping[str, Any] = {
 def run(cfg: DictConfig) -> None:
     """Read a model in any format and write it in another."""
     check_config(cfg, KNOWN_KEYS)
-    registry.check_output_empty(Path(cfg.to))
-    model = registry.read_model(cfg["from"], prior=cfg.prior, variant=cfg.variant)
-    for name in ("text_encoder", "prior_text_encoder"):
-        if cfg[name] is not None:
-            model.parts[name] = clip.read_text_encoder(registry.resolve_source(cfg[name]))
-    write(model, Path(cfg.to), cfg.format)
+    with claimed(Path(cfg.to), key="to", must_be_empty=True):
+        model = registry.read_model(cfg["from"], prior=cfg.prior, variant=cfg.variant)
+        for name in ("text_encoder", "prior_text_encoder"):
+            if cfg[name] is not None:
+                model.parts[name] = clip.read_text_encoder(registry.resolve_source(cfg[name]))
+        write(model, Path(cfg.to), cfg.format)
 
 
 def write(model: Model, path: Path, format: FormatName) -> None:

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -18,13 +18,18 @@ from wuerstchen_pl.cli import check_output_dir, command, typed_keys
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.evaluation import report
+from wuerstchen_pl.evaluation.dataset_metrics import StageWithLoss
 from wuerstchen_pl.evaluation.datasets import run_data
+from wuerstchen_pl.evaluation.inputs import read_inputs
 from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import NETWORK_METRICS, NETWORKS, EvaluationPlan
-from wuerstchen_pl.evaluation.run import EvalTarget, evaluate, stages_with_loss
+from wuerstchen_pl.evaluation.run import EvalTarget, check_plan, evaluate, stages_with_loss
+from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.models.perceptual import LPIPS
 from wuerstchen_pl.pipelines.loading import load_pipeline, pipeline_from_stage, stage_of_run
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.stages.c import StageC
+from wuerstchen_pl.stages.ldm import StageLDM
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str | None,
@@ -57,9 +62,13 @@ def run(cfg: DictConfig) -> float | None:
     check_typed_keys(plan)
     folder, process = check_output_dir(cfg.output_dir), DistInfo.from_env()
     device = resolve_device(cfg.device)
-    plan = with_networks(plan, cfg, device)
-    target = build_target(cfg, plan, device)
-    scores = evaluate(plan, target, folder, process)
+    trained = check_model(cfg, plan)
+    inputs = read_inputs(plan, run_data(Path(cfg.model)) if plan.needs_data else None)
+    with claimed(folder, key="output_dir"):
+        plan = with_networks(plan, cfg, device)
+        check_plan(plan, inputs)
+        target = build_target(cfg, plan, trained, device)
+        scores = evaluate(plan, inputs, target, folder, process)
     if scores is None:  # only the first process computes metrics
         return None
     print(report.table(scores))
@@ -132,13 +141,14 @@ def check_typed_keys(plan: EvaluationPlan) -> None:
             )
 
 
-def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) -> EvalTarget:
-    """The model, images and data of a config, loaded once and only as far as the plan needs them.
+def check_model(cfg: DictConfig, plan: EvaluationPlan) -> str | None:
+    """Check that the plan can be measured with ``model=``; returns the stage that it is a run of.
 
     Raises:
-        ValueError: if neither a model nor images are set, or a metric needs the data of a run.
+        FileNotFoundError: if a run has no checkpoint.
+        ValueError: if neither a model nor images are set, the run is of a stage that generates no
+            images, or a metric needs the data of a run.
     """
-    metadata: dict[str, Any] = {"images": cfg.images} if cfg.images else {}
     if (plan.needs_generation or plan.needs_networks) and cfg.model is None:
         raise ValueError("model=null cannot generate images; set model=, or a folder with images=")
     trained = None if cfg.model is None else stage_of_run(cfg.model)
@@ -150,32 +160,39 @@ def build_target(cfg: DictConfig, plan: EvaluationPlan, device: torch.device) ->
             f"reference={plan.reference} needs; choose other metrics, such as metric=[clip] "
             "with prompts=FILE or metric=[fid] with reference=FOLDER, or set model= to a run"
         )
+    if trained in ("a", "b") and (plan.needs_generation or plan.needs_networks):
+        raise ValueError(
+            f"model={cfg.model} is a run of Stage {trained.upper()}, which generates no images; "
+            "set model= to a run of Stage C, or to a model folder"
+        )
+    return trained
+
+
+def build_target(
+    cfg: DictConfig, plan: EvaluationPlan, trained: str | None, device: torch.device
+) -> EvalTarget:
+    """The model of a config, loaded once and only as far as the plan needs it."""
+    metadata: dict[str, Any] = {"images": cfg.images} if cfg.images else {}
     pipeline: TextToImage | None = None
-    stages: dict[str, Any] = {}
+    stages: dict[str, StageWithLoss] = {}
     if plan.needs_generation or plan.needs_networks:
         pipeline, stages = _load_model(cfg, plan, trained, device)
         metadata |= {"model": str(cfg.model), "bf16": cfg.bf16}
         metadata |= {} if cfg.prior is None else {"prior": cfg.prior}
         if pipeline.source is not None:
             metadata["checkpoint_sha256"] = pipeline.source["sha256"]
-    data = run_data(Path(cfg.model)) if plan.needs_data else None
-    return EvalTarget(metadata=metadata, pipeline=pipeline, stages=stages, data=data)
+    return EvalTarget(metadata=metadata, pipeline=pipeline, stages=stages)
 
 
 def _load_model(
     cfg: DictConfig, plan: EvaluationPlan, trained: str | None, device: torch.device
-) -> tuple[TextToImage, dict[str, Any]]:
+) -> tuple[TextToImage, dict[str, StageWithLoss]]:
     """The pipeline, and the stages whose loss is measured; the model is read only once."""
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     if "validation_loss" not in plan.metric or trained is None or cfg.prior is not None:
         pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
         return pipeline, {}
-    if trained in ("a", "b"):
-        raise ValueError(
-            f"model={cfg.model} is a run of Stage {trained.upper()}, which generates no images; "
-            "set model= to a run of Stage C, or to a model folder"
-        )
-    stage = load.load_stage(run=cfg.model, stage=trained).to(device)
+    stage = cast(StageC | StageLDM, load.load_stage(run=cfg.model, stage=trained).to(device))
     # losses are measured in float32, so a bfloat16 pipeline needs its own copy of the weights
     networks = copy.deepcopy(stage) if cfg.bf16 else stage
     return pipeline_from_stage(networks).to(device, dtype), stages_with_loss(stage)

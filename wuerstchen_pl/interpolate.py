@@ -18,6 +18,7 @@ from wuerstchen_pl.formats import registry
 from wuerstchen_pl.formats.lazy_tensors import LazyTensor
 from wuerstchen_pl.formats.model import Model, Part, compare_shapes
 from wuerstchen_pl.formats.registry import FormatName
+from wuerstchen_pl.io.output_folder import claimed
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "a": str,
@@ -77,9 +78,9 @@ def _lerp(a: LazyTensor, b: LazyTensor, weight: float) -> LazyTensor:
 def run(cfg: DictConfig) -> None:
     """Read both models, and write the interpolated one."""
     check_config(cfg, KNOWN_KEYS)
-    registry.check_output_empty(Path(cfg.to))
-    model = interpolate(registry.read_model(cfg.a), registry.read_model(cfg.b), cfg.weight)
-    write(model, Path(cfg.to), cfg.format)
+    with claimed(Path(cfg.to), key="to", must_be_empty=True):
+        model = interpolate(registry.read_model(cfg.a), registry.read_model(cfg.b), cfg.weight)
+        write(model, Path(cfg.to), cfg.format)
 
 
 main = command("interpolate", run)

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -18,6 +19,7 @@ from wuerstchen_pl.config import check_config
 from wuerstchen_pl.distributed.launch import resolve_device
 from wuerstchen_pl.evaluation import prompt_sets
 from wuerstchen_pl.io.images import write_png
+from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.loading import load_pipeline
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
@@ -43,7 +45,7 @@ MAX_IMAGES = 10_000
 
 
 def run(cfg: DictConfig) -> None:
-    """Generate images, and write each as soon as it is done."""
+    """Check the settings, then generate images, and write each as soon as it is done."""
     check_config(cfg, KNOWN_KEYS)
     prompts = read_prompts(cfg.prompt, cfg.prompts)
     settings: SamplingConfig = hydra.utils.instantiate(cfg.sample, _convert_="all")
@@ -55,6 +57,12 @@ def run(cfg: DictConfig) -> None:
     if not 0 <= cfg.seed < 2**63 - MAX_IMAGES:
         raise ValueError(f"seed={cfg.seed} is out of range; use 0 to {2**63 - MAX_IMAGES - 1}")
     folder = check_output_dir(cfg.output_dir)
+    with claimed(folder, key="output_dir"):
+        generate(cfg, prompts, settings, folder)
+
+
+def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, folder: Path) -> None:
+    """Load the pipeline and write the images."""
     device = resolve_device(cfg.device)
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)

@@ -3,6 +3,7 @@
 import logging
 import signal
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from wuerstchen_pl.checkpointing.single_file import SingleFileCheckpointIO
 from wuerstchen_pl.cli import Exit, check_output_dir, command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
+from wuerstchen_pl.io.atomic import write_text
+from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.models.fingerprint import encoder_fingerprints
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
 
@@ -60,9 +63,9 @@ def run(cfg: DictConfig) -> float:
     rank_zero_only(print)(describe_sizes(stage, data))
     trainer = build_trainer(cfg)
     rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)
-    fit(trainer, stage, data, resume, output_dir)
+    with claimed(output_dir, key="paths.output_dir"):
+        write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        fit(trainer, stage, data, resume, output_dir)
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
 
 
@@ -251,9 +254,10 @@ def check_cache(stage: "Stage", data: L.LightningDataModule) -> None:
     if made_with is None:
         return
     current = {"stage": stage.name}
-    encoder = stage.frozen.get("stage_b" if stage.name == "c" else "stage_a")
+    frozen: Mapping[str, Any] = stage.frozen  # of types that depend on the stage
+    encoder = frozen.get("stage_b" if stage.name == "c" else "stage_a")
     if encoder is not None:
-        text = stage.frozen.get("text_encoder") if "text_encoder" in made_with else None
+        text = frozen.get("text_encoder") if "text_encoder" in made_with else None
         current = encoder_fingerprints(stage.name, encoder=encoder, text_encoder=text)
     for name, value in made_with.items():
         if current.get(name) != value:

@@ -198,7 +198,7 @@ def test_nothing_is_overwritten_or_partially_written(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    with pytest.raises(FileExistsError, match="already exists; choose another folder"):
+    with pytest.raises(OSError, match="full could not be written: Directory not empty"):
         registry.write_model(model, tmp_path / "full", "native")
 
     def full_disk(*args: object) -> None:

@@ -1,5 +1,6 @@
 """Image generation with a pipeline of trained stages."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,12 @@ import torch
 
 from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.evaluation.dataset_metrics import codebook
+from wuerstchen_pl.models.compressor import SemanticCompressor
+from wuerstchen_pl.models.diffnext import DiffNeXt
+from wuerstchen_pl.models.fingerprint import weights_fingerprint
+from wuerstchen_pl.models.prior import Prior
+from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.sampling.config import SamplingConfig
 
@@ -27,6 +34,26 @@ def generate(
 ) -> torch.Tensor:
     images = generate_images(pipeline, prompts, seeds=seeds, height=64, width=64, settings=settings)
     return torch.stack(list(images))
+
+
+def test_each_network_of_a_run_is_built_once(
+    cascade: Path, pipeline: WuerstchenPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[type] = []
+    for network in (Prior, TextEncoder, DiffNeXt, SemanticCompressor, VQGAN):
+        initialize = network.__init__
+
+        @functools.wraps(initialize)  # a config is completed by the constructor's defaults
+        def spy(self: Any, *args: Any, initialize: Any = initialize, **kwargs: Any) -> None:
+            built.append(type(self))
+            initialize(self, *args, **kwargs)
+
+        monkeypatch.setattr(network, "__init__", spy)
+    loaded = WuerstchenPipeline.from_pretrained(cascade / "c")
+    assert sorted(built, key=str) == sorted(map(type, pipeline.modules), key=str)
+    assert not any(p.requires_grad for net in loaded.modules for p in net.parameters())
+    assert not any(part.training for net in loaded.modules for part in net.modules())
+    assert weights_fingerprint(loaded.modules) == weights_fingerprint(pipeline.modules)
 
 
 def test_an_image_does_not_depend_on_its_batch(pipeline: WuerstchenPipeline) -> None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import lightning as L
 import torch
@@ -16,17 +16,10 @@ from torch import Tensor, nn
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
 from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.distributed.waiting import patient_barrier
-from wuerstchen_pl.evaluation.image_folder import ImageFolder
+from wuerstchen_pl.evaluation.inputs import read_inputs
 from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import EvaluationPlan
-from wuerstchen_pl.evaluation.run import (
-    EvalTarget,
-    check_plan,
-    evaluate,
-    num_images,
-    reference_images,
-    stages_with_loss,
-)
+from wuerstchen_pl.evaluation.run import EvalTarget, check_plan, evaluate, stages_with_loss
 from wuerstchen_pl.pipelines.loading import pipeline_from_stage
 from wuerstchen_pl.stages.c import StageC
 
@@ -71,9 +64,7 @@ class EvaluationCallback(L.Callback):
                 "none; set callbacks.evaluation.plan.reference to a folder and "
                 "callbacks.evaluation.plan.prompts to a file"
             )
-        target = EvalTarget(metadata={}, data=data)
-        baselines = [ImageFolder(Path(path), key="baselines") for path in self.plan.baselines]
-        check_plan(self.plan, num_images(self.plan), reference_images(self.plan, target), baselines)
+        check_plan(self.plan, read_inputs(self.plan, data))
 
     def on_train_batch_end(
         self,
@@ -92,7 +83,7 @@ class EvaluationCallback(L.Callback):
             if isinstance(callback, Checkpoints):
                 callback.save(trainer)  # evaluation may take long, and signals wait for its end
         start = time.perf_counter()
-        scores = self._evaluate(trainer, pl_module)
+        scores = self._evaluate(trainer, cast(StageC, pl_module))
         patient_barrier()  # rank 0 scores alone
         self.seconds += time.perf_counter() - start
         if scores is not None:
@@ -100,7 +91,7 @@ class EvaluationCallback(L.Callback):
             for logger in trainer.loggers:  # directly: Lightning's log waits for a logging step
                 logger.log_metrics(metrics, step - 1)
 
-    def _evaluate(self, trainer: L.Trainer, stage: Any) -> dict[str, Score] | None:
+    def _evaluate(self, trainer: L.Trainer, stage: StageC) -> dict[str, Score] | None:
         """The scores, or None on other processes; a failure only warns, and training continues."""
         folder = self.folder / f"step{trainer.global_step:07d}"
         if trainer.is_global_zero:  # may be left by an earlier run with other weights
@@ -112,11 +103,11 @@ class EvaluationCallback(L.Callback):
                 metadata={"run": trainer.default_root_dir, "step": trainer.global_step},
                 pipeline=pipeline_from_stage(stage),
                 stages=stages_with_loss(stage.eval()),
-                data=trainer.datamodule,  # type: ignore[attr-defined]
                 feature_cache=self._kept,
             )
             try:
-                return evaluate(self.plan, target, folder, process)
+                inputs = read_inputs(self.plan, trainer.datamodule)  # type: ignore[attr-defined]
+                return evaluate(self.plan, inputs, target, folder, process)
             except (ValueError, OSError) as error:
                 warnings.warn(f"no evaluation at step {trainer.global_step}: {error}", stacklevel=2)
                 return None
@@ -145,6 +136,6 @@ def restored_modes(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part, mode in modes:
-            part.training = mode
+            part.train(mode)  # and its parts, whose own modes follow
         for parameter, requires_grad in grad_flags:
             parameter.requires_grad_(requires_grad)

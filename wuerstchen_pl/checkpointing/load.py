@@ -222,7 +222,7 @@ def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "St
     except RuntimeError as error:
         raise ValueError(f"{path} does not contain the weights of its networks") from error
     module.ema.load_state_dict({**content["ema"], "shadow": {}})
-    source: Any = {"path": str(path), "sha256": atomic.sha256(path)}
+    source = atomic.Source(path=str(path), sha256=atomic.sha256(path))
     module.record_provenance(config=content["stage"], source=source)
     return module.eval()
 

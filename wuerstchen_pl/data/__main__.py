@@ -19,6 +19,7 @@ from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
 from wuerstchen_pl.data.factories import folder
 from wuerstchen_pl.data.histogram import plot_histograms
 from wuerstchen_pl.data.inspect import format_report, inspect_data
+from wuerstchen_pl.io.output_folder import claimed
 
 SHARED_KEYS: Mapping[str, Any] = {
     "data": dict,
@@ -49,8 +50,8 @@ def run_check(cfg: DictConfig) -> float:
         print("for validation:")
         print(format_report(inspect_data(module, "val", full=cfg.full)))
     if inspection.sizes:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        plot_histograms(inspection.sizes, module.sizes).savefig(output_dir / "sizes.png")
+        with claimed(output_dir, key="output_dir"):
+            plot_histograms(inspection.sizes, module.sizes).savefig(output_dir / "sizes.png")
         print(output_dir / "sizes.png")
     if not inspection.left:
         raise ValueError("nothing is left to train on; see the bad and dropped samples above")
@@ -75,14 +76,17 @@ def run_build(cfg: DictConfig) -> None:
     module.prepare_data()
     data_config: Any = OmegaConf.to_container(cfg.data, resolve=True)
     settings = {key: value for key, value in data_config.items() if key not in RUNTIME_KEYS}
-    entries, left_out = build(
-        module.source,
-        check_output_dir(cfg.to, "to"),
-        filters=module.filters,
-        settings=settings | {"shard_samples": cfg.shard_samples},
-        shard_samples=cfg.shard_samples,
-        num_workers=min(cfg.num_workers, os.cpu_count() or 1),
-    )
+    settings["shard_samples"] = cfg.shard_samples
+    output_dir = check_output_dir(cfg.to, "to")
+    with claimed(output_dir, key="to", settings=settings):
+        entries, left_out = build(
+            module.source,
+            output_dir,
+            filters=module.filters,
+            settings=settings,
+            shard_samples=cfg.shard_samples,
+            num_workers=min(cfg.num_workers, os.cpu_count() or 1),
+        )
     print(f"{sum(e['samples'] for e in entries)} samples in {len(entries)} shards in {cfg.to}")
     for reason, number in left_out.most_common():
         print(f"  {number:8d} left out: {reason}")

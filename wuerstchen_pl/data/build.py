@@ -17,7 +17,6 @@ from tqdm import tqdm
 from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.ordering.prefetch import IMAGE_HASH, ShardPrefetcher
 from wuerstchen_pl.data.ordering.selection import SampleSelector
-from wuerstchen_pl.data.output_guard import claim_output
 from wuerstchen_pl.data.sources import manifest
 from wuerstchen_pl.data.sources.source import Sample, Source, name_digest
 from wuerstchen_pl.data.sources.tar import tar_writer
@@ -69,7 +68,7 @@ def build(
 
     Args:
         source: a prepared source.
-        folder: a new folder, or one that an earlier build with the same settings began.
+        folder: an existing folder, empty or begun by an earlier build with the same settings.
         filters: filters to apply.
         settings: what the result depends on.
         shard_samples: samples per shard.
@@ -79,9 +78,8 @@ def build(
         The manifest entries, and the number of samples left out, by reason.
 
     Raises:
-        ValueError: the folder has other contents, or nothing is left to write.
+        ValueError: nothing is left to write.
     """
-    claim_output(folder, settings, key="to")
     left_out: Counter[str] = Counter()
     parts = _parts(source, folder, filters, shard_samples, left_out)
     entries: dict[int, manifest.Entry] = {}

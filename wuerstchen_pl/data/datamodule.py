@@ -12,8 +12,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from wuerstchen_pl.data.loading.batch_dataset import Batch, ImageBatchDataset
+from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport, ImageBatchDataset
 from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_stop_signals
 from wuerstchen_pl.data.loading.transforms import Crop
 from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, sequential_batches
@@ -249,7 +250,7 @@ class ImageTextDataModule(L.LightningDataModule):
         """Let the next training loader resume from ``state``."""
         self._resume_from = dict(state)
 
-    def dataset(self) -> Any:
+    def dataset(self) -> Dataset[tuple[Batch, BatchReport]]:
         """The dataset that builds batches from batch specs."""
         return ImageBatchDataset(
             source=self.source,

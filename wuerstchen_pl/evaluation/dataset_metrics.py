@@ -1,7 +1,7 @@
 """Metrics of a model on its own training and validation data."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import torch
@@ -22,14 +22,24 @@ from wuerstchen_pl.pipelines.generate import autoencode, reconstruct
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 from wuerstchen_pl.sampling.config import SamplingConfig
+from wuerstchen_pl.stages.b import StageB
+from wuerstchen_pl.stages.text_conditional import TextConditionalStage
 
+if TYPE_CHECKING:
+    from wuerstchen_pl.data.datamodule import ImageTextDataModule
+    from wuerstchen_pl.data.sources.source import Split
+
+StageWithLoss = StageB | TextConditionalStage
 NUM_BINS = 10
-SPLITS = {"val": "", "train": "_train"}
+SPLITS: dict["Split", str] = {"val": "", "train": "_train"}
 """Split -> suffix of the stage's name in metric names."""
 
 
 def reconstructions(
-    pipeline: TextToImage, data: Any, settings: SamplingConfig, lpips: Compare | None = None
+    pipeline: TextToImage,
+    data: "ImageTextDataModule",
+    settings: SamplingConfig,
+    lpips: Compare | None = None,
 ) -> dict[str, Score]:
     """Reconstruction metrics of Stage A and of compressor + B + A on both splits; codebook usage.
 
@@ -59,7 +69,11 @@ def autoencoders(pipeline: TextToImage) -> str:
 
 
 def reconstructed_batches(
-    pipeline: TextToImage, data: Any, settings: SamplingConfig, stage: str, split: str
+    pipeline: TextToImage,
+    data: "ImageTextDataModule",
+    settings: SamplingConfig,
+    stage: str,
+    split: "Split",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, reconstructions) of a split; ``b`` reconstructs by compressor + B + A."""
     batches = data.in_order(split, alone=True)
@@ -93,7 +107,10 @@ def codebook(pipeline: TextToImage, batches: Iterable[Tensor]) -> dict[str, Scor
 
 
 def rfid(
-    pipeline: TextToImage, data: Any, settings: SamplingConfig, network: FeatureNetwork
+    pipeline: TextToImage,
+    data: "ImageTextDataModule",
+    settings: SamplingConfig,
+    network: FeatureNetwork,
 ) -> dict[str, Score]:
     """Frechet distance between training images and their reconstructions.
 
@@ -174,7 +191,9 @@ def pooled_semantic(pipeline: WuerstchenPipeline, images: Iterable[Tensor]) -> T
     return torch.stack(pooled)
 
 
-def validation_losses(stages: dict[str, Any], data: Any) -> dict[str, Score]:
+def validation_losses(
+    stages: Mapping[str, StageWithLoss], data: "ImageTextDataModule"
+) -> dict[str, Score]:
     """Validation losses, overall and per bin of t, at fixed timesteps and noise for each image.
 
     Args:

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from wuerstchen_pl.checkpointing import load
+
+if TYPE_CHECKING:
+    from wuerstchen_pl.data.datamodule import ImageTextDataModule
 
 
 class CaptionedImage(NamedTuple):
@@ -26,7 +29,7 @@ class DatasetImages:
         data: the data module.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: "ImageTextDataModule") -> None:
         self.data = data
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -57,7 +60,7 @@ class DatasetImages:
         return [samples[i * len(samples) // count] for i in range(count)]
 
 
-def data_from_yaml(path: Path) -> Any:
+def data_from_yaml(path: Path) -> "ImageTextDataModule":
     """The data module of a YAML file: a run's ``config.yaml``, or only its ``data`` section.
 
     Raises:
@@ -87,7 +90,7 @@ def data_from_yaml(path: Path) -> Any:
     return data
 
 
-def run_data(model: Path) -> Any:
+def run_data(model: Path) -> "ImageTextDataModule":
     """The data module that the run at ``model`` was trained on, from its config.yaml.
 
     Raises:

@@ -1,6 +1,5 @@
 """Generate images for prompts into a folder: resumable, and split over processes."""
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ from tqdm import tqdm
 
 from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.evaluation.image_folder import MANIFEST
-from wuerstchen_pl.io.atomic import write_text
 from wuerstchen_pl.io.images import write_png
+from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.sampling.config import SamplingConfig
@@ -62,14 +61,21 @@ def generate_into(
         pipeline.prior.text_encoder.check(request.prompt)
     # the batch size does not affect the images
     sampling = {key: value for key, value in asdict(settings).items() if key != "batch_size"}
-    claim_folder(folder, requests, {**metadata, **sampling}, process)
+    made_with = {
+        "prompts": [request.prompt for request in requests],
+        "seeds": [request.seed for request in requests],
+        "sizes": [[request.height, request.width] for request in requests],
+        **metadata,
+        **sampling,
+    }
     paths = [folder / file_name(index, request) for index, request in enumerate(requests)]
     # split by index and not by what is missing: another process may have started already
     share = range(process.rank, len(paths), process.world_size)
-    missing = [index for index in share if not paths[index].is_file()]
-    _generate({paths[i]: requests[i] for i in missing}, pipeline, settings, metadata)
-    if process.rank == 0:
-        _wait_for(paths)
+    with claimed(folder, key="output_dir", settings=made_with, record=MANIFEST):
+        missing = [index for index in share if not paths[index].is_file()]
+        _generate({paths[i]: requests[i] for i in missing}, pipeline, settings, metadata)
+        if process.rank == 0:
+            _wait_for(paths)
 
 
 def _generate(
@@ -101,38 +107,6 @@ def _generate(
 def file_name(index: int, request: GenerationRequest) -> str:
     """The file name of an image: index of its prompt, and seed."""
     return f"{index:06d}-{request.seed}.png"
-
-
-def claim_folder(
-    folder: Path, requests: Sequence[GenerationRequest], metadata: dict[str, Any], process: DistInfo
-) -> None:
-    """Record in a manifest how a folder's images are generated, or check an existing one.
-
-    Raises:
-        ValueError: if the folder contains images that were generated differently.
-    """
-    path = folder / MANIFEST
-    content = {
-        "prompts": [request.prompt for request in requests],
-        "seeds": [request.seed for request in requests],
-        "sizes": [[request.height, request.width] for request in requests],
-        **metadata,
-    }
-    content = json.loads(json.dumps(content))
-    if not path.is_file() or not any(folder.glob("*.png")):  # or from a run that generated nothing
-        if process.rank == 0:
-            write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
-        return
-    try:
-        existing = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged; choose another output_dir") from error
-    differing = [k for k in {**content, **existing} if existing.get(k) != content.get(k)]
-    if differing:
-        raise ValueError(
-            f"{folder} contains images with other {', '.join(differing)}; choose another "
-            "output_dir, or remove them"
-        )
 
 
 def _wait_for(paths: Sequence[Path]) -> None:

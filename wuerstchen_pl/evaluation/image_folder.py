@@ -112,29 +112,20 @@ def _prompts_of(path: Path) -> list[str]:
     return prompts
 
 
-def check_same_number(num_images: int, other: ImageFolder) -> None:
-    """Check that a folder contains the expected number of images.
+def check_same_prompts(prompts: Sequence[str], folder: ImageFolder) -> None:
+    """Check that a folder has an image for each of the prompts, as far as its own are known.
 
     Raises:
-        ValueError: naming both numbers.
+        ValueError: naming both numbers, or the first prompt that differs.
     """
-    if num_images != len(other):
+    if len(prompts) != len(folder):
         raise ValueError(
-            f"{other.key}={other.path} contains {len(other)} images, but there are {num_images} "
-            "to compare with; generate both for the same prompts"
+            f"{folder.key}={folder.path} contains {len(folder)} images, but there are "
+            f"{len(prompts)} to compare with; generate both for the same prompts"
         )
-
-
-def check_same_prompts(folder: ImageFolder, other: ImageFolder) -> None:
-    """Check that two folders were generated for the same prompts.
-
-    Raises:
-        ValueError: naming the first difference.
-    """
-    check_same_number(len(folder), other)
-    pairs = zip(folder.prompts or (), other.prompts or (), strict=False)
+    pairs = zip(prompts, folder.prompts or prompts, strict=True)
     if mismatch := next((pair for pair in pairs if pair[0] != pair[1]), None):
         raise ValueError(
-            f"{other.key}={other.path} was generated for {mismatch[1]!r}, but {folder.path} for "
-            f"{mismatch[0]!r}; generate both for the same prompts"
+            f"{folder.key}={folder.path} was generated for {mismatch[1]!r}, but the images to "
+            f"compare with for {mismatch[0]!r}; generate both for the same prompts"
         )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from wuerstchen_pl.evaluation.image_folder import ImageFolder, check_same_prompts
+from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.metrics.clip import Clip
 from wuerstchen_pl.evaluation.metrics.distances import (
     FrechetDistance,
@@ -126,39 +126,25 @@ def cached_features(
     return computed
 
 
-def text_metric(images: ImageFolder, model: Clip, name: str) -> Score:
-    """The mean score of how well each image matches its prompt.
-
-    Raises:
-        ValueError: if the prompts are unknown.
-    """
-    if images.prompts is None:
-        raise ValueError(
-            f"metric={name} needs prompts, but {images.path} has no images.json with them; "
-            "set prompts= to a file of prompts"
-        )
+def text_metric(images: ImageFolder, prompts: Sequence[str], model: Clip, name: str) -> Score:
+    """The mean score of how well each image matches its prompt; ``name`` labels the progress."""
     scores: list[float] = []
     for start in tqdm(range(0, len(images), BATCH), desc=name, unit="batch"):
         indices = range(start, min(start + BATCH, len(images)))
-        texts = [images.prompts[i] for i in indices]
+        texts = [prompts[i] for i in indices]
         scores += model.scores([images.image(i) for i in indices], texts).tolist()
     return mean_score(scores, weights_sha256=model.weights_sha256)
 
 
 def win_rates(
-    images: ImageFolder, baselines: Sequence[ImageFolder], pickscores: Score, model: Clip
+    prompts: Sequence[str], baselines: Sequence[ImageFolder], pickscores: Score, model: Clip
 ) -> dict[str, Score]:
-    """``win_rate/<folder>``: the share of prompts whose image scores above the baseline's.
-
-    Raises:
-        ValueError: if a baseline was generated for other prompts.
-    """
-    for baseline in baselines:
-        check_same_prompts(images, baseline)
+    """``win_rate/<folder>``: the share of prompts whose image scores above the baseline's."""
     scores = {}
     for baseline in baselines:
-        baseline.prompts = images.prompts
-        baseline_scores = text_metric(baseline, model, f"pickscore of {baseline.path.name}")
+        baseline_scores = text_metric(
+            baseline, prompts, model, f"pickscore of {baseline.path.name}"
+        )
         wins = pairwise_wins(pickscores.per_sample, baseline_scores.per_sample)
         counts = {outcome: wins.count(value) for outcome, value in OUTCOMES.items()}
         scores[f"win_rate/{_unique_name(baseline, baselines)}"] = proportion_score(

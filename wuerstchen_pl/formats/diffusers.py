@@ -116,9 +116,8 @@ def read_text_encoder(folder: Path, tokenizer: Path, variant: str | None = None)
     config, weights = folder / "config.json", find_weights(folder, "model", variant)
     arguments = with_defaults(from_diffusers(TEXT_ENCODER, load_json(config), str(config)))
     tensors = _with_prefix(read_safetensors(weights))
-    part = Part(arguments, _import_tensors(tensors, arguments, "diffusers", str(weights)))
-    part.tokenizer = tokenizer if tokenizer.is_dir() else None
-    return part
+    imported = _import_tensors(tensors, arguments, "diffusers", str(weights))
+    return Part(arguments, imported, tokenizer if tokenizer.is_dir() else None)
 
 
 def _with_prefix(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from wuerstchen_pl.checkpointing.load import NETWORK_TARGETS, instantiate_allowed
 from wuerstchen_pl.formats.lazy_tensors import LazyTensor
+from wuerstchen_pl.io.atomic import Source
 
 SHIFT = "semantic_shift"
 """The only setting that may be 0 or negative."""
@@ -31,6 +32,8 @@ class Part:
     config: dict[str, Any]
     tensors: dict[str, LazyTensor]
     tokenizer: Path | None = None
+    network: nn.Module | None = field(default=None, repr=False, compare=False)
+    """The network with these tensors, if it was built to read them."""
 
 
 @dataclass
@@ -41,8 +44,8 @@ class Model:
     settings: dict[str, float] = field(default_factory=dict)
     """semantic_scale, semantic_shift, resolution_multiple and latent_dim_scale of the pipeline; a
     missing one has its published value."""
-    source: dict[str, str] | None = None
-    """``path`` and ``sha256`` of the checkpoint that the model was read from."""
+    source: Source | None = None
+    """The checkpoint that the model was read from."""
     card: str | None = None
     """The model card, README.md."""
 
@@ -141,7 +144,9 @@ def build_on_meta(config: dict[str, Any]) -> nn.Module:
 
 
 def build_network(part: Part) -> nn.Module:
-    """Build the network of a part with its weights, in their stored dtype."""
+    """The network of a part with its weights, in their stored dtype; built unless it exists."""
+    if part.network is not None:
+        return part.network.eval().requires_grad_(False)
     net = build_on_meta({**part.config, **_tokenizer(part)})
     net.load_state_dict({k: lazy.load() for k, lazy in part.tensors.items()}, assign=True)
     return net.eval().requires_grad_(False)

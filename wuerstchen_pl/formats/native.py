@@ -39,9 +39,10 @@ def read(path: Path) -> Model:
             f"{path / MANIFEST} has format {manifest.get('format')}, but this release reads "
             f"{FORMAT}; update the package"
         )
-    model = Model(settings=validate_settings(manifest.get("settings"), str(path / MANIFEST)))
-    if (path / CARD).is_file():
-        model.card = (path / CARD).read_text(encoding="utf-8", errors="replace")
+    settings = validate_settings(manifest.get("settings"), str(path / MANIFEST))
+    card = path / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    model = Model(settings=settings, card=text)
     for name in manifest.get("parts", ()):
         if name not in PARTS:
             raise ValueError(f"{path / MANIFEST} has an unknown part {name!r}; update the package")

@@ -1,5 +1,6 @@
 """Read a model from any format, path or hub repository, and write it in any format."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,8 +62,9 @@ def read_model(source: str, *, prior: str | None = None, variant: str | None = N
         other = _read(prior, variant)
         if "prior" not in other.parts:
             raise ValueError(f"prior={prior} has no Stage C; use a model that has one")
-        model.parts |= {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
-        model.settings |= {k: v for k, v in other.settings.items() if k != "latent_dim_scale"}
+        parts = {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
+        settings = {k: v for k, v in other.settings.items() if k != "latent_dim_scale"}
+        return replace(model, parts=model.parts | parts, settings=model.settings | settings)
     return model
 
 
@@ -99,25 +101,13 @@ def resolve_source(source: str, variant: str | None = None) -> Path:
         ) from error
 
 
-def check_output_empty(path: Path) -> None:
-    """Check that an output folder is empty or does not exist.
-
-    Raises:
-        FileExistsError: if it is not empty, or is a file.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} already exists; choose another folder, or remove it")
-
-
 def write_model(model: Model, path: Path, format: FormatName) -> None:
-    """Atomically write a model and its card into a new folder.
+    """Atomically write a model and its card into a new or empty folder.
 
     Raises:
-        FileExistsError: if the folder exists and is not empty.
-        OSError: if it cannot be written; the message names the folder.
+        OSError: if it cannot be written, or is not empty; the message names the folder.
         ValueError: if the format does not support the model.
     """
-    check_output_empty(path)
     with atomic_folder(path) as folder:
         FORMATS[format].write(model, folder)
         if model.card is not None:

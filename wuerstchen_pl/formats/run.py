@@ -1,7 +1,9 @@
 """Read a training run as a model: the stage of a checkpoint and its frozen stages."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
 
 from wuerstchen_pl.checkpointing.load import (
     build_stage,
@@ -12,6 +14,10 @@ from wuerstchen_pl.checkpointing.load import (
 )
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import Model, Part, with_defaults
+from wuerstchen_pl.models.text import TextEncoder
+
+if TYPE_CHECKING:
+    from wuerstchen_pl.stages.stage import Stage
 
 STAGE_PARTS = {
     "a": {"vqgan": "vqgan"},
@@ -45,36 +51,45 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
             f"{run} is a run of stage={name}, which no model format supports; use it with sample "
             "and evaluate only"
         )
-    stage: Any = build_stage(path, content, ema=ema)
-    model = Model(source=stage.provenance.source)
-    if name == "c":
-        model.settings = {
-            "semantic_scale": stage.scaling.scale,
-            "semantic_shift": stage.scaling.shift,
-        }
+    trained = build_stage(path, content, ema=ema)
+    parts: dict[str, Part] = {}
+    settings: dict[str, float] = {}
+    stage: Stage | None = trained
     while stage is not None:
-        model.parts |= _parts(stage)
-        if stage.name == "b":
-            pixels = stage.compressor.resolution_multiple
-            model.settings["resolution_multiple"] = pixels
-            model.settings["latent_dim_scale"] = pixels / stage.stage_a.vqgan.factor
-        stage = stage.frozen.get("stage_b") or stage.frozen.get("stage_a")
-    return model
+        parts |= _parts(stage)
+        settings |= _settings(stage)
+        stage = cast("Stage | None", stage.frozen.get("stage_b") or stage.frozen.get("stage_a"))
+    return Model(parts, settings, trained.provenance.source)
 
 
-def _parts(stage: Any) -> dict[str, Part]:
+def _settings(stage: "Stage") -> dict[str, float]:
+    """The settings of a pipeline that follow from a stage's arguments and networks."""
+    if stage.name == "c":
+        return {"semantic_scale": stage.scaling.scale, "semantic_shift": stage.scaling.shift}
+    if stage.name == "b":
+        pixels = stage.compressor.resolution_multiple
+        scale = pixels / stage.stage_a.vqgan.factor
+        return {"resolution_multiple": pixels, "latent_dim_scale": scale}
+    return {}
+
+
+def _parts(stage: "Stage") -> dict[str, Part]:
+    config = stage.provenance.config or {}
     parts = {}
     for attribute, name in STAGE_PARTS[stage.name].items():
-        network = getattr(stage, attribute)
-        if network is None:
-            continue
-        config = with_defaults(drop_weight_paths(stage.provenance.config[attribute]))
-        tokenizer = config.get("tokenizer")
-        if name.endswith("text_encoder"):
-            config |= {"tokenizer": None, "vocab_size": network.tower.vocab_size}
-        state = network.state_dict()
-        if name == "vqgan":
-            config["scale_factor"] = float(state["scale_factor"])
-        tensors = {key: in_memory(tensor) for key, tensor in state.items()}
-        parts[name] = Part(config, tensors, Path(tokenizer) if tokenizer else None)
+        network: nn.Module | None = getattr(stage, attribute)
+        if network is not None:
+            parts[name] = _part(name, network, config[attribute])
     return parts
+
+
+def _part(name: str, network: nn.Module, stage_config: dict[str, Any]) -> Part:
+    config = with_defaults(drop_weight_paths(stage_config))
+    tokenizer = config.get("tokenizer")
+    if isinstance(network, TextEncoder):
+        config |= {"tokenizer": None, "vocab_size": network.tower.vocab_size}
+    state = network.state_dict()
+    if name == "vqgan":
+        config["scale_factor"] = float(state["scale_factor"])
+    tensors = {key: in_memory(tensor) for key, tensor in state.items()}
+    return Part(config, tensors, Path(tokenizer) if tokenizer else None, network)

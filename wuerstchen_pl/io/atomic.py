@@ -12,6 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import TypedDict
+
+
+class Source(TypedDict):
+    """Path and hash of a file that weights were read from."""
+
+    path: str
+    sha256: str
 
 
 @contextmanager

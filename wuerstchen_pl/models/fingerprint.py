@@ -2,16 +2,34 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Protocol, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from wuerstchen_pl.models.text import TextEncoder
 
 # other tokenizers split it differently
 _PROBE = "A photo of 2 cats, na\u00efve & \u304b\u308f\u3044\u3044"
 
 
-def encoder_fingerprints(stage: str, *, encoder: Any, text_encoder: Any | None) -> dict[str, str]:
+class ImageEncoder(Protocol):
+    """A trained stage, as far as the stage above it and its cache use it."""
+
+    @property
+    def encoding(self) -> nn.Module:
+        """The network that ``encode`` runs."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> latents."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move the stage."""
+
+
+def encoder_fingerprints(
+    stage: str, *, encoder: ImageEncoder, text_encoder: TextEncoder | None
+) -> dict[str, str]:
     """Fingerprint the networks that a stage's cache is computed with.
 
     Args:

@@ -67,8 +67,8 @@ class TextEncoder(nn.Module):
             mlp_ratio=mlp_ratio,
             act_layer=nn.GELU if activation == "gelu" else QuickGELU,
             output_dim=None,
+            no_causal_mask=True,  # ``encode`` makes a causal mask that also masks padding
         )
-        self.tower.attn_mask = None  # ``encode`` makes one that also masks padding
         if weights is not None:
             self._load(weights)
         else:  # CLIP's std of 0.02 suits towers eight times as wide, trained on more captions

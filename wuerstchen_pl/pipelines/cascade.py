@@ -1,7 +1,7 @@
 """Text to images with Stage C, Stage B and Stage A."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Self
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.sampler import Generator, SamplerName, resolve_generator
+from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.sampling.config import SamplingConfig
@@ -33,7 +34,7 @@ class CascadePipeline(TextToImage):
         prior: text to semantic latents; usable alone.
         decoder: semantic latents to images; usable alone.
         compressor: images to semantic latents; None for text to image only.
-        source: ``path`` and ``sha256`` of the checkpoint that the networks were loaded from.
+        source: path and hash of the checkpoint that the networks were loaded from.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class CascadePipeline(TextToImage):
         prior: PriorSampler,
         decoder: DecoderSampler,
         compressor: SemanticCompressor | None = None,
-        source: Mapping[str, str] | None = None,
+        source: Source | None = None,
     ) -> None:
         self.decoder, self.compressor = decoder, compressor
         super().__init__(
@@ -62,9 +63,8 @@ class CascadePipeline(TextToImage):
 
     def compile(self, **options: Any) -> Self:
         """Compile the denoisers and Stage A's decoder; ``options`` are ``torch.compile``'s."""
-        self.prior.predict_noise = torch.compile(self.prior.predict_noise, **options)
-        self.decoder.predict_noise = torch.compile(self.decoder.predict_noise, **options)
-        self.decoder.decode = torch.compile(self.decoder.decode, **options)
+        self.prior.compile(**options)
+        self.decoder.compile(**options)
         return self
 
     # Text to images

@@ -1,8 +1,9 @@
 """Build a pipeline's components from a model on disk."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 from wuerstchen_pl.formats.model import PAELLA, Model, build_network
+from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.sampling.decoder import DecoderSampler
 from wuerstchen_pl.sampling.prior import PriorSampler
 
@@ -10,7 +11,15 @@ DECODER_SETTING = "latent_dim_scale"
 """The only setting that is Stage B's, not Stage C's."""
 
 
-def build_components(model: Model, where: str) -> dict[str, Any]:
+class Components(TypedDict):
+    """Constructor arguments of a ``CascadePipeline``."""
+
+    prior: PriorSampler
+    decoder: DecoderSampler
+    compressor: SemanticCompressor | None
+
+
+def build_components(model: Model, where: str) -> Components:
     """Build the constructor arguments of a pipeline.
 
     Args:

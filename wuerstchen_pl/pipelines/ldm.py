@@ -1,12 +1,12 @@
 """Text to images with the paper's baseline: one latent diffusion model and Stage A."""
 
-from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.sampler import Generator
+from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.sampling.config import SamplingConfig
@@ -21,12 +21,10 @@ class LatentDiffusionPipeline(TextToImage):
     Args:
         prior: text to Stage A's latents.
         vqgan: Stage A.
-        source: ``path`` and ``sha256`` of the checkpoint that the networks were loaded from.
+        source: path and hash of the checkpoint that the networks were loaded from.
     """
 
-    def __init__(
-        self, *, prior: PriorSampler, vqgan: VQGAN, source: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, *, prior: PriorSampler, vqgan: VQGAN, source: Source | None = None) -> None:
         super().__init__(prior=prior, vqgan=vqgan, placement=prior.placement, source=source)
 
     @property
@@ -36,7 +34,7 @@ class LatentDiffusionPipeline(TextToImage):
 
     def compile(self, **options: Any) -> Self:
         """Compile the denoiser; ``options`` are ``torch.compile``'s."""
-        self.prior.predict_noise = torch.compile(self.prior.predict_noise, **options)
+        self.prior.compile(**options)
         return self
 
     def _generate(

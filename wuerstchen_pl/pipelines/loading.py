@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -13,6 +13,10 @@ from wuerstchen_pl.formats import run
 from wuerstchen_pl.pipelines.ldm import LatentDiffusionPipeline
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
+
+if TYPE_CHECKING:
+    from wuerstchen_pl.stages.c import StageC
+    from wuerstchen_pl.stages.ldm import StageLDM
 
 
 def load_pipeline(
@@ -33,7 +37,8 @@ def load_pipeline(
             raise ValueError(
                 f"prior={prior} needs a cascade, but {model} is a baseline; remove prior"
             )
-        return pipeline_from_stage(load.load_stage(run=model, stage="ldm")).to(device, dtype)
+        stage = cast("StageLDM", load.load_stage(run=model, stage="ldm"))
+        return pipeline_from_stage(stage).to(device, dtype)
     return WuerstchenPipeline.from_pretrained(model, prior=prior, device=device, torch_dtype=dtype)
 
 
@@ -56,16 +61,14 @@ def stage_of_run(model: str) -> str | None:
     return load.stage_class(content["stage"]).name
 
 
-def pipeline_from_stage(stage: Any) -> TextToImage:
+def pipeline_from_stage(stage: "StageC | StageLDM") -> TextToImage:
     """Build a pipeline that shares a stage's networks, and freeze them."""
-    prior = stage.prior_sampler()
+    prior, source = stage.prior_sampler(), stage.provenance.source
     if stage.name == "ldm":
-        return LatentDiffusionPipeline(
-            prior=prior, vqgan=stage.stage_a.vqgan, source=stage.provenance.source
-        )
+        return LatentDiffusionPipeline(prior=prior, vqgan=stage.stage_a.vqgan, source=source)
     return WuerstchenPipeline(
         prior=prior,
         decoder=stage.stage_b.decoder_sampler(),
         compressor=stage.stage_b.compressor,
-        source=stage.provenance.source,
+        source=source,
     )

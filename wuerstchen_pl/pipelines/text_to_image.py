@@ -3,13 +3,14 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.sampler import Generator
+from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.sampling.config import SamplingConfig
 from wuerstchen_pl.sampling.device import DevicePlacement, cast_weights
@@ -30,7 +31,7 @@ class TextToImage(ABC):
         prior: text to latents.
         vqgan: Stage A.
         placement: the device to run on.
-        source: ``path`` and ``sha256`` of the checkpoint that the networks were loaded from.
+        source: path and hash of the checkpoint that the networks were loaded from.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class TextToImage(ABC):
         prior: PriorSampler,
         vqgan: VQGAN,
         placement: DevicePlacement,
-        source: Mapping[str, str] | None,
+        source: Source | None,
     ) -> None:
         self.prior, self.vqgan, self.source = prior, vqgan, source
-        self.placement = prior.placement = placement
+        self.placement = placement
+        prior.share_placement(placement)
         for module in self.modules:
             module.eval().requires_grad_(False)
 
@@ -111,12 +113,12 @@ class TextToImage(ABC):
             if dtype is not None:
                 cast_weights(module, dtype)
             module.to("cpu" if self.placement.offload else target)
-        self.placement.device = target
+        self.placement.move_to(target)
         return self
 
     def enable_model_offload(self, device: torch.device | str = "cuda") -> Self:
         """Keep only the network in use on ``device``, and the others on the CPU."""
-        self.placement.offload = True
+        self.placement.enable_offload()
         return self.to(device)
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:

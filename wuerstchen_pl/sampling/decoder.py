@@ -80,6 +80,11 @@ class DecoderSampler(StepState):
         self.predict_noise = decoder.predict_noise
         self.decode = vqgan.decode
 
+    def compile(self, **options: Any) -> None:
+        """Compile the denoiser and Stage A's decoder; ``options`` are ``torch.compile``'s."""
+        self.predict_noise = torch.compile(self.predict_noise, **options)
+        self.decode = torch.compile(self.decode, **options)
+
     @torch.no_grad()
     def __call__(
         self,

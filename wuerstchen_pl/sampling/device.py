@@ -19,6 +19,14 @@ class DevicePlacement:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: bool = False
 
+    def move_to(self, device: torch.device) -> None:
+        """Run on another device from now on; the caller moves the networks."""
+        self.device = device
+
+    def enable_offload(self) -> None:
+        """Keep networks on the CPU unless in use, from now on."""
+        self.offload = True
+
     @contextmanager
     def on_device(self, module: nn.Module) -> Iterator[None]:
         """Context in which ``module`` is on the device."""

@@ -86,6 +86,14 @@ class PriorSampler(StepState):
         self.placement = placement or DevicePlacement()
         self.predict_noise = prior.predict_noise
 
+    def share_placement(self, placement: DevicePlacement) -> None:
+        """Run where the other networks of a pipeline run."""
+        self.placement = placement
+
+    def compile(self, **options: Any) -> None:
+        """Compile the denoiser; ``options`` are ``torch.compile``'s."""
+        self.predict_noise = torch.compile(self.predict_noise, **options)
+
     @torch.no_grad()
     def __call__(
         self,

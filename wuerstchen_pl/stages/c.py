@@ -1,6 +1,7 @@
 """Stage C: training the text-conditional prior (arXiv 2306.00637, section 3.3)."""
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class StageC(TextConditionalStage):
     The other arguments are those of ``TextConditionalStage``.
     """
 
-    name = "c"
+    name: ClassVar[Literal["c"]] = "c"
     stage_b: StageB
 
     def __init__(

@@ -5,6 +5,7 @@ the latents are Stage A's, which are as large as those that Stage B generates.
 """
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class StageLDM(TextConditionalStage):
     The other arguments are those of ``TextConditionalStage``.
     """
 
-    name = "ldm"
+    name: ClassVar[Literal["ldm"]] = "ldm"
     stage_a: StageA
     prior: UNet
 

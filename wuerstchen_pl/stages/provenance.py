@@ -6,18 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import nn
 
 from wuerstchen_pl.io import atomic
-
-
-class Source(TypedDict):
-    """Path and hash of a file that weights were read from."""
-
-    path: str
-    sha256: str
+from wuerstchen_pl.io.atomic import Source
 
 
 @dataclass

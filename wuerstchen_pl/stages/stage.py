@@ -11,12 +11,13 @@ from torch import Tensor
 
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.distributed.fsdp2 import local_shards, reshard, shard_stage, total_norm
+from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.wrapping import find_blocks
 from wuerstchen_pl.stages.batch_rng import BatchRNG, derive_seed
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenModules, FrozenPrecision
 from wuerstchen_pl.stages.lr_schedule import WarmupCosine
-from wuerstchen_pl.stages.provenance import Provenance, Source, check_weight_files
+from wuerstchen_pl.stages.provenance import Provenance, check_weight_files
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 """Parameters or parameter groups -> optimizer."""

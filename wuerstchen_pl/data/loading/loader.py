@@ -34,6 +34,11 @@ class BatchSampler:
         self.stop = 0
         self.snapshots: deque[Snapshot] = deque()
 
+    def begin(self, stop: int) -> None:
+        """Start an iteration that ends before batch number ``stop``."""
+        self.stop = stop
+        self.snapshots.clear()
+
     def __iter__(self) -> Iterator[BatchSpec]:
         while self.batches.number < self.stop:
             spec = next(self.batches)
@@ -81,8 +86,7 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator, so nothing happens until the first batch: Lightning creates iterators early.
         self.batches.restore(self.position)
-        self.specs.snapshots.clear()
-        self.specs.stop = (self.position.batches // len(self) + 1) * len(self)
+        self.specs.begin(stop=(self.position.batches // len(self) + 1) * len(self))
         for batch, report in super().__iter__():
             self.position = self.specs.snapshots.popleft()
             self._record(report)

@@ -155,7 +155,7 @@ class Batches:
                 del stream.selector.first_by_hash[image_hash]
             stream.seek(position)
             self._last_kept[id(stream)] = position.epoch
-        self.stats.counts = snapshot.counts.copy()
+        self.stats.restore(snapshot.counts)
 
     def state_dict(self, snapshot: Snapshot) -> dict[str, Any]:
         """A snapshot as plain values for a checkpoint, the same on every rank."""
@@ -196,7 +196,7 @@ class Batches:
             positions = [Position(epoch=last)] * len(self.stream.streams)
             state = {**state, "pending": [], "image_hashes": [[] for _ in positions]}
         for stream, pairs in zip(self.stream.streams, state["image_hashes"], strict=True):
-            stream.selector.first_by_hash = dict(map(tuple, pairs))
+            stream.selector.restore_hashes(map(tuple, pairs))
         if state["global_batch"] != self.global_batch:
             warnings.warn(
                 f"the checkpoint was made with a global batch of {state['global_batch']} samples, "

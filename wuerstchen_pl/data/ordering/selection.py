@@ -1,6 +1,6 @@
 """Selects samples: not held out, passing the filters, not upscaled too much, not a duplicate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from wuerstchen_pl.data.ordering.buckets import Buckets
 from wuerstchen_pl.data.ordering.filters import Filters
@@ -34,6 +34,10 @@ class SampleSelector:
         self.filters, self.buckets, self.max_upscale = filters, buckets, max_upscale
         self._numbers = {shard: number for number, shard in enumerate(shards)}
         self.first_by_hash: dict[int, int] = {}
+
+    def restore_hashes(self, hashes: Iterable[tuple[int, int]]) -> None:
+        """Replace ``first_by_hash``, given as pairs in the order of the samples."""
+        self.first_by_hash = dict(hashes)
 
     def select(self, sample: Sample) -> Sample | str:
         """The sample with only its passing captions, or the reason why it is dropped.

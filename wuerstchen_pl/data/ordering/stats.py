@@ -27,6 +27,10 @@ class DataStats:
         self.show = show
         self._shown: Counter[str] = Counter()
 
+    def restore(self, counts: Counter[str]) -> None:
+        """Continue from a copy of earlier counts."""
+        self.counts = counts.copy()
+
     def note_bad(self, bad: SampleError) -> None:
         """Count bad samples, and warn if they are among the first of their kind."""
         self.counts[f"bad/{bad.reason}"] += bad.count
