@@ -1,8 +1,10 @@
 """Training callbacks: non-finite gradients, norms, throughput, memory, and the loss over t."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -19,9 +21,11 @@ from wuerstchen_pl.callbacks.skip_nonfinite import SkipNonFiniteGrads
 from wuerstchen_pl.callbacks.throughput import Throughput, peak_tflops
 from wuerstchen_pl.callbacks.weight_norms import WeightNormMonitor
 from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.distributed.fsdp2 import full_tensor
+from wuerstchen_pl.distributed.strategy import FSDP2Strategy
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.ema import EMA
-from wuerstchen_pl.stages.stage import Stage
+from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 
 ROWS, WIDE, NARROW = 4, 6, 3
@@ -31,12 +35,14 @@ class LinearStage(Stage):
     """A linear map whose loss is NaN in the steps of ``nan_steps``."""
 
     def __init__(
-        self, *, nan_steps: tuple[int, ...] = (), lr: float = 0.1, momentum: float = 0.9
-    ) -> None:
-        super().__init__(optimizer=None, lr_schedule=None, ema=None, seed=0)
+        self, *, nan_steps: tuple[int, ...] = (), lr: float = 0.1, momentum: float = 0.9,
+        optimizer: OptimizerFactory | None = None,
+    ) -> None:  # fmt: skip
+        sgd = partial(torch.optim.SGD, lr=lr, momentum=momentum)
+        super().__init__(optimizer=optimizer or sgd, lr_schedule=None, ema=None, seed=0)
         torch.manual_seed(0)
         self.net = nn.Linear(WIDE, NARROW, bias=False)
-        self.nan_steps, self.lr, self.momentum = nan_steps, lr, momentum
+        self.nan_steps = nan_steps
         self.logged: dict[str, list[float]] = {}
         self.weights: list[Tensor] = []
 
@@ -46,7 +52,8 @@ class LinearStage(Stage):
         return loss * (torch.nan if self.global_step in self.nan_steps else 1.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
+        assert self.optimizer_factory is not None
+        return self.optimizer_factory(self.parameters())
 
     def log(self, name: str, value: object, **options: object) -> None:  # type: ignore[override]
         self.logged.setdefault(name, []).append(float(value))  # type: ignore[arg-type]
@@ -62,24 +69,48 @@ def batches(number: int) -> Iterator[dict]:
         yield {"x": x, "caption": ["a"] * ROWS}
 
 
-def fit(module: LinearStage, steps: int, *callbacks: L.Callback, data: object = None) -> L.Trainer:
+def fit(
+    module: LinearStage, steps: int, *callbacks: L.Callback, data: object = None, **options: Any
+) -> L.Trainer:
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+        **options,
     )  # fmt: skip
     loader = DataLoader(list(batches(steps)), batch_size=None) if data is None else data
     trainer.fit(module, loader)
     return trainer
 
 
-def test_a_step_with_nonfinite_gradients_changes_neither_weights_nor_optimizer_state() -> None:
-    module, callback = LinearStage(nan_steps=(2,)), SkipNonFiniteGrads()
-    fit(module, 5, callback)
-    assert torch.equal(module.weights[2], module.weights[3])
-    assert callback.skipped == 1
-    reference = LinearStage()
-    fit(reference, 4, SkipNonFiniteGrads())  # same momentum as a run without the skipped step
-    torch.testing.assert_close(module.net.weight, reference.net.weight, rtol=0, atol=0)
+def optimizer_state(trainer: L.Trainer) -> list[Tensor]:
+    """Weights, and the optimizer's state for each, as full tensors."""
+    (optimizer,) = trainer.optimizers
+    tensors = [t for p, state in optimizer.state.items() for t in (p.detach(), *state.values())]
+    return [full_tensor(t) for t in tensors]
+
+
+FUSED_ADAMW = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1, fused=True)
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9), "fused adamw": FUSED_ADAMW}
+STRATEGIES: dict[str, Callable[[], Any]] = {"one process": lambda: "auto", "fsdp": FSDP2Strategy}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("nan_steps", [(2,), (0, 3, 4)])
+def test_a_step_with_nonfinite_gradients_changes_neither_weights_nor_optimizer_state(
+    nan_steps: tuple[int, ...], optimizer: str, strategy: str
+) -> None:
+    def trained(callback: SkipNonFiniteGrads, steps: int, **options: Any) -> list[Tensor]:
+        stage = LinearStage(optimizer=OPTIMIZERS[optimizer], **options)
+        on = {"strategy": STRATEGIES[strategy](), "gradient_clip_val": 1.0}
+        return optimizer_state(fit(stage, steps, callback, **on))
+
+    callback = SkipNonFiniteGrads()
+    skipping = trained(callback, 4 + len(nan_steps), nan_steps=nan_steps)
+    reference = trained(SkipNonFiniteGrads(), 4)
+    assert len(reference) >= 2
+    assert all(torch.equal(a, b) for a, b in zip(skipping, reference, strict=True))
+    assert callback.state_dict() == {"skipped": len(nan_steps)}
 
 
 def test_a_skipped_step_does_not_change_buffers() -> None:
@@ -100,12 +131,17 @@ def test_a_skipped_step_does_not_change_buffers() -> None:
     assert torch.equal(module.norm.running_mean, reference.norm.running_mean)
 
 
-def test_only_many_skipped_steps_in_a_row_end_the_run() -> None:
+@pytest.mark.parametrize("every_steps", [1, 4])
+def test_only_many_skipped_steps_in_a_row_end_the_run(every_steps: int) -> None:
+    """Even if they end before the step that logs."""
+    logs = {"log_every_n_steps": every_steps}
     with pytest.raises(
         ValueError, match=r"^3 steps in a row had non-finite gradients, up to step 4"
     ):
-        fit(LinearStage(nan_steps=(2, 3, 4)), 9, SkipNonFiniteGrads(max_in_a_row=3))
-    fit(LinearStage(nan_steps=(1, 2, 4, 5, 7)), 9, SkipNonFiniteGrads(max_in_a_row=3))
+        fit(LinearStage(nan_steps=(2, 3, 4)), 9, SkipNonFiniteGrads(max_in_a_row=3), **logs)
+    recovering = LinearStage(nan_steps=(1, 2, 4, 5, 7))
+    fit(recovering, 9, SkipNonFiniteGrads(max_in_a_row=3), **logs)
+    assert recovering.logged["train/skipped_steps"][-1] == 5
 
 
 def test_a_run_that_diverges_names_its_last_checkpoint(
@@ -118,6 +154,7 @@ def test_a_run_that_diverges_names_its_last_checkpoint(
 
     monkeypatch.setattr(StageC, "loss", nan_loss)
     overrides = [*arguments(cascade, tmp_path), "callbacks.skip_nonfinite.max_in_a_row=2"]
+    overrides.append("trainer.log_every_n_steps=1")
     assert run_program("train", overrides) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     newest = load.find_checkpoint(tmp_path / "default/c")

@@ -18,6 +18,15 @@ def test_two_processes_use_the_same_numbers_as_one() -> None:
         assert torch.equal(whole, torch.cat([first, second]))
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (16, 3, 3), (4, 9, 7)])
+def test_the_noise_of_a_row_is_what_torch_draws_from_its_generator(shape: tuple[int, ...]) -> None:
+    rng = BatchRNG(seed=1, step=(5, 0), rows=3)
+    drawn = rng.noise(torch.empty(3, *shape))
+    seeds = [derive_seed(1, 5, 0, "row", row) for row in range(3)]
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    assert torch.equal(drawn, torch.stack(rows))
+
+
 def test_numbers_of_the_whole_batch_are_the_same_on_every_process() -> None:
     one, other = (BatchRNG(seed=0, step=(5, 0), rows=2, first_row=r) for r in (0, 2))
     assert one.batch_uniform() == other.batch_uniform()

@@ -44,10 +44,11 @@ class StepProgress(ProgressBar):
         batch_idx: int,
     ) -> None:
         """Advance the bar, and show the loss and the last validation metrics."""
-        if self._bar is None:
+        if self._bar is None or trainer.global_step == self._bar.n:
             return
         self._bar.update(trainer.global_step - self._bar.n)
-        if trainer.global_step % 10 == 0:
+        # reading the loss waits for the device, as logging does in this step
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             names = ("train/loss", "val/loss", "val/psnr")
             values = trainer.callback_metrics
             postfix = {n: f"{float(values[n]):.4g}" for n in names if n in values}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, expand_like
+from wuerstchen_pl.transfer import to_device
 
 Denoiser = Callable[[Tensor, int], Tensor]
 SamplerName = Literal["ddpm", "ddim"]
@@ -48,17 +49,18 @@ def randn(shape: Sequence[int], generator: Generator, device: torch.device) -> T
     Raises:
         ValueError: if a list of generators has neither 1 nor B entries.
     """
-    if not isinstance(generator, list):
-        rng_device = generator.device if generator is not None else torch.device("cpu")
-        return torch.randn(tuple(shape), generator=generator, device=rng_device).to(device)
-    if len(generator) == 1:
-        return randn(shape, generator[0], device)
-    if len(generator) != shape[0]:
+    generators = generator if isinstance(generator, list) else [generator]
+    if len(generators) not in (1, shape[0]):
         raise ValueError(
-            f"{len(generator)} generators for {shape[0]} images; give one per image, or one for all"
+            f"{len(generators)} generators for {shape[0]} images; "
+            "give one per image, or one for all"
         )
-    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]
-    return torch.stack(rows).to(device)
+    source = torch.device("cpu") if generators[0] is None else generators[0].device
+    pin = (source.type, device.type) == ("cpu", "cuda")
+    noise = torch.empty(tuple(shape), device=source, pin_memory=pin)
+    for rows, g in zip(noise.chunk(len(generators)), generators, strict=True):
+        rows.normal_(generator=g)
+    return to_device(noise, device)
 
 
 def ddpm_step(

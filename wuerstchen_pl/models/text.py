@@ -15,6 +15,7 @@ from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 from wuerstchen_pl.models.tokenizer import Tokenizer
+from wuerstchen_pl.transfer import to_device
 
 
 class TextEncoder(nn.Module):
@@ -92,11 +93,12 @@ class TextEncoder(nn.Module):
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L) ids and mask, false for padding -> (B, L, D) embeddings after the final norm."""
         tower, length = self.tower, ids.shape[1]
-        ids = ids.to(tower.token_embedding.weight.device)
+        device = tower.token_embedding.weight.device
+        ids, mask = to_device(ids, device), to_device(mask, device)
         x = tower.token_embedding(ids) + tower.positional_embedding[:length]
-        masked = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
-        masked = masked | ~mask.to(ids.device)[:, None, :]
-        bias = torch.zeros(masked.shape, dtype=x.dtype, device=ids.device)
+        masked = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+        masked = masked | ~mask[:, None, :]
+        bias = torch.zeros(masked.shape, dtype=x.dtype, device=device)
         bias = bias.masked_fill(masked, float("-inf"))
         x = tower.transformer(x, attn_mask=bias.repeat_interleave(self.num_heads, dim=0))
         return tower.ln_final(x)

@@ -26,6 +26,7 @@ from wuerstchen_pl.stages.stage import (
     num_unique_samples,
 )
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
+from wuerstchen_pl.transfer import to_device
 
 
 class StageB(Stage):
@@ -223,10 +224,11 @@ class StageB(Stage):
         x0 = self.latents(batch)
         rng = self.batch_rng(len(x0), batch_idx)
         semantic = self.encode(batch["image"])
-        uniform, semantic_t = rng.uniform(2), rng.uniform() * 0.5
-        semantic = self.corrupt(semantic, uniform.to(x0), semantic_t.to(x0), rng.noise(semantic))
+        uniform = to_device(rng.uniform(2), x0.device)
+        semantic_t = to_device(rng.uniform() * 0.5, x0.device)
+        semantic = self.corrupt(semantic, uniform, semantic_t, rng.noise(semantic))
         text = encode_captions(batch, self.text, rng.uniform() < self.text_drop_prob)
-        t = sample_timesteps(rng.uniform()).to(x0.device)
+        t = to_device(sample_timesteps(rng.uniform()), x0.device)
         losses = self.loss(x0, t, rng.noise(x0), semantic, text)
         self.timestep_bins.add(t, losses)
         loss = losses.mean()

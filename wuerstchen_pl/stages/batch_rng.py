@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.sampler import generators_from_seeds, randn
+from wuerstchen_pl.transfer import to_device
 
 
 class BatchRNG:
@@ -70,9 +71,8 @@ def validation_losses(
     """
     generators = generators_from_seeds([derive_seed("validation", key) for key in keys])
     offsets = torch.stack([torch.rand(NUM_VALIDATION_TIMESTEPS, generator=g) for g in generators])
-    times = ((torch.arange(NUM_VALIDATION_TIMESTEPS) + offsets) / NUM_VALIDATION_TIMESTEPS).to(
-        x0.device
-    )
+    times = (torch.arange(NUM_VALIDATION_TIMESTEPS) + offsets) / NUM_VALIDATION_TIMESTEPS
+    times = to_device(times, x0.device)
     losses = [loss(t, randn(x0.shape, generators, x0.device)) for t in times.unbind(1)]
     return times, torch.stack(losses, dim=1)
 

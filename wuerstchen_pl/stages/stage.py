@@ -18,6 +18,7 @@ from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenModules, FrozenPrecision
 from wuerstchen_pl.stages.lr_schedule import WarmupCosine
 from wuerstchen_pl.stages.provenance import Provenance, check_weight_files
+from wuerstchen_pl.transfer import to_device
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 """Parameters or parameter groups -> optimizer."""
@@ -40,7 +41,8 @@ def encode_captions(
     if "text" not in batch:
         return encode(["" if d else c for c, d in zip(batch["caption"], dropped, strict=True)])
     text = batch["text"]
-    return torch.where(dropped.to(text.device)[:, None, None], batch["empty_text"], text)
+    is_empty = to_device(dropped, text.device)[:, None, None]
+    return torch.where(is_empty, batch["empty_text"], text)
 
 
 def num_unique_samples(batch: Batch) -> int:
@@ -149,7 +151,6 @@ class Stage(L.LightningModule):
         """Drop all gradients, so that the next optimizer step changes nothing."""
         for parameter in self.parameters():
             parameter.grad = None
-        self._grad_norms = [torch.zeros_like(norm) for norm in self._grad_norms or ()]
 
     def configure_gradient_clipping(
         self,
@@ -160,9 +161,10 @@ class Stage(L.LightningModule):
         """Clip by norm, and log the norms; Lightning's own clipping refuses fused optimizers."""
         norms, self._grad_norms = self.gradient_norms(optimizer), None
         for group, norm in zip(optimizer.param_groups, norms, strict=True):
-            if gradient_clip_val:
+            gradients = local_shards(_gradients(group))
+            if gradient_clip_val and gradients:  # none after ``discard_gradients``
                 factor = (gradient_clip_val / (norm + 1e-6)).clamp(max=1)
-                torch._foreach_mul_(local_shards(_gradients(group)), factor)
+                torch._foreach_mul_(gradients, factor)
             name = "_".join(["train/grad_norm", *group.get("name", "").split()])
             self.log(name, norm)
 

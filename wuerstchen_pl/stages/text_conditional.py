@@ -28,6 +28,7 @@ from wuerstchen_pl.stages.stage import (
     num_unique_samples,
 )
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
+from wuerstchen_pl.transfer import to_device
 
 
 class TextConditionalStage(Stage):
@@ -197,7 +198,7 @@ class TextConditionalStage(Stage):
         x0 = self.latents(batch)
         rng = self.batch_rng(len(x0), batch_idx)
         text = encode_captions(batch, self.text, rng.uniform() < self.caption_drop_prob)
-        t = sample_timesteps(rng.uniform()).to(x0.device)
+        t = to_device(sample_timesteps(rng.uniform()), x0.device)
         losses = self.loss(x0, t, rng.noise(x0), cast(Tensor, text))
         self.timestep_bins.add(t, losses)
         loss = losses.mean()
