@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full test test-all lint format bench
+.PHONY: help setup demo demo-full test test-all lint format bench gpu-prepare gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,3 +44,10 @@ format: setup ## fix the style
 
 bench: setup ## benchmark inference against diffusers, and training: benchmarks/
 	$(BIN)/python scripts/bench.py
+
+gpu-prepare: setup ## fill .gpu/ with what a GPU machine without a network needs (5 minutes)
+	$(BIN)/python -m scripts.gpu_check.prepare
+
+# Without setup: the GPU machine has no network. PYTHON is its Python with torch.
+gpu-check: ## check speed, memory and parity on one GPU (10 minutes): benchmarks/
+	$(PYTHON) -m scripts.gpu_check

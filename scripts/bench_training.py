@@ -1,13 +1,12 @@
 """Time a training step of each stage's network: forward, backward and AdamW on random latents."""
 
-import statistics
 from pathlib import Path
 
 import hydra
 import torch
 from torch import nn
 
-from scripts.timing import Work, seconds, write_table
+from scripts.timing import Work, median_seconds, write_table
 from wuerstchen_pl.cli import conf_dir
 
 
@@ -43,7 +42,7 @@ def measure(net: nn.Module, step: Work, device: torch.device, *, bf16: bool) -> 
         loss.backward()
         optimizer.step()
 
-    return statistics.median([seconds(train) for _ in range(9)][2:])
+    return median_seconds(train, 7)
 
 
 def run(preset: str, batch: int) -> Path:

@@ -2,12 +2,12 @@
 
 The default initialization would hide differences: diffusers' decoder starts with residual weights
 near 0, norms, Stage A's gates and the time projections start at 0, and Stage C's output may divide
-by almost 0. So every parameter is randomized here, and output layers are kept small.
+by almost 0. So every parameter is randomized, and output layers are kept small.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -21,6 +21,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext impo
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from scripts.randomize import randomize
 from wuerstchen_pl.models.tokenizer import write_vocabulary
 
 VERSION = diffusers.__version__
@@ -35,22 +36,6 @@ PUBLISHED_DECODER: Config = {"clip_embd": 1024}
 VQGAN: Config = {"bottleneck_blocks": 2, "embed_dim": 16, "num_vq_embeddings": 32}
 
 
-@torch.no_grad()
-def randomize(net: Any, seed: int) -> Any:
-    """Randomize all parameters and running statistics, at a scale that keeps activations near 1."""
-    rng = torch.Generator().manual_seed(seed)
-    for name, parameter in net.named_parameters():
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 16
-        std = 0.5 if name.endswith(("gamma", "beta", "gammas")) else fan_in**-0.5
-        parameter.copy_(torch.randn(parameter.shape, generator=rng) * std)
-    for name, buffer in net.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.copy_(torch.randn(buffer.shape, generator=rng) * 0.1)
-        if name.endswith("running_var"):
-            buffer.copy_(torch.rand(buffer.shape, generator=rng) + 0.5)
-    return net.eval()
-
-
 def text_encoder(width: int, seed: int) -> CLIPTextModel:
     """A small random CLIP text model."""
     config = CLIPTextConfig(
@@ -60,30 +45,47 @@ def text_encoder(width: int, seed: int) -> CLIPTextModel:
     return randomize(CLIPTextModel(config), seed)
 
 
+class Networks(NamedTuple):
+    """The networks of a WuerstchenCombinedPipeline, by its names, without text encoders."""
+
+    prior_prior: Any
+    decoder: Any
+    vqgan: Any
+
+
+def networks(prior: Config, decoder: Config, vqgan: Config) -> Networks:
+    """Random networks, on torch's default device."""
+    nets = Networks(
+        randomize(WuerstchenPrior(**prior), 1),
+        randomize(WuerstchenDiffNeXt(**decoder), 3),
+        randomize(PaellaVQModel(**vqgan), 4),
+    )
+    with torch.no_grad():  # noise of about unit variance, images rarely clamped
+        for layer in (nets.prior_prior.out[1], nets.decoder.clf[1], nets.vqgan.out_block[0]):
+            layer.weight.mul_(0.2)
+            layer.bias.mul_(0.2)
+        bias = nets.decoder.clf[1].bias
+        bias[bias.numel() // 2 :].add_(3)
+        nets.vqgan.out_block[0].bias.add_(0.5)
+    return nets
+
+
 def combined(
     folder: Path, prior: Config = PRIOR, decoder: Config = DECODER, vqgan: Config = VQGAN
 ) -> Any:
     """A random WuerstchenCombinedPipeline; the tokenizer's files are written to ``folder``."""
     write_vocabulary(folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    stage_c = randomize(WuerstchenPrior(**prior), 1)
-    stage_b = randomize(WuerstchenDiffNeXt(**decoder), 3)
-    stage_a = randomize(PaellaVQModel(**vqgan), 4)
-    with torch.no_grad():  # noise of about unit variance, images rarely clamped
-        for layer in (stage_c.out[1], stage_b.clf[1], stage_a.out_block[0]):
-            layer.weight.mul_(0.2)
-            layer.bias.mul_(0.2)
-        stage_b.clf[1].bias[stage_b.clf[1].bias.numel() // 2 :].add_(3)
-        stage_a.out_block[0].bias.add_(0.5)
+    nets = networks(prior, decoder, vqgan)
     pipe: Any = WuerstchenCombinedPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder(decoder["clip_embd"], 2),
-        decoder=stage_b,
+        decoder=nets.decoder,
         scheduler=DDPMWuerstchenScheduler(),
-        vqgan=stage_a,
+        vqgan=nets.vqgan,
         prior_tokenizer=tokenizer,
         prior_text_encoder=text_encoder(prior["c_cond"], 5),
-        prior_prior=stage_c,
+        prior_prior=nets.prior_prior,
         prior_scheduler=DDPMWuerstchenScheduler(),
     )
     for part in (pipe, pipe.prior_pipe, pipe.decoder_pipe):

@@ -1,0 +1,173 @@
+"""The sections of the GPU check at tiny size on the CPU."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scripts.gpu_check import (
+    environment,
+    kernels,
+    parity,
+    profile_c,
+    stage_b,
+    stage_c,
+    stage_c_fsdp,
+    training,
+)
+from scripts.gpu_check.rows import Row
+from scripts.gpu_check.sizes import TINY, Check
+from scripts.gpu_check.training import Measurement, Mode
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    return Check(TINY, tmp_path, tmp_path, "", 100.0)
+
+
+@pytest.fixture(autouse=True)
+def _restored_precision() -> Iterator[None]:
+    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+@pytest.fixture
+def graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are traced to graphs, but not compiled, which takes minutes on a CPU."""
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager")
+    )
+
+
+def misses(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.verdict == "MISSED"]
+
+
+def test_the_environment_has_versions_and_rates(check: Check) -> None:
+    rows = list(environment.rows(check))
+    assert f"torch {torch.__version__}" in rows[0].measured
+    assert float(rows[-1].measured.split()[0]) > 0
+
+
+@pytest.mark.slow
+def test_the_networks_agree_with_themselves(check: Check) -> None:
+    rows = list(parity.rows(check))
+    assert len(rows) == 4 * 4 + 3 + 1
+    assert misses(rows) == []
+
+
+def test_an_error_in_a_network_on_the_device_is_missed() -> None:
+    net = torch.nn.Linear(8, 8)
+    calls = []
+
+    def forward(net: torch.nn.Module, inputs: list[torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        return net(*inputs) * (1.0 if len(calls) == 1 else 1.001)
+
+    rows = list(parity.compare("a", net, [torch.randn(4, 8)], forward))
+    assert [row.verdict for row in rows] == ["MISSED", "MISSED", "ok", "ok"]
+
+
+def test_depthwise_layouts_are_timed(check: Check) -> None:
+    assert len(list(kernels.rows(check))) == 2 * len(kernels.SHAPES)
+
+
+def test_a_step_is_measured() -> None:
+    cost = training.measure("c", Mode(2), TINY)
+    assert cost.seconds > 0
+    assert cost.samples_per_second == pytest.approx(2 / cost.seconds)
+    assert cost.graphs == 0
+    assert cost.syncs == {}
+    assert cost.estimated_bytes > 1e6
+
+
+def test_blocks_that_would_run_eagerly_are_missed(
+    graphs_only: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wuerstchen_pl.models.wrapping import compile_blocks
+
+    def limited(module: torch.nn.Module) -> None:
+        compile_blocks(module)
+        torch._dynamo.config.recompile_limit = 1
+
+    monkeypatch.setattr(training, "compile_blocks", limited)
+    row = training.measure_or_fail("b", Mode(2, compiled=True), TINY)
+    assert isinstance(row, Row)
+    assert "FailOnRecompileLimitHit" in row.measured
+
+
+COST = Measurement(0.1, 1.0, 20.0, 0.5, 100, 100, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("peak", "compiled", "verdict"),
+    [(109, False, "ok"), (89, False, "MISSED"), (89, True, "ok"), (111, True, "MISSED")],
+)
+def test_the_memory_is_compared_with_its_estimate(peak: int, compiled: bool, verdict: str) -> None:
+    cost = COST._replace(peak_bytes=peak)
+    (row,) = training.memory_rows("a", Mode(2, compiled=compiled), cost)
+    assert row.verdict == verdict
+
+
+def test_the_goals_of_speed_are_judged_at_full_size(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cost(name: str, mode: Mode, *_: object) -> Measurement:
+        return COST._replace(seconds=0.106 if mode.sharded else 0.1, mfu=0.49, graphs=1, syncs={})
+
+    for section in (stage_b, stage_c, stage_c_fsdp):
+        monkeypatch.setattr(section, "measure_or_fail", cost)
+    full = check._replace(size=TINY._replace(full=True))
+    for section, number in ((stage_b, 1), (stage_c, 1), (stage_c_fsdp, 2)):
+        assert len(misses(list(section.rows(full)))) == number
+        assert misses(list(section.rows(check))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", [stage_b, stage_c, stage_c_fsdp, profile_c])
+def test_training_steps_are_measured_in_all_modes(
+    section: object, check: Check, graphs_only: None
+) -> None:
+    rows = list(section.rows(check))  # type: ignore[attr-defined]
+    assert misses(rows) == []
+    assert len(rows) >= 8
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_compiled_stage_b_trains() -> None:
+    cost = training.measure("b", Mode(2, compiled=True), TINY)
+    assert cost.graphs > 0
+
+
+@pytest.mark.slow
+def test_sampling_is_compared_with_diffusers(check: Check) -> None:
+    pytest.importorskip("diffusers", reason="extra: compare")
+    from scripts.gpu_check import sampling
+
+    rows = list(sampling.rows(check))
+    assert misses(rows) == []
+    assert "ours compiled" in rows[-1].what
+
+
+@pytest.mark.slow
+def test_the_programs_run(tmp_path: Path) -> None:
+    environment = {**os.environ, "OUT": str(tmp_path), "TINY": "1"}
+    command = [sys.executable, "-m", "scripts.gpu_check", "programs", "openmoji"]
+    process = subprocess.run(
+        [*command, "--seconds", "900"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert "0 expectations missed" in process.stdout, process.stdout
+    assert {path.name for path in tmp_path.glob("grid_?.png")} == {
+        f"grid_{stage}.png" for stage in "abc"
+    }
