@@ -53,8 +53,8 @@ class Measurement(NamedTuple):
     first_seconds: float
     """Until the end of the first step, with compilation."""
     samples_per_second: float
-    mfu: float | None
-    """Share of the device's peak rate; None if that is unknown."""
+    flops: float
+    """Operations per second; a multiply-add is two, and a backward pass two forward passes."""
     peak_bytes: int
     """Largest allocation in a step; 0 on a CPU."""
     estimated_bytes: int
@@ -135,12 +135,11 @@ def measure(name: str, mode: Mode, size: Size, callbacks: Sequence[L.Callback] =
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         trainer.fit(stage, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     rate = mode.rows / meter.seconds
-    peak = peak_tflops(hardware())
     return Measurement(
         seconds=meter.seconds,
         first_seconds=meter.first_seconds,
         samples_per_second=rate,
-        mfu=None if peak is None else rate * meter.flops_per_sample / (peak * 1e12),
+        flops=rate * meter.flops_per_sample,
         peak_bytes=meter.peak_bytes,
         estimated_bytes=meter.estimated_bytes,
         graphs=counters["stats"]["unique_graphs"],
@@ -184,8 +183,8 @@ def measurement_rows(name: str, mode: Mode, size: Size, cost: Measurement) -> It
     """The speed of a mode, and what is expected of its memory, compilation and synchronization."""
     what = f"Stage {name.upper()}, {mode}"
     speed = f"{cost.seconds * 1e3:.1f} ms, {cost.samples_per_second:.1f} samples/s"
-    if cost.mfu is not None:
-        speed += f", MFU {cost.mfu:.1%}"
+    if peak := peak_tflops(hardware()):
+        speed += f", MFU {cost.flops / (peak * 1e12):.1%}"
     if mode.compiled:
         speed += f", first step {cost.first_seconds:.1f} s"
     yield Row(what, speed)
