@@ -22,13 +22,23 @@ class SideBySide(NamedTuple):
     ratio: float
 
 
+def wait_for_gpu() -> None:
+    """Wait until the GPU has finished its work, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def seconds(work: Work) -> float:
     """Wall-clock seconds of one call, including the GPU work that it launches."""
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_gpu()
     return time.perf_counter() - start
+
+
+def median_seconds(work: Work, rounds: int, warm_up: int = 2) -> float:
+    """Median of ``seconds`` over ``rounds`` calls, after ``warm_up`` calls."""
+    return statistics.median([seconds(work) for _ in range(warm_up + rounds)][warm_up:])
 
 
 def side_by_side(reference: Work, package: Work, rounds: int) -> SideBySide:
@@ -60,15 +70,22 @@ def hardware() -> str:
     return f"{(names or [platform.machine()])[0]} CPU {threads} thread{'s' * (threads > 1)}"
 
 
-def write_table(benchmark: str, command: str, notes: str, header: str, rows: Sequence[str]) -> Path:
-    """Write ``benchmarks/<benchmark>_<hardware>_<date>.md``, with the command that produced it."""
+def write_table(
+    benchmark: str,
+    command: str,
+    notes: str,
+    header: str,
+    rows: Sequence[str],
+    folder: Path = OUTPUT_DIR,
+) -> Path:
+    """Write ``<folder>/<benchmark>_<hardware>_<date>.md``, with the command that produced it."""
     lines = [
         f"# {benchmark.replace('_', ' ').capitalize()}", "",
         f"{hardware()}, torch {torch.__version__}, {date.today()}.",
         f"`{command}`", "", notes, "", header, "|" + "---|" * (header.count("|") - 1), *rows, "",
     ]  # fmt: skip
     slug = "-".join(hardware().lower().replace("(r)", "").replace("(tm)", "").split())
-    path = OUTPUT_DIR / f"{benchmark}_{slug}_{date.today()}.md"
+    path = folder / f"{benchmark}_{slug}_{date.today()}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines))
     return path

@@ -66,8 +66,8 @@ def run_rows(run: Run, check: Check) -> Iterator[Row]:
         run.stage, run.name, steps, check,
         f"+{recorder}._target_=scripts.gpu_check.run_report.RunReport",
         f"+{recorder}.path={report}",
-        # a step in which no loss is logged
-        f"+{recorder}.step={steps // 2 + 1}",
+        # a step in which no loss is logged at full size
+        f"+{recorder}.step={steps * 3 // 4}",
         *run.overrides,
     )  # fmt: skip
     if process.returncode:
@@ -82,6 +82,7 @@ def train(
     stage: str, name: str, steps: int, check: Check, *overrides: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``train`` on OpenMoji at 128 px with the tiny preset; its errors go to stderr too."""
+    log_every = max(1, steps // 20)
     command = [
         sys.executable, "-m", "wuerstchen_pl.train", f"stage={stage}", "data=shards",
         f'data.urls="{check.shards}"', "data.val_fraction=0.03", "data.max_upscale=null",
@@ -90,7 +91,8 @@ def train(
         f"trainer={'gpu' if torch.cuda.is_available() else 'cpu'}", "trainer.gradient_clip_val=1.0",
         f"validate_every_steps={steps}", f"checkpoint_every_steps={max(1, steps // 2)}",
         "logger=csv", "stage.optimizer.lr=1e-3", "stage.lr_schedule.warmup_steps=20",
-        f"callbacks.throughput.every_steps={max(1, steps // 4)}", *overrides,
+        f"trainer.log_every_n_steps={log_every}",
+        f"callbacks.throughput.every_steps={5 * log_every}", *overrides,
     ]  # fmt: skip
     environment = {**os.environ, "HYDRA_FULL_ERROR": "1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True)

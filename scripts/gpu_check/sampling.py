@@ -15,18 +15,17 @@ from scripts.timing import median_seconds, side_by_side
 from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.distributed.launch import resolve_device
 from wuerstchen_pl.formats.config_map import from_diffusers
-from wuerstchen_pl.formats.key_map import from_upstream, key_mappings
+from wuerstchen_pl.formats.key_map import from_external, key_mappings
 from wuerstchen_pl.formats.lazy_tensors import in_memory
-from wuerstchen_pl.formats.model import SCALE, with_defaults
+from wuerstchen_pl.formats.model import DIFFNEXT, PRIOR, SCALE, VQGAN, with_defaults
 from wuerstchen_pl.sampling.decoder import DecoderSampler
 from wuerstchen_pl.sampling.prior import PriorSampler
 
 STEPS = {"Stage C step (SDPA)": 60, "Stage B step": 12, "Stage A decoding": 1}
 """Case of ``bench_inference`` -> how often an image computes it, with the paper's settings."""
 RATIO = 1.4
-"""Goal for the time of diffusers relative to ours."""
+"""Goal for the time of diffusers relative to this package."""
 DTYPE = torch.bfloat16
-KINDS = ("prior.Prior", "diffnext.DiffNeXt", "vqgan.VQGAN")
 SMALL = bench_inference.Size(
     {"c": 32, "c_cond": 16, "depth": 2, "nhead": 2},
     {
@@ -39,28 +38,29 @@ SMALL = bench_inference.Size(
 
 @torch.no_grad()
 def rows(check: Check) -> Iterator[Row]:
-    """Both packages with the same batch, then ours compiled with the smallest one."""
+    """Both packages with the same batch, then this one compiled, with the smallest one."""
     torch.set_float32_matmul_precision("high")
     logging.set_verbosity_error()
-    theirs, ours = build_pair(check.size)
+    reference, package = build_pair(check.size)
     for batch in check.size.sampling_batches:
-        yield from compare(theirs, ours, batch, check.size)
-    ours.compile()
-    yield compiled_row(theirs, ours, check.size)
+        yield from compare(reference, package, batch, check.size)
+    package.compile()
+    yield compiled_row(reference, package, check.size)
 
 
 def build_pair(size: Size) -> tuple[reference_models.Networks, WuerstchenPipeline]:
-    """diffusers' networks and ours, with the same random weights, on this process's device."""
+    """diffusers' networks and our pipeline, with the same random weights, on this process's device."""
     networks = bench_inference.SIZES["published"] if size.full else SMALL
     with resolve_device():
-        theirs = reference_models.networks(
+        reference = reference_models.networks(
             networks.prior, {**reference_models.PUBLISHED_DECODER, **networks.decoder},
             networks.vqgan,
         )  # fmt: skip
         prior, decoder, vqgan = (
-            convert(kind, net) for kind, net in zip(KINDS, theirs, strict=True)
+            convert(target, net)
+            for target, net in zip((PRIOR, DIFFNEXT, VQGAN), reference, strict=True)
         )
-        ours = WuerstchenPipeline(
+        package = WuerstchenPipeline(
             prior=PriorSampler(
                 prior=prior, text_encoder=synthetic.build_text_encoder(prior.text_dim)
             ),
@@ -69,38 +69,38 @@ def build_pair(size: Size) -> tuple[reference_models.Networks, WuerstchenPipelin
                 text_encoder=synthetic.build_text_encoder(decoder.text_dim),
             ),
         )  # fmt: skip
-    for net in theirs:
+    for net in reference:
         net.to(DTYPE)
-    return theirs, ours.to(resolve_device(), DTYPE)
+    return reference, package.to(resolve_device(), DTYPE)
 
 
-def convert(kind: str, theirs: Any) -> Any:
-    """A network of this package with the size and weights of diffusers' network."""
-    config = with_defaults(from_diffusers(kind, theirs.config, kind))
+def convert(target: str, reference: Any) -> Any:
+    """The network ``target`` with the size and weights of diffusers' network."""
+    config = with_defaults(from_diffusers(target, reference.config, target))
     net = hydra.utils.instantiate(config, _convert_="all").eval()
     state = net.state_dict()
     shapes = {name: tuple(t.shape) for name, t in state.items() if name != SCALE}
-    tensors = {name: in_memory(t) for name, t in theirs.state_dict().items()}
-    mapped = from_upstream(tensors, key_mappings(config, shapes, "diffusers"), shapes, kind)
+    tensors = {name: in_memory(t) for name, t in reference.state_dict().items()}
+    mapped = from_external(tensors, key_mappings(config, shapes, "diffusers"), shapes, target)
     net.load_state_dict(state | {name: lazy.load() for name, lazy in mapped.items()})
     return net
 
 
 def compare(
-    theirs: reference_models.Networks, ours: WuerstchenPipeline, batch: int, size: Size
+    reference: reference_models.Networks, package: WuerstchenPipeline, batch: int, size: Size
 ) -> Iterator[Row]:
     """Time and difference of each step, and the ratio of the times of an image."""
     name = f"{size.image_size} px, batch {batch}"
     totals = [0.0, 0.0]
-    for case in cases(theirs, ours, batch, size):
-        a, b = case.theirs().float(), case.ours().float()
+    for case in cases(reference, package, batch, size):
+        a, b = case.reference().float(), case.package().float()
         difference = float((a - b).abs().max() / a.std())
         what = f"{name}, {case.name}: difference in standard deviations"
         yield at_most(what, difference, bench_inference.TOLERANCE[DTYPE], "{:.3f}")
-        timing = side_by_side(case.theirs, case.ours, size.timed_steps)
-        measured = f"diffusers {timing.theirs_ms:.1f} ms, ours {timing.ours_ms:.1f} ms"
+        timing = side_by_side(case.reference, case.package, size.timed_steps)
+        measured = f"diffusers {timing.reference_ms:.1f} ms, ours {timing.package_ms:.1f} ms"
         yield Row(f"{name}, {case.name}", measured)
-        for i, milliseconds in enumerate((timing.theirs_ms, timing.ours_ms)):
+        for i, milliseconds in enumerate((timing.reference_ms, timing.package_ms)):
             totals[i] += STEPS[case.name] * milliseconds / 1e3
     steps = "60 + 12 steps and Stage A"
     yield Row(f"{name}, {steps}", f"diffusers {totals[0]:.2f} s, ours {totals[1]:.2f} s")
@@ -109,20 +109,22 @@ def compare(
 
 
 def cases(
-    theirs: reference_models.Networks, ours: WuerstchenPipeline, batch: int, size: Size
+    reference: reference_models.Networks, package: WuerstchenPipeline, batch: int, size: Size
 ) -> Iterator[bench_inference.Case]:
     """The cases of ``bench_inference`` that an image needs."""
     device = resolve_device()
-    steps = bench_inference.step_cases(theirs, ours, size.image_size, batch, device, DTYPE)
+    steps = bench_inference.step_cases(reference, package, size.image_size, batch, device, DTYPE)
     return (case for case in steps if case.name in STEPS)
 
 
-def compiled_row(theirs: reference_models.Networks, ours: WuerstchenPipeline, size: Size) -> Row:
-    """Times of ours alone, compiled, with the smallest batch."""
+def compiled_row(
+    reference: reference_models.Networks, package: WuerstchenPipeline, size: Size
+) -> Row:
+    """Times of our pipeline alone, compiled, with the smallest batch."""
     batch = size.sampling_batches[0]
     seconds = {
-        case.name: median_seconds(case.ours, size.timed_steps)
-        for case in cases(theirs, ours, batch, size)
+        case.name: median_seconds(case.package, size.timed_steps)
+        for case in cases(reference, package, batch, size)
     }
     total = sum(STEPS[name] * duration for name, duration in seconds.items())
     times = ", ".join(f"{name} {duration * 1e3:.1f} ms" for name, duration in seconds.items())

@@ -36,7 +36,7 @@ FULL = Size(
 )  # fmt: skip
 TINY = Size(
     full=False, preset="tiny", image_size=64, stage_c_batches=(2, 4), stage_b_batches=(2, 3, 4),
-    sampling_batches=(1,), timed_steps=1, program_steps=4, program_batch=8, matrix=128,
+    sampling_batches=(1,), timed_steps=1, program_steps=8, program_batch=8, matrix=128,
     copied_bytes=2**16,
 )  # fmt: skip
 
