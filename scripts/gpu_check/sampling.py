@@ -49,7 +49,7 @@ def rows(check: Check) -> Iterator[Row]:
 
 
 def build_pair(size: Size) -> tuple[reference_models.Networks, WuerstchenPipeline]:
-    """diffusers' networks and our pipeline, with the same random weights, on this process's device."""
+    """diffusers' networks and our pipeline, with the same random weights."""
     networks = bench_inference.SIZES["published"] if size.full else SMALL
     with resolve_device():
         reference = reference_models.networks(
