@@ -26,7 +26,7 @@ from scripts.gpu_check.rows import Row
 from scripts.gpu_check.sizes import TINY, Check
 from scripts.gpu_check.training import Measurement, Mode
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
