@@ -192,6 +192,7 @@ def test_a_repeated_member_name_is_counted(tmp_path: Path) -> None:
     index = index_tar(str(path), "s")
     assert [s.captions for s in index.samples] == [("another caption",)]
     assert reasons(index) == {"repeated name": 1}
+    assert reasons(index_tar(str(path), "s", expected=2)) == {"repeated name": 1, "lost samples": 1}
 
 
 def test_samples_missing_from_an_intact_shard_are_counted(
