@@ -98,7 +98,12 @@ class EvaluationCallback(L.Callback):
             shutil.rmtree(folder, ignore_errors=True)
         trainer.strategy.barrier()
         process = DistInfo(trainer.global_rank, trainer.world_size)
-        with stage.ema.applied(stage), restored_modes(stage), self._networks_on(stage.device):
+        with (
+            stage.ema.applied(stage),
+            stage.frozen.all_on(stage.device),
+            restored_modes(stage),
+            self._networks_on(stage.device),
+        ):
             target = EvalTarget(
                 metadata={"run": trainer.default_root_dir, "step": trainer.global_step},
                 pipeline=pipeline_from_stage(stage),

@@ -20,11 +20,11 @@ GB = 1e9
 class MemoryEstimate(L.Callback):
     """Report the memory that a run needs on each device, and refuse a run that cannot fit.
 
-    Weights, gradients, EMA weights and frozen networks are counted exactly. The optimizer state is
-    two values per weight for an optimizer with betas, else one. Activations are the tensors that
-    the forward pass of the first batch saves for the backward pass, measured on a few samples.
-    Temporary buffers and validation are not included, so that a run within 10 % of the limit may
-    still fail.
+    Weights, gradients, EMA weights and the frozen networks that a step uses are counted exactly.
+    The optimizer state is two values per weight for an optimizer with betas, else one. Activations
+    are the tensors that the forward pass of the first batch saves for the backward pass, measured
+    on a few samples. Temporary buffers and validation, which also uses the other frozen networks,
+    are not included, so that a run within 10 % of the limit may still fail.
 
     Args:
         refuse: False only reports.
@@ -85,17 +85,19 @@ def estimate_bytes(
     module: L.LightningModule, optimizer: torch.optim.Optimizer, batch: Batch
 ) -> dict[str, int]:
     """Bytes on this device by purpose."""
+    # first, as the step moves the frozen networks that it uses to the device
+    activations = profile_step_once(module, batch).saved_bytes
     trainable = _bytes(p for p in module.parameters() if p.requires_grad)
     state_copies = (2 if "betas" in optimizer.defaults else 1) * _state_bits(optimizer) / 32
     ema = getattr(module, "ema", None)
     has_ema = ema is not None and ema.device is None
     return {
         "weights": _bytes(module.parameters()) + _bytes(module.buffers()),
-        "frozen networks": _frozen_bytes(module),
+        "frozen networks": _frozen_bytes(module, next(module.parameters()).device),
         "gradients": trainable,
         "optimizer": round(state_copies * trainable),
         "ema": trainable if has_ema else 0,
-        "activations": profile_step_once(module, batch).saved_bytes,
+        "activations": activations,
     }
 
 
@@ -104,10 +106,13 @@ def _state_bits(optimizer: torch.optim.Optimizer) -> int:
     return getattr(getattr(optimizer, "args", None), "optim_bits", 32)
 
 
-def _frozen_bytes(module: nn.Module) -> int:
-    """Bytes of a stage's frozen networks, including those nested in frozen stages."""
+def _frozen_bytes(module: nn.Module, device: torch.device) -> int:
+    """Bytes on a device of a stage's frozen networks, including those nested in frozen stages."""
     frozen = module.frozen.present().values() if isinstance(module, Stage) else ()
-    return sum(_bytes(part.parameters()) + _frozen_bytes(part) for part in frozen)
+    return sum(
+        _bytes(p for p in part.parameters() if p.device == device) + _frozen_bytes(part, device)
+        for part in frozen
+    )
 
 
 def device_memory(device: torch.device, processes: int) -> int:

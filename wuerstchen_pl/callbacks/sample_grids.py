@@ -64,11 +64,14 @@ class SampleGrids(L.Callback):
             self._rows = first_rows(batch, self.num_images)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Render the grid; on all processes, as weights may be sharded."""
+        """Render the grid, in the trainer's precision; on all processes, for sharded weights."""
         rows, self._rows = self._rows, None
         if rows is None:
             return
-        columns = cast(Stage, pl_module).example_grid(rows)
+        stage = cast(Stage, pl_module)
+        precision = trainer.precision_plugin.val_step_context()
+        with stage.frozen.all_on(stage.device), precision:
+            columns = stage.example_grid(rows)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             render_grid(columns).save(self.folder / f"step{trainer.global_step:07d}.png")

@@ -188,7 +188,7 @@ class StageB(Stage):
         """Captions -> (B, L, D) embeddings, or None for a Stage B without text."""
         if self.text_encoder is None:
             return None
-        with self.frozen.inference(self.device):
+        with self.frozen.inference(self.text_encoder, self.device):
             return self.text_encoder(captions)
 
     def loss(
@@ -216,7 +216,7 @@ class StageB(Stage):
         """Stage A's latents of a batch, from the cache or encoded now."""
         if "latents" in batch:
             return batch["latents"]
-        with self.frozen.inference(self.device):
+        with self.frozen.inference(self.stage_a.encoding, self.device):
             return self.stage_a.encode(batch["image"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -258,7 +258,7 @@ class StageB(Stage):
         """Original, noised, one-step x0 prediction (EMA), samples with raw and EMA weights."""
         images, captions = batch["image"], batch["caption"]
         rows, size = len(images), (images.shape[-2], images.shape[-1])
-        x0 = self.stage_a.encode(images)
+        x0 = self.latents(batch)
         t = torch.full((rows,), 0.5, device=x0.device)
         noise = randn(x0.shape, generators_from_seeds(range(rows)), x0.device)
         xt = self.schedule.add_noise(x0, t, noise)

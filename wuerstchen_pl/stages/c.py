@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.objective import P2Form
+from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.stages.b import StageB
@@ -72,6 +73,11 @@ class StageC(TextConditionalStage):
     def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
         """Semantic positions (h, w) of an image of (height, width) pixels."""
         return self.stage_b.semantic_size(height, width)
+
+    @property
+    def encoding(self) -> SemanticCompressor:
+        """Stage B's compressor."""
+        return self.stage_b.encoding
 
     @property
     def resolution_multiple(self) -> float:

@@ -13,6 +13,7 @@ from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.objective import P2Form
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.unet import UNet
+from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
@@ -74,6 +75,11 @@ class StageLDM(TextConditionalStage):
         """Positions (h, w) of the latents of an image of (height, width) pixels."""
         factor = self.stage_a.vqgan.factor
         return height // factor, width // factor
+
+    @property
+    def encoding(self) -> VQGAN:
+        """Stage A's network."""
+        return self.stage_a.encoding
 
     @property
     def resolution_multiple(self) -> float:

@@ -53,8 +53,8 @@ def num_unique_samples(batch: Batch) -> int:
 class Stage(L.LightningModule):
     """Base of the stages.
 
-    A frozen network is an attribute of the stage and moves with it, but is not registered as a
-    submodule (see ``FrozenModules``). A checkpoint refers to it by path and sha256.
+    A frozen network is an attribute of the stage, but is not registered as a submodule (see
+    ``FrozenModules``). A checkpoint refers to it by path and sha256.
     """
 
     name: ClassVar[str]
@@ -211,9 +211,14 @@ class Stage(L.LightningModule):
         self._validation.close()
         reshard(self)
 
+    def setup(self, stage: str) -> None:
+        """Leave frozen networks on the CPU until they are used."""
+        self.frozen.on_demand = True
+
     def teardown(self, stage: str) -> None:
         """Restore the raw weights if validation was interrupted."""
         self._validation.close()
+        self.frozen.on_demand = False
 
     # Checkpoints
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
@@ -118,6 +118,11 @@ class TextConditionalStage(Stage):
 
     @property
     @abstractmethod
+    def encoding(self) -> nn.Module:
+        """The frozen network that ``encode_semantic`` runs."""
+
+    @property
+    @abstractmethod
     def resolution_multiple(self) -> float:
         """Pixels per latent position along a side."""
 
@@ -131,14 +136,14 @@ class TextConditionalStage(Stage):
         """(B, S, h, w) latents in the denoiser's scale, from the cache or encoded now."""
         if "semantic" in batch:
             return self.scaling.normalize(batch["semantic"])
-        with self.frozen.inference(self.device):
+        with self.frozen.inference(self.encoding, self.device):
             return self.encode(batch["image"])
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (B, L, D) embeddings, with gradients if the text encoder is trained."""
         if self.train_text_encoder:
             return self.text_encoder(captions)
-        with self.frozen.inference(self.device):
+        with self.frozen.inference(self.text_encoder, self.device):
             return self.text_encoder(captions)
 
     @torch.no_grad()
