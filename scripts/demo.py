@@ -50,7 +50,7 @@ def main() -> None:
     experiment = parser.parse_args().experiment
     folder = ROOT / experiment
     bf16 = bfloat16_is_faster()
-    precision = "bf16-mixed" if bf16 else "32-true"
+    precision, dtype = ("bf16-mixed", "bfloat16") if bf16 else ("32-true", "float32")
 
     start = time.monotonic()
     for stage in "abc":
@@ -66,7 +66,7 @@ def main() -> None:
     if evaluation.is_dir() and evaluation.stat().st_mtime < newest:  # of older weights
         shutil.rmtree(evaluation)
     if not (evaluation / "metrics.json").is_file():
-        run("evaluate", f"model={folder}/c", f"output_dir={evaluation}", f"bf16={bf16}")
+        run("evaluate", f"model={folder}/c", f"output_dir={evaluation}", f"dtype={dtype}")
     page = write_page(folder, bf16=bf16)
     minutes = (time.monotonic() - start) / 60
     print(f"\n{minutes:.1f} minutes on {torch.get_num_threads()} threads. Open {page}")

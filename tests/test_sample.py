@@ -69,12 +69,12 @@ def test_an_image_can_be_reproduced_from_its_metadata(
     metadata = png_text(second)
     assert metadata["seed"] == "8"
     overrides = [
-        f"{key}={metadata[key]}" for key in ("prompt", "seed", "model", "height", "width", "bf16")
+        f"{key}={metadata[key]}" for key in ("prompt", "seed", "model", "height", "width", "dtype")
     ]
     overrides += [
         f"sample.{key}={value}"
         for key, value in metadata.items()
-        if key not in ("prompt", "seed", "model", "model_sha256", "height", "width", "bf16")
+        if key not in ("prompt", "seed", "model", "model_sha256", "height", "width", "dtype")
     ]
     assert sample(*overrides, f"output_dir={tmp_path / 'again'}") == 0
     (repeated,) = images(tmp_path / "again")

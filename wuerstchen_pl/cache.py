@@ -21,7 +21,7 @@ from wuerstchen_pl.config import TRAIN_KEYS, check_config
 from wuerstchen_pl.data.caches.build_cache import build_cache
 from wuerstchen_pl.data.caches.cached_dataset import MANIFEST, PREPROCESSING
 from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
-from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
+from wuerstchen_pl.distributed.launch import DistInfo, resolve_device, use_tf32
 from wuerstchen_pl.io.images import to_float
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.models.fingerprint import ImageEncoder, encoder_fingerprints
@@ -98,13 +98,15 @@ def run(cfg: DictConfig) -> None:
     check_ranges(cfg, stage)
     check_typed_keys()
     folder = check_output_dir(cfg.out, "out")
+    device = resolve_device(cfg.device)
+    use_tf32(device)  # as train does, and the cached tensors are rounded further
     data: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     encoders = Encoders(
         stage=stage,
         encoder=hydra.utils.instantiate(cfg.stage["stage_a" if stage == "b" else "stage_b"]),
         text_encoder=hydra.utils.instantiate(cfg.stage.text_encoder) if cfg.text else None,
         dtype=getattr(torch, cfg.dtype),
-        device=resolve_device(cfg.device),
+        device=device,
     )
     data.prepare_data()
     data.setup()

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import hydra
 import torch
@@ -28,6 +28,7 @@ from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.models.perceptual import LPIPS
 from wuerstchen_pl.pipelines.loading import load_pipeline, pipeline_from_stage, stage_of_run
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.sampling.device import dtype_name, sampling_dtype
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.ldm import StageLDM
 
@@ -51,7 +52,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "output_dir": str,
     "cache_dir": str | None,
     "device": str | None,
-    "bf16": bool,
+    "dtype": Literal["bfloat16", "float32"] | None,
 }
 
 
@@ -128,7 +129,7 @@ def check_typed_keys(plan: EvaluationPlan) -> None:
     samples = plan.needs_generation or plan.needs_networks
     sized = plan.needs_generation and not plan.prompts_are_data
     reads = {
-        **dict.fromkeys(("sample", "bf16", "prior"), samples),
+        **dict.fromkeys(("sample", "dtype", "prior"), samples),
         **dict.fromkeys(("height", "width"), sized),
         "reference": bool({"fid", "kid"} & set(plan.metric)),
         **{name: plan.uses(name) for name in NETWORKS},
@@ -176,8 +177,9 @@ def build_target(
     pipeline: TextToImage | None = None
     stages: dict[str, StageWithLoss] = {}
     if plan.needs_generation or plan.needs_networks:
-        pipeline, stages = _load_model(cfg, plan, trained, device)
-        metadata |= {"model": str(cfg.model), "bf16": cfg.bf16}
+        dtype = sampling_dtype(cfg.dtype, device)
+        pipeline, stages = _load_model(cfg, plan, trained, device, dtype)
+        metadata |= {"model": str(cfg.model), "dtype": dtype_name(dtype)}
         metadata |= {} if cfg.prior is None else {"prior": cfg.prior}
         if pipeline.source is not None:
             metadata["checkpoint_sha256"] = pipeline.source["sha256"]
@@ -185,16 +187,19 @@ def build_target(
 
 
 def _load_model(
-    cfg: DictConfig, plan: EvaluationPlan, trained: str | None, device: torch.device
+    cfg: DictConfig,
+    plan: EvaluationPlan,
+    trained: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[TextToImage, dict[str, StageWithLoss]]:
     """The pipeline, and the stages whose loss is measured; the model is read only once."""
-    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     if "validation_loss" not in plan.metric or trained is None or cfg.prior is not None:
         pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
         return pipeline, {}
     stage = cast(StageC | StageLDM, load.load_stage(run=cfg.model, stage=trained).to(device))
     # losses are measured in float32, so a bfloat16 pipeline needs its own copy of the weights
-    networks = copy.deepcopy(stage) if cfg.bf16 else stage
+    networks = stage if dtype == torch.float32 else copy.deepcopy(stage)
     return pipeline_from_stage(networks).to(device, dtype), stages_with_loss(stage)
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 import torch
@@ -24,6 +24,7 @@ from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.loading import load_pipeline
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.sampling.config import SamplingConfig
+from wuerstchen_pl.sampling.device import dtype_name, sampling_dtype
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str,
@@ -38,7 +39,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "grid": bool,
     "sample": dict,
     "device": str | None,
-    "bf16": bool,
+    "dtype": Literal["bfloat16", "float32"] | None,
 }
 MAX_IMAGES = 10_000
 """Upper limit of images per prompt."""
@@ -64,7 +65,7 @@ def run(cfg: DictConfig) -> None:
 def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, folder: Path) -> None:
     """Load the pipeline and write the images."""
     device = resolve_device(cfg.device)
-    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    dtype = sampling_dtype(cfg.dtype, device)
     pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
     requests = [
         (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)
@@ -79,7 +80,8 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     )
     metadata = {"model": str(cfg.model), **_sha256(pipeline)}
     metadata |= {} if cfg.prior is None else {"prior": cfg.prior}
-    metadata |= {"height": cfg.height, "width": cfg.width, "bf16": cfg.bf16, **asdict(settings)}
+    metadata |= {"height": cfg.height, "width": cfg.width, "dtype": dtype_name(dtype)}
+    metadata |= asdict(settings)
     grid_images: list[torch.Tensor] = []  # the only images that are kept in memory
     for number, image in enumerate(tqdm(images, total=len(requests), unit="image")):
         prompt, seed = requests[number]

@@ -349,6 +349,24 @@ def test_the_error_suggests_the_largest_batch_that_fits_with_the_same_global_bat
         memory_estimate.MemoryEstimate().on_train_batch_start(module.trainer, module, batch, 0)
 
 
+@pytest.mark.parametrize(
+    ("ema", "overrides"),
+    [
+        (EMA(decay=0.9999), ["device=cpu", "every_steps=100", "decay=0.99"]),
+        (EMA(decay=0.999, every_steps=10), ["device=cpu", "every_steps=100", "decay=0.99"]),
+        (EMA(decay=0.9, every_steps=100), ["device=cpu"]),
+        (EMA(decay=0.9, device="cpu"), []),
+    ],
+)
+def test_ema_weights_in_host_memory_are_suggested_with_rare_updates(
+    ema: EMA, overrides: list[str]
+) -> None:
+    """Every update copies all weights; the average has the same time constant."""
+    module = LinearStage()
+    module.ema = ema
+    assert memory_estimate._ema_on_host(module).split() == [f"stage.ema.{o}" for o in overrides]
+
+
 def test_first_rows_of_a_cached_batch_slice_only_per_sample_keys() -> None:
     batch = {"semantic": torch.ones(2, 16, 3, 3), "caption": ["a", "b"], "size": (128, 96),
              "text": torch.ones(2, 7, 4), "empty_text": torch.ones(1, 7, 4)}  # fmt: skip

@@ -3,8 +3,9 @@
 import os
 
 import pytest
+import torch
 
-from wuerstchen_pl.distributed.launch import DistInfo
+from wuerstchen_pl.distributed.launch import DistInfo, use_tf32
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,14 @@ def test_the_rank_is_that_of_the_launcher(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert DistInfo.from_env() == expected
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda:1", "high"), ("cpu", "highest")])
+def test_only_gpus_multiply_in_tf32(device: str, precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        use_tf32(torch.device(device))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

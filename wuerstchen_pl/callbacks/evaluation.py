@@ -27,8 +27,8 @@ from wuerstchen_pl.stages.c import StageC
 class EvaluationCallback(L.Callback):
     """Periodically save and evaluate Stage C, and log ``eval/...``.
 
-    The results equal those of ``python -m wuerstchen_pl.evaluate`` for the checkpoint of the same
-    step, as both use the same code. Training is not affected.
+    The results equal those of ``python -m wuerstchen_pl.evaluate dtype=float32`` for the checkpoint
+    of the same step, as both use the same code. Training is not affected.
 
     Args:
         folder: folder of the reports, one folder ``step0001000`` each.

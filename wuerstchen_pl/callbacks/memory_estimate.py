@@ -15,6 +15,8 @@ from wuerstchen_pl.stages.stage import Stage
 logger = logging.getLogger(__name__)
 
 GB = 1e9
+RARE = 100
+"""Steps between updates of EMA weights in host memory."""
 
 
 class MemoryEstimate(L.Callback):
@@ -64,7 +66,7 @@ class MemoryEstimate(L.Callback):
                 f"training needs about {total / GB:.1f} GB on each device, most of it for "
                 f"{largest}, and {available / GB:.1f} GB are available; set "
                 f"{_fitting_batch(trainer, batch, max_rows)}"
-                "activation_checkpointing=true, stage.ema.device=cpu or trainer=fsdp, or "
+                f"activation_checkpointing=true, {_ema_on_host(pl_module)}or trainer=fsdp, or "
                 "check_memory=false to try it"
             )
 
@@ -79,6 +81,18 @@ def _fitting_batch(trainer: L.Trainer, batch: Batch, max_rows: int) -> str:
     if not fitting:
         return ""
     return f"data.batch_size={fitting[-1]} global_batch={rows_per_step * trainer.world_size}, "
+
+
+def _ema_on_host(module: L.LightningModule) -> str:
+    """Overrides that keep the EMA weights in host memory; updates are rare, as each copies all."""
+    ema = getattr(module, "ema", None)
+    if ema is None or ema.device is not None:
+        return ""
+    overrides = "stage.ema.device=cpu "
+    if ema.every_steps < RARE:
+        decay = ema.decay ** (RARE / ema.every_steps)
+        overrides += f"stage.ema.every_steps={RARE} stage.ema.decay={decay:.3g} "
+    return overrides
 
 
 def estimate_bytes(

@@ -31,6 +31,12 @@ class DistInfo(NamedTuple):
         return DistInfo()
 
 
+def use_tf32(device: torch.device) -> None:
+    """On a GPU, compute float32 matrix products in TF32, as convolutions are by default."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def resolve_device(requested: str | None = None) -> torch.device:
     """The requested device; None selects the GPU of this process, or the CPU without GPUs."""
     if requested is not None:

@@ -11,6 +11,7 @@ Dimensions: B batch, C channels, H and W height and width, L tokens, D width of 
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -59,7 +60,11 @@ class LayerNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x.permute(0, 2, 3, 1)
-        return F.layer_norm(x, (self.channels,), eps=LAYER_NORM_EPS).permute(0, 3, 1, 2)
+        # CUDA's autocast would keep a float32 copy of a bfloat16 input for the backward pass, for
+        # nothing: the kernel computes in float32 in any case, and linear layers round its output
+        off = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with off:
+            return F.layer_norm(x, (self.channels,), eps=LAYER_NORM_EPS).permute(0, 3, 1, 2)
 
 
 def downsamplers(widths: Sequence[int]) -> nn.ModuleList:

@@ -1,11 +1,14 @@
-"""Placement of a pipeline's networks: all on one device, or only the active one."""
+"""Placement and type of a pipeline's networks: all on one device, or only the active one."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,6 +41,28 @@ class DevicePlacement:
             yield
         finally:
             module.to("cpu")
+
+
+def sampling_dtype(requested: str | None, device: torch.device) -> torch.dtype:
+    """The type of a pipeline's weights for sampling on a device.
+
+    Args:
+        requested: ``bfloat16`` or ``float32``; None chooses bfloat16 on GPUs that compute in it
+            (NVIDIA's since Ampere), and float32 on other devices.
+        device: the device of the pipeline.
+    """
+    if requested is None:
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
+    else:
+        dtype = requested
+    logger.info("sampling on %s in %s; dtype= chooses another type", device, dtype)
+    return getattr(torch, dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` or ``float32``, as in a config."""
+    return str(dtype).removeprefix("torch.")
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:

@@ -1,0 +1,33 @@
+"""The type of a pipeline's weights: what is asked for, else what suits the device."""
+
+import logging
+
+import pytest
+import torch
+
+from wuerstchen_pl.sampling.device import dtype_name, sampling_dtype
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "native", "expected"),
+    [
+        (None, "cuda", True, "bfloat16"),
+        (None, "cuda:3", True, "bfloat16"),
+        (None, "cuda", False, "float32"),  # before Ampere, bfloat16 is emulated
+        (None, "cpu", True, "float32"),
+        (None, "mps", True, "float32"),
+        ("float32", "cuda", True, "float32"),
+        ("bfloat16", "cuda", False, "bfloat16"),
+        ("bfloat16", "cpu", False, "bfloat16"),
+    ],
+)
+def test_pipelines_are_in_bfloat16_by_default_only_on_gpus_that_compute_in_it(
+    requested: str | None, device: str, native: bool, expected: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: native)
+    with caplog.at_level(logging.INFO):
+        dtype = sampling_dtype(requested, torch.device(device))
+    assert dtype_name(dtype) == expected
+    (line,) = caplog.messages
+    assert line == f"sampling on {device} in {expected}; dtype= chooses another type"
