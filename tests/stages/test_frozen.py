@@ -41,13 +41,13 @@ def frozen_text_stage(name: str) -> Stage:
 
 def leaves(network: nn.Module) -> list[nn.Module]:
     """The layers with weights, including those of nested frozen networks."""
-    found = []
+    layers = []
     for part in network.modules():
         if list(part.parameters(recurse=False)):
-            found.append(part)
+            layers.append(part)
         if isinstance(part, Stage):
-            found += frozen_leaves(part)
-    return found
+            layers += frozen_leaves(part)
+    return layers
 
 
 def frozen_leaves(stage: Stage) -> list[nn.Module]:
@@ -87,20 +87,20 @@ def test_frozen_networks_compute_in_float32_except_in_grids(
     stage = frozen_text_stage(name)
     autocast: dict[str, set[bool]] = {"grid": set(), "elsewhere": set()}
     dtypes: set[torch.dtype] = set()
-    place = "elsewhere"
+    phase = "elsewhere"
 
     def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        autocast[place].add(torch.is_autocast_enabled("cpu"))
-        if place == "elsewhere" and isinstance(inputs[0], Tensor):
+        autocast[phase].add(torch.is_autocast_enabled("cpu"))
+        if phase == "elsewhere" and isinstance(inputs[0], Tensor):
             dtypes.update(x.dtype for x in inputs if x.is_floating_point())
 
     example_grid = stage.example_grid
 
     def grid(rows: Batch) -> dict[str, Tensor]:
-        nonlocal place
-        place = "grid"
+        nonlocal phase
+        phase = "grid"
         columns = example_grid(rows)
-        place = "elsewhere"
+        phase = "elsewhere"
         return columns
 
     monkeypatch.setattr(stage, "example_grid", grid)

@@ -15,7 +15,7 @@ from wuerstchen_pl.stages.stage import Stage
 logger = logging.getLogger(__name__)
 
 GB = 1e9
-RARE = 100
+HOST_EMA_STEPS = 100
 """Steps between updates of EMA weights in host memory."""
 
 
@@ -89,9 +89,9 @@ def _ema_on_host(module: L.LightningModule) -> str:
     if ema is None or ema.device is not None:
         return ""
     overrides = "stage.ema.device=cpu "
-    if ema.every_steps < RARE:
-        decay = ema.decay ** (RARE / ema.every_steps)
-        overrides += f"stage.ema.every_steps={RARE} stage.ema.decay={decay:.3g} "
+    if ema.every_steps < HOST_EMA_STEPS:
+        decay = ema.decay ** (HOST_EMA_STEPS / ema.every_steps)
+        overrides += f"stage.ema.every_steps={HOST_EMA_STEPS} stage.ema.decay={decay:.3g} "
     return overrides
 
 

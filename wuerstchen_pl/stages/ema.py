@@ -29,7 +29,7 @@ class EMA:
             forget the random initialization; False uses d = decay from the second update on.
         device: "cpu" keeps the shadow in host memory, which saves 4 bytes per parameter on the
             device. As every update copies as many, which the device waits for, use it with rare
-            updates: 0.99 every 100 steps averages as 0.9999 every step does.
+            updates: 0.99 every 100 steps has the time constant of 0.9999 every step.
 
     Raises:
         ValueError: if ``decay`` or ``every_steps`` is out of range.
