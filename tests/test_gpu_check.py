@@ -92,6 +92,7 @@ def test_a_step_is_measured() -> None:
     assert cost.estimated_bytes > 1e6
 
 
+@pytest.mark.slow
 def test_blocks_that_would_run_eagerly_are_missed(
     graphs_only: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
