@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from wuerstchen_pl.cli import conf_dir
+from wuerstchen_pl.config import conf_dir
 from wuerstchen_pl.data.ordering.buckets import Buckets
 
 RECIPES = (

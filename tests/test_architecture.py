@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 VERBS = {"train", "sample", "evaluate", "cache", "convert", "export", "interpolate"}
 # A layer is a folder or a file of the package.
-PROGRAM = {"cli", "config"}
+PROGRAM = {"cli", "config", "errors"}
 # layer -> the layers that it may import besides itself
 MAY_IMPORT: dict[str, set[str]] = {
     "train": PROGRAM
@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interpolate": PROGRAM | {"formats", "convert", "io"},
     "export": PROGRAM | {"formats", "checkpointing", "convert", "io"},
     "data.__main__": PROGRAM | {"data", "io"},
-    "cli": {"config"},
+    "cli": {"config", "errors"},
+    "errors": {"config"},
     "config": set(),
     "callbacks": {
         "batch",

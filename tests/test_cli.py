@@ -3,16 +3,21 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.conftest import small
-from wuerstchen_pl.cli import _with_full_key, explain, help_text, one_line_errors, one_line_logs
+from wuerstchen_pl.callbacks.preemption import Preempted
+from wuerstchen_pl.cli import help_text, one_line_logs
+from wuerstchen_pl.errors import _with_full_key, explain, one_line_errors
+from wuerstchen_pl.train import REQUEUE
 
 Program = Any
 
@@ -112,13 +117,29 @@ def test_a_sweep_numbers_its_runs_and_keeps_them_apart(program: Program, tmp_pat
         assert f"output_dir: {runs / number}\n" in config
 
 
-def test_a_sweep_stops_at_a_run_that_fails(
+def test_a_sweep_goes_through_all_jobs_and_reports_those_that_fail(
     program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = [*small("a", tmp_path, steps=1), "stage.vqgan.width=0.5,16"]
     arguments.remove("stage.vqgan.width=16")
     assert program("train", "-m", *arguments) == 1
-    assert capsys.readouterr().err.startswith("error: stage.vqgan.width is 0.5, and must be int")
+    lines = capsys.readouterr().err.splitlines()
+    sentence = "stage.vqgan.width is 0.5, and must be int; set stage.vqgan.width=..."
+    assert f"error: {sentence}" in lines
+    assert lines[-1] == f"error: a job of the sweep failed: {sentence}"
+    assert finished(tmp_path / "default/a/1")
+
+
+def test_an_interruption_ends_the_whole_sweep(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(trainer: L.Trainer, *args: object, **kwargs: object) -> None:
+        raise Preempted(signal.SIGTERM)
+
+    monkeypatch.setattr(L.Trainer, "fit", interrupted)
+    arguments = [*small("a", tmp_path, steps=1), "stage.optimizer.lr=1e-3,1e-4"]
+    arguments.remove("stage.optimizer.lr=1e-3")
+    assert program("train", "-m", *arguments) == REQUEUE
     assert not (tmp_path / "default/a/1").exists()
 
 
@@ -133,6 +154,22 @@ def test_optuna_searches(program: Program, tmp_path: Path) -> None:
     assert finished(runs / "0")
     assert finished(runs / "1")
     assert "best_value" in (runs / "optimization_results.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_optuna_goes_on_after_a_failed_job(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    arguments = [*small("a", tmp_path, steps=1), "stage.vqgan.width=choice(0.5,16)"]
+    arguments.remove("stage.vqgan.width=16")
+    search = [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.max_failure_rate=1",
+        "hydra/sweeper/sampler=grid",
+    ]
+    assert program("train", "-m", *search, "hydra.sweeper.n_jobs=1", *arguments) == 1
+    assert "error: 1 jobs of the sweep failed" in capsys.readouterr().err
 
 
 @pytest.mark.slow

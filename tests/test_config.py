@@ -14,8 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tests.conftest import small
 from wuerstchen_pl import convert, evaluate, export, sample
-from wuerstchen_pl.cli import conf_dir, group_choices
-from wuerstchen_pl.config import TRAIN_KEYS, _matches, check_config
+from wuerstchen_pl.config import TRAIN_KEYS, _matches, check_config, conf_dir, group_choices
 
 CONF = Path(conf_dir())
 NETWORKS = [

@@ -1,5 +1,6 @@
 """An interrupted and resumed run ends bit-equal to an uninterrupted one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,98 @@ def test_a_run_is_not_overwritten(
     arguments = [*small("c", finished), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
     assert run_program("train", arguments) == 1
     assert "ckpt=auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "trainer.max_steps=3",
+        "trainer.max_epochs=1",
+        "trainer.max_time={milliseconds: 1}",  # after the first step
+        "callbacks.checkpoints.every_steps=4",  # an end at which a checkpoint was just saved
+    ],
+)
+def test_a_run_saves_at_every_normal_end_and_can_be_trained_further(
+    end: str, cascade: Path, tmp_path: Path
+) -> None:
+    seldom, unlimited = "checkpoint_every_steps=1000", "trainer.max_steps=-1"
+    first = [end] if "steps" in end else [unlimited, end]
+    stopped = train("c", tmp_path / "parts", cascade, seldom, *first)
+    assert 0 < stopped["global_step"] <= STEPS
+    resumed = train("c", tmp_path / "parts", cascade, seldom, "ckpt=auto", "trainer.max_steps=9")
+    whole = train("c", tmp_path / "whole", cascade, seldom, "trainer.max_steps=9")
+    assert resumed["global_step"] == whole["global_step"] == 9
+    assert not differing(whole, resumed)
+
+
+def hyperparameters(content: dict) -> dict:
+    group = content["optimizer_states"][0]["param_groups"][0]
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("stage.optimizer.lr=0.01", "lr", 0.01),
+        ("+stage.optimizer.weight_decay=0.5", "weight_decay", 0.5),
+        ("stage.optimizer.betas=[0.5,0.6]", "betas", (0.5, 0.6)),
+        ("stage.lr_schedule.warmup_steps=19", "lr", 1e-3 * 10 / 20),
+        ("stage.lr_schedule.total_steps=18", "lr", 1e-3 * 0.5),
+    ],
+)
+def test_a_hyperparameter_that_changes_on_resume_takes_effect(
+    override: str, name: str, value: object, cascade: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished / "default", tmp_path / "default")
+    old = load.read_checkpoint(load.find_checkpoint(run / "c"))
+    new = train("c", tmp_path, cascade, "ckpt=auto", "trainer.max_steps=9", override)
+    assert hyperparameters(new)[name] == pytest.approx(value)
+    assert hyperparameters(old)[name] != pytest.approx(value)
+    assert all(not torch.equal(old["state_dict"][k], v) for k, v in new["state_dict"].items())
+
+
+def test_a_schedule_that_ends_before_the_run_is_refused(
+    cascade: Path, finished: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [*small("c", finished, 9), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
+    short = [*arguments, "ckpt=auto", "stage.lr_schedule.total_steps=8"]
+    assert run_program("train", short) == 1
+    assert "reaches a learning rate of 0 before trainer.max_steps=9" in capsys.readouterr().err
+    unlimited = [a for a in short if "max_steps" not in a]
+    assert run_program("train", [*unlimited, "trainer.max_steps=-1"]) == 1
+    assert "total_steps to trainer.max_steps, or to null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.prior.width=32", "stage.prior.width was 16, and is now 32"),
+        ("stage.prior.depth=2", "stage.prior.depth was 1, and is now 2"),
+        ("stage.text_encoder.depth=2", "stage.text_encoder.depth was 1, and is now 2"),
+        ("stage.prior.text_dim=32 stage.text_encoder.width=32", "stage.prior.text_dim was 16"),
+        ("ckpt=other", "is a checkpoint of stage=b, but this is stage=c"),
+        ("stage.optimizer._target_=torch.optim.Adam", "cannot use the optimizer state of"),
+        ("trainer.max_steps=9 data.batch_size=0", "data.batch_size=0 is out of range"),
+    ],
+)
+def test_a_refused_resume_names_the_key_and_changes_no_file(
+    override: str, message: str, cascade: Path, finished: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    shutil.copytree(finished / "default", tmp_path / "default")
+    before = contents(tmp_path)
+    overrides = [f"ckpt={cascade / 'b'}" if o == "ckpt=other" else o for o in override.split()]
+    typed = {o.split("=")[0] for o in overrides}
+    arguments = [a for a in small("c", tmp_path, 9) if a.split("=")[0] not in typed]
+    arguments += [*(f"paths.stage_{s}={cascade / s}" for s in "ab"), *overrides]
+    arguments += [f"paths.data={cascade.parent / 'data'}"]
+    arguments += ["ckpt=auto"] * ("ckpt" not in typed)
+    assert run_program("train", arguments) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in line
+    assert line.startswith("error: ")
+    assert contents(tmp_path) == before
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}

@@ -1,10 +1,5 @@
-"""Shared by the command-line programs: locating ``conf/``, help texts, and error messages.
+"""Shared by the command-line programs: Hydra's entry point, help texts, output and sweeps."""
 
-An error is reported as one line on stderr with exit code 1; HYDRA_FULL_ERROR=1 shows the traceback
-instead.
-"""
-
-import difflib
 import functools
 import inspect
 import logging
@@ -19,29 +14,17 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from wuerstchen_pl.config import accepts_argument
+from wuerstchen_pl.config import conf_dir, group_choices
+from wuerstchen_pl.errors import one_line_errors
 
 _PACKAGE = Path(__file__).resolve().parent
 _TRACEBACKS = "HYDRA_FULL_ERROR"
-
-
-def conf_dir() -> str:
-    """The config folder: inside the installed package, or next to it in a source checkout.
-
-    Raises:
-        FileNotFoundError: if neither exists.
-    """
-    for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf"):
-        if (folder / "train.yaml").is_file():
-            return str(folder)
-    raise FileNotFoundError(f"no conf/ in or next to {_PACKAGE}; reinstall the package")
 
 
 def command(
@@ -57,8 +40,8 @@ def command(
 
     @functools.wraps(run)
     def guarded(cfg: DictConfig) -> float | None:
-        # Hydra prints its own line for an exception of its task, but none for SystemExit.
-        with _environment(None), one_line_errors(), one_line_warnings(), one_line_logs():
+        in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        with _environment(None), one_line_errors(in_sweep), one_line_warnings(), one_line_logs():
             return run(cfg)
 
     composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)
@@ -110,11 +93,6 @@ def typed_keys() -> list[str]:
     return [name.rpartition("@")[2] for name in names]
 
 
-def group_choices(group: str) -> list[str]:
-    """The choices of a group: its YAML files, except the shared bases that start with ``_``."""
-    return sorted(path.stem for path in Path(conf_dir(), group).glob("[!_]*.yaml"))
-
-
 def check_output_dir(configured: str, key: str = "output_dir") -> Path:
     """The output folder of a run: that of ``key``, or the numbered folder of a sweep's run.
 
@@ -134,12 +112,27 @@ def check_output_dir(configured: str, key: str = "output_dir") -> Path:
     return folder
 
 
-class SetHydraConfigEarly(Callback):
-    """Lets ``hydra.sweep.dir`` use ``${hydra:...}``, which Hydra makes available only later."""
+class SweepCallback(Callback):
+    """Sets up a sweep, and ends it with exit code 1 if a job failed.
+
+    Some sweepers, such as Optuna's, can ignore failed jobs.
+    """
+
+    def __init__(self) -> None:
+        self.num_failed = 0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Set the config that ``${hydra:...}`` interpolations resolve against."""
+        """Let ``hydra.sweep.dir`` use ``${hydra:...}``, which Hydra sets only later."""
         HydraConfig.instance().set_config(config)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Count the failed jobs."""
+        self.num_failed += job_return.status == JobStatus.FAILED
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Report the failed jobs of a sweep whose sweeper ignored them."""
+        if self.num_failed:
+            raise SystemExit(f"error: {self.num_failed} jobs of the sweep failed")
 
 
 @contextmanager
@@ -152,29 +145,6 @@ def _environment(value: str | None) -> Iterator[None]:
     finally:
         os.environ.pop(_TRACEBACKS, None)
         os.environ |= {} if before is None else {_TRACEBACKS: before}
-
-
-class Exit(Exception):
-    """Ends an interrupted program with a message and an exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn an exception into one line on stderr and exit code 1, or the code of ``Exit``."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exit as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.code)
-    except Exception as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(1)
 
 
 @contextmanager
@@ -201,93 +171,3 @@ def one_line_logs() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-
-
-def explain(error: BaseException) -> str:
-    """The message of an error on one line; for an error that Hydra wrapped, that of its cause."""
-    if (message := _explain_composition(error)) is not None:
-        return message
-    if type(error).__module__.startswith("hydra") and error.__cause__ is not None:
-        return _with_full_key(explain(error.__cause__), str(error))
-    text = " ".join(str(error).split()) or type(error).__name__
-    expected = (ValueError, OSError, ModuleNotFoundError)
-    from_hydra = type(error).__module__.split(".")[0] in ("hydra", "omegaconf")
-    if isinstance(error, expected) or from_hydra:
-        return text
-    return f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)"
-
-
-def _with_full_key(message: str, hydra_report: str) -> str:
-    """Prefix the argument that a constructor refused with its config node.
-
-    Constructors are also called from Python, so their messages start with ``argument=value``;
-    Hydra's report of a failed instantiation says which node was being built.
-    """
-    node = re.search(r"^full_key: ([\w.]+)$", hydra_report, re.MULTILINE)
-    argument = re.match(r"([a-z_][\w.]*)=", message)
-    if node is None or argument is None or argument[1].startswith(node[1].split(".")[0] + "."):
-        return message
-    return f"{node[1]}.{message}"
-
-
-def _explain_composition(error: BaseException) -> str | None:
-    """A message with the fix for an error in the command line; None for other errors."""
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} cannot be read; write key=value, and quote a value with any of "
-            ",=:[]{}() twice: 'key=\"a,b\"'"
-        )
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        choices = ", ".join(option for option in error.options if not option.startswith("_"))
-        if group.startswith("preset/"):  # selected by stage and preset together
-            presets = [c for c in group_choices("preset") if name in group_choices(f"preset/{c}")]
-            return (
-                f"{group.replace('/', '=')} has no networks for stage={name}; choose from "
-                f"{', '.join(presets)}"
-            )
-        return f"{group}={name} is unknown; choose from {choices}"
-    if isinstance(error, ConfigCompositionException) and str(error).startswith("You must specify"):
-        group = str(error).split("'")[1]
-        choices = " or ".join(f"{group}={choice}" for choice in group_choices(group))
-        return f"{group} is missing; choose {choices}"
-    if str(error).startswith("Error resolving interpolation"):
-        name = str(error).split("'")[1]
-        return f"{name} selects a config file and cannot be swept; run once for each value"
-    if str(error).startswith("Config group override must be"):
-        for group, _, name in (argument.partition("=") for argument in sys.argv[1:]):
-            if group_choices(group) and name not in group_choices(group):
-                return f"{group}={name} is unknown; choose from {', '.join(group_choices(group))}"
-    if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
-        key, parent = str(error.full_key), error.parent_node
-        if isinstance(parent, DictConfig) and accepts_argument(
-            parent.get("_target_", ""), str(error.key)
-        ):
-            return f"{key} is not in any YAML; add it with +{key}=..."
-        suggestion = _closest_key(key, OmegaConf.to_container(parent._get_root()))
-        return f"{key} is not a key; " + (
-            f"did you mean {suggestion}?" if suggestion else "remove it"
-        )
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {str(error).splitlines()[0]}"
-    return None
-
-
-def _closest_key(key: str, config: Any) -> str | None:
-    """The config key or group that is most similar to a mistyped key."""
-    groups = [path.name for path in Path(conf_dir()).iterdir() if path.is_dir()]
-    by_name: dict[str, list[str]] = {}
-    for full_key in [*_keys(config), *groups]:
-        by_name.setdefault(full_key.rpartition(".")[2], []).append(full_key)
-    for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.7):
-        return difflib.get_close_matches(key, by_name[name], n=1, cutoff=0)[0]
-    return None
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of a config as a dotted path, except those of Hydra."""
-    for name, value in node.items() if isinstance(node, dict) else ():
-        if not (prefix or name != "hydra"):
-            continue
-        yield f"{prefix}{name}"
-        yield from _keys(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Checks of a composed config, before anything expensive is built.
+"""The config folder, and checks of a composed config before anything expensive is built.
 
 Hydra itself refuses command-line keys that are in no YAML file. This module refuses the rest: a
 ``_target_`` that cannot be imported, an argument that its constructor does not accept, a missing
@@ -56,6 +56,24 @@ KWARGS_TARGETS = {
     },
 }
 """Constructor -> the callable that it passes its ``**kwargs`` to, whose signature is checked."""
+
+
+def conf_dir() -> str:
+    """The config folder: inside the installed package, or next to it in a source checkout.
+
+    Raises:
+        FileNotFoundError: if neither exists.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return str(folder)
+    raise FileNotFoundError(f"no conf/ in or next to {package}; reinstall the package")
+
+
+def group_choices(group: str) -> list[str]:
+    """The choices of a group: its YAML files, except the shared bases that start with ``_``."""
+    return sorted(path.stem for path in Path(conf_dir(), group).glob("[!_]*.yaml"))
 
 
 def check_config(cfg: DictConfig, known_keys: Mapping[str, Any] = TRAIN_KEYS) -> None:

@@ -3,7 +3,8 @@
 import logging
 import signal
 import warnings
-from collections.abc import Mapping
+from wuerstchen_pl.errors import Exit
+from wuerstchen_pl.io.output_folder import claimed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,16 @@ from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from wuerstchen_pl.callbacks.config_file import ConfigFile
 from wuerstchen_pl.callbacks.preemption import Preempted
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.single_file import SingleFileCheckpointIO
-from wuerstchen_pl.cli import Exit, check_output_dir, command
+from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
-from wuerstchen_pl.io.atomic import write_text
-from wuerstchen_pl.io.output_folder import claimed
+    rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing
+    with claimed(output_dir, key="paths.output_dir"):
+        fit(trainer, stage, data, resume, output_dir)
 from wuerstchen_pl.models.fingerprint import encoder_fingerprints
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
 
@@ -58,14 +61,20 @@ def run(cfg: DictConfig) -> float:
         checkpoint_activations(stage)
     if cfg.compile:
         compile_blocks(stage)
+    check_schedule(stage.lr_schedule, cfg.trainer.max_steps)
     check_sizes(stage, data)
     check_cache(stage, data)
     rank_zero_only(print)(describe_sizes(stage, data))
     trainer = build_trainer(cfg)
+<<<<<<< HEAD
     rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing
     with claimed(output_dir, key="paths.output_dir"):
         write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         fit(trainer, stage, data, resume, output_dir)
+=======
+    rank_zero_only(data.prepare_data)()
+    fit(trainer, stage, data, resume, output_dir)
+>>>>>>> cde1972 (Resume: hyperparameters of the config take effect, other networks are refused by name; every end saves; sweeps go on after a failed job)
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
 
 
@@ -104,7 +113,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The trainer of a config, with its callbacks, loggers and gradient accumulation."""
     trainer: L.Trainer = hydra.utils.instantiate(
         cfg.trainer,
-        callbacks=_instantiate_group(cfg.callbacks),
+        callbacks=[*_instantiate_group(cfg.callbacks), ConfigFile(cfg)],
         logger=_instantiate_group(cfg.logger),
         plugins=None if is_sharded(cfg) else [SingleFileCheckpointIO()],
         _convert_="all",
@@ -141,25 +150,9 @@ def build_stage(cfg: DictConfig) -> "Stage":
         shadow = state["ema"]["shadow"]
         kind = "EMA" if shadow else "raw (there is no EMA yet)"
         logger.info("init_from: %s, weights: %s, step %s", path, kind, state.get("global_step"))
-        _load_weights(stage, {**state["state_dict"], **shadow}, path)
+        stage.check_checkpoint(state, origin=f"init_from={path}")
+        stage.load_state_dict({**state["state_dict"], **shadow})
     return stage
-
-
-def _load_weights(stage: "Stage", weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Start a stage from a checkpoint's weights.
-
-    Raises:
-        ValueError: if they are of another stage, or of networks of other sizes.
-    """
-    expected = {name: tensor.shape for name, tensor in stage.state_dict().items()}
-    actual = {name: tensor.shape for name, tensor in weights.items()}
-    names = sorted(expected.keys() | actual.keys())
-    if differing := [name for name in names if expected.get(name) != actual.get(name)]:
-        raise ValueError(
-            f"init_from={path} does not fit stage={stage.name}: {len(differing)} tensors differ in "
-            f"name or shape, such as {differing[0]}; use a run of the same stage and network sizes"
-        )
-    stage.load_state_dict(weights)
 
 
 def check_ranges(cfg: DictConfig) -> None:
@@ -190,6 +183,24 @@ def check_ranges(cfg: DictConfig) -> None:
     if cfg.stage.optimizer.lr <= 0:
         raise ValueError(
             f"stage.optimizer.lr={cfg.stage.optimizer.lr} is out of range; use more than 0"
+        )
+
+
+def check_schedule(factor: Callable[[int], float], max_steps: int) -> None:
+    """Refuse a schedule whose learning rate is 0 before the last step.
+
+    Args:
+        factor: step -> factor on the learning rate.
+        max_steps: number of steps; -1 is unlimited.
+
+    Raises:
+        ValueError: naming the key and the fix.
+    """
+    last_step = max_steps - 1 if max_steps > 0 else 10**12
+    if max_steps != 0 and factor(last_step) <= 0:
+        raise ValueError(
+            f"stage.lr_schedule reaches a learning rate of 0 before trainer.max_steps={max_steps}; "
+            "set stage.lr_schedule.total_steps to trainer.max_steps, or to null for a constant rate"
         )
 
 

@@ -73,13 +73,13 @@ class Checkpoints(Checkpoint):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Save every ``every_steps`` steps, and after the last step."""
-        step = trainer.global_step
-        if step % self.every_steps == 0 or step == trainer.max_steps:
+        """Save every ``every_steps`` steps."""
+        if trainer.global_step % self.every_steps == 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the last checkpoint."""
+        """Save the last step, however the run ended, and wait for its checkpoint."""
+        self.save(trainer)
         self.finish()
 
     def on_exception(

@@ -1,6 +1,6 @@
 """Base of all stages: frozen networks, EMA, optimizer, validation, and checkpoints."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -8,14 +8,17 @@ from typing import Any, ClassVar, Self, cast
 import lightning as L
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.distributed.fsdp2 import local_shards, reshard, shard_stage, total_norm
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.wrapping import find_blocks
 from wuerstchen_pl.stages.batch_rng import BatchRNG, derive_seed
+from wuerstchen_pl.stages.compatibility import check_networks
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenModules, FrozenPrecision
+from wuerstchen_pl.stages.hyperparameters import apply_configured
 from wuerstchen_pl.stages.lr_schedule import WarmupCosine
 from wuerstchen_pl.stages.provenance import Provenance, check_weight_files
 from wuerstchen_pl.transfer import to_device
@@ -126,11 +129,18 @@ class Stage(L.LightningModule):
         if self.optimizer_factory is None:
             raise ValueError("stage.optimizer is missing; set it to train this stage")
         optimizer = self.optimizer_factory(self.parameter_groups())
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_schedule)
+        # A plain function: LambdaLR saves the attributes of any other callable, and restores them.
+        scheduler = LambdaLR(optimizer, lambda n: self.lr_schedule(n))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Use the configured hyperparameters, which a checkpoint's optimizer state overwrites."""
+        scheduler = cast(LambdaLR, self.trainer.lr_scheduler_configs[0].scheduler)
+        configured = self.configure_optimizers()["optimizer"]
+        apply_configured(self.trainer.optimizers[0], scheduler, configured)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then update the EMA; not in a batch hook, as a checkpoint could come in between."""
@@ -240,8 +250,19 @@ class Stage(L.LightningModule):
         run_dir = (folders or [Path(self.trainer.default_root_dir)])[0]
         checkpoint |= self.provenance.record(self.frozen.present(), run_dir)
 
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], *, origin: str = "ckpt") -> None:
+        """Refuse a checkpoint whose networks differ from this stage's; see ``check_networks``."""
+        check_networks(
+            checkpoint,
+            stage=self.name,
+            config=self.provenance.config,
+            weights=self.state_dict(),
+            origin=origin,
+        )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the EMA weights; refuse to resume with other frozen weights."""
+        """Restore the EMA weights; refuse to resume with other networks or frozen weights."""
+        self.check_checkpoint(checkpoint)
         self.provenance.check_resume(checkpoint, self.frozen.present())
         self.ema.load_state_dict(checkpoint["ema"])
 
