@@ -41,6 +41,11 @@ class HubDataset:
         caption_column: str = "text",
         revision: str | None = None,
     ) -> None:
+        if split == val_split:
+            raise ValueError(
+                f"val_split={val_split!r} is also the training split; use another split, or "
+                "val_fraction"
+            )
         self.name, self.config, self.revision = name, config, revision
         self.splits: dict[Split, str | None] = {"train": split, "val": val_split}
         self.image_column, self.caption_column = image_column, caption_column
@@ -136,12 +141,12 @@ class HubDataset:
                 "data=hf needs the package datasets; run pip install 'wuerstchen_pl[hf]'"
             ) from error
         saved = Path(self.name).expanduser()
+        is_saved = (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file()
         try:
-            if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():
+            if is_saved:
                 loaded = datasets.load_from_disk(str(saved))
-                table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
             else:
-                table = datasets.load_dataset(
+                loaded = datasets.load_dataset(
                     self.name, self.config, split=split, revision=self.revision
                 )
         except (OSError, ValueError, KeyError, ConnectionError) as error:
@@ -150,11 +155,31 @@ class HubDataset:
                 f"data.name={self.name!r} with data.split={split!r} cannot be loaded ({first}); "
                 "check the name, or use the path of a folder"
             ) from error
+        table = self._saved_table(loaded, split) if is_saved else loaded
         self._check_columns(table, datasets)
         # Other columns would be decoded too, and may refer to files and URLs.
         metadata = [name for name in SCORE_COLUMNS if name in table.column_names]
         table = table.select_columns([self.image_column, self.caption_column, *metadata])
         return table.cast_column(self.image_column, datasets.Image(decode=False))
+
+    def _saved_table(self, loaded: Any, split: str) -> Any:
+        """One split of what ``save_to_disk`` wrote: several splits by name, or a single one.
+
+        Raises:
+            ValueError: if a key would have no effect, such as a split that does not exist.
+        """
+        for key in ("config", "revision"):
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"data.{key}={getattr(self, key)!r} has no effect on a saved dataset; remove it"
+                )
+        splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+        if split not in splits:
+            raise ValueError(
+                f"data.split or data.val_split is {split!r}, but {self.name!r} has only "
+                f"{', '.join(splits)}; use one of these, or val_fraction"
+            )
+        return splits[split]
 
     def _check_columns(self, table: Any, datasets: Any) -> None:
         for key, column in (
