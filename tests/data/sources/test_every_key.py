@@ -110,7 +110,7 @@ def test_every_key_of_a_saved_dataset(tmp_path: Path) -> None:
 def test_a_split_that_a_saved_dataset_lacks_is_refused(key: str, tmp_path: Path) -> None:
     for name, has in zip(saved_tables(tmp_path), ("train, test", "train"), strict=True):
         source = HubDataset(name=name, **{key: "nonsense"})
-        with pytest.raises(ValueError, match=rf"'nonsense', but .* has only {has}; use one"):
+        with pytest.raises(ValueError, match=rf"data.{key}='nonsense' is .* has only {has}; use"):
             source.prepare()
     with pytest.raises(ValueError, match="val_split='train' is also the training split"):
         HubDataset(name="any", val_split="train")
@@ -191,7 +191,7 @@ def test_every_key_of_the_data_module() -> None:
         "seed": {"seed": 1},
         "buckets": {"buckets": "paper"},
         "bucket_multiple": {"bucket_multiple": 8},
-        "ratios": {"ratios": [1.0, 2.0]},
+        "ratios": {"ratios": [1.0]},
         "sizes": sizes,
         "max_upscale": {"max_upscale": 0.9},
         "crop": {"crop": "center"},

@@ -116,7 +116,7 @@ def test_a_folder_is_loaded_by_the_hub_library(
             "'txt' is not a column of .* from image, text, sev",
         ),
         ({"image_column": "text"}, ValueError, r"data\.image_column='text' .* contains no images"),
-        ({"split": "validation"}, FileNotFoundError, r"data\.split='validation' cannot be loaded"),
+        ({"split": "validation"}, ValueError, r"data\.split='validation' .* has only train;"),
         (
             {"name": "no/such"},
             FileNotFoundError,

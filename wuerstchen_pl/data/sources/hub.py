@@ -175,9 +175,10 @@ class HubDataset:
                 )
         splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
         if split not in splits:
+            key = "val_split" if split == self.splits["val"] else "split"
             raise ValueError(
-                f"data.split or data.val_split is {split!r}, but {self.name!r} has only "
-                f"{', '.join(splits)}; use one of these, or val_fraction"
+                f"data.{key}={split!r} is not a split of {self.name!r}, which has only "
+                f"{', '.join(splits)}; use one of these"
             )
         return splits[split]
 
