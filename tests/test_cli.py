@@ -1,5 +1,6 @@
 """Error messages, help and sweeps of the command-line programs."""
 
+import io
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from tests.conftest import small
 from wuerstchen_pl.callbacks.preemption import Preempted
-from wuerstchen_pl.cli import help_text, one_line_logs
+from wuerstchen_pl.cli import command, help_text, one_line_logs
 from wuerstchen_pl.errors import _with_full_key, explain, one_line_errors
 from wuerstchen_pl.train import REQUEUE
 
@@ -50,7 +51,7 @@ def test_a_failed_run_leaves_no_global_state(
         assert program("train", *arguments, f"paths.root={tmp_path}") == 1
         assert "HYDRA_FULL_ERROR" not in os.environ
         assert not GlobalHydra.instance().is_initialized()
-    assert capsys.readouterr().err.count("\n") == 3
+    assert capsys.readouterr().err.count("error: ") == 2 + 3  # two jobs and the sweep
 
 
 def test_a_traceback_is_shown_on_request(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +96,15 @@ def test_help_names_every_key_and_choice(
 
 def test_help_does_not_change_what_runs() -> None:
     assert help_text("train", "what it does").startswith("what it does\n")
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", ["sample"])
+    command("sample", lambda cfg: print("W\u00fcrstchen"))()
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"W\\xfcrstchen\n"  # type: ignore[attr-defined]
 
 
 # Sweeps

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import io
 import logging
 import os
 import re
@@ -47,6 +48,9 @@ def command(
     composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)
 
     def main() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character
+                stream.reconfigure(errors="backslashreplace")
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(config_name, inspect.getdoc(inspect.getmodule(run)) or "", read_keys))
         elif os.environ.get(_TRACEBACKS) == "1":

@@ -295,6 +295,7 @@ def _silence_lightning() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         "does not have many workers",
+        "Be aware that when using `ckpt_path`",
         "Checkpoint directory",
         "You are trying to `self",
         "treespec",

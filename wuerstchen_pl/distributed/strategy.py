@@ -1,7 +1,8 @@
 """Fully sharded data-parallel training (FSDP2), with sharded or single-file checkpoints."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -79,10 +80,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             checkpoint = sharded.read_sharded(path, index.template)
         else:
             checkpoint = index.shard(load.read_checkpoint(path))
+        # Lightning's hook for checks comes only later, after the weights were loaded
+        cast(_Resumable, self.lightning_module).check_checkpoint(checkpoint)
         self.lightning_module.load_state_dict(checkpoint["state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
         return checkpoint
+
+
+class _Resumable(Protocol):
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None: ...
 
 
 class _ParameterIndex:
