@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wuerstchen_pl.checkpointing.load import trained_stage
+from wuerstchen_pl.checkpointing.load import stage_class
 
 
 def check_networks(
@@ -28,7 +28,7 @@ def check_networks(
     Raises:
         ValueError: naming the first key that differs, with both values.
     """
-    saved = trained_stage(dict(checkpoint))
+    saved = stage_class(checkpoint["stage"]).name
     if saved != stage:
         raise ValueError(
             f"{origin} is a checkpoint of stage={saved}, but this is stage={stage}; use a run of "
