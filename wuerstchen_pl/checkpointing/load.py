@@ -18,6 +18,7 @@ from hydra.errors import InstantiationException
 
 from wuerstchen_pl.checkpointing import sharded
 from wuerstchen_pl.io import atomic
+from wuerstchen_pl.models.finite import check_finite
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
@@ -221,6 +222,7 @@ def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "St
         module.load_state_dict({**content["state_dict"], **(shadow if ema else {})})
     except RuntimeError as error:
         raise ValueError(f"{path} does not contain the weights of its networks") from error
+    check_finite(module.state_dict(), str(path))
     module.ema.load_state_dict({**content["ema"], "shadow": {}})
     source = atomic.Source(path=str(path), sha256=atomic.sha256(path))
     module.record_provenance(config=content["stage"], source=source)

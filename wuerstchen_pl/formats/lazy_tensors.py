@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wuerstchen_pl.models.finite import check_finite
+
 HEADER_BYTES = 8
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -36,6 +38,17 @@ class LazyTensor(NamedTuple):
 def in_memory(tensor: Tensor) -> LazyTensor:
     """Wrap a tensor that is already in memory."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def checked(lazy: LazyTensor, name: str, where: str) -> LazyTensor:
+    """The same tensor, whose loading fails if it has values that are not finite."""
+
+    def load() -> Tensor:
+        tensor = lazy.load()
+        check_finite({name: tensor}, where)
+        return tensor
+
+    return lazy._replace(load=load)
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:

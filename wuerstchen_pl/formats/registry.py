@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from wuerstchen_pl.formats import diffusers, native, run, upstream
+from wuerstchen_pl.formats.lazy_tensors import checked
 from wuerstchen_pl.formats.model import Model
 from wuerstchen_pl.io.atomic import atomic_folder
 
@@ -74,13 +75,22 @@ def _read(source: str, variant: str | None) -> Model:
         return run.read_run(path)
     format = detect_format(path)
     if format == "diffusers":
-        return diffusers.read(path, variant=variant)
+        return _checked(diffusers.read(path, variant=variant), path)
     if variant is not None:
         raise ValueError(
             f"variant={variant} applies to the diffusers format, but {path} has the {format} "
             "format; remove variant="
         )
-    return FORMATS[format].read(path)
+    return _checked(FORMATS[format].read(path), path)
+
+
+def _checked(model: Model, path: Path) -> Model:
+    """The model, whose tensors are refused when they are read if they are not finite."""
+    for name, part in model.parts.items():
+        part.tensors = {
+            key: checked(lazy, f"{name}.{key}", str(path)) for key, lazy in part.tensors.items()
+        }
+    return model
 
 
 def resolve_source(source: str, variant: str | None = None) -> Path:

@@ -55,6 +55,7 @@ class DecoderSampler(StepState):
         ValueError: if only one of the denoiser's ``text_dim`` and ``text_encoder`` is set.
     """
 
+    part = "decoder"
     CALLBACK_INPUTS = (
         "latents", "text_encoder_hidden_states", "negative_prompt_embeds", "image_embeddings",
     )  # fmt: skip

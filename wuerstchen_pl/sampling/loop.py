@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class StepState:
     current step.
     """
 
+    part: ClassVar[str] = "network"
+    """What error messages call the network."""
     _guidance_scale: float = 0.0
     _num_timesteps: int = 0
     _interrupt: bool = False
@@ -116,6 +118,9 @@ def denoise(
 
     Returns:
         (B, C, h, w) at the last time, or after the step at which it was interrupted.
+
+    Raises:
+        ValueError: if they are not finite, such as after an overflow in float16.
     """
     rows, times, guidance = len(latents), params.config.times, params.config.guidance
     conditioning = cache_conditioning(tensors)
@@ -146,7 +151,7 @@ def denoise(
 
     label = params.progress_label
     with tqdm(total=len(times) - 1, desc=label, disable=label is None) as bar:
-        return sample(
+        result = sample(
             predict,
             latents,
             times,
@@ -156,6 +161,12 @@ def denoise(
             on_step=after_step,
             interrupted=lambda: sampler.interrupt,
         )
+    if not bool(result.isfinite().all()):
+        raise ValueError(
+            f"the {sampler.part} computed latents that are not finite in {latents.dtype}; use "
+            "float32, or other weights"
+        )
+    return result
 
 
 def _replace_tensors(tensors: Tensors, changed: Mapping[str, Tensor]) -> bool:

@@ -67,6 +67,7 @@ class PriorSampler(StepState):
         placement: the device to run on; the CPU if None.
     """
 
+    part = "prior"
     CALLBACK_INPUTS = ("latents", "text_encoder_hidden_states", "negative_prompt_embeds")
 
     def __init__(
