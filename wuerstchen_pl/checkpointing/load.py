@@ -17,8 +17,8 @@ import torch
 from hydra.errors import InstantiationException
 
 from wuerstchen_pl.checkpointing import sharded
+from wuerstchen_pl.checkpointing.finite import check_finite
 from wuerstchen_pl.io import atomic
-from wuerstchen_pl.models.finite import check_finite
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage

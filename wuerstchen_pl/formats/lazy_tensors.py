@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wuerstchen_pl.models.finite import check_finite
+from wuerstchen_pl.checkpointing.finite import check_finite
 
 HEADER_BYTES = 8
 DTYPE_NAMES = {

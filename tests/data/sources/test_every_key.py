@@ -180,6 +180,7 @@ def test_every_key_of_the_data_module() -> None:
     captions = ("one", "another", "a third")
     source = FakeSource.with_sizes({f"{n}.tar": 9 for n in range(4)}, captions=captions)
     base = {"source": source, "image_size": 32, "batch_size": 2, "val_fraction": 0.3}
+    base["bucket_multiple"] = 8
     sizes: dict[str, Any] = {"buckets": "sizes", "sizes": [[32, 32], [32, 64]]}
     changes: dict[str, dict[str, Any]] = {
         "source": {"source": FakeSource.with_sizes({"x.tar": 9})},
@@ -190,7 +191,7 @@ def test_every_key_of_the_data_module() -> None:
         "num_workers": {"num_workers": 1},
         "seed": {"seed": 1},
         "buckets": {"buckets": "paper"},
-        "bucket_multiple": {"bucket_multiple": 8},
+        "bucket_multiple": {"bucket_multiple": 32},
         "ratios": {"ratios": [1.0]},
         "sizes": sizes,
         "max_upscale": {"max_upscale": 0.9},
