@@ -15,7 +15,7 @@ from wuerstchen_pl.checkpointing.load import find_checkpoint
 from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 
 Program = Callable[..., int]
-WEIGHT = "projection.weight"
+WEIGHT = "stem.weight"
 
 
 def poison(tensor: Tensor) -> None:
