@@ -25,8 +25,9 @@ from wuerstchen_pl.callbacks.preemption import STOP_SIGNALS, PreemptionHandler
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.stages.c import StageC
+from wuerstchen_pl.stages.data_checks import check_sizes
 from wuerstchen_pl.stages.stage import Batch
-from wuerstchen_pl.train import REQUEUE, accumulation, build_stage, check_sizes
+from wuerstchen_pl.train import REQUEUE, accumulation, build_stage
 
 
 def arguments(cascade: Path, root: Path, *overrides: str) -> list[str]:

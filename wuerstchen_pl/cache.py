@@ -123,7 +123,7 @@ def run(cfg: DictConfig) -> None:
         "data": {key: value for key, value in source.items() if key not in RUNTIME_KEYS},
     }
     dist_info = DistInfo.from_env()
-    with claimed(folder, key="out", settings=settings):
+    with claimed(folder, key="out", settings=settings, is_owner=dist_info.rank == 0):
         missing = build_cache(
             data,
             encoders,

@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> float | None:
     device = resolve_device(cfg.device)
     trained = check_model(cfg, plan)
     inputs = read_inputs(plan, run_data(Path(cfg.model)) if plan.needs_data else None)
-    with claimed(folder, key="output_dir"):
+    with claimed(folder, key="output_dir", is_owner=process.rank == 0):
         plan = with_networks(plan, cfg, device)
         check_plan(plan, inputs)
         target = build_target(cfg, plan, trained, device)

@@ -3,8 +3,7 @@
 import logging
 import signal
 import warnings
-from wuerstchen_pl.errors import Exit
-from wuerstchen_pl.io.output_folder import claimed
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +22,10 @@ from wuerstchen_pl.checkpointing.single_file import SingleFileCheckpointIO
 from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
-    rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing
-    with claimed(output_dir, key="paths.output_dir"):
-        fit(trainer, stage, data, resume, output_dir)
-from wuerstchen_pl.models.fingerprint import encoder_fingerprints
+from wuerstchen_pl.errors import Exit
+from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
+from wuerstchen_pl.stages.data_checks import check_cache, check_sizes, describe_sizes
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
@@ -66,15 +64,9 @@ def run(cfg: DictConfig) -> float:
     check_cache(stage, data)
     rank_zero_only(print)(describe_sizes(stage, data))
     trainer = build_trainer(cfg)
-<<<<<<< HEAD
     rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing
-    with claimed(output_dir, key="paths.output_dir"):
-        write_text(output_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    with claimed(output_dir, key="paths.output_dir", is_owner=rank_zero_only.rank == 0):
         fit(trainer, stage, data, resume, output_dir)
-=======
-    rank_zero_only(data.prepare_data)()
-    fit(trainer, stage, data, resume, output_dir)
->>>>>>> cde1972 (Resume: hyperparameters of the config take effect, other networks are refused by name; every end saves; sweeps go on after a failed job)
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
 
 
@@ -238,56 +230,6 @@ def accumulation(global_batch: int, batch_size: int, processes: int) -> int:
             f"data.batch_size to a divisor of {global_batch / processes:g}"
         )
     return global_batch // samples_at_once
-
-
-def check_sizes(stage: "Stage", data: L.LightningDataModule) -> None:
-    """Refuse image sizes that are not multiples of the stage's ``size_multiple``.
-
-    Raises:
-        ValueError: naming the first such size.
-    """
-    for height, width in data.sizes:  # type: ignore[attr-defined]
-        if height % stage.size_multiple or width % stage.size_multiple:
-            raise ValueError(
-                f"a bucket of {height} x {width} px is not a multiple of {stage.size_multiple}, as "
-                f"stage={stage.name} needs; set data.bucket_multiple={stage.size_multiple} or "
-                "a multiple of that"
-            )
-
-
-def check_cache(stage: "Stage", data: L.LightningDataModule) -> None:
-    """Refuse a cache that was made with other frozen networks than this stage's.
-
-    Raises:
-        ValueError: naming the network that differs.
-    """
-    made_with: dict[str, str] | None = getattr(data, "made_with", None)
-    if made_with is None:
-        return
-    current = {"stage": stage.name}
-    frozen: Mapping[str, Any] = stage.frozen  # of types that depend on the stage
-    encoder = frozen.get("stage_b" if stage.name == "c" else "stage_a")
-    if encoder is not None:
-        text = frozen.get("text_encoder") if "text_encoder" in made_with else None
-        current = encoder_fingerprints(stage.name, encoder=encoder, text_encoder=text)
-    for name, value in made_with.items():
-        if current.get(name) != value:
-            raise ValueError(
-                f"data.root is a cache made with {name} {value[:12]}, but this run has "
-                f"{current.get(name, 'none')[:12]}; make it again with python -m "
-                f"wuerstchen_pl.cache, or use the {name} that it was made with"
-            )
-
-
-def describe_sizes(stage: "Stage", data: L.LightningDataModule) -> str:
-    """The bucket sizes, each with its number of semantic positions."""
-    parts = []
-    for height, width in data.sizes:  # type: ignore[attr-defined]
-        positions = stage.semantic_size(height, width)
-        semantic = "" if positions is None else f" ({positions[0]} x {positions[1]})"
-        parts.append(f"{height} x {width}{semantic}")
-    unit = "px" if stage.semantic_size(1, 1) is None else "px (and semantic positions)"
-    return f"buckets, height x width in {unit}: {', '.join(parts)}"
 
 
 def _silence_lightning() -> None:

@@ -71,7 +71,8 @@ def generate_into(
     paths = [folder / file_name(index, request) for index, request in enumerate(requests)]
     # split by index and not by what is missing: another process may have started already
     share = range(process.rank, len(paths), process.world_size)
-    with claimed(folder, key="output_dir", settings=made_with, record=MANIFEST):
+    is_owner = process.rank == 0
+    with claimed(folder, key="output_dir", settings=made_with, record=MANIFEST, is_owner=is_owner):
         missing = [index for index in share if not paths[index].is_file()]
         _generate({paths[i]: requests[i] for i in missing}, pipeline, settings, metadata)
         if process.rank == 0:

@@ -1,0 +1,59 @@
+"""Whether a data module fits a stage."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+
+from wuerstchen_pl.models.fingerprint import encoder_fingerprints
+from wuerstchen_pl.stages.stage import Stage
+
+
+def check_sizes(stage: Stage, data: L.LightningDataModule) -> None:
+    """Refuse image sizes that are not multiples of the stage's ``size_multiple``.
+
+    Raises:
+        ValueError: naming the first such size.
+    """
+    for height, width in data.sizes:  # type: ignore[attr-defined]
+        if height % stage.size_multiple or width % stage.size_multiple:
+            raise ValueError(
+                f"a bucket of {height} x {width} px is not a multiple of {stage.size_multiple}, as "
+                f"stage={stage.name} needs; set data.bucket_multiple={stage.size_multiple} or "
+                "a multiple of that"
+            )
+
+
+def check_cache(stage: Stage, data: L.LightningDataModule) -> None:
+    """Refuse a cache that was made with other frozen networks than this stage's.
+
+    Raises:
+        ValueError: naming the network that differs.
+    """
+    made_with: dict[str, str] | None = getattr(data, "made_with", None)
+    if made_with is None:
+        return
+    current = {"stage": stage.name}
+    frozen: Mapping[str, Any] = stage.frozen  # of types that depend on the stage
+    encoder = frozen.get("stage_b" if stage.name == "c" else "stage_a")
+    if encoder is not None:
+        text = frozen.get("text_encoder") if "text_encoder" in made_with else None
+        current = encoder_fingerprints(stage.name, encoder=encoder, text_encoder=text)
+    for name, value in made_with.items():
+        if current.get(name) != value:
+            raise ValueError(
+                f"data.root is a cache made with {name} {value[:12]}, but this run has "
+                f"{current.get(name, 'none')[:12]}; make it again with python -m "
+                f"wuerstchen_pl.cache, or use the {name} that it was made with"
+            )
+
+
+def describe_sizes(stage: Stage, data: L.LightningDataModule) -> str:
+    """The bucket sizes, each with its number of semantic positions."""
+    parts = []
+    for height, width in data.sizes:  # type: ignore[attr-defined]
+        positions = stage.semantic_size(height, width)
+        semantic = "" if positions is None else f" ({positions[0]} x {positions[1]})"
+        parts.append(f"{height} x {width}{semantic}")
+    unit = "px" if stage.semantic_size(1, 1) is None else "px (and semantic positions)"
+    return f"buckets, height x width in {unit}: {', '.join(parts)}"
