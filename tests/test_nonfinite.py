@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, cascade: Path) -> dict[str,
     "command",
     [
         "sample model={model} output_dir={out} prompt=x device=cpu",
-        "evaluate model={model} output_dir={out} metric=[clip] prompts={prompts} device=cpu",
+        "evaluate model={model} output_dir={out} metric=[fid] reference={images} prompts={prompts} "
+        "device=cpu fid_features=random fid_features.widths=[2]",
         "convert from={model} to={out}",
         "export ckpt={model} to={out}",
     ],
@@ -57,9 +59,15 @@ def test_weights_that_are_not_finite_are_named(
     if command.startswith("export") and kind == "native":
         kind = "run"  # export reads runs only
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a\n")
+    prompts.write_text("a\n" * 4)
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(images / f"{i}.png")
     out = tmp_path / "out"
-    name, *arguments = command.format(model=models[kind], out=out, prompts=prompts).split()
+    name, *arguments = command.format(
+        model=models[kind], out=out, prompts=prompts, images=images
+    ).split()
     assert program(name, *arguments) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"has 2 values in prior.{WEIGHT} that are not finite" in line

@@ -13,7 +13,8 @@ COMMANDS = {
     "train": "{train} paths.output_dir={out}",
     "cache": "{cache} out={out}",
     "data": "build from={images} to={out}",
-    "evaluate": "model=null images={images} reference={images} metric=[kd] output_dir={out}",
+    "evaluate": "fid_features=random fid_features.widths=[2] model=null metric=[fid] "
+    "images={images} reference={images} output_dir={out}",
     "sample": "model={model} prompt=x output_dir={out} device=cpu",
 }
 
@@ -25,7 +26,7 @@ def test_a_folder_in_use_is_refused_and_stays_as_it_is(
     out, images = tmp_path / "out", tmp_path / "images"
     out.mkdir()
     images.mkdir()
-    for i in range(3):
+    for i in range(4):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text("a")
     training = [*small("a", tmp_path), f"paths.data={cascade.parent / 'data'}"]

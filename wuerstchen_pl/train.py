@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> float:
     rank_zero_only(print)(describe_sizes(stage, data))
     trainer = build_trainer(cfg)
     rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing
-    with claimed(output_dir, key="paths.output_dir", is_owner=rank_zero_only.rank == 0):
+    with claimed(output_dir, key="paths.output_dir", is_owner=trainer.is_global_zero):
         fit(trainer, stage, data, resume, output_dir)
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
 
