@@ -1,5 +1,6 @@
 """A process that fails ends the others, and one that works alone for long does not."""
 
+import re
 import subprocess
 import sys
 import time
@@ -36,6 +37,27 @@ def test_all_processes_end_with_the_reason_when_one_fails(
     with pytest.raises(AssertionError, match=f"error: {MESSAGE}"):
         launch([[*small("c", tmp_path), *stage_paths, *two, failing]], tmp_path)
     assert time.monotonic() - start < 60
+
+
+def test_bad_data_of_one_process_end_all_with_the_same_reason(
+    cascade: Path, tmp_path: Path
+) -> None:
+    """A quarter of all samples is unreadable, all of them on rank 1."""
+    two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    reading = ["data.num_workers=0", "data.keep_decoded=false"]  # in this process, at each epoch
+    target = "tests.distributed.failing.UnreadableOnRankOne"
+    failing = [f"+callbacks.fail._target_={target}", f"+callbacks.fail.folder={tmp_path}"]
+    stage_paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
+    job = [*small("c", tmp_path, steps=300), *stage_paths, *two, *reading, *failing]
+    with pytest.raises(AssertionError) as failure:
+        launch([job], tmp_path)
+    ended, files = time.time(), [tmp_path / f"error-{rank}" for rank in range(2)]
+    reason, other = (file.read_text() for file in files)
+    assert other == reason
+    assert f"error: {reason}" in str(failure.value)
+    assert ended - min(file.stat().st_mtime for file in files) < 60
+    bad, total = map(int, re.findall(r"\d+", reason)[:2])
+    assert 0.2 < bad / total < 0.3
 
 
 @pytest.mark.parametrize(("barrier", "waits"), [("patient", True), ("default", False)])
