@@ -138,9 +138,10 @@ class Stage(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Use the configured hyperparameters, which a checkpoint's optimizer state overwrites."""
-        scheduler = cast(LambdaLR, self.trainer.lr_scheduler_configs[0].scheduler)
-        configured = self.configure_optimizers()["optimizer"]
-        apply_configured(self.trainer.optimizers[0], scheduler, configured)
+        for schedule in self.trainer.lr_scheduler_configs:
+            configured = self.configure_optimizers()["optimizer"]
+            scheduler = cast(LambdaLR, schedule.scheduler)
+            apply_configured(self.trainer.optimizers[0], scheduler, configured)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then update the EMA; not in a batch hook, as a checkpoint could come in between."""
