@@ -28,7 +28,7 @@ from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.models.perceptual import LPIPS
 from wuerstchen_pl.pipelines.loading import load_pipeline, pipeline_from_stage, stage_of_run
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
-from wuerstchen_pl.sampling.device import dtype_name, sampling_dtype
+from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.ldm import StageLDM
 
@@ -179,6 +179,7 @@ def build_target(
     if plan.needs_generation or plan.needs_networks:
         dtype = sampling_dtype(cfg.dtype, device)
         pipeline, stages = _load_model(cfg, plan, trained, device, dtype)
+        log_dtype(dtype, device)
         metadata |= {"model": str(cfg.model), "dtype": dtype_name(dtype)}
         metadata |= {} if cfg.prior is None else {"prior": cfg.prior}
         if pipeline.source is not None:

@@ -24,7 +24,7 @@ from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.loading import load_pipeline
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.sampling.config import SamplingConfig
-from wuerstchen_pl.sampling.device import dtype_name, sampling_dtype
+from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str,
@@ -74,6 +74,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     for prompt in prompts:
         pipeline.prior.text_encoder.check(prompt)
     pipeline.padded_size(cfg.height, cfg.width)
+    log_dtype(dtype, device)
 
     images = generate_images(
         pipeline, texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from wuerstchen_pl.sampling.device import dtype_name, sampling_dtype
+from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,9 @@ def test_pipelines_are_in_bfloat16_by_default_only_on_gpus_that_compute_in_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: native)
-    with caplog.at_level(logging.INFO):
-        dtype = sampling_dtype(requested, torch.device(device))
+    dtype = sampling_dtype(requested, torch.device(device))
     assert dtype_name(dtype) == expected
+    with caplog.at_level(logging.INFO):
+        log_dtype(dtype, torch.device(device))
     (line,) = caplog.messages
     assert line == f"sampling on {device} in {expected}; dtype= chooses another type"

@@ -53,11 +53,13 @@ def sampling_dtype(requested: str | None, device: torch.device) -> torch.dtype:
     """
     if requested is None:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if native else "float32"
-    else:
-        dtype = requested
-    logger.info("sampling on %s in %s; dtype= chooses another type", device, dtype)
-    return getattr(torch, dtype)
+        return torch.bfloat16 if native else torch.float32
+    return getattr(torch, requested)
+
+
+def log_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Log what ``sampling_dtype`` chose."""
+    logger.info("sampling on %s in %s; dtype= chooses another type", device, dtype_name(dtype))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
