@@ -26,7 +26,8 @@ def golden(name: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
 def load(net: nn.Module, config: dict, weights: dict[str, Tensor]) -> nn.Module:
     """Load the authors' weights into our network."""
     shapes = {k: tuple(v.shape) for k, v in net.state_dict().items() if k != "scale_factor"}
-    table = key_mappings({"_target_": type(net).__name__, **config}, shapes, "upstream")
+    target = f"{type(net).__module__}.{type(net).__qualname__}"
+    table = key_mappings({"_target_": target, **config}, shapes, "upstream")
     external = {name: in_memory(tensor) for name, tensor in weights.items()}
     native = from_external(external, table, shapes, "the golden file")
     state = {name: lazy.load() for name, lazy in native.items()}
