@@ -162,7 +162,7 @@ class Residence(L.Callback):
             moved = {id(leaf) for leaf in leaves(network)}
             if args == ("cpu",):
                 self.resident -= moved
-            elif network is not stage:
+            elif network is not stage or not stage.frozen.on_demand:
                 self.resident |= moved
             return to(network, *args, **options)
 
