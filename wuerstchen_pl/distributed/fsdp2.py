@@ -7,21 +7,44 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
-def shard_stage(stage: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+def shard_stage(
+    stage: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    block_dtype: torch.dtype | None = None,
+) -> None:
     """Shard a stage's weights over a mesh, in place: one unit per block, and one for the rest.
 
     The weights of a block are gathered during its forward and backward pass; those of the rest from
     the start of ``training_step`` to the end of the backward pass, and during ``validation_step``.
     Use ``unsharded`` anywhere else.
+
+    Args:
+        stage: the module to shard.
+        blocks: the blocks in it.
+        mesh: with one dimension, over whose processes the weights are sharded; with two, the first
+            is that of replicas.
+        block_dtype: the dtype in which the weights of blocks are gathered, and their gradients
+            computed; gradients are accumulated and reduced in float32. None: that of the weights.
     """
     if isinstance(stage, FSDPModule):
         return
+    # Inputs are left to autocast, which keeps those of norms and losses in float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=block_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(stage, mesh=mesh)
     register_fsdp_forward_method(stage, "training_step")
     register_fsdp_forward_method(stage, "validation_step")

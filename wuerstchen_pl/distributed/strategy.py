@@ -1,6 +1,7 @@
 """Fully sharded data-parallel training (FSDP2), with sharded or single-file checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -9,6 +10,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -26,16 +29,35 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         sharded_checkpoint: write a checkpoint as a folder with the shards of each process; False
             gathers it into a single file.
+        shard_within_node: shard over the processes of each node, and replicate over nodes, so that
+            only gradients are sent between nodes (hybrid sharding); False shards over all
+            processes, for networks that are too large for a node.
     """
 
-    def __init__(self, *, sharded_checkpoint: bool = True) -> None:
+    def __init__(self, *, sharded_checkpoint: bool = True, shard_within_node: bool = True) -> None:
         super().__init__(save_distributed_checkpoint=sharded_checkpoint)
+        self.shard_within_node = shard_within_node
 
     def setup_environment(self) -> None:
-        """Shard over all processes of all nodes."""
+        """Create the mesh over which ``Stage.configure_model`` shards."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+        replicas = self.num_nodes if self.shard_within_node else 1
+        shape, names = (replicas, self.world_size // replicas), ("replicate", "shard")
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = mesh if replicas > 1 else mesh["shard"]
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Keep the gradients of a micro-batch on each process; the last one reduces the sum."""
+        module = cast(FSDPModule, self.model)
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state with sharded tensors."""

@@ -49,6 +49,7 @@ class StageA(Stage):
     val_code_uses: Tensor
 
     TRAINING_ONLY = (*Stage.TRAINING_ONLY, "perceptual")
+    GATHER_BFLOAT16 = False  # blocks multiply their weights by gates before autocast casts them
 
     def __init__(
         self,

@@ -64,6 +64,9 @@ class Stage(L.LightningModule):
     """``a``, ``b``, ``c`` or ``ldm``, as in ``stage=``."""
     TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("optimizer", "lr_schedule", "ema", "seed")
     """Constructor arguments that are not needed for sampling."""
+    GATHER_BFLOAT16: ClassVar[bool] = True
+    """Whether FSDP gathers the blocks in bfloat16 if the precision is bf16-mixed, as autocast would
+    cast their weights anyway; all other weights, such as of norms, are gathered in float32."""
 
     def __init__(
         self,
@@ -105,7 +108,9 @@ class Stage(L.LightningModule):
         """Shard the weights if the run's strategy has a device mesh."""
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None:
-            shard_stage(self, find_blocks(self), mesh["data_parallel"])
+            bf16 = self.GATHER_BFLOAT16 and self.trainer.precision == "bf16-mixed"
+            block_dtype = torch.bfloat16 if bf16 else None
+            shard_stage(self, find_blocks(self), mesh, block_dtype=block_dtype)
 
     # Sizes
 
