@@ -18,7 +18,7 @@ def mesh_of_one() -> Iterator[DeviceMesh]:
 
 @pytest.fixture
 def fake_processes() -> Iterator[int]:
-    """The first of two processes, of which the other does not exist: collectives do nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield 2
+    """The first of four processes, of which the others do not exist: collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield 4
     dist.destroy_process_group()

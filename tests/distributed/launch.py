@@ -6,6 +6,7 @@ starting one takes longer than training such a small model.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,26 @@ from pathlib import Path
 from tests.conftest import run_program
 
 
-def launch(jobs: list[list[str]], folder: Path, processes: int = 2) -> None:
-    """Run the jobs one after the other, each on ``processes`` processes."""
+def launch(jobs: list[list[str]], folder: Path, processes: int = 2, nodes: int = 1) -> None:
+    """Run the jobs one after the other, each on ``processes`` processes of each of ``nodes``."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *torchrun, "-m", "tests.distributed.launch", str(path)]
+    rendezvous = "--standalone"
+    if nodes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            rendezvous = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{free.getsockname()[1]}"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", *rendezvous.split(), f"--nnodes={nodes}",
+        f"--nproc-per-node={processes}", "-m", "tests.distributed.launch", str(path),
+    ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-9000:]
+    running = [
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(nodes)
+    ]
+    errors = [process.communicate(timeout=500)[1] for process in running]
+    assert not any(process.returncode for process in running), "".join(errors)[-9000:]
 
 
 if __name__ == "__main__":

@@ -121,9 +121,14 @@ def test_gathering_in_bfloat16_changes_gradients_less_than_autocast_does(
     assert (sharded - autocast).norm() < error
 
 
-def test_micro_batches_gather_blocks_in_bfloat16_and_reduce_once(fake_processes: int) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_micro_batches_gather_blocks_in_bfloat16_and_reduce_once(
+    nodes: int, fake_processes: int
+) -> None:
     """Two micro-batches gather blocks twice each, forward and backward, and reduce them once."""
-    stage = sharded_stage("c", init_device_mesh("cpu", (fake_processes,)), "bf16-mixed")
+    shape, names = (nodes, fake_processes // nodes), ("replicate", "shard")
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    stage = sharded_stage("c", mesh if nodes > 1 else mesh["shard"], "bf16-mixed")
     blocks = len(find_blocks(stage))
     strategy = FSDP2Strategy()
     strategy._model = stage
@@ -131,9 +136,14 @@ def test_micro_batches_gather_blocks_in_bfloat16_and_reduce_once(fake_processes:
         for micro_batch in strategy.block_backward_sync, nullcontext:
             with micro_batch(), torch.autocast("cpu", torch.bfloat16):
                 stage.training_step(smooth_batch(), 0).backward()
-    calls = Counter((name, args[0].dtype) for name, args in operations.calls if "c10d" in name)
-    assert calls == {
-        ("c10d._allgather_base_.default", torch.bfloat16): 2 * 2 * blocks,
-        ("c10d._allgather_base_.default", torch.float32): 2,
-        ("c10d._reduce_scatter_base_.default", torch.float32): blocks + 1,
+    expected = {
+        ("_allgather_base_", torch.bfloat16): 2 * 2 * blocks,
+        ("_allgather_base_", torch.float32): 2,
+        ("_reduce_scatter_base_", torch.float32): blocks + 1,
     }
+    if nodes > 1:  # of the scattered gradients, over nodes
+        expected["allreduce_", torch.float32] = blocks + 1
+    calls = Counter(
+        (name.split(".")[1], args[0].dtype) for name, args in operations.calls if "c10d" in name
+    )
+    assert calls == expected

@@ -60,6 +60,12 @@ def arguments(stage: str, root: Path, cascade: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+# one on each of two nodes, with two micro-batches: weights are sharded within a node only
+HYBRID = [
+    "trainer=fsdp", "trainer.num_nodes=2", "trainer.devices=1", "trainer.accelerator=cpu",
+    "data.batch_size=2", "global_batch=8",
+]  # fmt: skip
+ONE_ACCUMULATED = ["trainer=cpu", "data.batch_size=4", "global_batch=8"]
 TWO = ["trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=4"]
 ONE = ["trainer=cpu", "data.batch_size=8"]
 
@@ -138,9 +144,9 @@ CASES = [
 ]
 
 
-def check_equal(runs: Path, name: str, stage: str) -> None:
-    """One process and two give the same weights, EMA, optimizer state, losses and data counts."""
-    one, two = (last_checkpoint(runs / run / "default" / stage) for run in ("one", name))
+def check_equal(runs: Path, name: str, stage: str, reference: str = "one") -> None:
+    """Two runs have the same weights, EMA, optimizer state, losses and data counts."""
+    one, two = (last_checkpoint(runs / run / "default" / stage) for run in (reference, name))
     assert one["global_step"] == two["global_step"] == STEPS
     assert max_difference(one, two)[0] < TOLERANCE, max_difference(one, two)
     counts_one, counts_two = (
@@ -148,7 +154,7 @@ def check_equal(runs: Path, name: str, stage: str) -> None:
     )
     assert counts_one["pixels"] > counts_one["pixels/kept"] > 0
     assert counts_two == counts_one
-    losses_one, losses_two = (losses(runs / run / "default" / stage) for run in ("one", name))
+    losses_one, losses_two = (losses(runs / run / "default" / stage) for run in (reference, name))
     assert losses_one.keys() == losses_two.keys()
     assert len({step for step, _ in losses_one}) == STEPS
     for key, value in losses_one.items():
@@ -163,6 +169,18 @@ def test_two_sharded_processes_train_like_one(sharded_run: Path) -> None:
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_two_processes_train_like_one(runs: Path, name: str, stage: str) -> None:
     check_equal(runs, name, stage)
+
+
+@pytest.mark.slow
+def test_two_nodes_that_accumulate_gradients_train_like_one_process(
+    cascade: Path, tmp_path: Path
+) -> None:
+    """Hybrid sharding: gradients are scattered within a node, and summed over nodes."""
+    overrides = arguments("b", tmp_path / "one_accumulated", cascade, *ONE_ACCUMULATED)
+    assert run_program("train", overrides) == 0
+    launch([arguments("b", tmp_path / "hybrid", cascade, *HYBRID)], tmp_path, processes=1, nodes=2)
+    assert load.find_checkpoint(tmp_path / "hybrid/default/b").is_dir()
+    check_equal(tmp_path, "hybrid", "b", "one_accumulated")
 
 
 @pytest.mark.slow
