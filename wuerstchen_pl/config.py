@@ -27,7 +27,7 @@ TRAIN_KEYS: Mapping[str, Any] = {
     "seed": int,
     "ckpt": str | None,
     "init_from": str | None,
-    "activation_checkpointing": bool,
+    "activation_checkpointing": bool | Literal["auto"],
     "compile": bool,
     "check_memory": bool,
     "paths.output_dir": str,

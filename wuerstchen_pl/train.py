@@ -55,7 +55,7 @@ def run(cfg: DictConfig) -> float:
 
     data: L.LightningDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     stage = build_stage(cfg)
-    if cfg.activation_checkpointing:
+    if cfg.activation_checkpointing is True:
         checkpoint_activations(stage)
     if cfg.compile:
         compile_blocks(stage)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.conftest import run_program
+from tests.stages.conftest import STAGES
 from tests.test_train import arguments
 from wuerstchen_pl.callbacks import memory_estimate, step_profile, throughput
 from wuerstchen_pl.callbacks.loss_by_timestep import LossByTimestep, plot_losses
@@ -23,6 +24,7 @@ from wuerstchen_pl.callbacks.weight_norms import WeightNormMonitor
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.distributed.fsdp2 import full_tensor
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
+from wuerstchen_pl.models.wrapping import find_blocks
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
@@ -328,6 +330,27 @@ def test_a_run_that_cannot_fit_is_refused_before_its_first_step(
     stderr = capsys.readouterr().err
     assert "memory, GB of 0.0: weights" in stderr
     assert ("or check_memory=false to try it" in stderr) == bool(code)
+
+
+@pytest.mark.parametrize(("share", "checkpointed"), [(0.98, True), (1.2, False)])
+def test_activations_are_checkpointed_only_if_the_batch_needs_it_to_fit(
+    share: float, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``share``: the memory of the device, relative to what the batch takes without it."""
+    stage = STAGES["c"]()
+    stage.trainer = L.Trainer(accelerator="cpu", logger=False)
+    optimizer = torch.optim.SGD(stage.parameters())
+    stage.trainer.strategy.optimizers = [optimizer]
+    batch: Any = {"semantic": torch.randn(4, 16, 4, 4), "caption": list("abcd")}
+    plain = estimate_bytes(stage, optimizer, batch)
+    monkeypatch.setattr(memory_estimate, "device_memory", lambda *_: share * sum(plain.values()))
+    forwards = [block.forward for block in find_blocks(stage)]
+    callback = memory_estimate.MemoryEstimate(activation_checkpointing="auto")
+    callback.on_train_batch_start(stage.trainer, stage, batch, 0)
+    changed = [a != b.forward for a, b in zip(forwards, find_blocks(stage), strict=True)]
+    assert changed == [checkpointed] * len(changed)
+    activations = estimate_bytes(stage, optimizer, batch)["activations"]
+    assert (activations < 0.7 * plain["activations"]) == checkpointed
 
 
 @pytest.mark.parametrize(("excess", "fitting"), [(0.5, 2), (1.5, 2), (2.5, 1), (3.5, None)])

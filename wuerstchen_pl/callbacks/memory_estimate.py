@@ -3,13 +3,16 @@
 import logging
 import os
 from collections.abc import Iterable
+from typing import Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from wuerstchen_pl.batch import Batch
-from wuerstchen_pl.callbacks.step_profile import profile_step_once
+from wuerstchen_pl.callbacks.step_profile import forget_profile, profile_step_once
+from wuerstchen_pl.models.wrapping import checkpoint_activations
 from wuerstchen_pl.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -30,10 +33,15 @@ class MemoryEstimate(L.Callback):
 
     Args:
         refuse: False only reports.
+        activation_checkpointing: ``auto`` switches it on if the first batch would otherwise take
+            more than 90 % of the memory, which does not change gradients; a bool is the choice
+            that the run was started with.
     """
 
-    def __init__(self, *, refuse: bool = True) -> None:
-        self.refuse = refuse
+    def __init__(
+        self, *, refuse: bool = True, activation_checkpointing: bool | Literal["auto"] = False
+    ) -> None:
+        self.refuse, self.is_auto = refuse, activation_checkpointing == "auto"
         self._done = False
 
     def on_train_batch_start(
@@ -47,9 +55,16 @@ class MemoryEstimate(L.Callback):
         if self._done:
             return
         self._done = True
-        needed = estimate_bytes(pl_module, trainer.optimizers[0], batch)
-        total = sum(needed.values())
         available = device_memory(pl_module.device, trainer.num_devices)
+        needed = estimate_bytes(pl_module, trainer.optimizers[0], batch)
+        tight = sum(needed.values()) > 0.9 * available
+        if self.is_auto and _on_any_process(trainer, tight):
+            checkpoint_activations(pl_module)
+            forget_profile(pl_module)
+            needed = estimate_bytes(pl_module, trainer.optimizers[0], batch)
+            if trainer.is_global_zero:
+                logger.info("activation checkpointing is on, as the batch needs it to fit")
+        total = sum(needed.values())
         bytes_per_sample = profile_step_once(pl_module, batch).saved_bytes_per_sample
         max_rows = len(batch["caption"]) + int((available - total) // max(1, bytes_per_sample))
         if trainer.is_global_zero:
@@ -58,9 +73,7 @@ class MemoryEstimate(L.Callback):
                 "memory, GB of %.1f: %s; total %.2f; a batch of %d samples fits",
                 available / GB, parts, total / GB, max(0, max_rows),
             )  # fmt: skip
-        # Decide together: a process that stopped alone would leave the others waiting.
-        too_large = torch.tensor(float(total > available), device=pl_module.device)
-        if self.refuse and float(trainer.strategy.reduce(too_large, reduce_op="max")):
+        if self.refuse and _on_any_process(trainer, total > available):
             largest = max(needed, key=lambda name: needed[name])
             raise ValueError(
                 f"training needs about {total / GB:.1f} GB on each device, most of it for "
@@ -69,6 +82,15 @@ class MemoryEstimate(L.Callback):
                 f"activation_checkpointing=true, {_ema_on_host(pl_module)}or trainer=fsdp, or "
                 "check_memory=false to try it"
             )
+
+
+def _on_any_process(trainer: L.Trainer, condition: bool) -> bool:
+    """Whether a condition holds on any process: one that stopped alone would leave others waiting.
+
+    Every process must call it.
+    """
+    value = torch.tensor(float(condition), device=trainer.strategy.root_device)
+    return bool(trainer.strategy.reduce(value, reduce_op="max"))
 
 
 def _fitting_batch(trainer: L.Trainer, batch: Batch, max_rows: int) -> str:
@@ -105,10 +127,12 @@ def estimate_bytes(
     state_copies = (2 if "betas" in optimizer.defaults else 1) * _state_bits(optimizer) / 32
     ema = getattr(module, "ema", None)
     has_ema = ema is not None and ema.device is None
+    accumulates = module.trainer.accumulate_grad_batches > 1
     return {
         "weights": _bytes(module.parameters()) + _bytes(module.buffers()),
         "frozen networks": _frozen_bytes(module, next(module.parameters()).device),
-        "gradients": trainable,
+        # each process keeps those of sharded weights whole until the last micro-batch
+        "gradients": trainable + accumulates * _sharded_bytes(module.parameters()),
         "optimizer": round(state_copies * trainable),
         "ema": trainable if has_ema else 0,
         "activations": activations,
@@ -139,3 +163,8 @@ def device_memory(device: torch.device, processes: int) -> int:
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors; for sharded ones, of the local shards."""
     return sum(getattr(t, "to_local", lambda t=t: t)().nbytes for t in tensors)
+
+
+def _sharded_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes of the full tensors of trainable weights that are sharded."""
+    return sum(p.nbytes for p in parameters if p.requires_grad and isinstance(p, DTensor))

@@ -38,6 +38,11 @@ def profile_step_once(module: L.LightningModule, batch: Batch) -> StepProfile:
     return _PROFILES[module]
 
 
+def forget_profile(module: L.LightningModule) -> None:
+    """Make ``profile_step_once`` profile a run anew, because its steps save other tensors now."""
+    _PROFILES.pop(module, None)
+
+
 def profile_step(module: L.LightningModule, batch: Batch) -> StepProfile:
     """Run a training step with two and with four samples of a batch, without side effects.
 
