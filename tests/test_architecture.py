@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "pipelines",
         "stages",
         "checkpointing",
+        "models",
         "io",
     },
     "evaluation": {

@@ -25,3 +25,15 @@ def test_torch_synchronizes_on_a_gpu_and_this_package_on_the_cpu(
     with FakeTensorMode(allow_non_fake_inputs=True):
         norm(torch.empty(2, 3, 4, 4, device="cuda"))
     assert devices == ["cuda"]
+
+
+def test_torchs_forward_pass_accepts_it(fake_processes: int) -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        norm = SyncBatchNorm2d(3)
+        for layer in (norm, norm.eval()):
+            assert layer(torch.empty(2, 3, 4, 4)).device.type == "cuda"
+
+
+def test_ddp_accepts_it_on_the_cpu() -> None:
+    """DDP refuses a module with ``nn.SyncBatchNorm`` or a subclass in it."""
+    assert not isinstance(SyncBatchNorm2d(3), nn.SyncBatchNorm)

@@ -39,7 +39,7 @@ def profile_step_once(module: L.LightningModule, batch: Batch) -> StepProfile:
 
 
 def forget_profile(module: L.LightningModule) -> None:
-    """Make ``profile_step_once`` profile a run anew, because its steps save other tensors now."""
+    """Make ``profile_step_once`` profile a run again, because its steps save other tensors now."""
     _PROFILES.pop(module, None)
 
 

@@ -3,14 +3,14 @@
 torch's ``SyncBatchNorm`` does not support the CPU, on which distributed runs are tested.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 
-class SyncBatchNorm2d(nn.SyncBatchNorm):
+class SyncBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` with statistics over all processes in training.
 
     On a GPU it is torch's ``SyncBatchNorm``, which communicates once forward and once backward. On
@@ -18,13 +18,16 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
     """
 
     FINGERPRINT_AS = nn.BatchNorm2d  # trained weights are interchangeable with it
+    # What torch's forward pass reads. It is borrowed, because DDP refuses subclasses on the CPU.
+    process_group = None
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if x.device.type != "cpu":
-            return super().forward(x)
+            return nn.SyncBatchNorm.forward(cast(nn.SyncBatchNorm, self), x)
         if not self.training or _is_single_process():
-            return super(nn.SyncBatchNorm, self).forward(x)
+            return super().forward(x)
         centered, mean, squares, count = _center(x.float(), dims=(0, 2, 3))
         var = squares / count
         self._update_running(mean.detach().flatten(), var.detach().flatten() * count / (count - 1))
