@@ -46,8 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluation",
         "pipelines",
         "stages",
+        "models.wrapping",
         "checkpointing",
-        "models",
         "io",
     },
     "evaluation": {
