@@ -1,6 +1,7 @@
 """Operations on sharded weights in one process: values, and what they avoid."""
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.stages.conftest import CAPTIONS, STAGES
 from wuerstchen_pl.batch import Batch
-from wuerstchen_pl.distributed.fsdp2 import full_tensor, local_shards, total_norm
+from wuerstchen_pl.callbacks.evaluation import EvaluationCallback
+from wuerstchen_pl.distributed.fsdp2 import full_tensor, local_shards, total_norm, unsharded
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
 from wuerstchen_pl.models.wrapping import find_blocks
 from wuerstchen_pl.stages.ema import EMA
@@ -83,12 +85,14 @@ def smooth_batch() -> Batch:
     return {"image": images, "caption": list(CAPTIONS), "key": list("abcd")}
 
 
-def sharded_stage(name: str, mesh: DeviceMesh | None, precision: str) -> Stage:
+def sharded_stage(
+    name: str, mesh: DeviceMesh | None, precision: str, callbacks: Sequence[Any] = ()
+) -> Stage:
     """A stage before its first training step, sharded if there is a mesh."""
     stage = STAGES[name]().train()
     stage._trainer = SimpleNamespace(  # type: ignore[assignment]
         accumulate_grad_batches=1, log_every_n_steps=10, global_step=0, global_rank=0,
-        precision=precision,
+        precision=precision, callbacks=list(callbacks),
     )  # fmt: skip
     stage._device_mesh = mesh
     stage.configure_model()
@@ -107,6 +111,15 @@ def gradients(name: str, *, mesh: DeviceMesh | None, precision: str) -> Tensor:
     loss.backward()
     grads = [p.grad for p in stage.parameters() if p.grad is not None]
     return torch.cat([full_tensor(grad).flatten() for grad in grads])
+
+
+def test_an_evaluation_during_training_has_float32_weights(mesh_of_one: DeviceMesh) -> None:
+    """It computes outside of autocast, in which weights in bfloat16 would be an error."""
+    for callbacks, dtype in (([], torch.bfloat16), ([EvaluationCallback], torch.float32)):
+        stage = sharded_stage("c", mesh_of_one, "bf16-mixed", callbacks)
+        with unsharded(stage):
+            dtypes = {p.dtype for block in find_blocks(stage) for p in block.parameters()}
+        assert dtypes == {dtype}
 
 
 @pytest.mark.parametrize("name", STAGES)

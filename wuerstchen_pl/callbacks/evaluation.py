@@ -36,6 +36,9 @@ class EvaluationCallback(L.Callback):
         plan: what to evaluate.
     """
 
+    needs_float32 = True
+    """FSDP gathers weights in float32, also for training, as it cannot do both."""
+
     def __init__(self, *, folder: str, every_steps: int, plan: EvaluationPlan) -> None:
         if every_steps < 1:
             raise ValueError(f"every_steps={every_steps} is out of range; use 1 or more")

@@ -108,9 +108,10 @@ class Stage(L.LightningModule):
         """Shard the weights if the run's strategy has a device mesh."""
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None:
-            bf16 = self.GATHER_BFLOAT16 and self.trainer.precision == "bf16-mixed"
-            block_dtype = torch.bfloat16 if bf16 else None
-            shard_stage(self, find_blocks(self), mesh, block_dtype=block_dtype)
+            trainer: Any = self.trainer
+            bf16 = self.GATHER_BFLOAT16 and trainer.precision == "bf16-mixed"
+            bf16 = bf16 and not any(getattr(c, "needs_float32", False) for c in trainer.callbacks)
+            shard_stage(self, find_blocks(self), mesh, block_dtype=torch.bfloat16 if bf16 else None)
 
     # Sizes
 
