@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,14 +138,27 @@ def test_the_goals_of_speed_are_judged_at_full_size(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", [stage_b, stage_c, stage_c_fsdp, profile_c])
+@pytest.mark.parametrize(
+    ("section", "modes", "compiled"), [(stage_b, 5, 1), (stage_c, 6, 3), (stage_c_fsdp, 2, 1)]
+)
 def test_training_steps_are_measured_in_all_modes(
-    section: object, check: Check, graphs_only: None
+    section: Any, modes: int, compiled: int, check: Check, graphs_only: None
 ) -> None:
-    rows = list(section.rows(check))  # type: ignore[attr-defined]
+    rows = list(section.rows(check))
     assert misses(rows) == []
-    assert len(rows) >= 8
+    assert sum(row.what.endswith("wait for the GPU") for row in rows) == modes
+    assert sum(row.what.endswith("graphs") for row in rows) == compiled
     assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_the_profile_names_the_costliest_operations(check: Check) -> None:
+    rows = list(profile_c.rows(check))
+    shares = [float(row.measured.split("%")[0]) for row in rows]
+    assert len(shares) == profile_c.TOP
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) <= 101  # rounded
+    assert "addmm" in (check.out / "profile_c.txt").read_text()
 
 
 @pytest.mark.slow

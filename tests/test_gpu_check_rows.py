@@ -42,6 +42,8 @@ def test_a_row_survives_its_file_and_keeps_the_columns_of_the_table() -> None:
 
 SECTIONS = {
     "quick": "yield Row('size', check.size.preset)",
+    "cache": "yield Row('cache', os.environ['TORCHINDUCTOR_CACHE_DIR'])",
+    "cache_again": "yield Row('cache', os.environ['TORCHINDUCTOR_CACHE_DIR'])",
     "failing": "raise ValueError('broken')",
     "endless": "time.sleep(600)",
 }
@@ -59,7 +61,7 @@ def checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
         (package / f"{name}.py").write_text(source)
     for name, source in SECTIONS.items():
         source = f"def rows(check):\n    yield Row('one', '1')\n    {source}\n"
-        imports = "import time\nfrom scripts.gpu_check.rows import Row\n"
+        imports = "import os\nimport time\nfrom scripts.gpu_check.rows import Row\n"
         (package / f"{name}.py").write_text(imports + source)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     return Check(TINY, tmp_path, tmp_path, "", 100.0)
@@ -76,6 +78,13 @@ def test_a_section_that_fails_keeps_its_rows_and_says_why(
     assert first == Row("one", "1")
     assert last.verdict == "MISSED"
     assert "ValueError: broken" in capsys.readouterr().out
+
+
+def test_a_killed_section_cannot_damage_the_compiler_cache_of_the_next(checks: Check) -> None:
+    names = ("cache", "cache_again")
+    folders = {gpu_check.run_section(name, checks)[-1].measured for name in names}
+    assert len(folders) == 2
+    assert all(Path(folder).parent == checks.work for folder in folders)
 
 
 def test_a_section_is_stopped_at_its_time_limit(checks: Check) -> None:
