@@ -177,14 +177,25 @@ def test_sampling_is_compared_with_diffusers(check: Check) -> None:
     assert "ours compiled" in rows[-1].what
 
 
+def run_check(out: Path, *sections: str) -> str:
+    """The output of the command at tiny size, in which each section has its own process."""
+    variables = {**os.environ, "OUT": str(out), "TINY": "1"}
+    command = [sys.executable, "-m", "scripts.gpu_check", *sections, "--seconds", "900"]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_the_command_measures_training_steps(tmp_path: Path) -> None:
+    output = run_check(tmp_path, "kernels", "profile_c")
+    assert "0 expectations missed" in output, output
+    (table,) = tmp_path.glob("gpu_*.md")
+    assert table.read_text().count("| profile_c |") == profile_c.TOP
+
+
 @pytest.mark.slow
 def test_the_programs_run(tmp_path: Path) -> None:
-    environment = {**os.environ, "OUT": str(tmp_path), "TINY": "1"}
-    command = [sys.executable, "-m", "scripts.gpu_check", "programs", "openmoji"]
-    process = subprocess.run(
-        [*command, "--seconds", "900"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert "0 expectations missed" in process.stdout, process.stdout
+    output = run_check(tmp_path, "programs", "openmoji")
+    assert "0 expectations missed" in output, output
     assert {path.name for path in tmp_path.glob("grid_?.png")} == {
         f"grid_{stage}.png" for stage in "abc"
     }

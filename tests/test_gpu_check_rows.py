@@ -9,7 +9,7 @@ import pytest
 from scripts.gpu_check import __main__ as gpu_check
 from scripts.gpu_check import section
 from scripts.gpu_check.rows import Row, at_least, at_most, equal, failed, within
-from scripts.gpu_check.sizes import TINY, Check
+from scripts.gpu_check.sizes import FULL, TINY, Check, Size
 from scripts.timing import hardware
 
 
@@ -38,6 +38,14 @@ def test_a_row_survives_its_file_and_keeps_the_columns_of_the_table() -> None:
     row = at_least("a | b", 0.25, 0.5, "{:.0%}")
     assert Row(*json.loads(json.dumps(row))) == row
     assert row.in_table("s") == "| s | a / b | 25% | at least 50% | MISSED |"
+
+
+@pytest.mark.parametrize("size", [FULL, TINY])
+def test_a_check_reaches_the_process_of_a_section_unchanged(size: Size) -> None:
+    check = Check(size, Path("out"), Path("work"), "shards", 12.5)
+    decoded = Check.from_json(check.to_json())
+    assert decoded == check
+    assert hash(decoded.size) == hash(size)  # sections cache configurations by size
 
 
 SECTIONS = {

@@ -99,7 +99,7 @@ def run_section(name: str, check: Check) -> list[Row]:
     error: Exception | None = None
     with log.open("a") as file:
         process = subprocess.Popen(
-            [*command, json.dumps(check, default=str)], cwd=ROOT, env=environment, stderr=file,
+            [*command, check.to_json()], cwd=ROOT, env=environment, stderr=file,
             start_new_session=True,
         )  # fmt: skip
         try:

@@ -1,7 +1,7 @@
 """Run one section in this process: ``python -m scripts.gpu_check.section NAME ROWS CHECK``.
 
 ``__main__`` starts it. Each row is printed, and appended to the file ROWS as a line of JSON; CHECK
-is the section's ``Check`` in JSON, without its size.
+is the section's ``Check`` in JSON.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from scripts.gpu_check.sizes import Check, Size
+from scripts.gpu_check.sizes import Check
 
 
 def run(name: str, rows_file: Path, check: Check) -> None:
@@ -24,8 +24,7 @@ def run(name: str, rows_file: Path, check: Check) -> None:
 def main() -> None:
     """Run the section that the command line names."""
     name, rows_file, encoded = sys.argv[1:]
-    size, out, work, shards, seconds = json.loads(encoded)
-    run(name, Path(rows_file), Check(Size(*size), Path(out), Path(work), shards, seconds))
+    run(name, Path(rows_file), Check.from_json(encoded))
 
 
 if __name__ == "__main__":

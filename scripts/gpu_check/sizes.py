@@ -1,5 +1,6 @@
 """The sizes at which the sections run: published networks on a GPU, or tiny ones anywhere."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,3 +54,14 @@ class Check(NamedTuple):
     """OpenMoji's shards, as ``data.urls``."""
     seconds: float
     """Time limit of the section."""
+
+    def to_json(self) -> str:
+        """The check for another process; its size must be ``FULL`` or ``TINY``."""
+        return json.dumps({**self._asdict(), "size": self.size.full}, default=str)
+
+    @staticmethod
+    def from_json(encoded: str) -> "Check":
+        """The check that ``to_json`` encoded."""
+        fields = json.loads(encoded)
+        paths = {name: Path(fields[name]) for name in ("out", "work")}
+        return Check(**{**fields, **paths, "size": FULL if fields["size"] else TINY})
