@@ -138,7 +138,7 @@ def build_stage(cfg: DictConfig) -> "Stage":
     stage.record_provenance(config=config)
     if cfg.init_from is not None:
         path = load.find_checkpoint(cfg.init_from)
-        state = load.read_checkpoint(path, optimizer_state=False)
+        state = load.read_checkpoint(path, tensors="ema")
         shadow = state["ema"]["shadow"]
         kind = "EMA" if shadow else "raw (there is no EMA yet)"
         logger.info("init_from: %s, weights: %s, step %s", path, kind, state.get("global_step"))

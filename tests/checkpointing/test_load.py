@@ -38,7 +38,9 @@ def moved(cascade: Path, tmp_path: Path) -> Path:
 def rewrite(run: Path, **changed: Any) -> Path:
     """Change entries of the newest checkpoint of a run."""
     path = find_checkpoint(run)
-    torch.save({**torch.load(path, weights_only=True), **changed}, path)
+    content = {**torch.load(path, weights_only=True), **changed}
+    path.unlink()  # not overwritten, as the weights of loaded stages are mapped to the file
+    torch.save(content, path)
     return path
 
 

@@ -8,9 +8,10 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import hydra
 import torch
@@ -103,14 +104,19 @@ def parse_step(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def read_checkpoint(path: Path, *, optimizer_state: bool = True) -> dict[str, Any]:
+Tensors = Literal["all", "ema", "raw", "none"]
+
+
+def read_checkpoint(path: Path, *, tensors: Tensors = "all") -> dict[str, Any]:
     """The contents of a checkpoint, a single file or sharded, without running code from it.
 
     Tensors of a single file are memory-mapped, so that unused ones are not read.
 
     Args:
         path: the file, or the folder of a sharded checkpoint.
-        optimizer_state: False omits the optimizer state of a sharded checkpoint.
+        tensors: which tensors of a sharded checkpoint to read; the others are None. ``ema``: the
+            EMA weights, and the raw weights of those that have none; ``raw``: the raw weights;
+            ``none``: the config and the provenance only.
 
     Raises:
         ValueError: if the file is damaged, or contains more than tensors and plain values.
@@ -119,8 +125,7 @@ def read_checkpoint(path: Path, *, optimizer_state: bool = True) -> dict[str, An
         if path.is_file():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         else:
-            skipped = () if optimizer_state else ("optimizer_states",)
-            content = sharded.read_sharded(path, skip=skipped)
+            content = sharded.read_sharded(path, select=partial(_select, tensors=tensors))
     except Exception as error:  # torch's own message advises loading it with weights_only=False
         raise ValueError(
             f"{path} is damaged, not a checkpoint, or contains more than tensors and plain values; "
@@ -132,6 +137,15 @@ def read_checkpoint(path: Path, *, optimizer_state: bool = True) -> dict[str, An
             f"{', '.join(REQUIRED)}"
         )
     return content
+
+
+def _select(paths: Iterable[sharded.TreePath], *, tensors: Tensors) -> set[sharded.TreePath]:
+    """The paths of a sharded checkpoint's tensors to read; see ``read_checkpoint``."""
+    if tensors == "all":
+        return set(paths)
+    raw = {path for path in paths if path[0] == "state_dict" and tensors != "none"}
+    shadow = {path for path in paths if path[:2] == ("ema", "shadow") and tensors == "ema"}
+    return shadow | raw - {("state_dict", path[2]) for path in shadow}
 
 
 # Build
@@ -183,7 +197,7 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
             weights that have changed.
     """
     path = _find_trained(run, stage)
-    content = read_checkpoint(path, optimizer_state=False)
+    content = read_checkpoint(path, tensors="ema" if ema else "raw")
     trained = stage_class(content["stage"]).name
     if trained != stage:
         raise ValueError(
@@ -219,7 +233,10 @@ def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "St
             path, content["stage"].get("ema", {}).get("start_step", "later"),
         )  # fmt: skip
     try:
-        module.load_state_dict({**content["state_dict"], **(shadow if ema else {})})
+        # ``assign`` frees the new module's memory; a single file's tensors stay memory-mapped, so
+        # that the processes of a machine share them
+        weights = {**content["state_dict"], **(shadow if ema else {})}
+        module.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not contain the weights of its networks") from error
     check_finite(module.state_dict(), str(path))

@@ -8,7 +8,7 @@ default format of ``torch.distributed.checkpoint`` contains a pickle.)
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 REST = "rest.pt"
 SEPARATOR = "|"  # not a dot, as parameter names contain dots
 TreePath = tuple[str | int, ...]
+Selection = Callable[[Iterable[TreePath]], Set[TreePath]]
 Template = Callable[[TreePath, torch.Size, torch.dtype], Tensor]
 
 
@@ -75,7 +76,7 @@ def _reason(error: CheckpointException) -> str:
 
 
 def read_sharded(
-    folder: Path, template: Template | None = None, *, skip: Sequence[str] = ()
+    folder: Path, template: Template | None = None, *, select: Selection = frozenset
 ) -> dict[str, Any]:
     """The contents of a sharded checkpoint.
 
@@ -83,7 +84,7 @@ def read_sharded(
         folder: as written by ``write_sharded`` with any number of processes.
         template: (path in the checkpoint, full shape, dtype) -> the tensor to read into, which may
             be sharded; None reads full tensors, in one process.
-        skip: top-level entries whose tensors are not read and stay None.
+        select: paths of all tensors -> those to read; the others stay None.
 
     Raises:
         OSError: if a file is missing.
@@ -98,15 +99,19 @@ def read_sharded(
     if missing := sorted(content["tensors"].keys() - complete):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
     tensors = {}
-    names = [name for name in content["tensors"] if name.partition(SEPARATOR)[0] not in skip]
-    for name in names:
-        path, metadata = tuple(_key(step) for step in name.split(SEPARATOR)), stored[name]
+    paths = {tuple(map(_key, name.split(SEPARATOR))): name for name in content["tensors"]}
+    selected = select(paths)
+    for path, name in paths.items():
+        if path not in selected:
+            continue
+        metadata = stored[name]
         size, dtype = metadata.size, metadata.properties.dtype  # type: ignore[union-attr]
         tensors[name] = template(path, size, dtype) if template else torch.empty(size, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
         try:
-            dcp.load(tensors, storage_reader=reader, no_dist=template is None)
+            if tensors:
+                dcp.load(tensors, storage_reader=reader, no_dist=template is None)
         except CheckpointException as error:
             raise OSError(f"{folder} cannot be read: {_reason(error)}") from error
     checkpoint = content["rest"]

@@ -39,7 +39,7 @@ pipe("a red heart", height={side}, width={side}, seed=0).images[0].save("heart.p
 def checkpoint_chain(path: Path) -> list[Path]:
     """A checkpoint, and the checkpoints of the frozen stages below it."""
     chain = [path]
-    frozen = load.read_checkpoint(path, optimizer_state=False)["frozen"]
+    frozen = load.read_checkpoint(path, tensors="none")["frozen"]
     for name, recorded in frozen.items():
         chain += checkpoint_chain(load.resolve_frozen(path, name, recorded))
     return chain
@@ -63,7 +63,7 @@ def render_card(checkpoints: Sequence[Path], *, license: str | None, ema: bool) 
 
 
 def _row(path: Path, *, with_ema: bool) -> str:
-    content = load.read_checkpoint(path, optimizer_state=False)
+    content = load.read_checkpoint(path, tensors="none")
     stage, trained = content["stage"], _config(path)
     data, record = trained.get("data", {}), _record(path)
     cells = [

@@ -45,7 +45,7 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
         ValueError: if it is damaged, or not of Stage A, B or C.
     """
     path = find_checkpoint(run)
-    content = read_checkpoint(path, optimizer_state=False)
+    content = read_checkpoint(path, tensors="ema" if ema else "raw")
     if (name := stage_class(content["stage"]).name) not in STAGE_PARTS:
         raise ValueError(
             f"{run} is a run of stage={name}, which no model format supports; use it with sample "

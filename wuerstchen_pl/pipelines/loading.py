@@ -57,7 +57,7 @@ def stage_of_run(model: str) -> str | None:
     with suppress(OSError, YAMLError):  # read first, as it is much smaller than a checkpoint
         content = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     if not isinstance(content, dict) or "stage" not in content:
-        content = load.read_checkpoint(load.find_checkpoint(model), optimizer_state=False)
+        content = load.read_checkpoint(load.find_checkpoint(model), tensors="none")
     return load.stage_class(content["stage"]).name
 
 
