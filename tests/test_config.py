@@ -11,6 +11,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from PIL import Image
 
 from tests.conftest import small
 from wuerstchen_pl import convert, evaluate, export, sample
@@ -270,6 +271,15 @@ def test_an_error_names_a_key_of_the_config(
     key: str, program: Any, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     name, overrides = WRONG_VALUES[key]
+    if name == "evaluate":  # of images that exist, as inputs are checked before networks are built
+        prompts, images = tmp_path / "prompts.txt", tmp_path / "images"
+        prompts.write_text("a\n" * 4)
+        images.mkdir()
+        for i in range(4):
+            Image.new("RGB", (64, 64)).save(images / f"{i}.png")
+        inputs = [f"images={images}", f"prompts={prompts}"]
+        inputs += [f"reference={images}"] * ("fid" in overrides[0])
+        overrides = [*overrides, "model=null", *inputs]
     folder = "paths.root" if name == "train" else "output_dir"
     assert program(name, *overrides, f"{folder}={tmp_path / 'out'}") == 1
     printed = re.match(r"error: ([\w.]+)=", capsys.readouterr().err.splitlines()[-1])

@@ -61,7 +61,7 @@ def run_check(cfg: DictConfig) -> float:
 def run_build(cfg: DictConfig) -> None:
     """Write shards, and print how to train on them."""
     if cfg["from"] is not None:
-        if hydra.utils.get_object(cfg.data._target_) is not folder:
+        if cfg.data._target_ != f"{folder.__module__}.{folder.__qualname__}":
             raise ValueError(
                 f"from={cfg['from']} needs data=folder; remove from, or the other data"
             )

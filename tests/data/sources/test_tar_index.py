@@ -154,7 +154,8 @@ def test_building_shards_writes_their_indexes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = FolderSource(root=str(tmp_path / "in"))
-    (tmp_path / "in").mkdir()
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
     for key in "abcde":
         (tmp_path / f"in/{key}.jpg").write_bytes(image(key))
         (tmp_path / f"in/{key}.txt").write_text(key)
@@ -316,6 +317,8 @@ def index_repeatedly(path: str) -> set[str]:
 def test_two_processes_write_an_index_at_the_same_time(tar: Path) -> None:
     with multiprocessing.get_context("fork").Pool(2) as pool:
         opened = pool.map(index_repeatedly, [str(tar)] * 2, chunksize=1)
+        pool.close()  # leaving the block would terminate workers, which may ignore SIGTERM
+        pool.join()
     assert opened == [{repr(scan_tar(str(tar), "s"))}] * 2
     assert [path.name for path in tar.parent.iterdir()] == ["s.tar"]
 
