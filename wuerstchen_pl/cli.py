@@ -123,20 +123,23 @@ class SweepCallback(Callback):
     """
 
     def __init__(self) -> None:
-        self.num_failed = 0
+        self.num_jobs = self.num_failed = 0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Let ``hydra.sweep.dir`` use ``${hydra:...}``, which Hydra sets only later."""
         HydraConfig.instance().set_config(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Count the failed jobs."""
+        """Count the jobs, and those that failed."""
+        self.num_jobs += 1
         self.num_failed += job_return.status == JobStatus.FAILED
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Report the failed jobs of a sweep whose sweeper ignored them."""
         if self.num_failed:
-            raise SystemExit(f"error: {self.num_failed} jobs of the sweep failed")
+            raise SystemExit(
+                f"error: {self.num_failed} of {self.num_jobs} jobs of the sweep failed"
+            )
 
 
 @contextmanager
