@@ -2,12 +2,13 @@
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 
 from wuerstchen_pl import cache, convert, evaluate, export, interpolate, sample, train
 from wuerstchen_pl.data import __main__ as data
@@ -114,6 +115,14 @@ def run_program(name: str, arguments: list[str]) -> int:
     finally:
         sys.argv = original_argv
     return 0
+
+
+@pytest.fixture(autouse=True)
+def no_group() -> Iterator[None]:
+    """No test inherits the process group that a trainer of an earlier one leaves behind."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -137,9 +137,9 @@ class SweepCallback(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Report the failed jobs of a sweep whose sweeper ignored them."""
         if self.num_failed:
-            raise SystemExit(
-                f"error: {self.num_failed} of {self.num_jobs} jobs of the sweep failed"
-            )
+            failed = f"{self.num_failed} of {self.num_jobs} jobs"
+            print(f"error: {failed} of the sweep failed", file=sys.stderr)
+            sys.exit(1)
 
 
 @contextmanager

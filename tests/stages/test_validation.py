@@ -21,8 +21,6 @@ def loader(batch: Batch, length: int) -> DataLoader:
     return DataLoader([batch] * length, batch_size=None)  # type: ignore[arg-type]
 
 
-# a trainer of an earlier test may have left its process group
-@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
 @pytest.mark.parametrize("name", STAGES)
 def test_ema_weights_are_swapped_in_once_per_validation(
     name: str, batch: Batch, monkeypatch: pytest.MonkeyPatch

@@ -24,7 +24,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        if x.device.type != "cpu":
+        if x.is_cuda:
             return nn.SyncBatchNorm.forward(cast(nn.SyncBatchNorm, self), x)
         if not self.training or _is_single_process():
             return super().forward(x)
