@@ -35,6 +35,7 @@ from wuerstchen_pl.stages.ldm import StageLDM
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str | None,
     "prior": str | None,
+    "variant": str | None,
     "images": str | None,
     "metric": list[str],
     "prompts": str,
@@ -129,7 +130,7 @@ def check_typed_keys(plan: EvaluationPlan) -> None:
     samples = plan.needs_generation or plan.needs_networks
     sized = plan.needs_generation and not plan.prompts_are_data
     reads = {
-        **dict.fromkeys(("sample", "dtype", "prior"), samples),
+        **dict.fromkeys(("sample", "dtype", "prior", "variant"), samples),
         **dict.fromkeys(("height", "width"), sized),
         "reference": bool({"fid", "kid"} & set(plan.metric)),
         **{name: plan.uses(name) for name in NETWORKS},
@@ -181,7 +182,7 @@ def build_target(
         pipeline, stages = _load_model(cfg, plan, trained, device, dtype)
         log_dtype(dtype, device)
         metadata |= {"model": str(cfg.model), "dtype": dtype_name(dtype)}
-        metadata |= {} if cfg.prior is None else {"prior": cfg.prior}
+        metadata |= {key: cfg[key] for key in ("prior", "variant") if cfg[key] is not None}
         if pipeline.source is not None:
             metadata["checkpoint_sha256"] = pipeline.source["sha256"]
     return EvalTarget(metadata=metadata, pipeline=pipeline, stages=stages)
@@ -195,9 +196,9 @@ def _load_model(
     dtype: torch.dtype,
 ) -> tuple[TextToImage, dict[str, StageWithLoss]]:
     """The pipeline, and the stages whose loss is measured; the model is read only once."""
-    if "validation_loss" not in plan.metric or trained is None or cfg.prior is not None:
-        pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
-        return pipeline, {}
+    source = {"prior": cfg.prior, "variant": cfg.variant}
+    if "validation_loss" not in plan.metric or trained is None or any(source.values()):
+        return load_pipeline(cfg.model, **source, device=device, dtype=dtype), {}
     stage = cast(StageC | StageLDM, load.load_stage(run=cfg.model, stage=trained).to(device))
     # losses are measured in float32, so a bfloat16 pipeline needs its own copy of the weights
     networks = stage if dtype == torch.float32 else copy.deepcopy(stage)

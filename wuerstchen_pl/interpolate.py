@@ -23,6 +23,7 @@ from wuerstchen_pl.io.output_folder import claimed
 KNOWN_KEYS: Mapping[str, Any] = {
     "a": str,
     "b": str,
+    "variant": str | None,
     "to": str,
     "weight": float,
     "format": FormatName,
@@ -79,7 +80,8 @@ def run(cfg: DictConfig) -> None:
     """Read both models, and write the interpolated one."""
     check_config(cfg, KNOWN_KEYS)
     with claimed(Path(cfg.to), key="to", must_be_empty=True):
-        model = interpolate(registry.read_model(cfg.a), registry.read_model(cfg.b), cfg.weight)
+        a, b = (registry.read_model(source, variant=cfg.variant) for source in (cfg.a, cfg.b))
+        model = interpolate(a, b, cfg.weight)
         write(model, Path(cfg.to), cfg.format)
 
 

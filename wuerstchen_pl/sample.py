@@ -29,6 +29,7 @@ from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str,
     "prior": str | None,
+    "variant": str | None,
     "prompt": Any,  # text, a number, or a list
     "prompts": str | None,
     "num_images_per_prompt": int,
@@ -66,7 +67,9 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     """Load the pipeline and write the images."""
     device = resolve_device(cfg.device)
     dtype = sampling_dtype(cfg.dtype, device)
-    pipeline = load_pipeline(cfg.model, prior=cfg.prior, device=device, dtype=dtype)
+    pipeline = load_pipeline(
+        cfg.model, prior=cfg.prior, variant=cfg.variant, device=device, dtype=dtype
+    )
     requests = [
         (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)
     ]
@@ -80,7 +83,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
         pipeline, texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings
     )
     metadata = {"model": str(cfg.model), **_sha256(pipeline)}
-    metadata |= {} if cfg.prior is None else {"prior": cfg.prior}
+    metadata |= {key: cfg[key] for key in ("prior", "variant") if cfg[key] is not None}
     metadata |= {"height": cfg.height, "width": cfg.width, "dtype": dtype_name(dtype)}
     metadata |= asdict(settings)
     grid_images: list[torch.Tensor] = []  # the only images that are kept in memory

@@ -64,7 +64,7 @@ def read(path: Path, *, variant: str | None = None) -> Model:
 
     Args:
         path: the folder.
-        variant: ``fp16`` reads ``*.fp16.safetensors``.
+        variant: see ``find_weights``.
 
     Raises:
         FileNotFoundError: if a file is missing.

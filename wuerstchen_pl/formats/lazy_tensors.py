@@ -52,13 +52,13 @@ def checked(lazy: LazyTensor, name: str, where: str) -> LazyTensor:
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, or of the shards that a ``*.index.json`` lists.
+    """The tensors of a safetensors file, or of the shards that a JSON index lists.
 
     Raises:
         ValueError: if a file is damaged, or the index does not match the shards.
         FileNotFoundError: if a shard is missing.
     """
-    if path.name.endswith(".index.json"):
+    if path.suffix == ".json":
         return _read_shards(path)
     try:
         with safe_open(path, "pt") as file:

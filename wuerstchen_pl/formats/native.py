@@ -1,6 +1,8 @@
 """The native format: a folder with a manifest, and for each part a config and its tensors."""
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from wuerstchen_pl.formats.model import (
     validate_settings,
 )
 from wuerstchen_pl.models import tokenizer
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "wuerstchen_pl.json"
 CARD = "README.md"
@@ -84,15 +88,38 @@ def write(model: Model, path: Path) -> None:
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     """The safetensors file of a folder, or the index of its shards.
 
+    Without ``variant``, these are the files without a variant in their names, or else those of the
+    only variant in the folder.
+
     Raises:
-        FileNotFoundError: if neither exists.
+        FileNotFoundError: if there are none; the message lists the variants that are there.
     """
+    by_variant = _weights_by_variant(folder, stem)
+    if variant is None and None not in by_variant and len(by_variant) == 1:
+        (variant,) = by_variant
+        logger.info("%s has only the weights of variant=%s, which are used", folder, variant)
+    if variant in by_variant:
+        return by_variant[variant]
     dotted = f".{variant}" if variant else ""
-    names = (f"{stem}{dotted}.safetensors", f"{stem}.safetensors.index{dotted}.json")
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder} has neither {names[0]} nor {names[1]}")
+    missing = (
+        f"{folder} has neither {stem}{dotted}.safetensors nor {stem}.safetensors.index{dotted}.json"
+    )
+    if not by_variant:
+        raise FileNotFoundError(missing)
+    names = ", ".join(path.name for path in by_variant.values())
+    choices = " or ".join(f"variant={name or 'null'}" for name in by_variant)
+    raise FileNotFoundError(f"{missing}, but it has {names}; use {choices}")
+
+
+def _weights_by_variant(folder: Path, stem: str) -> dict[str | None, Path]:
+    """The weights in a folder by variant; the key is None for those without one."""
+    by_variant: dict[str | None, Path] = {}
+    for pattern in (r"\.safetensors\.index(?:\.(\w+))?\.json", r"(?:\.(\w+))?\.safetensors"):
+        for path in sorted(folder.glob(f"{stem}.*")):
+            match = re.fullmatch(re.escape(stem) + pattern, path.name)
+            if match and path.is_file():
+                by_variant[match[1]] = path  # a single file is preferred to an index
+    return by_variant
 
 
 def load_json(path: Path) -> dict[str, Any]:

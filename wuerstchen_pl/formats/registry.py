@@ -52,15 +52,23 @@ def read_model(source: str, *, prior: str | None = None, variant: str | None = N
         source: a path, or a hub id such as ``warp-ai/wuerstchen``.
         prior: path or id of a separate Stage C, whose parts and settings replace those of
             ``source``.
-        variant: ``fp16`` reads the files of that variant in the diffusers format.
+        variant: of the weights in the diffusers format: ``fp16`` reads ``*.fp16.safetensors``. None
+            reads those without a variant, or else the only variant that there is.
 
     Raises:
         FileNotFoundError: if the path does not exist, or the hub cannot be reached.
-        ValueError: if it is damaged or not a model.
+        ValueError: if it is damaged or not a model, or if ``variant`` applies to nothing.
     """
-    model = _read(source, variant)
-    if prior is not None:
-        other = _read(prior, variant)
+    path = resolve_source(source, variant)
+    prior_path = None if prior is None else resolve_source(prior, variant)
+    if variant is not None and not any(_has_variants(p) for p in (path, prior_path) if p):
+        raise ValueError(
+            f"variant={variant} applies to the diffusers format, which {source} does not have; "
+            "remove variant="
+        )
+    model = _read(path, variant)
+    if prior_path is not None:
+        other = _read(prior_path, variant)
         if "prior" not in other.parts:
             raise ValueError(f"prior={prior} has no Stage C; use a model that has one")
         parts = {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
@@ -69,18 +77,16 @@ def read_model(source: str, *, prior: str | None = None, variant: str | None = N
     return model
 
 
-def _read(source: str, variant: str | None) -> Model:
-    path = resolve_source(source, variant)
+def _has_variants(path: Path) -> bool:
+    return not run.is_run(path) and detect_format(path) == "diffusers"
+
+
+def _read(path: Path, variant: str | None) -> Model:
     if run.is_run(path):
         return run.read_run(path)
     format = detect_format(path)
     if format == "diffusers":
         return _checked(diffusers.read(path, variant=variant), path)
-    if variant is not None:
-        raise ValueError(
-            f"variant={variant} applies to the diffusers format, but {path} has the {format} "
-            "format; remove variant="
-        )
     return _checked(FORMATS[format].read(path), path)
 
 
@@ -96,19 +102,30 @@ def _checked(model: Model, path: Path) -> Model:
 def resolve_source(source: str, variant: str | None = None) -> Path:
     """A local path unchanged, or the folder of a downloaded hub repository.
 
+    Weights of the variant fp16 are downloaded only if ``variant`` is set, or there are no others.
+
     Raises:
         FileNotFoundError: if it is not a path and cannot be downloaded.
     """
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/")):
         return Path(source)
     try:
-        ignored = ["*.fp16.*"] if variant is None else []
-        return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS, ignore_patterns=ignored))
+        if variant is None:
+            folder = _download(source, ignore=["*.fp16.*", "*.fp16-*"])
+            parts = [config.parent for config in folder.rglob("config.json")]
+            if all(any(part.glob("*.safetensors")) for part in parts):
+                return folder
+        return _download(source)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"{source} is not a path and could not be downloaded from the hub: {reason}"
         ) from error
+
+
+def _download(source: str, ignore: list[str] | None = None) -> Path:
+    folder = snapshot_download(source, allow_patterns=HUB_PATTERNS, ignore_patterns=ignore)
+    return Path(folder)
 
 
 def write_model(model: Model, path: Path, format: FormatName) -> None:

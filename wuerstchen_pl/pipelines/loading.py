@@ -23,6 +23,7 @@ def load_pipeline(
     model: str,
     *,
     prior: str | None = None,
+    variant: str | None = None,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> TextToImage:
@@ -30,16 +31,20 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: if the model or a part of it is missing.
-        ValueError: if it is damaged, or not a model, or if ``prior`` does not apply to it.
+        ValueError: if it is damaged, or not a model, or if ``prior`` or ``variant`` does not apply
+            to it.
     """
     if stage_of_run(model) == "ldm":
-        if prior is not None:
-            raise ValueError(
-                f"prior={prior} needs a cascade, but {model} is a baseline; remove prior"
-            )
+        for key, value in (("prior", prior), ("variant", variant)):
+            if value is not None:
+                raise ValueError(
+                    f"{key}={value} needs a cascade, but {model} is a baseline; remove {key}"
+                )
         stage = cast("StageLDM", load.load_stage(run=model, stage="ldm"))
         return pipeline_from_stage(stage).to(device, dtype)
-    return WuerstchenPipeline.from_pretrained(model, prior=prior, device=device, torch_dtype=dtype)
+    return WuerstchenPipeline.from_pretrained(
+        model, prior=prior, variant=variant, device=device, torch_dtype=dtype
+    )
 
 
 def stage_of_run(model: str) -> str | None:

@@ -43,7 +43,9 @@ class WuerstchenPipeline(CascadePipeline):
             path: a model's folder or hub id, or a run folder or checkpoint of Stage C.
             prior: folder or hub id of a separate Stage C, such as ``warp-ai/wuerstchen-prior``
                 for ``warp-ai/wuerstchen``.
-            variant: ``fp16`` reads ``*.fp16.safetensors`` of diffusers' format.
+            variant: of the weights in the diffusers format: ``fp16`` reads
+                ``*.fp16.safetensors``. None reads those without a variant, or else the only variant
+                that there is.
             torch_dtype: dtype of the weights.
             device: device to run on.
 
