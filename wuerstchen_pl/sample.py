@@ -18,6 +18,7 @@ from wuerstchen_pl.cli import check_output_dir, command
 from wuerstchen_pl.config import check_config
 from wuerstchen_pl.distributed.launch import resolve_device
 from wuerstchen_pl.evaluation import prompt_sets
+from wuerstchen_pl.io.image_files import GRID
 from wuerstchen_pl.io.images import write_png
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.pipelines.generate import generate_images
@@ -94,7 +95,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
         if cfg.grid:
             grid_images.append(image)
     if len(grid_images) > 1:
-        write_png(folder / "grid.png", tile(grid_images, columns=cfg.num_images_per_prompt), {})
+        write_png(folder / GRID, tile(grid_images, columns=cfg.num_images_per_prompt), {})
     print(f"{len(requests)} image{'s' * (len(requests) > 1)} in {folder}")
 
 

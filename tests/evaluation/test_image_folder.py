@@ -53,3 +53,23 @@ def test_formats_that_start_programs_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "drawing.png").write_bytes(data.getvalue())
     with pytest.raises(ValueError, match=r"drawing\.png is damaged"):
         ImageFolder(tmp_path).image(0)
+
+
+def test_what_is_not_used_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    red = Image.new("RGB", (8, 8), "red")
+    for name in ("1.png", "2.PNG", "3.bmp", "grid.png"):
+        red.save(tmp_path / name)
+    for name in ("._1.png", "4.heic", "notes.txt", "images.csv"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "more.png").mkdir()
+    with caplog.at_level("INFO"):
+        folder = ImageFolder(tmp_path)
+    assert [path.name for path in folder.paths] == ["1.png", "2.PNG", "3.bmp"]
+    assert caplog.messages == [
+        f"images={tmp_path}: 3 images; not used: 1 x grid of samples, 1 x hidden file, "
+        "1 x subfolder, 1 x unsupported image format"
+    ]
+    for path in folder.paths:
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"contains no images \(1 x grid of samples, "):
+        ImageFolder(tmp_path)

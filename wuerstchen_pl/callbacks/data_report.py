@@ -11,8 +11,9 @@ logger = logging.getLogger(__name__)
 class DataReport(L.Callback):
     """Log the data module's counts after each epoch, and report how many samples were skipped.
 
-    Logs ``data/seen``, ``data/dropped/<filter>``, and ``data/bad/<reason>``, all counted since the
-    run began, and ``data/cropped_share``, the fraction of pixels that cropping removed.
+    Logs ``data/seen``, ``data/dropped/<filter>``, ``data/bad/<reason>`` and
+    ``data/ignored/<reason>``, all counted since the run began, and ``data/cropped_share``, the
+    fraction of pixels that cropping removed.
 
     Args:
         every_seconds: minimum time between two reports, as epochs may be short.
@@ -28,7 +29,9 @@ class DataReport(L.Callback):
         counts = getattr(getattr(trainer, "datamodule", None), "counts", {})
         if not counts:
             return
-        skipped = {k: v for k, v in counts.items() if k.startswith(("dropped/", "bad/"))}
+        skipped = {
+            k: v for k, v in counts.items() if k.startswith(("dropped/", "bad/", "ignored/"))
+        }
         metrics = {"data/seen": counts.get("seen", 0)}
         metrics |= {f"data/{name}": number for name, number in skipped.items()}
         if counts.get("pixels"):

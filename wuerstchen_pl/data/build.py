@@ -22,7 +22,8 @@ from wuerstchen_pl.data.sources.source import Sample, Source, name_digest
 from wuerstchen_pl.data.sources.tar import tar_writer
 from wuerstchen_pl.data.sources.tar_index import index_path, index_tar
 from wuerstchen_pl.io.atomic import atomic_write
-from wuerstchen_pl.io.images import IMAGE_FORMATS, decode_image
+from wuerstchen_pl.io.image_files import IMAGE_FORMATS
+from wuerstchen_pl.io.images import decode_image
 
 _LOG = ".written.jsonl"
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

@@ -12,7 +12,7 @@ from wuerstchen_pl.data.datamodule import ImageTextDataModule, cpu_count
 from wuerstchen_pl.data.ordering.buckets import Size, enlargement
 from wuerstchen_pl.data.ordering.prefetch import ShardPrefetcher
 from wuerstchen_pl.data.ordering.selection import SampleSelector
-from wuerstchen_pl.data.sources.source import Sample, SampleError, Source, Split
+from wuerstchen_pl.data.sources.source import IGNORED, Sample, SampleError, Source, Split
 from wuerstchen_pl.io.images import decode_image
 
 _EXAMPLES = 3
@@ -27,7 +27,7 @@ class Inspection:
         shards: number of opened shards.
         broken: number of missing, damaged or truncated shards.
         sizes: (width, height) of every complete sample.
-        bad: number of unusable samples, by reason.
+        bad: number of samples and files that are not used, by reason.
         examples: locations of the first of these, by reason.
         dropped: number of dropped samples, by filter.
         buckets: number of usable images, by (height, width).
@@ -114,7 +114,8 @@ def format_report(inspection: Inspection) -> str:
     lines.append(f"{len(inspection.sizes)} complete samples")
     for reason, number in inspection.bad.most_common():
         examples = "; ".join(inspection.examples[reason])
-        lines.append(f"  {number:8d} bad: {reason}, such as {examples}")
+        kind = "ignored" if reason in IGNORED else "bad"
+        lines.append(f"  {number:8d} {kind}: {reason}, such as {examples}")
     if inspection.sizes:
         sides = np.sort(np.array(inspection.sizes), axis=1)
         ratios = np.array([width / height for width, height in inspection.sizes])

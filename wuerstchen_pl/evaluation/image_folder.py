@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wuerstchen_pl.io.images import IMAGE_SUFFIXES, decode_image, upright_size
+from wuerstchen_pl.io.image_files import (
+    GRID,
+    IMAGE_SUFFIXES,
+    OTHER_SUFFIXES,
+    is_hidden,
+    split_suffix,
+)
+from wuerstchen_pl.io.images import decode_image, upright_size
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "images.json"
 """File in the folder that records how its images were generated."""
@@ -35,9 +46,17 @@ class ImageFolder:
     ) -> None:
         self.path, self.key = path, key
         files = sorted(path.iterdir(), key=_by_numbers) if path.is_dir() else []
-        self.paths = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES]
+        reasons = {file: _reason_to_skip(file) for file in files}
+        self.paths = [file for file in files if reasons[file] is None]
+        skipped = Counter(reason for reason in reasons.values() if reason)
+        unused = ", ".join(f"{number} x {reason}" for reason, number in sorted(skipped.items()))
         if not self.paths:
-            raise FileNotFoundError(f"{key}={path} contains no images; use a folder of images")
+            skipped_files = f" ({unused})" if unused else ""
+            raise FileNotFoundError(
+                f"{key}={path} contains no images{skipped_files}; use a folder of images"
+            )
+        if unused:
+            logger.info("%s=%s: %d images; not used: %s", key, path, len(self.paths), unused)
         if prompts is None and (path / MANIFEST).is_file():
             prompts = _prompts_of(path / MANIFEST)
         self.prompts = None if prompts is None else list(prompts)
@@ -85,6 +104,20 @@ class ImageFolder:
         stats = ((path.name, path.stat()) for path in self.paths)
         text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
         return hashlib.sha256(f"{self.path.resolve()}\n{text}".encode()).hexdigest()
+
+
+def _reason_to_skip(path: Path) -> str | None:
+    """Why a file is not used; "" for one that is not an image, None for an image."""
+    suffix = split_suffix(path.name)[1]
+    if path.is_dir():
+        return "subfolder"
+    if suffix in OTHER_SUFFIXES:
+        return "unsupported image format"
+    if suffix not in IMAGE_SUFFIXES:
+        return ""
+    if is_hidden(path.name):
+        return "hidden file"
+    return "grid of samples" if path.name == GRID else None
 
 
 def _by_numbers(path: Path) -> list[tuple[int, str]]:

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from wuerstchen_pl.io.text import decode_text
+
 
 def read_prompts(path: str) -> list[str]:
     """The prompts of a file, whose format follows from its suffix.
@@ -21,10 +23,11 @@ def read_prompts(path: str) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"prompts={path} is not a file; use a prompt file")
     try:
-        lines = READERS.get(file.suffix, _lines)(file.read_text(encoding="utf-8-sig"))
-        prompts = [" ".join(prompt.split()) for prompt in lines]
-    except UnicodeDecodeError as error:
+        text = decode_text(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"prompts={path} is not UTF-8 text: {error}") from error
+    try:
+        prompts = [" ".join(line.split()) for line in READERS.get(file.suffix, _lines)(text)]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"prompts={path} cannot be read as {KINDS[file.suffix]}: {error!r}"
@@ -51,11 +54,11 @@ def _coco(text: str) -> list[str]:
 
 
 def _narratives(text: str) -> list[str]:
-    return [json.loads(line)["caption"] for line in text.splitlines() if line.strip()]
+    return [json.loads(line)["caption"] for line in text.split("\n") if line.strip()]
 
 
 def _parti(text: str) -> list[str]:
-    rows = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    rows = csv.DictReader(text.split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE)
     return [row["Prompt"] for row in rows]
 
 

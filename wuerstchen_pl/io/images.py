@@ -4,34 +4,30 @@ import io
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from wuerstchen_pl.io.atomic import atomic_write
+from wuerstchen_pl.io.image_files import IMAGE_FORMATS
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-"""File suffixes that are treated as images."""
-
-# Some of PIL's other formats start external programs, for example EPS.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that are decoded, whatever the file's suffix."""
-
-EXIF_ORIENTATION = 0x0112
+_ORIENTATION = 0x0112  # the EXIF tag
+# PIL's warnings name no file, and what cannot be decoded is reported with its file. Not by
+# ``catch_warnings``, which is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def upright_size(data: bytes | str) -> tuple[int, int] | None:
     """(width, height) of an image after EXIF rotation, from bytes or a path; None if unreadable."""
     try:
-        with Image.open(
-            io.BytesIO(data) if isinstance(data, bytes) else data, formats=IMAGE_FORMATS
-        ) as img:
-            rotated = img.getexif().get(EXIF_ORIENTATION, 1) >= 5
-            return (img.height, img.width) if rotated else img.size
+        with _open(io.BytesIO(data) if isinstance(data, bytes) else data) as img:
+            return (img.height, img.width) if _orientation(img) >= 5 else img.size
     except Exception:  # PIL raises various types for damaged headers
         return None
 
@@ -48,23 +44,31 @@ def decode_image(data: bytes, cover: tuple[int, int] | None = None) -> np.ndarra
         (H, W, 3) uint8.
 
     Raises:
-        OSError: if the format is unknown, the data are damaged or truncated, or the image has more
-            pixels than PIL's limit of 179 million.
+        OSError: if the format is unknown, the data are damaged or truncated, the range of the
+            pixels is unknown, or the image has more pixels than PIL's limit of 179 million.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of large images below its limit
-            img: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-            orientation = img.getexif().get(EXIF_ORIENTATION, 1)
-            if cover is not None:
-                _draft(img, cover, rotated=orientation >= 5)
-            if (plain := _plain_jpeg(img, data, orientation)) is not None:
-                return plain
-            return np.asarray(to_rgb(img))
+        img: Image.Image = _open(io.BytesIO(data))
+        orientation = _orientation(img)
+        if cover is not None:
+            _draft(img, cover, rotated=orientation >= 5)
+        if (plain := _plain_jpeg(img, data, orientation)) is not None:
+            return plain
+        return np.asarray(to_rgb(img))
     except OSError:
         raise
     except Exception as error:  # PIL raises various types for damaged files
         raise OSError(str(error) or type(error).__name__) from error
+
+
+def _open(source: io.BytesIO | str) -> ImageFile:
+    return Image.open(source, formats=IMAGE_FORMATS)
+
+
+def _orientation(img: Image.Image) -> int:
+    """The EXIF orientation; 1 (upright) if it is missing or invalid."""
+    value: Any = img.getexif().get(_ORIENTATION)
+    return value if value in range(1, 9) else 1
 
 
 def _draft(img: Image.Image, cover: tuple[int, int], *, rotated: bool) -> None:
@@ -79,26 +83,40 @@ def _plain_jpeg(img: Image.Image, data: bytes, orientation: int) -> np.ndarray |
     size = img.size
     if img.format != "JPEG" or img.mode not in ("RGB", "L") or orientation != 1:
         return None
-    height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    if size != (width, height):  # a reduced size was requested
-        return None
     try:
-        return simplejpeg.decode_jpeg(data)
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        # PIL's size is smaller if a reduced one was requested
+        return simplejpeg.decode_jpeg(data) if size == (width, height) else None
     except ValueError:  # PIL is more lenient and has better error messages
         return None
 
 
 def to_rgb(img: Image.Image) -> Image.Image:
-    """An upright 8-bit RGB image, with transparency composited on white."""
+    """An upright 8-bit RGB image, with transparency composited on white.
+
+    Raises:
+        OSError: if the pixels are neither 8 nor 16 bits.
+    """
     img = ImageOps.exif_transpose(img)
-    if img.mode.startswith("I"):
-        # 16-bit gray: PIL's conversion to 8 bits clips at 255 instead of scaling.
-        img = Image.fromarray((np.asarray(img).astype(np.float64) / 257).round().astype(np.uint8))
+    if img.mode.startswith(("I", "F")):
+        img = _gray_to_8_bits(img)
     if img.has_transparency_data:
         img = img.convert("RGBA")
         white = Image.new("RGBA", img.size, "white")
         img = Image.alpha_composite(white, img)
     return img.convert("RGB")
+
+
+def _gray_to_8_bits(img: Image.Image) -> Image.Image:
+    """16-bit gray to 8 bits; PIL's conversion clips at 255 instead of scaling.
+
+    Raises:
+        OSError: if the range of the pixels is unknown.
+    """
+    pixels = np.asarray(img)
+    if img.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        raise OSError("pixels of 32 bits have no known range; convert the image to 8 or 16 bits")
+    return Image.fromarray((pixels.astype(np.float64) / 257).round().astype(np.uint8))
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def test_a_field_that_csv_rejects_costs_only_its_row(image_folder: Path) -> None
     (image_folder / "metadata.csv").write_text("\n".join(rows))
     samples, bad = samples_and_errors(FolderSource(root=str(image_folder)))
     assert [s.key for s in samples] == ["a.png", "more/c.JPG"]
-    assert [b.reason for b in bad] == ["unreadable row"]
+    assert [b.reason for b in bad] == ["unreadable row", "not in the table"]
 
 
 def test_a_larger_folder_has_another_last_shard(image_folder: Path) -> None:
@@ -131,3 +132,74 @@ def test_a_folder_without_images_is_rejected(tmp_path: Path) -> None:
         FolderSource(root=str(tmp_path / "nowhere")).prepare()
     with pytest.raises(FileNotFoundError, match="contains no images"):
         FolderSource(root=str(tmp_path)).prepare()
+    (tmp_path / "photo.heic").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("a note")
+    summary = "1 x no image; 1 x unsupported image format"
+    with pytest.raises(FileNotFoundError, match=rf"contains no images \(jpg, .*; {summary}\); use"):
+        FolderSource(root=str(tmp_path)).prepare()
+
+
+def test_a_table_covers_its_folder_and_the_folders_below(image_folder: Path) -> None:
+    for name in ("more/d.png", "more/deep/e.png", "more/deep/f.png", "more/._d.png"):
+        (image_folder / name).parent.mkdir(exist_ok=True)
+        (image_folder / name).write_bytes(image(name))
+    rows = [{"file_name": "./d.png", "text": "dee"}, {"file_name": "deep/e.png", "text": "ee"}]
+    (image_folder / "more/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = FolderSource(root=str(image_folder))
+    samples, bad = samples_and_errors(source)
+    assert [(s.key, s.captions) for s in samples] == [
+        ("more/d.png", ("dee",)),
+        ("more/deep/e.png", ("ee",)),
+        ("a.png", ("caption of a.png",)),
+        ("b.jpg", ("caption of b.jpg",)),
+    ]
+    assert source.read(samples[1]) == image("more/deep/e.png")
+    root = str(image_folder)
+    assert [(b.reason, b.where.removeprefix(root), b.is_bad) for b in bad] == [
+        ("hidden file", "/more/._d.png", False),
+        ("not in the table", "/more/c.JPG", False),
+        ("not in the table", "/more/deep/f.png", False),
+    ]
+
+
+def test_a_table_may_be_in_utf_16_as_spreadsheets_write_it(image_folder: Path) -> None:
+    text = "file_name,text\r\na.png,ein H\u00e4schen\r\n"
+    (image_folder / "metadata.csv").write_bytes(text.encode("utf-16"))
+    samples, _ = samples_and_errors(FolderSource(root=str(image_folder)))
+    assert [(s.key, s.captions) for s in samples] == [("a.png", ("ein H\u00e4schen",))]
+
+
+def test_two_tables_in_one_folder_are_rejected(image_folder: Path) -> None:
+    for kind, text in (("jsonl", '{"file_name": "a.png", "text": "x"}'), ("csv", "file_name,text")):
+        (image_folder / f"metadata.{kind}").write_text(text)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl and metadata\.csv; remove one of them"):
+        FolderSource(root=str(image_folder)).prepare()
+
+
+def test_linked_folders_are_read_once(image_folder: Path) -> None:
+    elsewhere = image_folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "e.png").write_bytes(image("e"))
+    (elsewhere / "e.txt").write_text("e")
+    (image_folder / "link").symlink_to(elsewhere)
+    (image_folder / "more/loop").symlink_to(image_folder)
+    (image_folder / "same").symlink_to(image_folder / "more")
+    samples, bad = samples_and_errors(FolderSource(root=str(image_folder)))
+    assert [s.key for s in samples] == ["a.png", "b.jpg", "link/e.png", "more/c.JPG"]
+    assert not bad
+
+
+def test_a_folder_without_permission_is_reported(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:  # the superuser may read every folder
+        if path.endswith("more"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    samples, bad = samples_and_errors(FolderSource(root=str(image_folder)))
+    assert [s.key for s in samples] == ["a.png", "b.jpg"]
+    assert [(b.reason, b.where) for b in bad] == [("unreadable folder", str(image_folder / "more"))]

@@ -17,8 +17,8 @@ class DataStats:
         limit: share of bad samples, or of broken shards, above which ``check`` raises.
 
     Attributes:
-        counts: "seen", "dropped/<filter>", "bad/<reason>", "shards", "shards/broken" and those of
-            the workers.
+        counts: "seen", "dropped/<filter>", "bad/<reason>", "ignored/<reason>", "shards",
+            "shards/broken" and those of the workers.
     """
 
     def __init__(self, *, show: bool = True, limit: float = 1.0) -> None:
@@ -32,8 +32,8 @@ class DataStats:
         self.counts = counts.copy()
 
     def note_bad(self, bad: SampleError) -> None:
-        """Count bad samples, and warn if they are among the first of their kind."""
-        self.counts[f"bad/{bad.reason}"] += bad.count
+        """Count what is not used, and warn if it is among the first of its kind."""
+        self.counts[f"{'bad' if bad.is_bad else 'ignored'}/{bad.reason}"] += bad.count
         self._shown[bad.reason] += 1
         if self.show and self._shown[bad.reason] <= _EXAMPLES:
             suffix = " (further ones are only counted)" * (self._shown[bad.reason] == _EXAMPLES)
@@ -73,7 +73,7 @@ class DataStats:
 def format_counts(counts: Counter[str]) -> str:
     """The counts of a ``DataStats`` as text."""
     parts = [f"{counts['seen']} samples read from {counts['shards']} shards"]
-    for kind in ("dropped", "bad"):
+    for kind in ("dropped", "bad", "ignored"):
         items = [
             f"{n} {name.partition('/')[2]}"
             for name, n in sorted(counts.items())

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen_pl.data.sources.folder import parse_range, row_ranges
-from wuerstchen_pl.data.sources.metadata import (
-    SCORE_COLUMNS,
-    has_text,
-    parse_captions,
-    parse_scores,
+from wuerstchen_pl.data.sources.metadata import SCORE_COLUMNS, parse_captions, parse_scores
+from wuerstchen_pl.data.sources.source import (
+    Sample,
+    SampleError,
+    ShardGroup,
+    ShardIndex,
+    Split,
+    UnusableSampleError,
 )
-from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardGroup, ShardIndex, Split
 from wuerstchen_pl.io.images import upright_size
 
 
@@ -25,7 +27,7 @@ class HubDataset:
         config: name of the dataset configuration, if there are several.
         split: split for training.
         val_split: split for validation; None holds validation samples out of ``split``.
-        image_column: column of the images.
+        image_column: column of the images, or of their encoded bytes.
         caption_column: column of the captions, or of lists of captions to draw one from.
         revision: git revision on the Hub.
     """
@@ -76,11 +78,10 @@ class HubDataset:
         table = self._table(split)
         samples, bad = [], []
         for number in range(*parse_range(row_range)):
-            result = self._sample(shard, number, table)
-            if isinstance(result, Sample):
-                samples.append(result)
-            else:
-                bad.append(SampleError(result, f"{self.name}, row {number} of {split}"))
+            try:
+                samples.append(self._sample(shard, number, table))
+            except UnusableSampleError as error:
+                bad.append(SampleError(str(error), f"{self.name}, row {number} of {split}"))
         return ShardIndex(samples, bad)
 
     def read(self, sample: Sample) -> bytes:
@@ -91,18 +92,20 @@ class HubDataset:
             raise FileNotFoundError(f"{sample.name} has no image")
         return data
 
-    def _sample(self, shard: str, number: int, table: Any) -> Sample | str:
-        """The sample of a row, or the reason why it cannot be used."""
+    def _sample(self, shard: str, number: int, table: Any) -> Sample:
+        """The sample of a row.
+
+        Raises:
+            UnusableSampleError: it cannot be used.
+        """
         row = table[number]
         data = self._bytes(row[self.image_column])
         if data is None:
-            return "no image"
+            raise UnusableSampleError("no image")
         captions = parse_captions(row[self.caption_column])
-        if not captions:
-            return "caption is not UTF-8" if has_text(row[self.caption_column]) else "no caption"
         size = upright_size(data)
         if size is None:
-            return "unreadable image"
+            raise UnusableSampleError("unreadable image")
         key = f"{number:09d}"
         row_and_size = number, len(data)
         return Sample(
@@ -192,7 +195,7 @@ class HubDataset:
                     f"data.{key}={column!r} is not a column of {self.name!r}; choose from "
                     f"{', '.join(table.column_names)}"
                 )
-        if not isinstance(table.features[self.image_column], datasets.Image):
+        if not _is_image(table.features[self.image_column], datasets):
             raise ValueError(
                 f"data.image_column={self.image_column!r} of {self.name!r} contains no images but "
                 f"{table.features[self.image_column]}; use the column of the images"
@@ -207,3 +210,11 @@ def _hub(state: dict[str, Any]) -> HubDataset:
     source = HubDataset.__new__(HubDataset)
     source.__dict__.update(state)
     return source
+
+
+def _is_image(feature: Any, datasets: Any) -> bool:
+    """Whether a column contains images, or what can be cast to images."""
+    if isinstance(feature, dict):
+        return feature.keys() == {"bytes", "path"}
+    is_bytes = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    return is_bytes or isinstance(feature, datasets.Image)

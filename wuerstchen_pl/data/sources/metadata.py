@@ -1,34 +1,70 @@
-"""Parses captions and scores out of a sample's metadata fields."""
+"""Parses captions and scores out of a sample's files, or the columns of its row."""
 
+import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+
+from wuerstchen_pl.data.sources.source import UnusableSampleError
+from wuerstchen_pl.io.text import decode_text
 
 SCORE_COLUMNS = ("pwatermark", "punsafe", "aesthetic", "AESTHETIC_SCORE")
 """Score columns of LAION's metadata, for filters."""
 
 
 def parse_captions(value: Any) -> tuple[str, ...]:
-    """The valid captions of a field, which is a string or a list of strings."""
-    return tuple(text.strip() for text in _texts(value) if _is_unicode(text))
+    """The valid captions of a field, which is a string or a list of strings.
 
+    White space, including line ends, becomes single spaces.
 
-def has_text(value: Any) -> bool:
-    """Whether a field contains text, even text that is not valid Unicode (lone surrogates)."""
-    return bool(_texts(value))
-
-
-def _texts(value: Any) -> list[str]:
+    Raises:
+        UnusableSampleError: there is no caption, or none is valid Unicode.
+    """
     values = value if isinstance(value, list | tuple) else [value]
-    return [text for text in values if isinstance(text, str) and text.strip()]
+    texts = [" ".join(text.lstrip("\ufeff").split()) for text in values if isinstance(text, str)]
+    captions = tuple(text for text in texts if text and _is_unicode(text))
+    if not captions:
+        raise UnusableSampleError("caption is not UTF-8" if any(texts) else "no caption")
+    return captions
+
+
+def file_captions(caption: bytes | None, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The captions of a sample in files: ``captions`` of its metadata, or else its caption file.
+
+    Args:
+        caption: content of the caption file, if there is one.
+        metadata: its parsed metadata.
+
+    Raises:
+        UnusableSampleError: see ``parse_captions``.
+    """
+    with suppress(UnusableSampleError):
+        return parse_captions(metadata.get("captions"))
+    if caption is None:
+        raise UnusableSampleError("no caption")
+    try:
+        return parse_captions(decode_text(caption))
+    except ValueError as error:
+        raise UnusableSampleError("caption is not UTF-8") from error
+
+
+def parse_metadata(data: bytes | None) -> dict[str, Any]:
+    """The content of a sample's JSON file; empty if there is none, or if it is damaged."""
+    try:
+        metadata = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _is_unicode(text: str) -> bool:
+    """Whether a text has neither lone surrogates nor NUL characters."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text
 
 
 def parse_scores(row: Mapping[str, Any]) -> dict[str, float]:

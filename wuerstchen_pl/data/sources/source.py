@@ -51,13 +51,26 @@ class Sample:
         return f"{base_name(self.shard)}/{self.key}"
 
 
+IGNORED = frozenset({"hidden file", "additional image", "not in the table"})
+"""Reasons of a ``SampleError`` that do not indicate damaged or missing data."""
+
+
 @dataclass(frozen=True, slots=True)
 class SampleError:
-    """Something that cannot be used: the reason, its location and how many samples it affects."""
+    """Something that is not used: the reason, its location and how many samples it affects."""
 
     reason: str
     where: str
     count: int = 1
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether data are damaged or missing; what is ignored is only counted."""
+        return self.reason not in IGNORED
+
+
+class UnusableSampleError(Exception):
+    """A sample cannot be used; the message is the reason of its ``SampleError``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +79,7 @@ class ShardIndex:
 
     Attributes:
         samples: the usable samples, in the shard's order.
-        bad: unusable and missing samples.
+        bad: what is not used, with its reasons: unusable, ignored and missing samples.
         broken: whether the shard itself is missing, damaged or truncated.
     """
 

@@ -1,24 +1,24 @@
 """Writes and scans tar files in WebDataset's layout: their samples and byte offsets.
 
-A sample is ``<key>.jpg`` (or jpeg, png, webp), ``<key>.txt`` and optionally ``<key>.json``, as
+A sample is ``<key>.jpg`` (or another image), ``<key>.txt`` and optionally ``<key>.json``, as
 written by img2dataset; a list ``captions`` in the json overrides the txt. The tar headers are read
 once; any image can then be read with one ``os.pread``.
 """
 
-import json
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
-from wuerstchen_pl.data.sources.metadata import parse_captions, parse_scores
-from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex
-from wuerstchen_pl.io.images import IMAGE_SUFFIXES, upright_size
+from wuerstchen_pl.data.sources.metadata import file_captions, parse_metadata, parse_scores
+from wuerstchen_pl.data.sources.sample_files import SampleFiles, group_files
+from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex, UnusableSampleError
+from wuerstchen_pl.io.images import upright_size
 
 LONGEST_SIDE = 1_000_000
 """In pixels; a larger side in the json is not believed."""
@@ -49,29 +49,29 @@ def scan_tar(path: str, shard: str) -> ShardIndex:
         ValueError: the path is invalid.
     """
     samples: list[Sample] = []
-    bad: list[SampleError] = []
     with open(path, "rb") as file:
-        groups, repeated, damage = _group_members(path, file.fileno())
-        for key, members in groups.items():
-            sample = _sample(file.fileno(), shard, key, members)
-            if isinstance(sample, Sample):
-                samples.append(sample)
-            else:
-                bad.append(SampleError(sample, f"{shard}/{key}"))
+        members, repeated, damage = _read_headers(path, file.fileno())
+        groups, unused = group_files(members)
+        bad = [SampleError(error.reason, f"{shard}/{error.where}") for error in unused]
+        for files in groups:
+            try:
+                samples.append(_sample(file.fileno(), shard, files, members))
+            except UnusableSampleError as error:
+                bad.append(SampleError(str(error), f"{shard}/{files.key}"))
     bad += [SampleError(REPEATED_NAME, f"{shard}/{name}") for name in repeated]
     if damage is not None:
         bad.append(SampleError(DAMAGED, f"{shard}: {damage}"))
     return ShardIndex(samples, bad, broken=damage is not None)
 
 
-def _group_members(path: str, descriptor: int) -> tuple[dict[str, Members], list[str], str | None]:
-    """The members of a tar file, grouped by WebDataset's key: the name up to its first dot.
+def _read_headers(path: str, descriptor: int) -> tuple[Members, list[str], str | None]:
+    """The members of a tar file by name, without folders.
 
     Returns:
-        The groups up to the first damage, repeated names (the last member is used), and a
+        The members up to the first damage, repeated names (the last member is used), and a
         description of the damage or None.
     """
-    groups: dict[str, Members] = {}
+    members: Members = {}
     repeated: list[str] = []
     length, end, last = os.fstat(descriptor).st_size, 0, -1
     try:
@@ -79,58 +79,67 @@ def _group_members(path: str, descriptor: int) -> tuple[dict[str, Members], list
             for member in tar:
                 # A negative size would seek back and loop forever.
                 if member.size < 0 or member.offset <= last:
-                    return groups, repeated, f"damaged at byte {member.offset}"
+                    return members, repeated, f"damaged at byte {member.offset}"
                 last = member.offset
-                if member.offset_data + member.size > length:
-                    return groups, repeated, f"truncated in {member.name!r}"
-                key, suffix = base_plus_ext(member.name)
-                if key is None or not member.isfile():
+                is_plain = member.isreg() and not member.issparse()
+                if is_plain and member.offset_data + member.size > length:
+                    return members, repeated, f"truncated in {member.name!r}"
+                if member.isdir():
                     continue
-                kinds = groups.setdefault(key, {})
-                if suffix.lower() in kinds:
-                    repeated.append(member.name)
-                kinds[suffix.lower()] = member
+                name = posixpath.normpath(member.name)
+                if name in members:
+                    repeated.append(name)
+                members[name] = member
             end = tar.offset
     except OSError:
         raise
     except Exception as error:  # a damaged header can raise almost anything
-        return groups, repeated, f"not a complete, uncompressed tar file ({error})"
+        return members, repeated, f"not a complete, uncompressed tar file ({error})"
     # tarfile takes a damaged header within the file for its end and silently drops the rest; the
     # real end is a block of zeros.
     block = os.pread(descriptor, tarfile.BLOCKSIZE, end)
     if not block or any(block):
-        return groups, repeated, f"damaged or truncated at byte {end}"
-    return groups, repeated, None
+        return members, repeated, f"damaged or truncated at byte {end}"
+    return members, repeated, None
 
 
-def _sample(descriptor: int, shard: str, key: str, members: Members) -> Sample | str:
-    """The sample of these members, or the reason why it cannot be used."""
-    image = next((members[kind] for kind in IMAGE_SUFFIXES if kind in members), None)
+def _sample(descriptor: int, shard: str, files: SampleFiles, members: Members) -> Sample:
+    """The sample of these files.
+
+    Raises:
+        UnusableSampleError: it cannot be used.
+    """
+    image, caption, metadata_file = (_find(members, name) for name in files[1:])
     if image is None:
-        return "no image"
-    if "txt" not in members:
-        return "no caption"
-    try:
-        caption = read_member(descriptor, members["txt"]).decode().strip()
-    except UnicodeDecodeError:
-        return "caption is not UTF-8"
-    metadata = _read_metadata(descriptor, members)
+        raise UnusableSampleError("no image")
+    metadata = parse_metadata(_read(descriptor, metadata_file))
+    captions = file_captions(_read(descriptor, caption), metadata)
     size = size_from_metadata(metadata) or size_from_header(descriptor, image)
     if size is None:
-        return "unreadable image"
-    captions = parse_captions(metadata.get("captions")) or (caption,)
-    byte_range = image.offset_data, image.size
+        raise UnusableSampleError("unreadable image")
+    byte_range, scores = (image.offset_data, image.size), parse_scores(metadata)
     return Sample(
-        key, captions, *size, shard, *byte_range, group_key=key, metadata=parse_scores(metadata)
+        files.key, captions, *size, shard, *byte_range, group_key=files.key, metadata=scores
     )
 
 
-def _read_metadata(descriptor: int, members: Members) -> dict[str, Any]:
-    try:
-        metadata = json.loads(read_member(descriptor, members["json"])) if "json" in members else {}
-    except (ValueError, RecursionError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
+def _find(members: Members, name: str | None) -> tarfile.TarInfo | None:
+    """The file of this name in a tar file, through links; None if it is not there."""
+    passed: set[str] = set()
+    while name is not None and name in members and name not in passed:
+        passed.add(name)
+        member = members[name]
+        if member.isreg() and not member.issparse():
+            return member
+        if member.issym():
+            name = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+        else:
+            name = posixpath.normpath(member.linkname) if member.islnk() else None
+    return None
+
+
+def _read(descriptor: int, member: tarfile.TarInfo | None) -> bytes | None:
+    return None if member is None else read_member(descriptor, member)
 
 
 def size_from_metadata(metadata: dict[str, Any]) -> tuple[int, int] | None:

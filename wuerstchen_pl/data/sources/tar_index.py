@@ -23,7 +23,7 @@ from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex, n
 from wuerstchen_pl.data.sources.tar import DAMAGED, LONGEST_SIDE, REPEATED_NAME, scan_tar
 from wuerstchen_pl.io.atomic import write_text
 
-_FORMAT = 1  # increment when ``scan_tar`` changes, so that old indexes are not used
+_FORMAT = 2  # increment when ``scan_tar`` changes, so that old indexes are not used
 _NUMBERS = ("width", "height", "offset", "size")
 _COLUMNS = ("key", "captions", "metadata", *_NUMBERS)
 logger = logging.getLogger(__name__)
@@ -140,5 +140,6 @@ def _parse(content: dict[str, Any], shard: str, *, num_bytes: int) -> ShardIndex
 
 def _num_listed(opened: ShardIndex) -> int:
     """The number of samples of a tar file, with the unusable ones."""
-    unusable = (error for error in opened.bad if error.reason not in (REPEATED_NAME, DAMAGED))
+    about_shard = (REPEATED_NAME, DAMAGED)
+    unusable = (error for error in opened.bad if error.is_bad and error.reason not in about_shard)
     return len(opened.samples) + sum(1 for _ in unusable)

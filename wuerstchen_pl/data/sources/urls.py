@@ -8,6 +8,9 @@ from pathlib import Path
 
 from webdataset.shardlists import expand_urls as expand_braces
 
+from wuerstchen_pl.io.image_files import is_hidden
+from wuerstchen_pl.io.text import text_encoding
+
 Urls = str | Sequence[str]
 _LISTS = (".txt", ".list")
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
@@ -117,7 +120,7 @@ def _expand_local(name: str, key: str, allow_pipe: bool, listed_in: Path | None)
             f"{key} names {name!r}, but there is no such user; fix the path"
         ) from error
     if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
+        tars = sorted(tar for tar in path.glob("*.tar") if not is_hidden(tar.name))
         if not tars:
             raise FileNotFoundError(
                 f"{key} names the folder {str(path)!r}, which contains no tar file; fix the path, "
@@ -130,7 +133,8 @@ def _expand_local(name: str, key: str, allow_pipe: bool, listed_in: Path | None)
                 f"{key} names the list {listed_in}, which names another list, {name!r}; merge them"
             )
         # File names need not be UTF-8.
-        lines = path.read_text("utf-8", errors="surrogateescape").splitlines()
+        content = path.read_bytes()
+        lines = content.decode(text_encoding(content), "surrogateescape").splitlines()
         return _expand([line.strip() for line in lines if line.strip()], key, allow_pipe, path)
     # A single missing shard among many is counted when it is opened.
     return [str(path)]

@@ -1,0 +1,47 @@
+"""Which files are images: the one list of formats, and the rules for file names."""
+
+_SUFFIXES = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "TIFF": ("tif", "tiff"),
+    "BMP": ("bmp",),
+    "GIF": ("gif",),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+}
+IMAGE_FORMATS = tuple(_SUFFIXES)
+"""Formats that are decoded, whatever the file's suffix. Pillow starts programs for some others."""
+IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+"""Suffixes of image files in lower case, preferred formats first."""
+OTHER_SUFFIXES = (
+    *(
+        "apng",
+        "avif",
+        "heic",
+        "heif",
+        "jxl",
+        "jp2",
+        "j2k",
+        "svg",
+        "psd",
+        "ico",
+        "tga",
+        "exr",
+        "hdr",
+    ),
+    *("dng", "cr2", "cr3", "nef", "arw", "raf", "orf", "rw2"),
+)
+"""Suffixes of images that cannot be decoded, in lower case; they are reported, not overlooked."""
+GRID = "grid.png"
+"""The overview of the images that ``sample`` writes; it is not one of them."""
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """A file name without its suffix, and the suffix in lower case without its dot."""
+    stem, dot, suffix = name.rpartition(".")
+    return (stem, suffix.lower()) if dot and "/" not in suffix else (name, "")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or one of its folders is hidden, such as macOS's ``._a.jpg``."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
