@@ -236,7 +236,8 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(
     [
         (b"", "contains no prompts; write one per line"),
         (b"\n \r\n", "contains no prompts; write one per line"),
-        (b"frog\nre\x00d heart\n", "contains a control character"),
+        (b"frog\nre\x07d heart\n", "contains a control character"),
+        (b"frog\nre\x00d heart\n", "contains NUL characters"),
         (b"gr\xfcner Frosch\n", "is not UTF-8 text"),
         ("🐸\n".encode(), "contains no word"),
     ],

@@ -40,8 +40,9 @@ def list_folder(root: Path) -> Iterator[Row]:
         if folder not in covered
         for name in names
     )
-    for folder in covered:
-        unused += _unlisted([str(folder / name) for name in contents[folder]], listed)
+    for folder, names in contents.items():  # not of ``covered``, which has no order
+        if folder in covered:
+            unused += _unlisted([str(folder / name) for name in names], listed)
     yield from samples
     yield from (SampleError(error.reason, str(root / error.where)) for error in unused)
     yield from unreadable
