@@ -150,8 +150,8 @@ class Special(NamedTuple):
 Content = bytes | Link | Special
 
 
-def sample(key: str, **others: Content) -> dict[str, Content]:
-    return {f"{key}.jpg": image(key), f"{key}.txt": f"caption of {key}".encode(), **others}
+def sample(key: str, **extra: Content) -> dict[str, Content]:
+    return {f"{key}.jpg": image(key), f"{key}.txt": f"caption of {key}".encode(), **extra}
 
 
 def metadata(content: Any) -> bytes:

@@ -37,7 +37,7 @@ Answer = str | tuple[tuple[str, ...], tuple[int, int], str, dict[str, float]]
 def answers(source: Source, root: Path, keys: list[str] | None = None) -> dict[str, Any]:
     """The captions, size, pixels and scores of each sample by name, or why it is not used."""
     samples, bad = samples_and_errors(source)
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for sample in samples:
         try:
             pixels = decode_image(source.read(sample))
@@ -49,18 +49,18 @@ def answers(source: Source, root: Path, keys: list[str] | None = None) -> dict[s
             )
         except OSError:
             answer = UNREADABLE
-        found[sample.key if keys is None else keys[int(sample.key)]] = answer
+        by_name[sample.key if keys is None else keys[int(sample.key)]] = answer
     for error in bad:
         name = error.where
         if keys is not None:
             name = keys[int(name.split("row ")[1].split(" ")[0])]
         elif f"{root}/" in name:
             name = name.split(f"{root}/", 1)[1]
-        found.setdefault(f"!{name}", error.reason)
+        by_name.setdefault(f"!{name}", error.reason)
     suffixes = (*IMAGE_SUFFIXES, *OTHER_SUFFIXES, "txt")
     return {
         (split_suffix(name)[0] if split_suffix(name)[1] in suffixes else name): answer
-        for name, answer in found.items()
+        for name, answer in by_name.items()
     }
 
 
@@ -129,8 +129,8 @@ def test_every_source_decodes_an_image_alike(tmp_path: Path) -> None:
     original = dict(zip(images, IMAGES, strict=True))
     assert {original[n] for n in images if split_suffix(n)[0] in unreadable} == UNREADABLE_IMAGES
 
-    def plain(found: dict[str, Any]) -> dict[str, Any]:
-        return {name.lstrip("!"): answer for name, answer in found.items()}
+    def plain(by_name: dict[str, Any]) -> dict[str, Any]:
+        return {name.lstrip("!"): answer for name, answer in by_name.items()}
 
     assert plain(from_tar(tmp_path, one_caption(images))) == plain(expected)
     assert plain(from_table(tmp_path, images, captions)) == plain(expected)
@@ -147,10 +147,10 @@ def test_every_source_reads_a_caption_alike(tmp_path: Path) -> None:
         for name, (_, text) in CAPTIONS.items()
     }
 
-    def captions(found: dict[str, Any]) -> dict[str, str]:
+    def captions(by_name: dict[str, Any]) -> dict[str, str]:
         return {
             name: answer if isinstance(answer, str) else answer[0][0]
-            for name, answer in found.items()
+            for name, answer in by_name.items()
         }
 
     assert captions(from_folder(tmp_path, files)) == expected
