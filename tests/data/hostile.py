@@ -23,7 +23,7 @@ PIXELS = RNG.integers(0, 256, (12, 20, 4), dtype=np.uint8)
 UNREADABLE = "unreadable image"
 
 
-def picture(mode: str) -> Image.Image:
+def noise(mode: str) -> Image.Image:
     rgb = Image.fromarray(PIXELS[..., :3].copy())
     if mode == "RGBA":
         return Image.fromarray(PIXELS)
@@ -52,7 +52,7 @@ def in_all_modes() -> Iterator[tuple[str, bytes]]:
     for suffix, modes in MODES.items():
         for mode in modes:
             kind = PIL_NAMES.get(suffix, suffix.upper())
-            img = picture("I" if suffix == "ppm" and mode == "I;16" else mode)
+            img = noise("I" if suffix == "ppm" and mode == "I;16" else mode)
             if suffix == "ppm" and mode == "I;16":
                 img = Image.fromarray(np.asarray(img) % 65536)
             yield f"{mode.replace(';', '-')}-of.{suffix}", encode(img, kind)
@@ -61,7 +61,7 @@ def in_all_modes() -> Iterator[tuple[str, bytes]]:
 def oriented(value: int, kind: str) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = value
-    return encode(picture("RGB"), kind, exif=exif)
+    return encode(noise("RGB"), kind, exif=exif)
 
 
 def frames(kind: str) -> bytes:
@@ -70,44 +70,44 @@ def frames(kind: str) -> bytes:
 
 
 def odd_images() -> Iterator[tuple[str, bytes]]:
-    jpeg, png = encode(picture("RGB"), "JPEG"), encode(picture("RGB"), "PNG")
+    jpeg, png = encode(noise("RGB"), "JPEG"), encode(noise("RGB"), "PNG")
     for value in (*range(10), 65535):
         yield f"turned-{value}.jpg", oriented(value, "JPEG")
         yield f"turned-{value}.png", oriented(value, "PNG")
     yield from ((f"frames.{kind.lower()}", frames(kind)) for kind in ("GIF", "WEBP", "TIFF"))
     yield "frames.png", frames("PNG")
-    yield "two-pictures.jpg", frames("MPO")
-    yield "progressive.jpeg", encode(picture("RGB"), "JPEG", progressive=True)
-    yield "subsampled.jfif", encode(picture("RGB"), "JPEG", subsampling=2)
+    yield "two-images.jpg", frames("MPO")
+    yield "progressive.jpeg", encode(noise("RGB"), "JPEG", progressive=True)
+    yield "subsampled.jfif", encode(noise("RGB"), "JPEG", subsampling=2)
     yield "extra-bytes.jpg", jpeg[:2] + jpeg[2:4] + jpeg[4:20] + b"\x00" * 7 + jpeg[20:]
     yield "bytes-after.jpg", jpeg + b"trailing bytes" * 9
     yield "bytes-after.png", png + b"trailing bytes" * 9
     yield "is-a-png.jpg", png
     yield "is-a-jpeg.png", jpeg
-    yield "is-a-bmp.webp", encode(picture("RGB"), "BMP")
+    yield "is-a-bmp.webp", encode(noise("RGB"), "BMP")
     yield "upper-case.JPG", jpeg
     yield "mixed-case.Png", png
-    yield "transparent-color.png", encode(picture("RGB"), "PNG", transparency=(0, 0, 0))
-    yield "transparent-entry.gif", encode(picture("P"), "GIF", transparency=0)
+    yield "transparent-color.png", encode(noise("RGB"), "PNG", transparency=(0, 0, 0))
+    yield "transparent-entry.gif", encode(noise("P"), "GIF", transparency=0)
     yield "one-pixel.png", encode(Image.new("RGB", (1, 1), "red"), "PNG")
     yield "narrow.png", encode(Image.new("RGB", (3, 900), "red"), "PNG")
 
 
 def broken_images() -> Iterator[tuple[str, bytes]]:
-    jpeg, png = encode(picture("RGB"), "JPEG"), encode(picture("RGB"), "PNG")
+    jpeg, png = encode(noise("RGB"), "JPEG"), encode(noise("RGB"), "PNG")
     yield "empty.jpg", b""
     yield "text.png", b"no image"
     yield "page.jpg", b"<!doctype html><title>404</title>"
     yield "cut.jpg", jpeg[: len(jpeg) // 2]
     yield "cut.png", png[: len(png) // 2]
-    yield "cut.webp", encode(picture("RGB"), "WEBP")[:40]
+    yield "cut.webp", encode(noise("RGB"), "WEBP")[:40]
     yield "head-only.jpg", jpeg[:24]
-    yield "script.png", encode(picture("RGB"), "EPS")
+    yield "script.png", encode(noise("RGB"), "EPS")
     yield "drawing.png", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
     yield "bomb.ppm", b"P6 40000 40000 255\n"
     yield "no-pixels.ppm", b"P6 0 0 255\n"
-    yield "I-of.tiff", encode(picture("I"), "TIFF")
-    yield "F-of.tiff", encode(picture("F"), "TIFF")
+    yield "I-of.tiff", encode(noise("I"), "TIFF")
+    yield "F-of.tiff", encode(noise("F"), "TIFF")
 
 
 IMAGES: dict[str, bytes] = dict(in_all_modes()) | dict(odd_images()) | dict(broken_images())
@@ -138,7 +138,7 @@ CAPTIONS: dict[str, tuple[bytes | None, str]] = {
 """The content of a caption file, and its caption or "!" and the reason why there is none."""
 
 
-class Link(NamedTuple):
+class TarLink(NamedTuple):
     target: str
     hard: bool = False
 
@@ -147,7 +147,7 @@ class Special(NamedTuple):
     kind: str  # "pipe" or "folder"
 
 
-Content = bytes | Link | Special
+Content = bytes | TarLink | Special
 
 
 def sample(key: str, **extra: Content) -> dict[str, Content]:
@@ -205,20 +205,20 @@ FILES: dict[str, Content] = {
     **sample("scores", **{"scores.json": b'{"pwatermark": 0.5, "punsafe": NaN, "aesthetic": "7"}'}),
     "stats.json": metadata({"count": 3}),
     # links and special files
-    "linked.jpg": Link("plain.jpg"),
-    "linked.txt": Link("plain.txt"),
-    "hard.jpg": Link("plain.jpg", hard=True),
-    "hard.txt": Link("plain.txt", hard=True),
-    "folder/up.jpg": Link("../plain.jpg"),
+    "linked.jpg": TarLink("plain.jpg"),
+    "linked.txt": TarLink("plain.txt"),
+    "hard.jpg": TarLink("plain.jpg", hard=True),
+    "hard.txt": TarLink("plain.txt", hard=True),
+    "folder/up.jpg": TarLink("../plain.jpg"),
     "folder/up.txt": b"caption of up",
-    "twice.jpg": Link("linked.jpg"),
+    "twice.jpg": TarLink("linked.jpg"),
     "twice.txt": b"caption of twice",
-    "gone.jpg": Link("nowhere.jpg"),
+    "gone.jpg": TarLink("nowhere.jpg"),
     "gone.txt": b"caption of gone",
-    "round.jpg": Link("round.jpg"),
+    "round.jpg": TarLink("round.jpg"),
     "round.txt": b"caption of round",
     "uncaptioned.jpg": image("uncaptioned"),
-    "uncaptioned.txt": Link("nowhere.txt"),
+    "uncaptioned.txt": TarLink("nowhere.txt"),
     "pipe.jpg": Special("pipe"),
     "pipe.txt": b"caption of pipe",
     "pipe-caption.jpg": image("pipe caption"),

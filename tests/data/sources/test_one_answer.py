@@ -42,9 +42,9 @@ def answers(source: Source, root: Path, keys: list[str] | None = None) -> dict[s
         try:
             pixels = decode_image(source.read(sample))
             assert pixels.shape[:2] == (sample.height, sample.width)
-            digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+            sha256 = hashlib.sha256(pixels.tobytes()).hexdigest()
             answer: Answer = (
-                *(sample.captions, (sample.width, sample.height), digest),
+                *(sample.captions, (sample.width, sample.height), sha256),
                 sample.metadata,
             )
         except OSError:
