@@ -239,6 +239,7 @@ def _silence_lightning() -> None:
         "does not have many workers",
         "Be aware that when using `ckpt_path`",
         "Checkpoint directory",
+        "Total length of `OnceLoader` across ranks is zero",
         "You are trying to `self",
         "treespec",
         "It is recommended to use `self",

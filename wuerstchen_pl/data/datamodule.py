@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -200,7 +201,9 @@ class ImageTextDataModule(L.LightningDataModule):
         return max(1, batches // batches_per_step) * batches_per_step
 
     def val_dataloader(self) -> OnceLoader:
-        """A loader of every validation sample, each once."""
+        """A loader of every validation sample, each once; warns if there are none."""
+        if not self.splits.first_window["val"] and (self.val_fraction or self.source.groups("val")):
+            rank_zero_warn("there is no validation sample, so validation is skipped")
         return self.in_order("val")
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -204,8 +204,10 @@ def test_two_processes_share_the_shards_and_the_last_writes_the_manifest(
     assert rows(read_cache(tmp_path / "out")) == rows(module(folder))
 
 
-def test_a_cache_without_samples_is_an_error(folder: Path, tmp_path: Path) -> None:
-    data = module(folder, filters=Filters(min_words=1, forbidden_words=["a", "b", "another", "of"]))
-    with pytest.raises(ValueError, match="nothing is left to train on"):
-        cached(data, tmp_path / "out")
+def test_a_cache_without_a_readable_image_is_an_error(tmp_path: Path) -> None:
+    members = sample("0")
+    members["0.jpg"] = members["0.jpg"][:400]  # its size can be read, but not its pixels
+    write(tmp_path / "a.tar", members)
+    with pytest.raises(ValueError, match="nothing to train on, as no image"):
+        cached(module(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out/cache.json").exists()

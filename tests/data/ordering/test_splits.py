@@ -97,23 +97,25 @@ def test_samples_that_the_filters_drop_are_in_no_split_and_not_expected() -> Non
     # Validation shards are used completely, and then nothing is held out.
     assert result.first_window["train"] == [s for s in square if s.shard == "a"]
     assert result.first_window["val"] == [s for s in square if s.shard == "v"]
-    assert result.holdout.fraction == 0
+    assert result.holdout.threshold == 0
     assert result.epoch_samples == len(result.first_window["train"])
 
 
-def test_a_source_without_shards_has_empty_splits() -> None:
-    result = splits(FakeSource({}), val_fraction=0.5)
-    assert result.first_window == {"train": [], "val": []}
-    assert result.epoch_samples == 0
-
-
-def test_the_most_common_reason_is_named_if_nothing_passes() -> None:
+def test_every_setting_that_drops_samples_is_named_if_nothing_passes() -> None:
     sizes = [(20, 20)] * 2 + [(64, 20)] * 3
     source = FakeSource({"a": ShardIndex([fake_sample("a", i, *s) for i, s in enumerate(sizes)])})
     choices: dict[str, Any] = {"filters": Filters(max_ratio=2), "max_upscale": 1.0}
-    with pytest.raises(ValueError, match=r"none of the first 5 samples .*because of max_ratio\)"):
-        splits(source, window=5, **choices)
-    assert splits(source, window=6, **choices).epoch_samples == 0  # reported when training starts
+    settings = r"; relax data\.filters\.max_ratio=2 and data\.max_upscale=1\.0 \(or lower"
+    for window in (5, 6):  # filled by the samples, and larger
+        with pytest.raises(ValueError, match=rf"3 max_ratio, 2 max_upscale\){settings}"):
+            splits(source, window=window, **choices)
+
+
+def test_a_group_of_a_mixture_that_is_empty_is_named() -> None:
+    source = GroupedSource.with_sizes({"a": 9, "b": 9})
+    source.indexes["b"] = ShardIndex([], [SampleError("no caption", "b/0", 7)])
+    with pytest.raises(ValueError, match=r"train on in b \(0 samples .* bad: 7 no caption\); repa"):
+        splits(source)
 
 
 def test_too_many_bad_samples_are_an_error_when_they_are_used() -> None:
@@ -166,11 +168,18 @@ def test_every_process_uses_the_splits_of_the_first(monkeypatch: pytest.MonkeyPa
     assert second.first_window == {"train": second_train, "val": first.first_window["val"]}
 
 
-def test_a_small_set_holds_out_at_least_one_group() -> None:
-    group_keys = [f"group_key {i}" for i in range(5)]
-    assert (
-        sum(fake_sample("s", 0, group_key=k) in Holdout(0.001, group_keys) for k in group_keys) == 1
-    )
-    assert (
-        sum(fake_sample("s", 0, group_key=k) in Holdout(0.0, group_keys) for k in group_keys) == 0
-    )
+def num_held_out(fraction: float, *groups: list[str]) -> list[int]:
+    """The number of held-out group keys of each shard group."""
+    holdout = Holdout(fraction, groups)
+    return [sum(fake_sample("s", 0, group_key=k) in holdout for k in keys) for keys in groups]
+
+
+@pytest.mark.parametrize("size", range(1, 7))
+def test_a_small_set_holds_out_at_least_one_sample_but_never_all(size: int) -> None:
+    for name in "abcdefgh":
+        keys = [f"{name} {i}" for i in range(size)]
+        assert num_held_out(0.0, keys) == [0]
+        assert num_held_out(0.001, keys) == [min(1, size - 1)]
+        assert num_held_out(0.999, keys) == [size - 1]
+        assert num_held_out(0.999, [f"one {name}"], keys)[0] == 0
+        assert num_held_out(0.999, keys, [f"one {name}"])[0] < size

@@ -106,7 +106,7 @@ def test_holdout_keeps_groups_together_and_is_stable() -> None:
         {
             key
             for key in group_keys
-            if fake_sample("s", 0, group_key=key) in Holdout(fraction, sorted(group_keys))
+            if fake_sample("s", 0, group_key=key) in Holdout(fraction, [sorted(group_keys)])
         }
         for fraction in (0.1, 0.2)
     )

@@ -15,7 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from wuerstchen_pl.data.caches.cached_dataset import EMPTY, ShardWriter, write_manifest
+from wuerstchen_pl.data.caches.cached_dataset import (
+    EMPTY,
+    ShardWriter,
+    read_entries,
+    write_manifest,
+)
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading.loader import OnceLoader
 from wuerstchen_pl.data.ordering.batches import BatchSpec, sequential_batches
@@ -114,8 +119,10 @@ def _finish(
     folder: Path, written: list[tuple[str, Split]], encoders: Encoders, settings: dict[str, Any]
 ) -> None:
     """Write the encoded empty caption and the manifest."""
-    if not any(split == "train" for _, split in written):
-        raise ValueError("nothing is left to train on; see the skipped samples above")
+    if not any(split == "train" and read_entries(folder / name) for name, split in written):
+        raise ValueError(
+            "there is nothing to train on, as no image can be read; see the skipped samples above"
+        )
     empty = encoders.captions([""])
     if empty is not None:
         with atomic_write(folder / EMPTY) as partial:

@@ -95,8 +95,7 @@ class CachedSource:
     def open(self, shard: str) -> ShardIndex:
         """Index the samples of a file."""
         try:
-            with safe_open(self.root / shard, framework="pt") as file:
-                entries = json.loads((file.metadata() or {})["samples"])
+            entries = read_entries(self.root / shard)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             return ShardIndex(
                 [], [SampleError("unreadable shard", f"{shard}: {error}")], broken=True
@@ -258,6 +257,12 @@ def write_manifest(root: Path, names: Sequence[tuple[str, Split]], **metadata: A
         for name, split in names
     ]
     write_text(root / MANIFEST, json.dumps({**metadata, "shards": shards}, indent=2) + "\n")
+
+
+def read_entries(path: Path) -> list[Any]:
+    """The samples that a file lists in its metadata."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {})["samples"])
 
 
 @lru_cache(maxsize=64)

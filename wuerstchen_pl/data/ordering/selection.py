@@ -82,6 +82,26 @@ class SampleSelector:
                 yield result
         stats.check(of_shards=len(self._numbers))
 
+    def explain_empty(self, stats: DataStats, where: str = "") -> str:
+        """The message for shards of which no sample is selected: the counts and the fix."""
+        causes = [name.partition("/") for name, _ in stats.counts.most_common()]
+        if dropped := [reason for kind, _, reason in causes if kind == "dropped"]:
+            fix = f"relax {' and '.join(map(self._setting, dropped))}"
+        elif any(kind == "bad" for kind, _, _ in causes):
+            fix = "repair the data (python -m wuerstchen_pl.data check lists what cannot be used)"
+        else:
+            fix = "use data with captioned images"
+        return f"there is nothing to train on{where} ({stats.summary()}); {fix}"
+
+    def _setting(self, reason: str) -> str:
+        """The key, with its value, that drops samples for a reason of ``select``."""
+        if reason == "max_upscale":
+            return f"data.max_upscale={self.max_upscale} (or lower data.image_size)"
+        # "no punsafe" is the reason of the filter max_punsafe
+        key = next(k for k in vars(self.filters) if k.endswith(reason.removeprefix("no ")))
+        value = getattr(self.filters, key)
+        return f"data.filters.{key}={sorted(value) if isinstance(value, frozenset) else value}"
+
     def _is_duplicate(self, sample: Sample) -> bool:
         image_hash = sample.metadata.get(IMAGE_HASH)
         if image_hash is None:

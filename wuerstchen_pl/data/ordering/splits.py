@@ -1,7 +1,7 @@
 """Splits a source into training and validation samples, after opening its first shards."""
 
-from collections import Counter
-from itertools import zip_longest
+from collections.abc import Iterator
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class Splits:
         window: number of samples up to which shards are opened.
         max_bad_fraction: share of bad samples or shards above which ``samples_of`` raises.
 
+    Raises:
+        ValueError: there is nothing to train on.
+
     Attributes:
         opener: opens the shards; those that fit in the window stay cached.
         holdout: the samples held out for validation.
@@ -62,15 +65,18 @@ class Splits:
         self.selector = SampleSelector(
             filters, shards=train_shards, buckets=buckets, max_upscale=max_upscale
         )
-        samples, num_opened = self._read_window(train_shards)
-        self.holdout = Holdout(0 if val_shards else val_fraction, [s.group_key for s in samples])
+        passing = self._read_window(train_shards)
+        samples = list(chain.from_iterable(passing.values()))
+        group_keys = [[s.group_key for s in group] for group in self._by_group(passing)]
+        self.holdout = Holdout(0 if val_shards else val_fraction, group_keys)
         held_out = [s for s in samples if s in self.holdout]
+        of_val_shards = self._read_window(val_shards).values()
         self.first_window: dict[Split, list[Sample]] = {
             "train": [s for s in samples if s not in self.holdout],
-            "val": self._read_window(val_shards)[0] if val_shards else held_out,
+            "val": list(chain.from_iterable(of_val_shards)) if val_shards else held_out,
         }
         num_train = len(self.first_window["train"])
-        self.epoch_samples = round(num_train / max(1, num_opened) * len(train_shards))
+        self.epoch_samples = round(num_train / len(passing) * len(train_shards))
         self._broadcast_from_rank_zero()
 
     def _broadcast_from_rank_zero(self) -> None:
@@ -89,8 +95,31 @@ class Splits:
         """The training samples of an opened shard, which are counted in ``stats``."""
         return list(self.selector.samples(opened, holdout=self.holdout, stats=self.stats))
 
-    def _read_window(self, shards: list[str]) -> tuple[list[Sample], int]:
-        """Open shards up to a window; return their passing samples and the number of shards."""
+    def _by_group(self, passing: dict[str, list[Sample]]) -> Iterator[list[Sample]]:
+        """The passing training samples of each shard group that was opened.
+
+        Raises:
+            ValueError: no sample of a group passes.
+        """
+        groups = self.source.groups("train")
+        for group in groups:
+            opened = [shard for shard in group.shards if shard in passing]
+            samples = [sample for shard in opened for sample in passing[shard]]
+            if samples:
+                yield samples
+            elif len(opened) == len(group.shards) or not any(passing.values()):
+                where = f" in {opened[0]}" if len(groups) > 1 else ""
+                raise ValueError(self.selector.explain_empty(self._counts(opened), where))
+
+    def _counts(self, shards: list[str]) -> DataStats:
+        stats = DataStats(show=False)
+        for shard in shards:
+            index = self.opener.open(shard)
+            list(self.selector.samples(index, holdout=Holdout(0), stats=stats))
+        return stats
+
+    def _read_window(self, shards: list[str]) -> dict[str, list[Sample]]:
+        """Open shards up to a window; return the passing samples of each."""
         # Random shards instead of the first ones: missing shards are often consecutive.
         order = permutation(len(shards), "first")
         passing: dict[int, list[Sample]] = {}
@@ -103,13 +132,4 @@ class Splits:
             num_samples += len(samples)
             passed = map(self.selector.apply_filters, samples)
             passing[number] = [sample for sample in passed if isinstance(sample, Sample)]
-        listed = [sample for number in sorted(passing) for sample in passing[number]]
-        if num_samples >= self.window and not listed:
-            dropped = Counter(str(self.selector.apply_filters(s)) for s in samples).most_common(1)[
-                0
-            ][0]
-            raise ValueError(
-                f"none of the first {num_samples} samples passes data.filters and data.max_upscale "
-                f"(most often because of {dropped}); relax these"
-            )
-        return listed, len(passing)
+        return {shards[number]: passing[number] for number in sorted(passing)}

@@ -122,10 +122,7 @@ class Stream:
         epoch = self._start[0]
         if self._end >= len(self.shards):
             if not self._epoch_has_samples:
-                raise ValueError(
-                    f"there is nothing to train on ({self.stats.summary()}); check data and "
-                    "data.filters"
-                )
+                raise ValueError(self.selector.explain_empty(self.stats))
             epoch, self._end, self._epoch_has_samples = epoch + 1, 0, False
         self._start, self._offset = (epoch, self._end), 0
         self._fill(self.stats)

@@ -5,6 +5,7 @@ a range of rows of a folder or table. The full list of samples is never needed a
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -146,23 +147,25 @@ class Holdout:
 
     Args:
         fraction: expected share of the group keys to hold out, in [0, 1).
-        group_keys: group keys of the first shards; if the fraction is above 0 but selects none of
-            them, one is held out, so that a small set still has validation samples.
+        group_keys: for each shard group, the group keys of its first shards. If the fraction is
+            above 0, at least one of them is held out, unless that would empty a shard group, as
+            with a single image.
 
     Raises:
         ValueError: ``fraction`` is out of range.
     """
 
-    def __init__(self, fraction: float, group_keys: Sequence[str] = ()) -> None:
+    def __init__(self, fraction: float, group_keys: Sequence[Sequence[str]] = ()) -> None:
         if not 0 <= fraction < 1:
             raise ValueError(
                 f"val_fraction={fraction} is out of range; use the share of samples to hold "
                 "out, at least 0 and less than 1"
             )
-        self.fraction = fraction
-        self.extra: str | None = None
-        if fraction > 0 and group_keys and not any(unit_hash(k) < fraction for k in group_keys):
-            self.extra = min(group_keys, key=unit_hash)
+        self.threshold = fraction
+        if fraction > 0 and group_keys:
+            hashes = [[unit_hash(key) for key in keys] for keys in group_keys]
+            above_lowest = math.nextafter(min(map(min, hashes)), 1)
+            self.threshold = min(max(fraction, above_lowest), *map(max, hashes))
 
     def __contains__(self, sample: Sample) -> bool:
-        return sample.group_key == self.extra or unit_hash(sample.group_key) < self.fraction
+        return unit_hash(sample.group_key) < self.threshold
