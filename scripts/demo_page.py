@@ -18,7 +18,7 @@ from wuerstchen_pl.evaluation.datasets import DatasetImages, run_data
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.io.images import to_float, to_pil
 from wuerstchen_pl.pipelines.generate import autoencode, generate_images, reconstruct
-from wuerstchen_pl.sample import tile
+from wuerstchen_pl.programs.sample import tile
 from wuerstchen_pl.sampling.images import to_tensor
 
 NUM_TRAINING = 32

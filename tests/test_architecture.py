@@ -12,15 +12,23 @@ PACKAGE = Path(wuerstchen_pl.__file__).parent
 TESTS = Path(__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-VERBS = {"train", "sample", "evaluate", "cache", "convert", "export", "interpolate"}
 # A layer is a folder or a file of the package.
-PROGRAM = {"cli", "config", "errors"}
+PROGRAM = {"jobs", "config", "signals", "io"}
 # layer -> the layers that it may import besides itself
 MAY_IMPORT: dict[str, set[str]] = {
-    "train": PROGRAM
-    | {"batch", "callbacks", "checkpointing", "distributed", "models", "stages", "formats", "io"},
-    "sample": PROGRAM | {"pipelines", "sampling", "evaluation", "io", "distributed"},
-    "evaluate": PROGRAM
+    # the commands import their programs by name, once they run
+    **{name: {"cli"} for name in ("train", "sample", "evaluate", "data.__main__")},
+    **{name: {"cli", "formats.FormatName"} for name in ("convert", "export", "interpolate")},
+    "cache": {"cli", "train"},
+    "cli": {"help", "jobs", "signals"},
+    "help": {"config"},
+    "jobs": {"config", "errors"},
+    "errors": {"config"},
+    **{name: set() for name in ("config", "signals", "programs")},
+    "programs.train": PROGRAM
+    | {"batch", "callbacks", "checkpointing", "distributed", "models", "stages", "formats"},
+    "programs.sample": PROGRAM | {"pipelines", "sampling", "evaluation", "distributed"},
+    "programs.evaluate": PROGRAM
     | {
         "pipelines",
         "sampling",
@@ -29,18 +37,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "distributed",
         "stages",
-        "io",
     },
-    "cache": PROGRAM | {"data", "models", "io", "distributed", "checkpointing"},
-    "convert": PROGRAM | {"formats", "io"},
-    "interpolate": PROGRAM | {"formats", "convert", "io"},
-    "export": PROGRAM | {"formats", "checkpointing", "convert", "io"},
-    "data.__main__": PROGRAM | {"data", "io"},
-    "cli": {"config", "errors"},
-    "errors": {"config"},
-    "config": set(),
+    "programs.cache": PROGRAM | {"data", "models", "distributed", "checkpointing"},
+    "programs.convert": PROGRAM | {"formats"},
+    "programs.interpolate": PROGRAM | {"formats", "programs.convert"},
+    "programs.export": PROGRAM | {"formats", "checkpointing", "programs.convert"},
+    **{f"programs.{name}": PROGRAM | {"data"} for name in ("check", "build")},
     "callbacks": {
         "batch",
+        "signals",
         "distributed",
         "sampling",
         "evaluation",

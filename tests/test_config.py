@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
 from tests.conftest import small
-from wuerstchen_pl import convert, evaluate, export, sample
-from wuerstchen_pl.config import TRAIN_KEYS, _matches, check_config, conf_dir, group_choices
+from wuerstchen_pl import convert, evaluate, export, interpolate, sample, train
+from wuerstchen_pl.config import _matches, check_config, conf_dir, group_choices
+from wuerstchen_pl.programs import train as train_program
 
 CONF = Path(conf_dir())
 NETWORKS = [
@@ -67,7 +68,9 @@ def test_every_shipped_combination_has_only_used_keys(stage: str, preset: str, f
         changed = {group: name for group, name in chosen.items() if USUAL[group] != name}
         if len(changed) <= max_changed:
             overrides = [f"{group}={name}" for group, name in changed.items()]
-            check_config(composed(f"stage={stage}", f"preset={preset}", *overrides))
+            check_config(
+                composed(f"stage={stage}", f"preset={preset}", *overrides), train.KNOWN_KEYS
+            )
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,7 @@ def test_every_shipped_combination_has_only_used_keys(stage: str, preset: str, f
         ("evaluate", evaluate.KNOWN_KEYS),
         ("convert", convert.KNOWN_KEYS),
         ("export", export.KNOWN_KEYS),
+        ("interpolate", interpolate.KNOWN_KEYS),
     ],
 )
 def test_the_other_programs_have_only_used_keys(program: str, known_keys: dict[str, Any]) -> None:
@@ -86,12 +90,12 @@ def test_the_other_programs_have_only_used_keys(program: str, known_keys: dict[s
 
 
 def test_every_key_of_train_is_used() -> None:
-    source = (Path(sample.__file__).parent / "train.py").read_text()
+    source = Path(train_program.__file__).read_text()
     in_program = {f"{m}" for m in re.findall(r"cfg\.(paths\.\w+|\w+)", source)}
     in_yaml = {
         m for path in CONF.rglob("*.yaml") for m in re.findall(r"\$\{([\w.]+)\}", path.read_text())
     }
-    assert TRAIN_KEYS.keys() - in_program - in_yaml == set()
+    assert train.KNOWN_KEYS.keys() - in_program - in_yaml == set()
 
 
 @pytest.mark.parametrize("program", [path.stem for path in CONF.glob("*.yaml")])
@@ -157,19 +161,19 @@ def test_a_wrong_key_or_value_in_a_yaml_is_an_error_that_names_it(
     key, value, message = REFUSED[case]
     OmegaConf.update(cfg, key, value, force_add=True)
     with pytest.raises(ValueError, match=message):
-        check_config(cfg)
+        check_config(cfg, train.KNOWN_KEYS)
 
 
 def test_a_missing_mandatory_key_is_named(cfg: DictConfig) -> None:
     with open_dict(cfg):
         del cfg.stage.vqgan
     with pytest.raises(ValueError, match=r"stage\.vqgan is missing, and .*StageA needs it"):
-        check_config(cfg)
+        check_config(cfg, train.KNOWN_KEYS)
 
 
 def test_keyword_arguments_that_a_logger_forwards_are_accepted(cfg: DictConfig) -> None:
     OmegaConf.update(cfg, "logger.tensorboard.flush_secs", 5, force_add=True)
-    check_config(cfg)
+    check_config(cfg, train.KNOWN_KEYS)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.formats import registry
 from wuerstchen_pl.formats.model import Model
-from wuerstchen_pl.interpolate import interpolate
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.models.tokenizer import write_vocabulary
+from wuerstchen_pl.programs.interpolate import interpolate
 
 Program = Callable[..., int]
 

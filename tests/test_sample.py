@@ -15,7 +15,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
-from wuerstchen_pl import sample as sample_program
 from wuerstchen_pl.checkpointing.load import find_checkpoint
 from wuerstchen_pl.sample import quote_prompt
 
@@ -328,7 +327,7 @@ def test_images_stay_in_memory_only_for_the_grid(
             alive.append(sum(each() is not None for each in created))
             yield image
 
-    monkeypatch.setattr(sample_program, "generate_images", generate)
+    monkeypatch.setattr("wuerstchen_pl.programs.sample.generate_images", generate)
     assert sample("prompt=frog", "num_images_per_prompt=7", f"grid={str(grid).lower()}") == 0
     assert max(alive) == most
     assert len(images(out)) == 7

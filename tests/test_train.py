@@ -21,13 +21,14 @@ from tests.conftest import frozen_text, run_program, small
 from tests.data.factories import image, shards, write
 from tests.stages.conftest import stage_b
 from tests.test_resume import differing
-from wuerstchen_pl.callbacks.preemption import STOP_SIGNALS, PreemptionHandler
+from wuerstchen_pl.callbacks.preemption import PreemptionHandler
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.io import atomic
+from wuerstchen_pl.programs.train import accumulation, build_stage
+from wuerstchen_pl.signals import REQUEUE, STOP_SIGNALS
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.data_checks import check_sizes
 from wuerstchen_pl.stages.stage import Batch
-from wuerstchen_pl.train import REQUEUE, accumulation, build_stage
 
 
 def arguments(cascade: Path, root: Path, *overrides: str) -> list[str]:
@@ -277,7 +278,7 @@ def test_init_from_says_that_a_run_has_no_ema_weights_yet(
     state = torch.load(load.find_checkpoint(cascade / "a"), weights_only=True)
     torch.save({**state, "ema": {**state["ema"], "shadow": {}}}, path)
     cfg = OmegaConf.create({"stage": state["stage"], "init_from": str(path)})
-    with caplog.at_level(logging.INFO, "wuerstchen_pl.train"):
+    with caplog.at_level(logging.INFO, "wuerstchen_pl.programs.train"):
         stage = build_stage(cfg)
     assert caplog.messages == [f"init_from: {path}, weights: raw (there is no EMA yet), step 4"]
     assert all(torch.equal(v, state["state_dict"][k]) for k, v in stage.state_dict().items())

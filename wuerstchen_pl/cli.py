@@ -1,180 +1,62 @@
-"""Shared by the command-line programs: Hydra's entry point, help texts, output and sweeps."""
+"""The command-line programs: their signals and their help.
 
-import functools
-import inspect
-import io
-import logging
+A program's module imports only this one, which imports the rest when it runs: Hydra when a config
+is composed, and torch once the config has been checked. So help is immediate, and a signal is
+handled from the start.
+"""
+
 import os
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from io import TextIOWrapper
 from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from wuerstchen_pl.config import conf_dir, group_choices
-from wuerstchen_pl.errors import one_line_errors
-
-_PACKAGE = Path(__file__).resolve().parent
-_TRACEBACKS = "HYDRA_FULL_ERROR"
+from wuerstchen_pl.signals import INTERRUPTED, Exit, StopSignals
 
 
 def command(
-    config_name: str,
-    run: Callable[[DictConfig], float | None],
+    name: str,
+    description: str | None,
+    known_keys: Mapping[str, Any] | None = None,
     *,
     read_keys: re.Pattern[str] | None = None,
+    rewrite: Callable[[str], str] | None = None,
+    resumable: bool = False,
 ) -> Callable[[], None]:
-    """Make a command-line program that calls ``run`` with the composed ``<config_name>.yaml``.
-
-    A sweeper minimizes the return value of ``run``.
-    """
-
-    @functools.wraps(run)
-    def guarded(cfg: DictConfig) -> float | None:
-        in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        with _environment(None), one_line_errors(in_sweep), one_line_warnings(), one_line_logs():
-            return run(cfg)
-
-    composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)
-
-    def main() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character
-                stream.reconfigure(errors="backslashreplace")
-        if {"--help", "-h"} & set(sys.argv[1:]):
-            print(help_text(config_name, inspect.getdoc(inspect.getmodule(run)) or "", read_keys))
-        elif os.environ.get(_TRACEBACKS) == "1":
-            with one_line_logs():
-                composed(run)()
-        else:  # with this variable, Hydra raises composition errors instead of printing them
-            with _environment("1"), one_line_errors():
-                composed(guarded)()
-
-    return main
-
-
-def help_text(config_name: str, description: str, read_keys: re.Pattern[str] | None = None) -> str:
-    """A program's config groups with their choices, and its keys with their YAML comments.
+    """Make the command-line program that calls ``programs.<name>.run`` with ``<name>.yaml``.
 
     Args:
-        config_name: name of the program's YAML.
-        description: what the program does.
-        read_keys: the keys and groups that it reads, if it refuses others; None is all.
-    """
-    texts = list(_with_included(config_name))
-    entries = [line[4:] for text in texts for line in text.splitlines() if line.startswith("  - ")]
-    groups = [entry.split(":")[0] for entry in entries]
-    groups = [g for g in groups if read_keys is None or read_keys.match(g)]
-    listed = [f"  {g}={'|'.join(group_choices(g))}" for g in groups if group_choices(g)]
-    # cache includes train and refuses most of its keys; evaluate includes a plan without ``hydra``
-    shown = [text for text in texts[:-1] if "\nhydra:" not in text] + texts[-1:]
-    keys = [text.partition("\nhydra:")[0].partition("\n\n")[2].strip("\n") for text in shown]
-    footer = "--cfg job prints the composed config; -m runs every combination of key=value,value"
-    return "\n".join([description, "", *listed, "", *keys, "", footer])
-
-
-def _with_included(config_name: str) -> Iterator[str]:
-    """The text of a program's YAML, and before it those of the files it includes."""
-    text = Path(conf_dir(), f"{config_name}.yaml").read_text()
-    for name in re.findall(r"^  - (?!_self_)(\w+)(?: #.*)?$", text, re.MULTILINE):
-        yield from _with_included(name)
-    yield text
-
-
-def typed_keys() -> list[str]:
-    """The keys and groups that the command line sets: ``data``, ``stage.optimizer.lr``."""
-    names = [text.lstrip("+~").partition("=")[0] for text in HydraConfig.get().overrides.task]
-    return [name.rpartition("@")[2] for name in names]
-
-
-def check_output_dir(configured: str, key: str = "output_dir") -> Path:
-    """The output folder of a run: that of ``key``, or the numbered folder of a sweep's run.
-
-    The folder is not created yet, but it is checked that it can be, before any work is done.
-
-    Raises:
-        OSError: if it cannot be created or written to.
-    """
-    folder, hydra_config = Path(configured), HydraConfig.get()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        folder = Path(hydra_config.runtime.output_dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{key}={folder} is not a folder: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{key}={folder} is not writable: no permission for {existing}")
-    return folder
-
-
-class SweepCallback(Callback):
-    """Sets up a sweep, and ends it with exit code 1 if a job failed.
-
-    Some sweepers, such as Optuna's, can ignore failed jobs.
+        name: of the program's module in ``programs``, and of its YAML.
+        description: what the program does, for its help.
+        known_keys: types of its keys, at the root and in ``paths``; None if it checks them itself.
+        read_keys: the keys that the command line may set; None is all.
+        rewrite: applied to each command-line argument before Hydra reads it.
+        resumable: see ``StopSignals``.
     """
 
-    def __init__(self) -> None:
-        self.num_jobs = self.num_failed = 0
+    def main() -> None:
+        with StopSignals(resumable=resumable) as signals:
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, TextIOWrapper):  # a terminal may not have every character
+                    stream.reconfigure(errors="backslashreplace")
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                from wuerstchen_pl.help import help_text
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Let ``hydra.sweep.dir`` use ``${hydra:...}``, which Hydra sets only later."""
-        HydraConfig.instance().set_config(config)
+                print(help_text(name, description or "", read_keys))
+                return
+            from wuerstchen_pl.jobs import launch
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Count the jobs, and those that failed."""
-        self.num_jobs += 1
-        self.num_failed += job_return.status == JobStatus.FAILED
+            if rewrite is not None:
+                sys.argv[1:] = map(rewrite, sys.argv[1:])
+            try:
+                launch(name, known_keys, read_keys, signals.begin_work)
+            except KeyboardInterrupt:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    raise
+                sys.exit(INTERRUPTED)
+            except Exit as stop:
+                print(stop.message, file=sys.stderr)
+                raise
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Report the failed jobs of a sweep whose sweeper ignored them."""
-        if self.num_failed:
-            failed = f"{self.num_failed} of {self.num_jobs} jobs"
-            print(f"error: {failed} of the sweep failed", file=sys.stderr)
-            sys.exit(1)
-
-
-@contextmanager
-def _environment(value: str | None) -> Iterator[None]:
-    """Set or unset HYDRA_FULL_ERROR within the block, also for processes started in it."""
-    before = os.environ.pop(_TRACEBACKS, None)
-    os.environ |= {} if value is None else {_TRACEBACKS: value}
-    try:
-        yield
-    finally:
-        os.environ.pop(_TRACEBACKS, None)
-        os.environ |= {} if before is None else {_TRACEBACKS: before}
-
-
-@contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Print warnings without their source location."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
-
-
-@contextmanager
-def one_line_logs() -> Iterator[None]:
-    """Write the package's log records of level INFO and above to stderr, above progress bars."""
-    logger, handler = logging.getLogger(_PACKAGE.name), logging.StreamHandler()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with logging_redirect_tqdm([logger]):
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+    return main

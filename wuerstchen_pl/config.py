@@ -17,36 +17,6 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-TRAIN_KEYS: Mapping[str, Any] = {
-    # read by the program itself
-    "stage": dict,
-    "data": dict,
-    "trainer": dict,
-    "callbacks": dict,
-    "logger": dict,
-    "seed": int,
-    "ckpt": str | None,
-    "init_from": str | None,
-    "activation_checkpointing": bool | Literal["auto"],
-    "compile": bool,
-    "check_memory": bool,
-    "paths.output_dir": str,
-    # used in interpolations; a stage or an override need not use all of them
-    "name": str,
-    "image_size": int,
-    "image_size_at_12": int,
-    "image_size_at_24": int,
-    "global_batch": int | None,
-    "bucket_multiple": int,
-    "checkpoint_every_steps": int,
-    "validate_every_steps": int,
-    "paths.root": str,
-    "paths.data": str,
-    "paths.stage_a": str,
-    "paths.stage_b": str,
-}
-"""Types of the keys of ``train`` at the root and in ``paths``."""
-
 KWARGS_TARGETS = {
     "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
     "lightning.pytorch.loggers.WandbLogger": "wandb.init",
@@ -76,7 +46,7 @@ def group_choices(group: str) -> list[str]:
     return sorted(path.stem for path in Path(conf_dir(), group).glob("[!_]*.yaml"))
 
 
-def check_config(cfg: DictConfig, known_keys: Mapping[str, Any] = TRAIN_KEYS) -> None:
+def check_config(cfg: DictConfig, known_keys: Mapping[str, Any]) -> None:
     """Refuse a config with an unused key, or with an object that cannot be built.
 
     Args:

@@ -19,32 +19,19 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from wuerstchen_pl.config import accepts_argument, conf_dir, group_choices
 
 
-class Exit(Exception):
-    """Ends an interrupted program with a message and an exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 class JobFailed(Exception):
     """A job of a sweep failed; its error was printed."""
 
 
 @contextmanager
 def one_line_errors(in_sweep: bool = False) -> Iterator[None]:
-    """Turn an exception into one line on stderr and exit code 1, or the code of ``Exit``.
+    """Turn an exception into one line on stderr and exit code 1.
 
     In a job of a sweep the exception becomes ``JobFailed``: Hydra runs the other jobs, and then
-    raises it. An interruption ends the whole sweep.
+    raises it.
     """
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exit as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.code)
     except Exception as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         if in_sweep:
@@ -108,18 +95,30 @@ def _explain_composition(error: BaseException) -> str | None:
             if group_choices(group) and name not in group_choices(group):
                 return f"{group}={name} is unknown; choose from {', '.join(group_choices(group))}"
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and error.parent_node is not None:
-        key, parent = str(error.full_key), error.parent_node
-        if isinstance(parent, DictConfig) and accepts_argument(
-            parent.get("_target_", ""), str(error.key)
-        ):
-            return f"{key} is not in any YAML; add it with +{key}=..."
-        suggestion = _closest_key(key, OmegaConf.to_container(parent._get_root()))
-        return f"{key} is not a key; " + (
-            f"did you mean {suggestion}?" if suggestion else "remove it"
-        )
+        return _explain_unknown_key(str(error.full_key), error.parent_node)
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return None
+
+
+def _explain_unknown_key(key: str, parent: Any) -> str:
+    """A message for a key that its parent, a node of the config, does not have."""
+    node, _, name = key.rpartition(".")
+    siblings = list(parent) if isinstance(parent, DictConfig) else []
+    typos = [s for s in map(str, siblings) if is_typo(name, s)]
+    if typos:  # found without importing the constructor, which may take seconds
+        suggestion = f"{node}.{typos[0]}" if node else typos[0]
+        return f"{key} is not a key; did you mean {suggestion}?"
+    if siblings and accepts_argument(parent.get("_target_", ""), name):
+        return f"{key} is not in any YAML; add it with +{key}=..."
+    closest = _closest_key(key, OmegaConf.to_container(parent._get_root()))
+    return f"{key} is not a key; " + (f"did you mean {closest}?" if closest else "remove it")
+
+
+def is_typo(typed: str, name: str) -> bool:
+    """Whether two names differ by one letter: missing, surplus, wrong or swapped."""
+    ratio = difflib.SequenceMatcher(None, typed, name).ratio()
+    return typed != name and ratio >= 1 - 1 / max(len(typed), len(name))
 
 
 def _closest_key(key: str, config: Any) -> str | None:

@@ -1,254 +1,40 @@
 """Train one stage: ``python -m wuerstchen_pl.train stage=a|b|c|ldm experiment=...``."""
 
-import logging
-import signal
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import hydra
-import lightning as L
-import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from wuerstchen_pl.cli import command
 
-from wuerstchen_pl.callbacks.config_file import ConfigFile
-from wuerstchen_pl.callbacks.preemption import Preempted
-from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.checkpointing.single_file import SingleFileCheckpointIO
-from wuerstchen_pl.cli import check_output_dir, command
-from wuerstchen_pl.config import check_config
-from wuerstchen_pl.distributed.strategy import FSDP2Strategy
-from wuerstchen_pl.errors import Exit
-from wuerstchen_pl.io.output_folder import claimed
-from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
-from wuerstchen_pl.stages.data_checks import check_cache, check_sizes, describe_sizes
+KNOWN_KEYS: Mapping[str, Any] = {
+    # read by the program itself
+    "stage": dict,
+    "data": dict,
+    "trainer": dict,
+    "callbacks": dict,
+    "logger": dict,
+    "seed": int,
+    "ckpt": str | None,
+    "init_from": str | None,
+    "activation_checkpointing": bool | Literal["auto"],
+    "compile": bool,
+    "check_memory": bool,
+    "paths.output_dir": str,
+    # used in interpolations; a stage or an override need not use all of them
+    "name": str,
+    "image_size": int,
+    "image_size_at_12": int,
+    "image_size_at_24": int,
+    "global_batch": int | None,
+    "bucket_multiple": int,
+    "checkpoint_every_steps": int,
+    "validate_every_steps": int,
+    "paths.root": str,
+    "paths.data": str,
+    "paths.stage_a": str,
+    "paths.stage_b": str,
+}
 
-if TYPE_CHECKING:
-    from wuerstchen_pl.stages.stage import Stage
-
-logger = logging.getLogger(__name__)
-
-REQUEUE = 75
-"""Exit code of a preempted run that can be resumed: EX_TEMPFAIL of sysexits.h."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as in shells."""
-
-
-def run(cfg: DictConfig) -> float:
-    """Train a stage; returns the last validation loss, which a sweep minimizes."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
-    check_config(cfg)
-    check_ranges(cfg)
-    output_dir = check_output_dir(cfg.paths.output_dir, "paths.output_dir")
-    resume = find_resume(cfg.ckpt, output_dir)
-    if resume is not None and load.parse_step(resume) >= cfg.trainer.max_steps >= 0:
-        logger.info("%s is already finished at step %d", output_dir, load.parse_step(resume))
-        return float("nan")
-    _silence_lightning()
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    torch.set_float32_matmul_precision("high")
-
-    data: L.LightningDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
-    stage = build_stage(cfg)
-    if cfg.activation_checkpointing is True:
-        checkpoint_activations(stage)
-    if cfg.compile:
-        compile_blocks(stage)
-    check_schedule(stage.lr_schedule, cfg.trainer.max_steps)
-    check_sizes(stage, data)
-    check_cache(stage, data)
-    rank_zero_only(print)(describe_sizes(stage, data))
-    trainer = build_trainer(cfg)
-    rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing
-    with claimed(output_dir, key="paths.output_dir", is_owner=trainer.is_global_zero):
-        fit(trainer, stage, data, resume, output_dir)
-    return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
-
-
-def fit(
-    trainer: L.Trainer,
-    stage: "Stage",
-    data: L.LightningDataModule,
-    resume: Path | None,
-    output_dir: Path,
-) -> None:
-    """Train until ``max_steps``.
-
-    Raises:
-        Exit: if training was interrupted.
-    """
-    try:
-        trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
-    except Preempted as stop:
-        code = INTERRUPTED if stop.signum == signal.SIGINT else REQUEUE
-        raise Exit(
-            f"{output_dir} was stopped by {stop} after step {trainer.global_step}; a checkpoint "
-            "was saved, and the same command with ckpt=auto resumes it",
-            code,
-        ) from None
-    except SystemExit:  # Lightning raises it for a Ctrl-C that PreemptionHandler did not defer
-        raise Exit(
-            f"{output_dir} was interrupted at step {trainer.global_step}; ckpt=auto resumes from "
-            "its last checkpoint",
-            INTERRUPTED,
-        ) from None
-    finally:  # Lightning skips it after an error, and workers would keep opening shards
-        data.teardown("fit")
-
-
-def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """The trainer of a config, with its callbacks, loggers and gradient accumulation."""
-    trainer: L.Trainer = hydra.utils.instantiate(
-        cfg.trainer,
-        callbacks=[*_instantiate_group(cfg.callbacks), ConfigFile(cfg)],
-        logger=_instantiate_group(cfg.logger),
-        plugins=None if is_sharded(cfg) else [SingleFileCheckpointIO()],
-        _convert_="all",
-    )
-    if cfg.global_batch is not None:
-        trainer.accumulate_grad_batches = accumulation(
-            cfg.global_batch, cfg.data.batch_size, trainer.world_size
-        )
-    # Lightning counts batches; validate_every_steps counts optimizer steps.
-    trainer.val_check_interval *= trainer.accumulate_grad_batches
-    return trainer
-
-
-def is_sharded(cfg: DictConfig) -> bool:
-    """Whether the weights are sharded over the processes."""
-    target = OmegaConf.select(cfg, "trainer.strategy._target_")
-    return target is not None and issubclass(hydra.utils.get_class(target), FSDP2Strategy)
-
-
-def _instantiate_group(group: DictConfig) -> list[Any]:
-    """The objects of a config group; null entries are skipped."""
-    configs = [config for config in group.values() if config is not None]
-    return [hydra.utils.instantiate(config, _convert_="all") for config in configs]
-
-
-def build_stage(cfg: DictConfig) -> "Stage":
-    """The stage of a config, with the weights of ``init_from`` if it is set."""
-    stage: Stage = hydra.utils.instantiate(cfg.stage, _convert_="all")
-    config: Any = OmegaConf.to_container(cfg.stage, resolve=True)
-    stage.record_provenance(config=config)
-    if cfg.init_from is not None:
-        path = load.find_checkpoint(cfg.init_from)
-        state = load.read_checkpoint(path, tensors="ema")
-        shadow = state["ema"]["shadow"]
-        kind = "EMA" if shadow else "raw (there is no EMA yet)"
-        logger.info("init_from: %s, weights: %s, step %s", path, kind, state.get("global_step"))
-        stage.check_checkpoint(state, origin=f"init_from={path}")
-        stage.load_state_dict({**state["state_dict"], **shadow})
-    return stage
-
-
-def check_ranges(cfg: DictConfig) -> None:
-    """Refuse values that would otherwise fail only once training has begun.
-
-    Raises:
-        ValueError: naming the key, its value and the fix.
-    """
-    precision = str(cfg.trainer.precision)
-    if precision not in ("32-true", "bf16-mixed"):
-        raise ValueError(
-            f"trainer.precision={precision} overflows or mixes types in these networks; use "
-            "bf16-mixed or 32-true"
-        )
-    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use; "
-            "use trainer.accelerator=cpu, or fix the driver"
-        )
-    if is_sharded(cfg) and cfg.stage.optimizer._target_.startswith("bitsandbytes"):
-        raise ValueError(
-            "optimizer@stage.optimizer=adamw_8bit does not support sharded weights; use "
-            "trainer=ddp, or optimizer@stage.optimizer=adamw, whose state is sharded"
-        )
-    for key in ("validate_every_steps", "checkpoint_every_steps"):
-        if cfg[key] < 1:
-            raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")
-    if cfg.stage.optimizer.lr <= 0:
-        raise ValueError(
-            f"stage.optimizer.lr={cfg.stage.optimizer.lr} is out of range; use more than 0"
-        )
-
-
-def check_schedule(factor: Callable[[int], float], max_steps: int) -> None:
-    """Refuse a schedule whose learning rate is 0 before the last step.
-
-    Args:
-        factor: step -> factor on the learning rate.
-        max_steps: number of steps; -1 is unlimited.
-
-    Raises:
-        ValueError: naming the key and the fix.
-    """
-    last_step = max_steps - 1 if max_steps > 0 else 10**12
-    if max_steps != 0 and factor(last_step) <= 0:
-        raise ValueError(
-            f"stage.lr_schedule reaches a learning rate of 0 before trainer.max_steps={max_steps}; "
-            "set stage.lr_schedule.total_steps to trainer.max_steps, or to null for a constant rate"
-        )
-
-
-def find_resume(ckpt: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from; None starts a new run.
-
-    Raises:
-        FileNotFoundError: if there is no checkpoint at ``ckpt``.
-        ValueError: if ``output_dir`` already contains a run and ``ckpt`` is None.
-    """
-    has_run = any(output_dir.glob("checkpoints/step*.ckpt"))
-    if ckpt == "auto":
-        return load.find_checkpoint(output_dir) if has_run else None
-    if ckpt is not None:
-        return load.find_checkpoint(ckpt)
-    if has_run:
-        raise ValueError(
-            f"paths.output_dir={output_dir} already contains a run; resume it with ckpt=auto, or "
-            "choose another paths.output_dir or name"
-        )
-    return None
-
-
-def accumulation(global_batch: int, batch_size: int, processes: int) -> int:
-    """Number of batches that each process accumulates for a step of ``global_batch`` samples.
-
-    Raises:
-        ValueError: if it is not an integer.
-    """
-    samples_at_once = batch_size * processes
-    if global_batch < 1 or global_batch % samples_at_once:
-        raise ValueError(
-            f"global_batch={global_batch} is not a multiple of {samples_at_once} "
-            f"(data.batch_size={batch_size} on {processes} process{'es' * (processes > 1)}); set "
-            f"data.batch_size to a divisor of {global_batch / processes:g}"
-        )
-    return global_batch // samples_at_once
-
-
-def _silence_lightning() -> None:
-    """Silence Lightning's advice that is already followed, or that does not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        "does not have many workers",
-        "Be aware that when using `ckpt_path`",
-        "Checkpoint directory",
-        "Total length of `OnceLoader` across ranks is zero",
-        "You are trying to `self",
-        "treespec",
-        "It is recommended to use `self",
-        "Grad strides do not match bucket",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")
-
-
-main = command("train", run)
+main = command("train", __doc__, KNOWN_KEYS, resumable=True)
 
 if __name__ == "__main__":
     main()

@@ -10,11 +10,9 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
+from wuerstchen_pl.signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; sent by kill, torchrun and Slurm; sent by Slurm with ``--signal=USR1@300``."""
 
 
 class Preempted(Exception):

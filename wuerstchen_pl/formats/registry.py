@@ -2,17 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from wuerstchen_pl.formats import diffusers, native, run, upstream
+from wuerstchen_pl.formats import FormatName, diffusers, native, run, upstream
 from wuerstchen_pl.formats.lazy_tensors import checked
 from wuerstchen_pl.formats.model import Model
 from wuerstchen_pl.io.atomic import atomic_folder
 
-FormatName = Literal["native", "diffusers", "upstream"]
 FORMATS = {"native": native, "diffusers": diffusers, "upstream": upstream}
 HUB_PATTERNS = ["*.json", "*.txt", "*.safetensors"]
 """Files that are downloaded from a hub repository; pickles are not."""

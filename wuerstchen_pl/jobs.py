@@ -1,0 +1,151 @@
+"""What a program does within Hydra: one job, or the jobs of a sweep."""
+
+import importlib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from wuerstchen_pl.config import check_config, conf_dir
+from wuerstchen_pl.errors import one_line_errors
+
+_PACKAGE = Path(__file__).resolve().parent
+_TRACEBACKS = "HYDRA_FULL_ERROR"
+
+
+def launch(
+    name: str,
+    known_keys: Mapping[str, Any] | None,
+    read_keys: re.Pattern[str] | None,
+    begin_work: Callable[[], None],
+) -> None:
+    """Compose the config of a program, check it, and only then import and run the program.
+
+    A sweeper minimizes what ``run`` of the program returns. See ``cli.command`` for the arguments;
+    ``begin_work`` is called before each job.
+    """
+
+    def run(cfg: DictConfig) -> float | None:
+        for key in typed_keys():
+            if read_keys is not None and not read_keys.match(key):
+                raise ValueError(f"{name} does not read {key}; remove it")
+        if known_keys is not None:
+            check_config(cfg, known_keys)
+        program = importlib.import_module(f"{_PACKAGE.name}.programs.{name}")
+        begin_work()
+        return program.run(cfg)
+
+    def guarded(cfg: DictConfig) -> float | None:
+        in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        with _environment(None), one_line_errors(in_sweep), one_line_warnings(), one_line_logs():
+            return run(cfg)
+
+    composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)
+    if os.environ.get(_TRACEBACKS) == "1":
+        with one_line_logs():
+            composed(run)()
+    else:  # with this variable, Hydra raises composition errors instead of printing them
+        with _environment("1"), one_line_errors():
+            composed(guarded)()
+
+
+def typed_keys() -> list[str]:
+    """The keys and groups that the command line sets: ``data``, ``stage.optimizer.lr``."""
+    names = [text.lstrip("+~").partition("=")[0] for text in HydraConfig.get().overrides.task]
+    return [name.rpartition("@")[2] for name in names]
+
+
+def check_output_dir(configured: str, key: str = "output_dir") -> Path:
+    """The output folder of a run: that of ``key``, or the numbered folder of a sweep's run.
+
+    The folder is not created yet, but it is checked that it can be, before any work is done.
+
+    Raises:
+        OSError: if it cannot be created or written to.
+    """
+    folder, hydra_config = Path(configured), HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        folder = Path(hydra_config.runtime.output_dir)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{key}={folder} is not a folder: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{key}={folder} is not writable: no permission for {existing}")
+    return folder
+
+
+class SweepCallback(Callback):
+    """Sets up a sweep, and ends it with exit code 1 if a job failed.
+
+    Some sweepers, such as Optuna's, can ignore failed jobs.
+    """
+
+    def __init__(self) -> None:
+        self.num_jobs = self.num_failed = 0
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Let ``hydra.sweep.dir`` use ``${hydra:...}``, which Hydra sets only later."""
+        HydraConfig.instance().set_config(config)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Count the jobs, and those that failed."""
+        self.num_jobs += 1
+        self.num_failed += job_return.status == JobStatus.FAILED
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Report the failed jobs of a sweep whose sweeper ignored them."""
+        if self.num_failed:
+            failed = f"{self.num_failed} of {self.num_jobs} jobs"
+            print(f"error: {failed} of the sweep failed", file=sys.stderr)
+            sys.exit(1)
+
+
+@contextmanager
+def _environment(value: str | None) -> Iterator[None]:
+    """Set or unset HYDRA_FULL_ERROR within the block, also for processes started in it."""
+    before = os.environ.pop(_TRACEBACKS, None)
+    os.environ |= {} if value is None else {_TRACEBACKS: value}
+    try:
+        yield
+    finally:
+        os.environ.pop(_TRACEBACKS, None)
+        os.environ |= {} if before is None else {_TRACEBACKS: before}
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Print warnings without their source location."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+@contextmanager
+def one_line_logs() -> Iterator[None]:
+    """Write the package's log records of level INFO and above to stderr, above progress bars."""
+    logger, handler = logging.getLogger(_PACKAGE.name), logging.StreamHandler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

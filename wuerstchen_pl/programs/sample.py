@@ -1,0 +1,119 @@
+"""Generate images from text."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, ListConfig
+from tqdm import tqdm
+
+from wuerstchen_pl.distributed.launch import resolve_device
+from wuerstchen_pl.evaluation import prompt_sets
+from wuerstchen_pl.io.image_files import GRID
+from wuerstchen_pl.io.images import write_png
+from wuerstchen_pl.io.output_folder import claimed
+from wuerstchen_pl.jobs import check_output_dir
+from wuerstchen_pl.pipelines.generate import generate_images
+from wuerstchen_pl.pipelines.loading import load_pipeline
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.sampling.config import SamplingConfig
+from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
+
+MAX_IMAGES = 10_000
+"""Upper limit of images per prompt."""
+
+
+def run(cfg: DictConfig) -> None:
+    """Check the settings, then generate images, and write each as soon as it is done."""
+    prompts = read_prompts(cfg.prompt, cfg.prompts)
+    settings: SamplingConfig = hydra.utils.instantiate(cfg.sample, _convert_="all")
+    if not 1 <= cfg.num_images_per_prompt <= MAX_IMAGES:
+        raise ValueError(
+            f"num_images_per_prompt={cfg.num_images_per_prompt} is out of range; "
+            f"use 1 to {MAX_IMAGES}"
+        )
+    if not 0 <= cfg.seed < 2**63 - MAX_IMAGES:
+        raise ValueError(f"seed={cfg.seed} is out of range; use 0 to {2**63 - MAX_IMAGES - 1}")
+    folder = check_output_dir(cfg.output_dir)
+    with claimed(folder, key="output_dir"):
+        generate(cfg, prompts, settings, folder)
+
+
+def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, folder: Path) -> None:
+    """Load the pipeline and write the images."""
+    device = resolve_device(cfg.device)
+    dtype = sampling_dtype(cfg.dtype, device)
+    pipeline = load_pipeline(
+        cfg.model, prior=cfg.prior, variant=cfg.variant, device=device, dtype=dtype
+    )
+    requests = [
+        (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)
+    ]
+    texts, seeds = [p for p, _ in requests], [s for _, s in requests]
+    for prompt in prompts:
+        pipeline.prior.text_encoder.check(prompt)
+    pipeline.padded_size(cfg.height, cfg.width)
+    log_dtype(dtype, device)
+
+    images = generate_images(
+        pipeline, texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings
+    )
+    metadata = {"model": str(cfg.model), **_sha256(pipeline)}
+    metadata |= {key: cfg[key] for key in ("prior", "variant") if cfg[key] is not None}
+    metadata |= {"height": cfg.height, "width": cfg.width, "dtype": dtype_name(dtype)}
+    metadata |= asdict(settings)
+    grid_images: list[torch.Tensor] = []  # the only images that are kept in memory
+    for number, image in enumerate(tqdm(images, total=len(requests), unit="image")):
+        prompt, seed = requests[number]
+        name = f"{number:04d}-{slug(prompt)}-{seed}.png"
+        write_png(folder / name, image, {"prompt": prompt, "seed": seed, **metadata})
+        if cfg.grid:
+            grid_images.append(image)
+    if len(grid_images) > 1:
+        write_png(folder / GRID, tile(grid_images, columns=cfg.num_images_per_prompt), {})
+    print(f"{len(requests)} image{'s' * (len(requests) > 1)} in {folder}")
+
+
+def _sha256(pipeline: TextToImage) -> dict[str, str]:
+    return {} if pipeline.source is None else {"model_sha256": pipeline.source["sha256"]}
+
+
+def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
+    """The prompts of the command line, then those of a file (see ``prompt_sets.read_prompts``).
+
+    Args:
+        prompt: one prompt, a list of them, or None.
+        prompts: path of a file of prompts, or None.
+
+    Raises:
+        ValueError: if there are none, or one is not valid UTF-8.
+        FileNotFoundError: if the file is missing.
+    """
+    from_command_line = list(prompt) if isinstance(prompt, ListConfig) else [prompt]
+    texts = [str(p) for p in from_command_line if p is not None]
+    if prompts is not None:
+        texts += prompt_sets.read_prompts(prompts)
+    if not texts:
+        raise ValueError('no prompt; set prompt="a red heart", or prompts= to a file of prompts')
+    for text in texts:  # Python decodes command-line bytes that are not UTF-8 to lone surrogates
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"prompt={text[:40]!r} is not valid UTF-8; re-encode it as UTF-8")
+    return texts
+
+
+def slug(prompt: str) -> str:
+    """A prompt as an ASCII part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "prompt"
+
+
+def tile(images: list[torch.Tensor], columns: int) -> torch.Tensor:
+    """N images (3, H, W) -> one (3, rows (H+2), columns (W+2)), separated by white lines."""
+    if columns == 1:
+        columns = min(8, len(images))
+    padded = [torch.nn.functional.pad(p, (0, 2, 0, 2), value=1.0) for p in images]
+    padded += [torch.ones_like(padded[0])] * (-len(padded) % columns)
+    rows = [torch.cat(padded[i : i + columns], dim=2) for i in range(0, len(padded), columns)]
+    return torch.cat(rows, dim=1)
