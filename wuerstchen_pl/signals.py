@@ -30,21 +30,20 @@ class Exit(SystemExit):
 class StopSignals:
     """Handles the stop signals within a block, until something else handles them.
 
-    A starting program has written nothing, so a signal ends its process at once. An exception
-    would be raised inside an import, where libraries catch it, or replace it by an ``ImportError``.
-    A working program gets an exception, and cleans up.
+    A starting program has written nothing, so a signal ends its process at once: an exception
+    during an import may be lost, as when torch imports numpy. A working program is interrupted by
+    an exception, and cleans up.
 
     Args:
         resumable: the program is ``train``, which can be requeued, and also stops at SIGUSR1.
     """
 
     def __init__(self, *, resumable: bool = False) -> None:
-        code, self._advice = TERMINATED, ""
-        if resumable:
-            code, self._advice = REQUEUE, "; the same command with ckpt=auto starts or resumes it"
+        code = REQUEUE if resumable else TERMINATED
         self._codes = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: code}
-        if resumable:
-            self._codes[signal.SIGUSR1] = code
+        self._codes |= {signal.SIGUSR1: code} if resumable else {}
+        how_to_resume = "; the same command with ckpt=auto starts or resumes the run"
+        self._advice = how_to_resume if resumable else ""
         self._working = False
         self._process = os.getpid()
         self._previous_handlers: dict[signal.Signals, Any] = {}
