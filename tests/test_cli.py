@@ -91,6 +91,11 @@ def test_help_does_not_change_what_runs() -> None:
     assert help_text("train", "what it does").startswith("what it does\n")
 
 
+def test_a_job_is_named_after_its_program(program: Program, capsys: pytest.CaptureFixture) -> None:
+    assert program("train", "stage=a", "--cfg", "hydra", "-p", "hydra.job.name") == 0
+    assert capsys.readouterr().out == "train\n"
+
+
 def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)

@@ -14,8 +14,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 
 from tests.conftest import small
-from wuerstchen_pl import convert, evaluate, export, interpolate, sample, train
-from wuerstchen_pl.config import _matches, check_config, conf_dir, group_choices
+from wuerstchen_pl import convert, evaluate, export, sample, train
+from wuerstchen_pl.config import (
+    _locate,
+    _matches,
+    _objects,
+    _parameters,
+    check_config,
+    conf_dir,
+    group_choices,
+)
+from wuerstchen_pl.errors import is_typo
 from wuerstchen_pl.programs import train as train_program
 
 CONF = Path(conf_dir())
@@ -80,7 +89,6 @@ def test_every_shipped_combination_has_only_used_keys(stage: str, preset: str, f
         ("evaluate", evaluate.KNOWN_KEYS),
         ("convert", convert.KNOWN_KEYS),
         ("export", export.KNOWN_KEYS),
-        ("interpolate", interpolate.KNOWN_KEYS),
     ],
 )
 def test_the_other_programs_have_only_used_keys(program: str, known_keys: dict[str, Any]) -> None:
@@ -96,6 +104,28 @@ def test_every_key_of_train_is_used() -> None:
         m for path in CONF.rglob("*.yaml") for m in re.findall(r"\$\{([\w.]+)\}", path.read_text())
     }
     assert train.KNOWN_KEYS.keys() - in_program - in_yaml == set()
+
+
+@pytest.mark.parametrize("typed", ["widht", "wdth", "widthh", "wadth"])
+def test_one_wrong_letter_is_a_typo(typed: str) -> None:
+    assert is_typo(typed, "width")
+    assert not is_typo(typed, "weight")
+    assert not is_typo("width", "width")
+
+
+@pytest.mark.parametrize("overrides", [("stage=a",), ("stage=b", "data=shards"), ("stage=c",)])
+def test_no_argument_is_taken_for_a_typo_of_another_key(overrides: tuple[str, ...]) -> None:
+    nodes = _objects(OmegaConf.to_container(composed(*overrides)))
+    constructors = [(_locate(node["_target_"]), node) for _, node in nodes]
+    pairs = [
+        (argument, key)
+        for constructor, node in constructors
+        if constructor is not None
+        for argument in _parameters(constructor)[0] - node.keys()
+        for key in node
+    ]
+    assert len(pairs) > 300
+    assert [pair for pair in pairs if is_typo(*pair)] == []
 
 
 @pytest.mark.parametrize("program", [path.stem for path in CONF.glob("*.yaml")])

@@ -93,7 +93,7 @@ def interruptible() -> Iterator[None]:
 
 
 # Hydra is imported first. An exception while torch first imports numpy is lost (torch 2.14).
-MOMENTS = ("hydra", "torch", "numpy", "wuerstchen_pl.programs")
+SENT_BEFORE = ("hydra", "torch", "numpy", "wuerstchen_pl.programs")
 FAST = {("train", "numpy"), ("sample", "hydra")}
 REQUIRED = {
     "cache": ["out=x"],
@@ -111,7 +111,7 @@ REQUIRED = {
     [
         pytest.param(name, module, marks=[pytest.mark.slow] * ((name, module) not in FAST))
         for name in COMMANDS
-        for module in MOMENTS
+        for module in SENT_BEFORE
     ],
 )
 def test_a_signal_during_imports_ends_the_program_with_its_code(

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wuerstchen_pl.config import check_config, conf_dir
@@ -53,6 +53,7 @@ def launch(
         with _environment(None), one_line_errors(in_sweep), one_line_warnings(), one_line_logs():
             return run(cfg)
 
+    run.__module__ = guarded.__module__ = f"{_PACKAGE.name}.{name}"  # also the job's name
     composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)
     if os.environ.get(_TRACEBACKS) == "1":
         with one_line_logs():
@@ -64,7 +65,8 @@ def launch(
 
 def typed_keys() -> list[str]:
     """The keys and groups that the command line sets: ``data``, ``stage.optimizer.lr``."""
-    names = [text.lstrip("+~").partition("=")[0] for text in HydraConfig.get().overrides.task]
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    names = [text.lstrip("+~").partition("=")[0] for text in overrides]
     return [name.rpartition("@")[2] for name in names]
 
 
