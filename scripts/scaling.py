@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from scripts.activation_memory import SavedBytes, saved_bytes
 from wuerstchen_pl.config import conf_dir
 from wuerstchen_pl.data.ordering.buckets import Buckets
 
@@ -37,11 +38,17 @@ class RecipeCost(NamedTuple):
     batch: int
     flops: float  # per sample, forward and backward
     weights: int  # trainable
+    batch_per_gpu: int
+    saved: SavedBytes  # of a sample of the largest bucket
 
     @property
     def samples(self) -> int:
         """Number of training samples."""
         return self.steps * self.batch
+
+    def fits(self, saved: float) -> int:
+        """The largest batch on each of 8 GPUs of 80 GB, with 10 % to spare."""
+        return int((0.9 * 80e9 - BYTES * self.weights / 8) / saved)
 
     def hours(self, mfu: float) -> float:
         """A100 hours."""
@@ -49,17 +56,24 @@ class RecipeCost(NamedTuple):
 
 
 def recipe_cost(name: str) -> RecipeCost:
-    """Count the FLOPs and weights of a recipe."""
+    """Count the FLOPs, weights and activations of a recipe."""
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = hydra.compose("train", [f"experiment={name}", "data.urls=x"])
         stage = name.split("_")[1]
         lower = {s: hydra.compose("train", [f"stage={s}", "preset=paper"]).stage for s in "ab"}
+    sizes = bucket_sizes(cfg)
     with torch.device("meta"):
-        flops = [sample_flops(stage, cfg, lower, *size) for size in bucket_sizes(cfg)]
+        flops = [sample_flops(stage, cfg, lower, *size) for size in sizes]
         trained = trained_networks(cfg, stage)
     weights = sum(p.numel() for net in trained for p in net.parameters())
     mean_flops = sum(flops) / len(flops)
-    return RecipeCost(name, stage, cfg.trainer.max_steps, cfg.global_batch, mean_flops, weights)
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    saved = saved_bytes(lambda: training_forward(stage, cfg, lower, *largest))
+    return RecipeCost(
+        *(name, stage, cfg.trainer.max_steps, cfg.global_batch, mean_flops, weights),
+        batch_per_gpu=cfg.data.batch_size,
+        saved=saved,
+    )
 
 
 def bucket_sizes(cfg: DictConfig) -> list[tuple[int, int]]:
@@ -113,6 +127,36 @@ def sample_flops(
     latents = torch.rand(2, 4, height // 4, width // 4)
     forward = count_flops(lambda: diffnext(latents, t, semantic, None)) + encoding
     return 3 * forward + count_flops(lambda: vqgan.encode(images))  # type: ignore[operator]
+
+
+def training_forward(
+    stage: str, cfg: DictConfig, lower: dict[str, DictConfig], height: int, width: int
+) -> tuple[list[nn.Module], Callable[[int], Any]]:
+    """The networks that gradients pass through, and their forward pass for a batch size."""
+    networks = trained_networks(cfg, stage)
+    compressor: Any = networks[1] if stage == "b" else _network(lower["b"].compressor)
+    if stage == "a":
+        vqgan, discriminator = networks
+        perceptual = torchvision.models.vgg16().features.requires_grad_(False)
+
+        def adversarial(batch: int) -> Any:
+            decode: Any = vqgan.decode_features
+            images = decode(vqgan.features(torch.rand(batch, 3, height, width)))  # type: ignore[operator]
+            return discriminator(images), perceptual(images)
+
+        return [*networks, perceptual], adversarial
+    if stage == "c":
+        sides = (16, *compressor.latent_size(height, width))
+        text = (77, cfg.stage.text_encoder.width)
+        return networks, lambda n: networks[0](
+            torch.rand(n, *sides), torch.rand(n), torch.rand(n, *text)
+        )
+    return networks, lambda n: networks[0](
+        torch.rand(n, 4, height // 4, width // 4),
+        torch.rand(n),
+        compressor(torch.rand(n, 3, height, width)),
+        None,
+    )
 
 
 def text_flops(cfg: DictConfig) -> float:
@@ -172,6 +216,23 @@ def page(mfu: float, image_kb: float) -> str:
             + "".join(f"| {size * cost.weights / 1e9:.1f} " for size in (16, 12, 8))
             + "|"
         )
+    lines += [
+        "",
+        "Activations in bfloat16 autocast with flash attention, counted on tensors without data",
+        "for a sample of the largest bucket, and the largest batch on each of 8 GPUs of 80 GB with",
+        "`trainer=fsdp_a100`, with 10 % to spare; frozen networks, up to 2 GB, are not included.",
+        "`activation_checkpointing=auto` switches checkpointing on if a batch needs it. Batches of",
+        "the recipes divide the global batch on up to 64 GPUs (`paper_a` 8, `paper_b_1024` 16); on",
+        "fewer GPUs, use a larger divisor that fits.",
+        "",
+        "| recipe | MB per sample | with checkpointing | largest batch | with checkpointing "
+        "| batch of the recipe |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cost in costs:
+        columns = [f"{saved / 1e6:,.0f}" for saved in cost.saved]
+        columns += [f"{cost.fits(saved):,}" for saved in cost.saved]
+        lines.append(f"| {cost.name} | {' | '.join(columns)} | {cost.batch_per_gpu} |")
     lines += [
         "", f"With images of {image_kb:g} KB, also an assumption, 103 M images are "
         f"{103e6 * image_kb / 1e9:,.0f} TB, read at these rates:", "",
