@@ -185,6 +185,31 @@ def test_two_nodes_that_accumulate_gradients_train_like_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", "abc")
+def test_two_sharded_processes_train_in_bfloat16_like_one(
+    stage: str, cascade: Path, tmp_path: Path
+) -> None:
+    """Blocks are gathered in bfloat16, and gradients reduced in float32."""
+    mixed = ["trainer.precision=bf16-mixed"]
+    start = tmp_path / "start"
+    assert run_program("train", arguments(stage, start, cascade, *ONE, "trainer.max_steps=1")) == 0
+    assert run_program("train", arguments(stage, tmp_path / "one", cascade, *ONE, *mixed)) == 0
+    launch([arguments(stage, tmp_path / "two", cascade, *TWO, "trainer=fsdp", *mixed)], tmp_path)
+    first, one, two = (
+        last_checkpoint(tmp_path / run / "default" / stage)["state_dict"]
+        for run in ("start", "one", "two")
+    )
+    trained = [name for name in first if first[name].is_floating_point()]
+    update = torch.cat([(one[name] - first[name]).flatten() for name in trained])
+    difference = torch.cat([(two[name] - one[name]).flatten() for name in trained])
+    assert difference.norm() < 0.1 * update.norm()
+    losses_one, losses_two = (losses(tmp_path / run / "default" / stage) for run in ("one", "two"))
+    assert losses_one.keys() == losses_two.keys()
+    for key, value in losses_one.items():
+        assert losses_two[key] == pytest.approx(value, rel=0.02, abs=0.01), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", "abc")
 def test_the_comparison_detects_ten_missing_steps(runs: Path, stage: str) -> None:
     run = runs / "one/default" / stage
     half = load.read_checkpoint(run / f"checkpoints/step{HALF:07d}.ckpt")

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def weight_files(frozen: Mapping[str, nn.Module]) -> dict[str, Source]:
     """Paths and hashes of the weight files of frozen networks, such as CLIP's."""
     paths = {name: getattr(part, "weights", None) for name, part in frozen.items()}
     return {
-        name: {"path": str(path), "sha256": _cached_sha256(str(path), os.stat(path).st_mtime_ns)}
+        name: {"path": str(path), "sha256": atomic.sha256(Path(path))}
         for name, path in paths.items()
         if path is not None and os.path.isfile(path)
     }
@@ -107,9 +106,3 @@ def check_weight_files(frozen: Mapping[str, nn.Module], recorded: Mapping[str, S
                 f"stage.{name}.weights={source['path']} has sha256 {source['sha256'][:12]}, but "
                 f"the checkpoint was trained with {expected[:12]}; restore that file"
             )
-
-
-@lru_cache(maxsize=16)
-def _cached_sha256(path: str, modified_ns: int) -> str:
-    """The sha256 of a file, cached because CLIP's weights are several gigabytes."""
-    return atomic.sha256(Path(path))
