@@ -84,6 +84,15 @@ def test_what_needs_no_constructor_needs_no_torch(arguments: list[str]) -> None:
     assert not {*HEAVY, "wuerstchen_pl.programs"} & modules
 
 
+def test_a_program_that_does_not_train_imports_neither_lightning_nor_open_clip() -> None:
+    programs = ("sample", "convert", "export", "interpolate")
+    imports = "; ".join(f"import wuerstchen_pl.programs.{name}" for name in programs)
+    command = [sys.executable, "-c", f"import sys; {imports}; print(*sys.modules)"]
+    modules = set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+    assert HEAVY & modules == {"torch", "numpy"}
+    assert "torch._dynamo" not in modules
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Started processes handle Ctrl-C, even if a shell runs the tests in the background."""

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from wuerstchen_pl.distributed.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
@@ -80,6 +79,8 @@ class EfficientNet(nn.Module):
     channels, stride = 1280, 32
 
     def __init__(self, *, size: Literal["s", "l"] = "s", weights: str | None = None) -> None:
+        import torchvision  # slow, and the tiny preset does not use it
+
         super().__init__()
         build = getattr(torchvision.models, f"efficientnet_v2_{size}")
         net = build(weights="DEFAULT" if weights == "imagenet" else None)

@@ -4,6 +4,9 @@ The published models were trained on the embeddings that transformers' CLIPTextM
 captions padded with the end token, padding masked as keys, all positions of the last layer after
 the final norm. open_clip pads with 0 and masks nothing; ``TextEncoder`` does the same as
 transformers.
+
+open_clip is imported when an encoder is built: it imports torchvision and transformers, which takes
+as long as torch, and most programs that refer to an encoder build none.
 """
 
 import unicodedata
@@ -11,7 +14,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 from wuerstchen_pl.models.tokenizer import Tokenizer
@@ -51,6 +53,8 @@ class TextEncoder(nn.Module):
         tokenizer: str | None = None,
         weights: str | None = None,
     ) -> None:
+        from open_clip.transformer import QuickGELU, TextTransformer
+
         super().__init__()
         if activation not in ("gelu", "quick_gelu"):
             raise ValueError(f"activation={activation!r} is unknown; use gelu or quick_gelu")

@@ -6,12 +6,14 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import regex as re
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
 
 # \p{White_Space}, not \s: Python also counts the separators 0x1c to 0x1f as white space
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\p{White_Space}\p{L}\p{N}]+"
@@ -27,8 +29,10 @@ FILES = (
 
 
 @functools.cache
-def _open_clip_tokenizer() -> SimpleTokenizer:
+def _open_clip_tokenizer() -> "SimpleTokenizer":
     """open_clip's vocabulary, which takes a tenth of a second to read; not to be changed."""
+    from open_clip.tokenizer import SimpleTokenizer  # slow, as models.text explains
+
     return SimpleTokenizer()
 
 
@@ -184,7 +188,7 @@ def write_vocabulary(folder: Path, context_length: int = 77) -> None:
         OSError: if the folder cannot be written.
     """
     tokenizer = Tokenizer()
-    shipped = SimpleTokenizer()
+    shipped = _open_clip_tokenizer()
     shipped_special = {shipped.sot_token_id: START, shipped.eot_token_id: END}
     vocabulary = {shipped_special.get(i, token): i for i, token in shipped.decoder.items()}
     merges = [" ".join(pair) for pair in tokenizer.bpe.bpe_ranks]

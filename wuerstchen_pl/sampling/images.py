@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 from wuerstchen_pl.io.images import to_pil, to_rgb
 
@@ -86,6 +85,8 @@ def _batch(image: ImageInput | Sequence[ImageInput], *, channels: int) -> Tensor
 
 def _tensor(part: ImageInput, channels: int) -> Tensor:
     if isinstance(part, Image.Image):
+        from torchvision.transforms import functional as TF  # slow, and few programs read images
+
         image = to_rgb(part)
         return TF.to_tensor(image.convert("L") if channels == 1 else image)[None]
     if not isinstance(part, Tensor) or part.ndim not in (3, 4) or part.shape[-3] != channels:
