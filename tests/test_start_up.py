@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import run_program
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, TERMINATED
 
 COMMANDS = {
@@ -57,6 +58,11 @@ def test_help_imports_no_library_but_omegaconf(name: str) -> None:
     assert "wuerstchen_pl.help" in modules
     assert not {*HEAVY, "hydra", "tqdm", "wuerstchen_pl.programs"} & modules
     assert len(modules) < 300  # 214 on Python 3.11; 3,500 with torch, Lightning and open_clip
+
+
+def test_data_lists_its_commands(capsys: pytest.CaptureFixture) -> None:
+    assert run_program("data", ["--help"]) == 0
+    assert "wuerstchen_pl.data build from=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", COMMANDS)

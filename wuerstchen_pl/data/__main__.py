@@ -27,10 +27,14 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the first argument names."""
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    if name in COMMANDS:
+        del sys.argv[1]
+        COMMANDS[name]()
+    elif name in ("--help", "-h"):
+        print(__doc__)
+    else:
         sys.exit(f"data: {name} is not a command; use check or build, then key=value ...")
-    COMMANDS[sys.argv.pop(1)]()
 
 
 if __name__ == "__main__":
