@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.conftest import frozen_text, run_program, small, what_cache_reads
-from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.checkpointing import allowed, load
 from wuerstchen_pl.data.caches.cached_dataset import CachedDataModule, CachedSource
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 
@@ -77,7 +77,7 @@ def module_of(root: Path, cascade: Path, **changes: Any) -> ImageTextDataModule:
     import yaml
 
     config = yaml.safe_load((cascade / "c/config.yaml").read_text())["data"] | changes
-    module: ImageTextDataModule = load.instantiate_allowed(config)
+    module: ImageTextDataModule = allowed.instantiate_allowed(config)
     module.prepare_data()
     module.setup()
     return module

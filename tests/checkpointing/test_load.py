@@ -13,15 +13,9 @@ import hydra
 import pytest
 import torch
 
-from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.checkpointing.load import (
-    ALLOWED_TARGETS,
-    STAGE_TARGETS,
-    find_checkpoint,
-    load_stage,
-    read_checkpoint,
-    stage_class,
-)
+from wuerstchen_pl.checkpointing import allowed, load
+from wuerstchen_pl.checkpointing.allowed import ALLOWED_TARGETS, STAGE_TARGETS, stage_class
+from wuerstchen_pl.checkpointing.load import find_checkpoint, load_stage, read_checkpoint
 from wuerstchen_pl.formats.run import read_run
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.models.compressor import EfficientNet
@@ -314,5 +308,5 @@ def test_an_imagenet_backbone_is_not_downloaded_for_sampling(
         EfficientNet, "__init__", lambda self, *, weights=None: requested.append(weights)
     )
     backbone = {"_target_": "wuerstchen_pl.models.compressor.EfficientNet", "weights": "imagenet"}
-    load.instantiate_allowed(load.drop_weight_paths(backbone))
+    allowed.instantiate_allowed(load.drop_weight_paths(backbone))
     assert requested == [None]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from wuerstchen_pl.checkpointing import load, sharded
+from wuerstchen_pl.checkpointing.allowed import instantiate_allowed
 from wuerstchen_pl.stages.stage import Stage
 
 pytestmark = pytest.mark.skipif(
@@ -65,7 +66,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         "_target_": "wuerstchen_pl.stages.a.StageA",
         "vqgan": vqgan, "discriminator": discriminator,
     }  # fmt: skip
-    stage: Stage = load.instantiate_allowed(config)
+    stage: Stage = instantiate_allowed(config)
     shadow = {name: p.detach() + 1 for name, p in stage.named_parameters()}
     optimizer_state = {i: {"exp_avg": p.detach() + 2} for i, p in enumerate(stage.parameters())}
     content = {

@@ -121,8 +121,8 @@ def test_nested_configs_can_only_build_networks(backbone: Any, copy: Path) -> No
     [
         ({"_partial_": True}, "has the key _partial_, which is not allowed"),
         ({"depth": 10**8}, "has depth=100000000, but there are only"),
-        ({"width": -1}, "cannot be built"),
-        ({"color": "red"}, "cannot be built: .*color"),
+        ({"width": -1}, r"config\.json cannot be used: RuntimeError"),
+        ({"color": "red"}, r"config\.json cannot be used: color is not an argument of"),
         ({"num_heads": 7}, "num_heads=7 does not divide the width 128"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_config_cannot_name_local_files(copy: Path, model: Model, tmp_path: Pa
     backbone = {**json.loads(config_file.read_text())["backbone"], "weights": pipe}
     change_json(config_file, backbone=backbone)
     with pytest.raises(
-        ValueError, match="cannot be built"
+        ValueError, match=r"backbone\.weights is not an argument"
     ):  # a ConvBackbone has no argument weights
         registry.read_model(str(tmp_path / "there"))
 
@@ -167,7 +167,7 @@ def test_settings_of_every_format_are_checked(model: Model, tmp_path: Path) -> N
 def test_settings_must_be_positive_numbers(copy: Path) -> None:
     for settings in ({"semantic_scale": "42"}, {"color": 1.0}, None, {"resolution_multiple": 0}):
         change_json(copy / "wuerstchen_pl.json", settings=settings)
-        with pytest.raises(ValueError, match="has settings="):
+        with pytest.raises(ValueError, match=r"has settings=|settings is null, and must be"):
             registry.read_model(str(copy))
 
 

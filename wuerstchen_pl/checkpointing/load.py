@@ -1,7 +1,7 @@
 """Checkpoints of runs: find and verify one, and build its stage.
 
 A checkpoint may be untrusted. It is read with ``weights_only=True``, and the classes in its config
-are instantiated only if they are in ``ALLOWED_TARGETS``.
+are instantiated only if they are allowed; see ``allowed.py``.
 """
 
 import logging
@@ -13,57 +13,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import hydra
 import torch
-from hydra.errors import InstantiationException
 
 from wuerstchen_pl.checkpointing import sharded
+from wuerstchen_pl.checkpointing.allowed import (
+    check_stage,
+    instantiate_allowed,
+    stage_class,
+)
 from wuerstchen_pl.checkpointing.finite import check_finite
 from wuerstchen_pl.io import atomic
+from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.signatures import check_entries
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
 
-STAGE_TARGETS = frozenset(
-    f"wuerstchen_pl.stages.{name}" for name in ("a.StageA", "b.StageB", "c.StageC", "ldm.StageLDM")
-)
-NETWORK_TARGETS = frozenset(
-    f"wuerstchen_pl.models.{name}"
-    for name in (
-        "compressor.ConvBackbone",
-        "compressor.EfficientNet",
-        "compressor.SemanticCompressor",
-        "diffnext.DiffNeXt",
-        "paella.Paella",
-        "discriminator.Discriminator",
-        "prior.Prior",
-        "text.TextEncoder",
-        "unet.UNet",
-        "vqgan.VQGAN",
-    )
-)
-DATA_TARGETS = frozenset(
-    f"wuerstchen_pl.data.{name}"
-    for name in (
-        "caches.cached_dataset.CachedDataModule",
-        "ordering.filters.Filters",
-        "sources.folder.FolderSource",
-        "sources.hub.HubDataset",
-        "factories.folder",
-        "factories.hf",
-        "factories.mix",
-        "factories.openmoji",
-        "factories.shards",
-        "sources.openmoji.OpenMoji",
-        "sources.shards.ShardSource",
-    )
-)
-ALLOWED_TARGETS = (
-    STAGE_TARGETS | NETWORK_TARGETS | DATA_TARGETS | {"wuerstchen_pl.checkpointing.load.load_stage"}
-)
 REQUIRED = ("stage", "state_dict", "ema", "frozen")
+EMA: Mapping[str, Any] = {"num_steps": int, "num_updates": int, "shadow": dict}
+"""Types of the entries of ``ema``."""
 
 
 # Find and read
@@ -136,6 +106,9 @@ def read_checkpoint(path: Path, *, tensors: Tensors = "all") -> dict[str, Any]:
             f"{path} is not a checkpoint of a wuerstchen_pl run: it lacks one of "
             f"{', '.join(REQUIRED)}"
         )
+    with contents_of(path):
+        check_stage(content["stage"])
+        check_entries(content["ema"], EMA, "ema")
     return content
 
 
@@ -149,38 +122,6 @@ def _select(paths: Iterable[sharded.TreePath], *, tensors: Tensors) -> set[shard
 
 
 # Build
-
-
-def instantiate_allowed(config: Any) -> Any:
-    """Instantiate a config from a checkpoint or a run, if ``reject_untrusted`` allows it.
-
-    Raises:
-        ValueError: for a ``_target_`` that is not in ``ALLOWED_TARGETS``, or an interpolation.
-    """
-    reject_untrusted(config)
-    try:
-        return hydra.utils.instantiate(config, _convert_="all")
-    except InstantiationException as error:  # the cause has the message
-        raise error.__cause__ or error from None
-
-
-def reject_untrusted(node: Any) -> None:
-    """Refuse a config with other targets than ``ALLOWED_TARGETS``, commands or interpolations."""
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and target not in ALLOWED_TARGETS:
-            raise ValueError(f"_target_={target!r} in a checkpoint is not one of this package's")
-        if node.get("allow_pipe"):
-            raise ValueError(
-                "allow_pipe=true in a checkpoint would run commands, which is not allowed"
-            )
-        for value in node.values():
-            reject_untrusted(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            reject_untrusted(value)
-    elif isinstance(node, str) and "${" in node:
-        raise ValueError(f"{node!r} in a checkpoint is an interpolation, which is not allowed")
 
 
 def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
@@ -207,24 +148,20 @@ def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
     return build_stage(path, content, ema=ema)
 
 
-def stage_class(config: Mapping[str, Any]) -> "type[Stage]":
-    """The class of a stage's config, from a checkpoint or a run.
-
-    Raises:
-        ValueError: if it is not a stage of this package; nothing is imported then.
-    """
-    target = config.get("_target_")
-    if target not in STAGE_TARGETS:
-        raise ValueError(f"_target_={target!r} in a checkpoint is not a stage of this package")
-    return hydra.utils.get_class(target)
-
-
 def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "Stage":
     """The stage in the contents of a checkpoint; see ``load_stage``."""
+    with contents_of(path, "use another checkpoint"):
+        module = _build(path, content, ema=ema)
+    source = atomic.Source(path=str(path), sha256=atomic.sha256(path))
+    module.record_provenance(config=content["stage"], source=source)
+    return module.eval()
+
+
+def _build(path: Path, content: dict[str, Any], *, ema: bool) -> "Stage":
     config = _sampling_config(content)
     for name, recorded in content["frozen"].items():
         config[name] = {**config[name], "run": str(resolve_frozen(path, name, recorded))}
-    module: Stage = instantiate_allowed(config)
+    module: Stage = instantiate_allowed(config, "stage")
     module.check_weight_files(content.get("files", {}))
     shadow = content["ema"]["shadow"]
     if ema and not shadow:
@@ -241,9 +178,7 @@ def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "St
         raise ValueError(f"{path} does not contain the weights of its networks") from error
     check_finite(module.state_dict(), str(path))
     module.ema.load_state_dict({**content["ema"], "shadow": {}})
-    source = atomic.Source(path=str(path), sha256=atomic.sha256(path))
-    module.record_provenance(config=content["stage"], source=source)
-    return module.eval()
+    return module
 
 
 def _find_trained(run: str | Path, stage: str) -> Path:

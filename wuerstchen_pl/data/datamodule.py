@@ -190,7 +190,10 @@ class ImageTextDataModule(L.LightningDataModule):
             **self.loader_options(),
         )
         if self._resume_from:
-            self._loader.load_state_dict(self._resume_from)
+            try:
+                self._loader.load_state_dict(self._resume_from)
+            except ValueError as error:
+                raise TypeError(f"the position in the data is damaged: {error}") from error
         self._resume_from = None
         return self._loader
 
@@ -251,7 +254,7 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next training loader resume from ``state``."""
-        self._resume_from = dict(state)
+        self._resume_from = state
 
     def dataset(self) -> Dataset[tuple[Batch, BatchReport]]:
         """The dataset that builds batches from batch specs."""

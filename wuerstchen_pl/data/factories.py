@@ -1,6 +1,6 @@
 """Targets of ``data=...``: for each kind of source, a function that builds its data module.
 
-Other keyword arguments are passed to ``ImageTextDataModule``; see ``config.KWARGS_TARGETS``.
+Other keyword arguments are passed to ``ImageTextDataModule``; see ``signatures.KWARGS_TARGETS``.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,6 +8,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.checkpointing.allowed import instantiate_allowed
+from wuerstchen_pl.io.contents import contents_of
 
 if TYPE_CHECKING:
     from wuerstchen_pl.data.datamodule import ImageTextDataModule
@@ -71,10 +73,11 @@ def data_from_yaml(path: Path) -> "ImageTextDataModule":
         raise FileNotFoundError(
             f"{path} is not a file; use a run's config.yaml, or a file of its data section"
         )
-    config: Any = OmegaConf.to_container(OmegaConf.load(path))
-    data = load.instantiate_allowed(
-        config.get("data", config) if isinstance(config, dict) else config
-    )
+    with contents_of(path, "use a run's config.yaml"):
+        config: Any = OmegaConf.to_container(OmegaConf.load(path))
+        data = instantiate_allowed(
+            config.get("data", config) if isinstance(config, dict) else config, "data"
+        )
     if not hasattr(data, "in_order"):
         raise ValueError(
             f"{path} does not define a data module; use a run's config.yaml, or a file of its "

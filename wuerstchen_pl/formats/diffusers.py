@@ -31,6 +31,8 @@ from wuerstchen_pl.formats.model import (
     with_defaults,
 )
 from wuerstchen_pl.formats.native import copy_tokenizer, dump_json, find_weights, load_json
+from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.signatures import check_objects
 
 INDEX = "model_index.json"
 PAIR = ("wuerstchen", "wuerstchen-prior")
@@ -105,16 +107,25 @@ def _read_part(folder: Path, name: str, part: str, variant: str | None) -> Part:
         return read_text_encoder(folder / name, tokenizer, variant)
     config = folder / name / "config.json"
     weights = find_weights(folder / name, "diffusion_pytorch_model", variant)
-    arguments = with_defaults(from_diffusers(PART_TARGETS[part][0], load_json(config), str(config)))
+    arguments = _arguments(config, PART_TARGETS[part][0])
     return Part(
         arguments, _import_tensors(read_safetensors(weights), arguments, "diffusers", str(weights))
     )
 
 
+def _arguments(path: Path, target: str) -> dict[str, Any]:
+    """The native arguments of a network's ``config.json``."""
+    content = load_json(path)
+    with contents_of(path):
+        arguments = from_diffusers(target, content, str(path))
+        check_objects(arguments)
+    return with_defaults(arguments)
+
+
 def read_text_encoder(folder: Path, tokenizer: Path, variant: str | None = None) -> Part:
     """Read a transformers CLIPTextModel, and the files of its tokenizer if that folder exists."""
     config, weights = folder / "config.json", find_weights(folder, "model", variant)
-    arguments = with_defaults(from_diffusers(TEXT_ENCODER, load_json(config), str(config)))
+    arguments = _arguments(config, TEXT_ENCODER)
     tensors = _with_prefix(read_safetensors(weights))
     imported = _import_tensors(tensors, arguments, "diffusers", str(weights))
     return Part(arguments, imported, tokenizer if tokenizer.is_dir() else None)
@@ -140,7 +151,7 @@ def _import_tensors(
     tensors: dict[str, LazyTensor], config: dict[str, Any], format: ExternalFormat, where: str
 ) -> dict[str, LazyTensor]:
     """External tensors under native names; Stage A's scale becomes a tensor again."""
-    state = build_on_meta(config).state_dict()
+    state = build_on_meta(config, str(Path(where).with_name("config.json"))).state_dict()
     shapes = {name: tuple(t.shape) for name, t in state.items() if name != SCALE}
     imported = from_external(tensors, key_mappings(config, shapes, format), shapes, where)
     if SCALE in state:

@@ -87,6 +87,8 @@ def _read_shards(index: Path) -> dict[str, LazyTensor]:
         shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(str(shard).endswith(".safetensors") for shard in shard_of.values()):
             raise ValueError("its shards are not safetensors files")
+        if not shard_of:
+            raise ValueError("its weight_map is empty")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not a shard index: {error}") from error
     shards: dict[str, dict[str, LazyTensor]] = {}

@@ -9,9 +9,11 @@ import torch
 from hydra.utils import get_class
 from torch import nn
 
-from wuerstchen_pl.checkpointing.load import NETWORK_TARGETS, instantiate_allowed
+from wuerstchen_pl.checkpointing.allowed import NETWORK_TARGETS, instantiate_allowed
 from wuerstchen_pl.formats.lazy_tensors import LazyTensor
 from wuerstchen_pl.io.atomic import Source
+from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.signatures import check_objects
 
 SHIFT = "semantic_shift"
 """The only setting that may be 0 or negative."""
@@ -83,7 +85,10 @@ def validate_config(config: Any, part: str, num_tensors: int, where: str) -> dic
         raise ValueError(
             f"{where} has _target_={target!r}, which is not a {part}; use another file"
         )
-    return _sanitized(config, num_tensors, where)
+    with contents_of(where):
+        sanitized = _sanitized(config, num_tensors, where)
+        check_objects(sanitized)
+    return sanitized
 
 
 def _sanitized(node: Any, num_tensors: int, where: str) -> Any:
@@ -129,18 +134,18 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return {"_target_": config["_target_"], **defaults, **config}
 
 
-def build_on_meta(config: dict[str, Any]) -> nn.Module:
+def build_on_meta(config: dict[str, Any], where: str | None = None) -> nn.Module:
     """Build the network of a config on the meta device: names and shapes without memory.
+
+    Args:
+        config: a checked config; see ``validate_config``.
+        where: the file it was read from, for error messages.
 
     Raises:
         ValueError: if the config names a class outside this package, or cannot be built.
     """
-    try:
-        with torch.device("meta"):
-            return instantiate_allowed(config)
-    except (TypeError, RuntimeError, ArithmeticError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{config.get('_target_')} cannot be built: {reason}") from error
+    with contents_of(where or config["_target_"]), torch.device("meta"):
+        return instantiate_allowed(config)
 
 
 def build_network(part: Part) -> nn.Module:
@@ -168,13 +173,20 @@ def move_scale_to_config(part: Part) -> Part:
     return Part({**part.config, SCALE: config_scale}, tensors, part.tokenizer)
 
 
-def check_tensors(part: Part, where: str) -> None:
+def check_tensors(part: Part, where: str, config_file: Path | None = None) -> None:
     """Check that a part has exactly the tensors of its network.
+
+    Args:
+        part: the part.
+        where: where its tensors were read from, for error messages.
+        config_file: the file of its config, if that was read from another one.
 
     Raises:
         ValueError: listing all tensors that are missing, unexpected or of the wrong shape.
     """
-    expected = {name: tuple(t.shape) for name, t in build_on_meta(part.config).state_dict().items()}
+    network = build_on_meta(part.config, str(config_file or where))
+    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    where += f" with {config_file.name}" if config_file else ""
     compare_shapes(expected, {name: lazy.shape for name, lazy in part.tensors.items()}, where)
 
 

@@ -9,7 +9,10 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.checkpointing.allowed import DATA_TARGETS, stage_class
 from wuerstchen_pl.io import atomic
+from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.signatures import check_entries, check_value
 
 UNKNOWN = "not recorded"
 CARD = """\
@@ -67,7 +70,7 @@ def _row(path: Path, *, with_ema: bool) -> str:
     stage, trained = content["stage"], _config(path)
     data, record = trained.get("data", {}), _record(path)
     cells = [
-        f"Stage {load.stage_class(stage).name.upper()}",
+        f"Stage {stage_class(stage).name.upper()}",
         f"{content['global_step']:,}" if "global_step" in content else UNKNOWN,
         data.get("batch_size", UNKNOWN),
         stage.get("optimizer", {}).get("lr", UNKNOWN),
@@ -83,10 +86,9 @@ def _row(path: Path, *, with_ema: bool) -> str:
 
 def _source(data: dict[str, Any]) -> str:
     """The function that built the data module, and its arguments without local paths."""
-    if not data:
+    if (target := data.get("_target_")) is None:
         return UNKNOWN
-    target = data["_target_"]
-    name = get_object(target).__name__ if target in load.DATA_TARGETS else target
+    name = get_object(target).__name__ if target in DATA_TARGETS else target
     arguments = [
         f"{k}={data[k]}" for k in ("urls", "name", "groups", "limit") if data.get(k) is not None
     ]
@@ -96,10 +98,18 @@ def _source(data: dict[str, Any]) -> str:
 def _config(path: Path) -> dict[str, Any]:
     """The full config of a checkpoint's run; empty if its config.yaml is missing."""
     file = path.parent.parent / "config.yaml"
-    return OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}  # type: ignore[return-value]
+    with contents_of(file, "remove it"):
+        content: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+        check_value("data", content.get("data", {}), dict)
+    return content
 
 
 def _record(path: Path) -> dict[str, Any]:
     """The run metadata that a completed run writes; empty if run.json is missing."""
     file = path.parent.parent / "run.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    with contents_of(file, "remove it"):
+        content = json.loads(file.read_text("utf-8"))
+        check_entries(content, {"hours": float | str, "devices": int})
+    return content

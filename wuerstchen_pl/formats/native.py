@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from wuerstchen_pl.formats.model import (
     validate_config,
     validate_settings,
 )
+from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.models import tokenizer
+from wuerstchen_pl.signatures import check_entries
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "wuerstchen_pl.json"
 CARD = "README.md"
 FORMAT = 1
+KEYS: Mapping[str, Any] = {"format": int, "parts": list[str], "settings": dict}
+"""Types of the keys of the manifest."""
 
 
 def matches(path: Path) -> bool:
@@ -43,11 +48,15 @@ def read(path: Path) -> Model:
             f"{path / MANIFEST} has format {manifest.get('format')}, but this release reads "
             f"{FORMAT}; update the package"
         )
-    settings = validate_settings(manifest.get("settings"), str(path / MANIFEST))
+    with contents_of(path / MANIFEST):
+        check_entries(manifest, KEYS)
+        if unknown := sorted(manifest.keys() - KEYS.keys()):
+            raise ValueError(f"{unknown[0]} is not a key of a model; remove it")
+    settings = validate_settings(manifest["settings"], str(path / MANIFEST))
     card = path / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     model = Model(settings=settings, card=text)
-    for name in manifest.get("parts", ()):
+    for name in manifest["parts"]:
         if name not in PARTS:
             raise ValueError(f"{path / MANIFEST} has an unknown part {name!r}; update the package")
         model.parts[name] = _read_part(path / name)
@@ -61,7 +70,7 @@ def _read_part(folder: Path) -> Part:
     config_file = folder / "config.json"
     config = validate_config(load_json(config_file), folder.name, len(tensors), str(config_file))
     part = Part(config, tensors, files if files.is_dir() else None)
-    check_tensors(part, str(weights))
+    check_tensors(part, str(weights), config_file)
     return part
 
 
@@ -133,8 +142,8 @@ def load_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; use another file") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object; use a config file")
     return content

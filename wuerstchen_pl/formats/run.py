@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from wuerstchen_pl.checkpointing.allowed import stage_class
 from wuerstchen_pl.checkpointing.load import (
     build_stage,
     drop_weight_paths,
     find_checkpoint,
     read_checkpoint,
-    stage_class,
 )
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import Model, Part, with_defaults

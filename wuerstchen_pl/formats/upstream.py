@@ -97,7 +97,7 @@ def _read_part(
         stored_shapes = {name: lazy.shape for name, lazy in tensors.items()}
         config = config_map.from_shapes(part, stored_shapes)
     config = validate_config(config, part, len(tensors), where)
-    expected = build_on_meta(config).state_dict()
+    expected = build_on_meta(config, where).state_dict()
     shapes = {name: tuple(t.shape) for name, t in expected.items() if name != SCALE}
     native = from_external(tensors, key_mappings(config, shapes, "upstream"), shapes, where)
     if SCALE in expected:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wuerstchen_pl.distributed.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
+from wuerstchen_pl.io.contents import contents_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -84,8 +85,9 @@ class EfficientNet(nn.Module):
         super().__init__()
         build = getattr(torchvision.models, f"efficientnet_v2_{size}")
         net = build(weights="DEFAULT" if weights == "imagenet" else None)
-        if weights not in (None, "imagenet"):
-            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        if weights is not None and weights != "imagenet":
+            with contents_of(weights):
+                net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.features = convert_sync_batchnorm(net.features)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.models.tokenizer import Tokenizer
 from wuerstchen_pl.transfer import to_device
 
@@ -82,13 +83,14 @@ class TextEncoder(nn.Module):
     def _load(self, path: str) -> None:
         from open_clip.factory import load_state_dict
 
-        state = load_state_dict(path, device="cpu", weights_only=True)
-        expected = self.tower.state_dict()
-        state = {key.removeprefix("text."): value for key, value in state.items()}
-        missing = sorted(expected.keys() - state.keys())
-        if missing:
-            raise ValueError(f"weights={path} lacks {missing[0]}; give an open_clip checkpoint")
-        self.tower.load_state_dict({key: state[key] for key in expected})
+        with contents_of(path):
+            state = load_state_dict(path, device="cpu", weights_only=True)
+            expected = self.tower.state_dict()
+            state = {key.removeprefix("text."): value for key, value in state.items()}
+            missing = sorted(expected.keys() - state.keys())
+            if missing:
+                raise ValueError(f"weights={path} lacks {missing[0]}; give an open_clip checkpoint")
+            self.tower.load_state_dict({key: state[key] for key in expected})
 
     def cut_off(self, caption: str) -> str:
         """The truncated end of a caption that is too long, or an empty string."""

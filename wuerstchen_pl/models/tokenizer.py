@@ -12,6 +12,8 @@ import regex as re
 import torch
 from torch import Tensor
 
+from wuerstchen_pl.io.contents import contents_of
+
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -132,17 +134,18 @@ Vocabulary = tuple[dict[str, int], list[tuple[str, str]], list[str]]
 
 def _read_folder(folder: Path) -> Vocabulary:
     """Token -> id, merges (best first), and tokens that are never split (longest first)."""
-    try:
+    with contents_of(folder, "use another tokenizer"):
         vocabulary, merges = _read(folder)
         added_file = folder / "added_tokens.json"
         added: dict[str, int] = _json(added_file) if added_file.is_file() else {}
         vocabulary |= added
         if not all(isinstance(i, int) for i in vocabulary.values()) or START not in vocabulary:
-            raise ValueError(f"its vocabulary lacks {START} or has a non-integer id")
+            raise ValueError(
+                f"{folder} is not a tokenizer: the vocabulary lacks {START} or has an id that is "
+                "not an integer; use another tokenizer"
+            )
         unsplit = {START, END, *added, *_added_tokens(folder)}
         return vocabulary, merges, sorted(unsplit, key=len, reverse=True)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder} is not a tokenizer: {error}") from error
 
 
 def _added_tokens(folder: Path) -> list[str]:
@@ -164,9 +167,10 @@ def _read(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
             f"{folder} is not a tokenizer: it has neither {combined.name} nor "
             f"{vocabulary.name} with {merges.name}"
         )
-    lines = merges.read_text(encoding="utf-8").splitlines()
-    split = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    return _json(vocabulary), [(first, second) for first, second in split]
+    with contents_of(merges):
+        lines = merges.read_text(encoding="utf-8").splitlines()
+        split = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return _json(vocabulary), [(first, second) for first, second in split]
 
 
 def _pad_token(folder: Path) -> str | None:
@@ -177,8 +181,9 @@ def _pad_token(folder: Path) -> str | None:
     return None
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _json(path: Path) -> dict[str, Any]:
+    with contents_of(path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_vocabulary(folder: Path, context_length: int = 77) -> None:

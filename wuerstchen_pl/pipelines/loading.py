@@ -2,13 +2,13 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
 from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.checkpointing.allowed import stage_class
 from wuerstchen_pl.formats import run
 from wuerstchen_pl.pipelines.ldm import LatentDiffusionPipeline
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
@@ -58,12 +58,11 @@ def stage_of_run(model: str) -> str | None:
     if not run.is_run(path):
         return None
     folder = path.parent.parent if path.suffix == ".ckpt" else path
-    content: Any = {}
-    with suppress(OSError, YAMLError):  # read first, as it is much smaller than a checkpoint
-        content = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    if not isinstance(content, dict) or "stage" not in content:
-        content = load.read_checkpoint(load.find_checkpoint(model), tensors="none")
-    return load.stage_class(content["stage"]).name
+    # read first, as it is much smaller than a checkpoint; YAML can raise almost anything
+    with suppress(Exception):
+        return stage_class(OmegaConf.load(folder / "config.yaml").stage).name
+    content = load.read_checkpoint(load.find_checkpoint(model), tensors="none")
+    return stage_class(content["stage"]).name
 
 
 def pipeline_from_stage(stage: "StageC | StageLDM") -> TextToImage:

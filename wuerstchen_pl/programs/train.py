@@ -5,6 +5,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -12,6 +13,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,6 +22,7 @@ from wuerstchen_pl.callbacks.preemption import Preempted
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.single_file import SingleFileCheckpointIO
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
+from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
@@ -74,7 +77,12 @@ def fit(
 
     Raises:
         Exit: if training was interrupted.
+        InvalidContents: if the checkpoint ``resume`` lacks something, or it has another type.
     """
+    first_batch = Event()
+    trainer.callbacks.append(  # type: ignore[attr-defined]
+        LambdaCallback(on_train_batch_start=lambda *_: first_batch.set())
+    )
     try:
         trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
     except Preempted as stop:
@@ -94,6 +102,11 @@ def fit(
             "its last checkpoint",
             INTERRUPTED,
         ) from None
+    except (AttributeError, LookupError, TypeError):  # Lightning does not check what it restores
+        if resume is None or first_batch.is_set():
+            raise
+        with contents_of(resume, "use another checkpoint"):
+            raise
     finally:  # Lightning skips it after an error, and workers would keep opening shards
         data.teardown("fit")
 

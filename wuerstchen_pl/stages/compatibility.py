@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wuerstchen_pl.checkpointing.load import stage_class
+from wuerstchen_pl.checkpointing.allowed import stage_class
 
 
 def check_networks(

@@ -19,7 +19,7 @@ Tensors without a type are of the cache's: bfloat16 or float32.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,18 @@ from wuerstchen_pl.data.ordering.batches import BatchSpec
 from wuerstchen_pl.data.ordering.buckets import Size
 from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardGroup, ShardIndex, Split
 from wuerstchen_pl.io.atomic import atomic_write, write_text
+from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.signatures import check_entries
 
 MANIFEST = "cache.json"
 EMPTY = "empty.safetensors"
+KEYS: Mapping[str, Any] = {
+    "preprocessing": int, "tensors": list[str], "crops": int, "sizes": list[list[int]],
+    "text": bool, "made_with": dict[str, str], "shards": list[dict[str, Any]],
+}  # fmt: skip
+"""Types of the keys of the manifest."""
+SHARD_KEYS: Mapping[str, Any] = {"name": str, "split": Split, "bytes": int}
+"""Types of the keys of each of its shards."""
 PREPROCESSING = 1  # increment when decoding or cropping changes: older caches are stale
 
 
@@ -62,6 +71,11 @@ class CachedSource:
                 f"root={root!r} is not a finished cache, as it has no valid {MANIFEST}; build "
                 "it with python -m wuerstchen_pl.cache, which resumes an interrupted build"
             ) from error
+        with contents_of(self.root / MANIFEST, "build the cache again"):
+            check_entries(self.manifest, KEYS)
+            for number, shard in enumerate(self.manifest["shards"]):
+                check_entries(shard, SHARD_KEYS, f"shards[{number}]")
+            _ = self.sizes  # pairs
         if self.manifest["preprocessing"] != PREPROCESSING:
             raise ValueError(
                 f"root={root!r} is stale, as an older version decoded and cropped its images; "
@@ -95,19 +109,17 @@ class CachedSource:
     def open(self, shard: str) -> ShardIndex:
         """Index the samples of a file."""
         try:
-            entries = read_entries(self.root / shard)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            return ShardIndex(self._samples(shard))
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
             return ShardIndex(
                 [], [SampleError("unreadable shard", f"{shard}: {error}")], broken=True
             )
-        return ShardIndex(
-            [
-                Sample(
-                    key, tuple(captions), width, height, shard, offset=row, metadata={"text": text}
-                )
-                for key, captions, width, height, row, text in entries
-            ]
-        )
+
+    def _samples(self, shard: str) -> list[Sample]:
+        return [
+            Sample(key, tuple(captions), width, height, shard, offset=row, metadata={"text": text})
+            for key, captions, width, height, row, text in read_entries(self.root / shard)
+        ]
 
     def read(self, sample: Sample) -> bytes:
         """Raise an OSError: a cache contains no encoded images."""
@@ -126,7 +138,7 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         self.source, self.seed = source, seed
         self.names: list[str] = source.manifest["tensors"]
         self.crops: int = source.manifest["crops"]
-        self.has_text = bool(source.manifest["text"])
+        self.has_text: bool = source.manifest["text"]
 
     def __getitem__(self, spec: BatchSpec) -> tuple[Batch, BatchReport]:
         bucket = f"{spec.size[0]}x{spec.size[1]}"
@@ -137,12 +149,13 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
             crop, caption = 0, 0
             if epoch >= 0:
                 crop, caption = self._choices(sample, epoch)
-            for name in self.names:
-                row = sample.offset + crop
-                rows[name].append(file.get_slice(f"{name}/{bucket}")[row : row + 1])
-            if self.has_text:
-                row = int(sample.metadata["text"]) + caption
-                text.append(file.get_slice("text")[row : row + 1])
+            with contents_of(self.source.root / sample.shard, "build the cache again"):
+                for name in self.names:
+                    row = sample.offset + crop
+                    rows[name].append(file.get_slice(f"{name}/{bucket}")[row : row + 1])
+                if self.has_text:
+                    row = int(sample.metadata["text"]) + caption
+                    text.append(file.get_slice("text")[row : row + 1])
             captions.append(sample.captions[caption])
         batch: Batch = {name: torch.cat(tensors) for name, tensors in rows.items()}
         if self.has_text:
