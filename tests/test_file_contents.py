@@ -237,3 +237,29 @@ def test_a_file_with_any_contents_is_accepted_or_named(
             wrong[change] = message
     assert wrong == {}
     assert kind.is_optional or refused >= 2
+
+
+def without(content: dict[str, Any], *path: str) -> dict[str, Any]:
+    """A copy of nested dicts without one entry."""
+    key, *rest = path
+    if not rest:
+        return {k: v for k, v in content.items() if k != key}
+    return {**content, key: without(content[key], *rest)}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["loops.fit_loop", "optimizer_states", "lr_schedulers", "files", "ema", "ema.shadow",
+     "ImageTextDataModule.pending", "pytorch-lightning_version"],
+)  # fmt: skip
+def test_a_run_resumes_only_from_a_complete_checkpoint(
+    path: str, files: Path, tmp_path: Path, program: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    content = from_checkpoint(checkpoint_in(files / "run"))
+    damaged = tmp_path / "step0000004.ckpt"
+    torch.save(without(content, *path.split(".")), damaged)
+    assert program("train", *small("a", tmp_path / "new", steps=5), f"ckpt={damaged}") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {damaged} " in error
+    assert "HYDRA_FULL_ERROR" not in error

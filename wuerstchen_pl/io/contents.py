@@ -32,7 +32,7 @@ def contents_of(path: str | Path, fix: str = "use another file") -> Iterator[Non
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, KeyError):
-            reason = f"it lacks {reason}"
+            reason = str(error.args[0]) if " " in reason else f"it lacks {reason}"
         elif not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
         if type(error) is not ValueError:  # as the package's own checks raise

@@ -182,8 +182,11 @@ def _pad_token(folder: Path) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    with contents_of(path):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    with contents_of(path, "use another tokenizer"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object; use another tokenizer")
+        return content
 
 
 def write_vocabulary(folder: Path, context_length: int = 77) -> None:
