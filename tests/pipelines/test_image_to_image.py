@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 
 from wuerstchen_pl import WuerstchenPipeline
-from wuerstchen_pl.io.images import EXIF_ORIENTATION, to_pil
+from wuerstchen_pl.io.images import to_pil
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.images import to_mask, to_tensor
 
@@ -133,7 +133,7 @@ def test_images_are_decoded_as_in_training() -> None:
     assert greatest(to_mask(gray), expected[:, :1]) < 1e-6
     rotated = Image.new("RGB", (4, 6))
     rotated.putpixel((0, 0), (255, 0, 0))
-    rotated.getexif()[EXIF_ORIENTATION] = 6  # a quarter turn clockwise
+    rotated.getexif()[ExifTags.Base.Orientation] = 6  # a quarter turn clockwise
     upright = to_tensor(rotated)
     assert upright.shape == (1, 3, 4, 6)
     assert upright[0, 0, 0, -1] == 1
