@@ -26,6 +26,7 @@ SMALL_NETWORK = {
         "stage.vqgan.codebook_size=16",
         "stage.discriminator.width=16",
         "stage.perceptual.widths=[4,8]",
+        "stage.adversarial_start_step=10000",
     ),
     "b": (
         "stage.diffnext.widths=[16,16]",
@@ -75,6 +76,7 @@ def small(stage: str, root: Path, steps: int = 4) -> list[str]:
         f"trainer.max_steps={steps}",
         "trainer.accelerator=cpu",
         "stage.lr_schedule.warmup_steps=0",
+        "stage.lr_schedule.decay=none",  # so that a part of a run is that of a shorter one
         "stage.optimizer.lr=1e-3",
         f"validate_every_steps={steps}",
         "logger=csv",

@@ -132,7 +132,7 @@ def hyperparameters(content: dict) -> dict:
         ("+stage.optimizer.weight_decay=0.5", "weight_decay", 0.5),
         ("stage.optimizer.betas=[0.5,0.6]", "betas", (0.5, 0.6)),
         ("stage.lr_schedule.warmup_steps=19", "lr", 1e-3 * 10 / 20),
-        ("stage.lr_schedule.total_steps=18", "lr", 1e-3 * 0.5),
+        ("stage.lr_schedule.decay=cosine stage.lr_schedule.total_steps=18", "lr", 1e-3 * 0.5),
     ],
 )
 def test_a_hyperparameter_that_changes_on_resume_takes_effect(
@@ -140,7 +140,7 @@ def test_a_hyperparameter_that_changes_on_resume_takes_effect(
 ) -> None:
     run = shutil.copytree(finished / "default", tmp_path / "default")
     old = load.read_checkpoint(load.find_checkpoint(run / "c"))
-    new = train("c", tmp_path, cascade, "ckpt=auto", "trainer.max_steps=9", override)
+    new = train("c", tmp_path, cascade, "ckpt=auto", "trainer.max_steps=9", *override.split())
     assert hyperparameters(new)[name] == pytest.approx(value)
     assert hyperparameters(old)[name] != pytest.approx(value)
     assert all(not torch.equal(old["state_dict"][k], v) for k, v in new["state_dict"].items())
@@ -150,12 +150,14 @@ def test_a_schedule_that_ends_before_the_run_is_refused(
     cascade: Path, finished: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = [*small("c", finished, 9), *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
-    short = [*arguments, "ckpt=auto", "stage.lr_schedule.total_steps=8"]
+    short = [*arguments, "ckpt=auto", "stage.lr_schedule.decay=cosine"]
+    short.append("stage.lr_schedule.total_steps=8")
     assert run_program("train", short) == 1
     assert "reaches a learning rate of 0 before trainer.max_steps=9" in capsys.readouterr().err
     unlimited = [a for a in short if "max_steps" not in a]
     assert run_program("train", [*unlimited, "trainer.max_steps=-1"]) == 1
-    assert "total_steps to trainer.max_steps, or to null" in capsys.readouterr().err
+    stderr = capsys.readouterr().err
+    assert "total_steps to trainer.max_steps, or stage.lr_schedule.decay=none" in stderr
 
 
 @pytest.mark.parametrize(

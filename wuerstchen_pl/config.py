@@ -6,6 +6,7 @@ required argument, a value of the wrong type, and an unused key at the root or i
 """
 
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,18 @@ def check_config(cfg: DictConfig, known_keys: Mapping[str, Any]) -> None:
     for key in [*plain, *(f"paths.{name}" for name in plain.get("paths", {}))]:
         if key != "paths" and key not in used:
             raise ValueError(f"{key} is not used; remove it")
-    plain = OmegaConf.to_container(cfg, resolve=True)
     for key, hint in known_keys.items():
         check_value(key, OmegaConf.select(cfg, key), hint)
-    check_objects(plain)
+    check_objects(OmegaConf.to_container(_without_auto(cfg, known_keys), resolve=True))
+
+
+def _without_auto(cfg: DictConfig, known_keys: Mapping[str, Any]) -> DictConfig:
+    """A copy of a config with a number for each ``auto`` that the program will replace by one."""
+    copy = cfg.copy()
+    for key, hint in known_keys.items():
+        if int in typing.get_args(hint) and OmegaConf.select(cfg, key) == "auto":
+            OmegaConf.update(copy, key, 1)
+    return copy
 
 
 def _references(node: Any) -> Iterator[str]:

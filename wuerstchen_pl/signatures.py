@@ -150,10 +150,19 @@ def check_value(key: str, value: Any, hint: Any) -> None:
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
     if not _matches(value, hint):
-        name = hint.__name__ if inspect.isclass(hint) else str(hint)
-        name = re.sub(r"(\w+\.)+", "", name).replace("NoneType", "null").replace("None", "null")
         shown = "an object" if isinstance(value, dict) else "null" if value is None else repr(value)
-        raise ValueError(f"{key} is {shown}, and must be {name}; set {key}=...")
+        raise ValueError(f"{key} is {shown}, and must be {_describe(hint)}; set {key}=...")
+
+
+def _describe(hint: Any) -> str:
+    """A type hint as users of YAML know it: ``int | null``, ``'a' | 'b'``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_describe, args))
+    if origin is Literal:
+        return " | ".join(map(repr, args))
+    name = hint.__name__ if inspect.isclass(hint) and not args else str(hint)
+    return re.sub(r"(\w+\.)+", "", name).replace("NoneType", "null").replace("None", "null")
 
 
 def _matches(value: Any, hint: Any) -> bool:

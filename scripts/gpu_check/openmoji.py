@@ -24,7 +24,7 @@ def rows(check: Check) -> Iterator[Row]:
         start = time.monotonic()
         process = train(
             stage, "openmoji", steps, check,
-            f"stage.lr_schedule.total_steps={steps}", "stage.ema.decay=0.995",
+            "stage.ema.decay=0.995",
             f"validate_every_steps={max(1, steps // 2)}", *stage_overrides(stage, steps),
         )  # fmt: skip
         what = f"Stage {stage.upper()}, {steps} steps"

@@ -141,7 +141,7 @@ def test_the_grid_shows_the_original_and_both_weights(name: str, batch: Batch) -
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
-    factor = WarmupCosine(warmup_steps=3, total_steps=13)
+    factor = WarmupCosine(warmup_steps=3, total_steps=13, decay="cosine")
     assert [factor(s) for s in (0, 1, 2, 3)] == [0.25, 0.5, 0.75, 1.0]
     assert factor(8) == pytest.approx(0.5)
     assert factor(13) == factor(99) == 0
@@ -149,9 +149,9 @@ def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
 
 
 def test_without_steps_to_decay_in_the_learning_rate_drops_after_the_warm_up() -> None:
-    factor = WarmupCosine(warmup_steps=3, total_steps=3)
+    factor = WarmupCosine(warmup_steps=3, total_steps=3, decay="cosine")
     assert [factor(s) for s in (2, 3, 4, 5)] == [0.75, 1.0, 0.0, 0.0]
-    assert WarmupCosine()(0) == WarmupCosine(warmup_steps=0, total_steps=9)(0) == 1
+    assert WarmupCosine()(0) == WarmupCosine(total_steps=9, decay="cosine")(0) == 1
 
 
 def test_cached_captions_are_dropped_like_those_encoded_now() -> None:

@@ -140,17 +140,17 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the first shards, to determine the held-out set and the length of an epoch."""
-        if hasattr(self, "splits"):
-            return
-        self.splits = Splits(
-            self.source,
-            filters=self.filters,
-            buckets=self.buckets,
-            max_upscale=self.max_upscale,
-            val_fraction=self.val_fraction,
-            window=self.shuffle_samples,
-            max_bad_fraction=self.max_bad_fraction,
-        )
+        if not hasattr(self, "splits"):
+            self.splits = Splits(
+                self.source,
+                filters=self.filters,
+                buckets=self.buckets,
+                max_upscale=self.max_upscale,
+                val_fraction=self.val_fraction,
+                window=self.shuffle_samples,
+                max_bad_fraction=self.max_bad_fraction,
+            )
+        self.splits.broadcast_from_rank_zero()  # after it was opened before there was a group
 
     def teardown(self, stage: str | None = None) -> None:
         """Stop the background threads."""

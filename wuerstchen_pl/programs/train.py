@@ -26,10 +26,12 @@ from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
+from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
 from wuerstchen_pl.stages.data_checks import check_cache, check_sizes, describe_sizes
 
 if TYPE_CHECKING:
+    from wuerstchen_pl.data.datamodule import ImageTextDataModule
     from wuerstchen_pl.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ def run(cfg: DictConfig) -> float:
     check_ranges(cfg)
     output_dir = check_output_dir(cfg.paths.output_dir, "paths.output_dir")
     resume = find_resume(cfg.ckpt, output_dir)
+    data: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
+    choose_run_length(cfg, data)
     if resume is not None and load.parse_step(resume) >= cfg.trainer.max_steps >= 0:
         logger.info("%s is already finished at step %d", output_dir, load.parse_step(resume))
         return float("nan")
@@ -49,7 +53,6 @@ def run(cfg: DictConfig) -> float:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 
-    data: L.LightningDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
     stage = build_stage(cfg)
     if cfg.activation_checkpointing is True:
         checkpoint_activations(stage)
@@ -179,8 +182,8 @@ def check_ranges(cfg: DictConfig) -> None:
             "optimizer@stage.optimizer=adamw_8bit does not support sharded weights; use "
             "trainer=ddp, or optimizer@stage.optimizer=adamw, whose state is sharded"
         )
-    for key in ("validate_every_steps", "checkpoint_every_steps"):
-        if cfg[key] < 1:
+    for key in INTERVALS:
+        if cfg[key] != AUTO and cfg[key] < 1:
             raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")
     if cfg.stage.optimizer.lr <= 0:
         raise ValueError(
@@ -202,7 +205,8 @@ def check_schedule(factor: Callable[[int], float], max_steps: int) -> None:
     if max_steps != 0 and factor(last_step) <= 0:
         raise ValueError(
             f"stage.lr_schedule reaches a learning rate of 0 before trainer.max_steps={max_steps}; "
-            "set stage.lr_schedule.total_steps to trainer.max_steps, or to null for a constant rate"
+            "set stage.lr_schedule.total_steps to trainer.max_steps, or "
+            "stage.lr_schedule.decay=none for a constant rate"
         )
 
 

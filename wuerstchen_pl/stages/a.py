@@ -1,5 +1,6 @@
 """Stage A: training the VQGAN (arXiv 2306.00637, section 3.1 and appendix E)."""
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -33,7 +34,8 @@ class StageA(Stage):
         mse_weight: weight of the squared error (paper: 1).
         perceptual_weight: weight of the perceptual distance (paper: 0.1).
         adversarial_weight: weight of the adversarial loss (paper: 0.01).
-        adversarial_start_step: first step that applies the adversarial loss (paper: 10,000).
+        adversarial_start_step: first step that applies the adversarial loss (paper: 10,000); below
+            1, a share of the run.
         commitment_weight: weight of the commitment loss (code: 0.25).
         quantize_drop_prob: probability that a step skips quantization (paper: 0.1).
         codebook_restart_every_steps: steps between two restarts, which replace unused codes with
@@ -63,7 +65,7 @@ class StageA(Stage):
         mse_weight: float = 1.0,
         perceptual_weight: float = 0.1,
         adversarial_weight: float = 0.01,
-        adversarial_start_step: int = 10_000,
+        adversarial_start_step: float = 10_000,
         commitment_weight: float = 0.25,
         quantize_drop_prob: float = 0.1,
         codebook_restart_every_steps: int = 100,
@@ -169,7 +171,7 @@ class StageA(Stage):
         loss, decoded, terms = self.generator_loss(
             images,
             quantize=rng.batch_uniform() >= self.quantize_drop_prob,
-            adversarial=self.global_step >= self.adversarial_start_step,
+            adversarial=self.global_step >= self._adversarial_start(),
         )
         self.discriminator.requires_grad_(True)
         discriminator_loss = self.discriminator_loss(images, decoded)
@@ -177,6 +179,13 @@ class StageA(Stage):
         self._latents = rows_of(terms.pop("features").detach())
         self.log_means({"loss": loss, "discriminator": discriminator_loss, **terms})
         return loss + discriminator_loss
+
+    def _adversarial_start(self) -> float:
+        """The first step that applies the adversarial loss; none in an unlimited run."""
+        start = self.adversarial_start_step
+        if 0 < start < 1:
+            start *= self.trainer.max_steps if self.trainer.max_steps >= 0 else math.inf
+        return start
 
     def _count_codes(self, indices: Tensor) -> None:
         self.code_uses += sum_counts(count_codes(indices, len(self.code_uses)))

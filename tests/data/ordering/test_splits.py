@@ -163,7 +163,7 @@ def test_every_process_uses_the_splits_of_the_first(monkeypatch: pytest.MonkeyPa
     assert second.epoch_samples != first.epoch_samples
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    second._broadcast_from_rank_zero()
+    second.broadcast_from_rank_zero()
     assert second.epoch_samples == first.epoch_samples
     assert second.first_window == {"train": second_train, "val": first.first_window["val"]}
 

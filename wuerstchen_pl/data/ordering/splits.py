@@ -77,9 +77,8 @@ class Splits:
         }
         num_train = len(self.first_window["train"])
         self.epoch_samples = round(num_train / len(passing) * len(train_shards))
-        self._broadcast_from_rank_zero()
 
-    def _broadcast_from_rank_zero(self) -> None:
+    def broadcast_from_rank_zero(self) -> None:
         """Use rank 0's result: a rank that missed a shard would take another number of steps."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             shared: list[Any] = [(self.first_window["val"], self.epoch_samples)]
