@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from tests.data.factories import encode, photo
 from wuerstchen_pl.data.loading.transforms import resize
@@ -116,13 +117,37 @@ def test_a_jpeg_decoded_at_reduced_size_matches_the_resized_image() -> None:
     assert 10 * np.log10(255**2 / error) > 38
 
 
-def test_a_decoded_image_always_covers_the_target() -> None:
-    data = encode(photo(1000, 601), "JPEG", exif=exif_of(6))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_decoded_image_always_covers_the_target(kind: str) -> None:
+    data = encode(photo(1000, 601), kind, exif=exif_of(6))
     for cover in ((512, 256), (100, 300), (64, 64), (999, 600)):
         img = decode_image(data, cover=cover)
         height, width = img.shape[:2]
-        assert max(cover[0] / height, cover[1] / width) <= 1
+        assert 1 / 2 < max(cover[0] / height, cover[1] / width) <= 1
         assert abs(height / width - 1000 / 601) < 0.02
+
+
+def test_a_large_png_is_averaged_over_squares() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    reduced = decode_image(encode(Image.fromarray(pixels), "PNG"), cover=(16, 20))
+    means = pixels.reshape(16, 4, 24, 4, 3).mean((1, 3))
+    assert np.abs(reduced - means).max() <= 0.5
+
+
+def test_exif_after_the_pixels_of_a_png_is_read() -> None:
+    data = encode(photo(30, 20), "PNG", exif=exif_of(6))
+    length = int.from_bytes(data[data.index(b"eXIf") - 4 :][:4])
+    start = data.index(b"eXIf") - 4
+    chunk, rest = data[start : start + length + 12], data[:start] + data[start + length + 12 :]
+    late = rest[:-12] + chunk + rest[-12:]  # before IEND
+    assert upright_size(late) == upright_size(data) == (20, 30)
+    assert np.array_equal(decode_image(late), decode_image(data))
+
+
+def test_the_size_of_a_png_is_read_without_decoding_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("was decoded"))
+    assert upright_size(encode(photo(30, 20), "PNG")) == (30, 20)
+    assert upright_size(encode(photo(30, 20), "PNG", exif=exif_of(6))) == (20, 30)
 
 
 def exif_of(orientation: int) -> Image.Exif:

@@ -28,6 +28,8 @@ from wuerstchen_pl.data.sources.source import Holdout, Source, Split
 from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.io.images import to_float
 
+_MAX_WORKERS, _IMAGES_PER_WORKER = 8, 100
+_KEPT_BYTES = 10**9
 RUNTIME_KEYS = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
 """Config keys of the data that do not affect caches or shards built from them."""
 
@@ -45,7 +47,8 @@ class ImageTextDataModule(L.LightningDataModule):
         val_fraction: expected share of the samples to hold out for validation, by a hash of their
             names, in [0, 1); for a source without a validation split. If the set does not fit in
             one window, validation uses the held-out samples of the first window.
-        num_workers: decoding processes, at most one per CPU; 0 decodes in the training process.
+        num_workers: decoding processes, at most one per CPU; 0 decodes in the training process,
+            None takes one for 100 images, up to 8.
         seed: random seed of the order, the crops and the caption choices.
         buckets: "area", "sizes" or "paper"; see ``Buckets``.
         bucket_multiple: both sides of a batch are multiples of this many pixels.
@@ -60,8 +63,8 @@ class ImageTextDataModule(L.LightningDataModule):
         shuffle_samples: minimum number of samples that are shuffled together, the window.
         max_bad_fraction: share of bad samples (of at least 1,000) or bad shards (of at least 20)
             above which the run stops with a summary.
-        keep_decoded: cache decoded images in the memory of each decoding process, at 3 bytes per
-            pixel. For sets of a few thousand small images.
+        keep_decoded: cache decoded images, reduced to at most twice the size of their batches, in
+            the memory of each decoding process; None does so if all take at most 1 GB.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class ImageTextDataModule(L.LightningDataModule):
         batch_size: int,
         val_batch_size: int | None = None,
         val_fraction: float = 0.0,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         seed: int = 0,
         buckets: Policy = "area",
         bucket_multiple: int = 32,
@@ -84,7 +87,7 @@ class ImageTextDataModule(L.LightningDataModule):
         filters: Filters | None = None,
         shuffle_samples: int = 20_000,
         max_bad_fraction: float = 0.05,
-        keep_decoded: bool = False,
+        keep_decoded: bool | None = False,
     ) -> None:
         super().__init__()
         minimums = {
@@ -262,9 +265,25 @@ class ImageTextDataModule(L.LightningDataModule):
             source=self.source,
             seed=self.seed,
             crop=self.crop,
-            keep_decoded=self.keep_decoded,
+            keep_decoded=self._keeps_decoded(),
             crop_share=self.crop_share,
         )
+
+    def _keeps_decoded(self) -> bool:
+        """Whether decoded images are cached."""
+        if self.keep_decoded is not None:
+            return self.keep_decoded
+        height, width = max(self.sizes, key=lambda size: size[0] * size[1])
+        covered_pixels = height * width / self.crop_share**2
+        # up to twice as high and as wide; the aspect ratio hardly differs from that of the bucket
+        return 3 * 4 * covered_pixels * self.splits.epoch_samples <= _KEPT_BYTES
+
+    def _num_workers(self) -> int:
+        """The number of decoding processes."""
+        wanted = self.num_workers
+        if wanted is None:
+            wanted = min(_MAX_WORKERS, 1 + self.splits.epoch_samples // _IMAGES_PER_WORKER)
+        return min(wanted, cpu_count())
 
     def loader_options(self) -> dict[str, Any]:
         """The options of torch's DataLoader."""
@@ -273,8 +292,8 @@ class ImageTextDataModule(L.LightningDataModule):
         return {
             "generator": torch.Generator().manual_seed(self.seed),
             "worker_init_fn": ignore_stop_signals,
-            "num_workers": min(self.num_workers, cpu_count()),
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": self._num_workers(),
+            "persistent_workers": self._num_workers() > 0,
             "pin_memory": torch.cuda.is_available(),
         }
 

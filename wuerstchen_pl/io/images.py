@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.io.image_files import IMAGE_FORMATS
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_PNG_SIGNATURE, _PNG_TEXT = 8, (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 # PIL's warnings name no file, and what cannot be decoded is reported with its file. Not by
 # ``catch_warnings``, which is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -37,8 +39,8 @@ def decode_image(data: bytes, cover: tuple[int, int] | None = None) -> np.ndarra
 
     Args:
         data: the encoded image; of an animation, the first frame is decoded.
-        cover: (height, width) that the result must cover: a JPEG at least twice as large is
-            decoded at 1/2, 1/4 or 1/8 of its size by a reduced inverse DCT.
+        cover: (height, width) that the result must cover: an image at least twice as large is
+            reduced by a power of 2, a JPEG by a reduced inverse DCT, others by averaging.
 
     Returns:
         (H, W, 3) uint8.
@@ -48,13 +50,13 @@ def decode_image(data: bytes, cover: tuple[int, int] | None = None) -> np.ndarra
             pixels is unknown, or the image has more pixels than PIL's limit of 179 million.
     """
     try:
-        img: Image.Image = _open(io.BytesIO(data))
+        img = _open(io.BytesIO(data))
         orientation = _orientation(img)
         if cover is not None:
             _draft(img, cover, rotated=orientation >= 5)
         if (plain := _plain_jpeg(img, data, orientation)) is not None:
             return plain
-        return np.asarray(to_rgb(img))
+        return np.asarray(_reduced(to_rgb(img), cover))
     except OSError:
         raise
     except Exception as error:  # PIL raises various types for damaged files
@@ -65,10 +67,35 @@ def _open(source: io.BytesIO | str) -> ImageFile:
     return Image.open(source, formats=IMAGE_FORMATS)
 
 
-def _orientation(img: Image.Image) -> int:
+def _orientation(img: ImageFile) -> int:
     """The EXIF orientation; 1 (upright) if it is missing or invalid."""
-    value: Any = img.getexif().get(_ORIENTATION)
+    # PIL would decode a whole PNG without EXIF to find it after the pixels
+    is_header_enough = img.format == "PNG" and not _has_text_after_pixels(img)
+    exif: Any = Image.Image.getexif(img) if is_header_enough else img.getexif()
+    value = exif.get(_ORIENTATION)
     return value if value in range(1, 9) else 1
+
+
+def _has_text_after_pixels(img: ImageFile) -> bool:
+    """Whether a PNG has EXIF or text chunks after its pixels.
+
+    Raises:
+        OSError: it is truncated.
+    """
+    assert img.fp is not None
+    position, after_pixels = img.fp.tell(), False
+    img.fp.seek(_PNG_SIGNATURE)
+    try:
+        while len(header := img.fp.read(8)) == 8 and header[4:] != b"IEND":
+            after_pixels |= header[4:] == b"IDAT"
+            if after_pixels and header[4:] in _PNG_TEXT:
+                return True
+            img.fp.seek(int.from_bytes(header[:4]) + 4, os.SEEK_CUR)  # and the checksum
+    finally:
+        img.fp.seek(position)
+    if len(header) < 8:
+        raise OSError("the file is truncated")
+    return False
 
 
 def _draft(img: Image.Image, cover: tuple[int, int], *, rotated: bool) -> None:
@@ -76,6 +103,14 @@ def _draft(img: Image.Image, cover: tuple[int, int], *, rotated: bool) -> None:
     cover_height, cover_width = reversed(cover) if rotated else cover
     scale = max(cover_height / height, cover_width / width)
     img.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
+
+
+def _reduced(img: Image.Image, cover: tuple[int, int] | None) -> Image.Image:
+    """An image averaged over squares, as large as possible while it still covers ``cover``."""
+    factor = 1
+    while cover and img.height >= 2 * factor * cover[0] and img.width >= 2 * factor * cover[1]:
+        factor *= 2
+    return img.reduce(factor)
 
 
 def _plain_jpeg(img: Image.Image, data: bytes, orientation: int) -> np.ndarray | None:

@@ -52,7 +52,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         source: where the encoded images are read from.
         seed: random seed of the crops and caption choices.
         crop: how training images are cropped.
-        keep_decoded: cache every decoded image in this process's memory.
+        keep_decoded: cache every decoded image, by its size, in this process's memory.
         crop_share: side of a crop relative to the largest possible one, in (0, 1].
     """
 
@@ -61,7 +61,9 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
     ) -> None:
         self.source, self.seed, self.crop = source, seed, crop
         self.crop_share = crop_share
-        self._decoded_images: dict[str, np.ndarray] | None = {} if keep_decoded else None
+        self._decoded_images: dict[tuple[str, Size], np.ndarray] | None = (
+            {} if keep_decoded else None
+        )
 
     def __getitem__(self, spec: BatchSpec) -> tuple[Batch, BatchReport]:
         report = BatchReport()
@@ -111,12 +113,14 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         return rows
 
     def _decode(self, sample: Sample, size: Size) -> np.ndarray:
+        height, width = (math.ceil(side / self.crop_share) for side in size)
         if self._decoded_images is None:
-            height, width = (math.ceil(side / self.crop_share) for side in size)
             return decode_image(self.source.read(sample), cover=(height, width))
-        if sample.name not in self._decoded_images:
-            self._decoded_images[sample.name] = decode_image(self.source.read(sample))
-        return self._decoded_images[sample.name]
+        key = sample.name, size
+        if key not in self._decoded_images:
+            decoded = decode_image(self.source.read(sample), cover=(height, width))
+            self._decoded_images[key] = decoded
+        return self._decoded_images[key]
 
     def _random_choices(self, sample: Sample, epoch: int) -> tuple[tuple[float, float], float]:
         """The (top, left) position of the crop and the caption choice, all in [0, 1)."""
