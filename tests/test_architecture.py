@@ -26,8 +26,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"config", "signatures"},
     "config": {"signatures"},
     **{name: set() for name in ("signals", "signatures", "programs")},
+    "programs.run_length": {"data", "distributed"},
     "programs.train": PROGRAM
-    | {"batch", "callbacks", "checkpointing", "distributed", "models", "stages", "formats"},
+    | {
+        "programs.run_length",
+        "data",
+        "batch",
+        "callbacks",
+        "checkpointing",
+        "distributed",
+        "models",
+        "stages",
+        "formats",
+    },
     "programs.sample": PROGRAM | {"pipelines", "sampling", "evaluation", "distributed"},
     "programs.evaluate": PROGRAM
     | {

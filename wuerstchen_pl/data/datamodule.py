@@ -5,7 +5,6 @@ samples -> ``Batches`` fills buckets -> ``ImageBatchDataset`` builds the batch o
 a worker -> loader. All but the last two handle only metadata, in the main process.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport, ImageBatchDataset
 from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_stop_signals
+from wuerstchen_pl.data.loading.resources import choose_num_workers, cpu_count, fit_in_memory
 from wuerstchen_pl.data.loading.transforms import Crop
 from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, sequential_batches
 from wuerstchen_pl.data.ordering.buckets import Buckets, Policy, Size
@@ -28,8 +28,6 @@ from wuerstchen_pl.data.sources.source import Holdout, Source, Split
 from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.io.images import to_float
 
-_MAX_WORKERS, _IMAGES_PER_WORKER = 8, 100
-_KEPT_BYTES = 10**9
 RUNTIME_KEYS = ("batch_size", "val_batch_size", "num_workers", "keep_decoded", "max_bad_fraction")
 """Config keys of the data that do not affect caches or shards built from them."""
 
@@ -261,48 +259,33 @@ class ImageTextDataModule(L.LightningDataModule):
 
     def dataset(self) -> Dataset[tuple[Batch, BatchReport]]:
         """The dataset that builds batches from batch specs."""
+        keep_decoded = self.keep_decoded
+        if keep_decoded is None:
+            num_images = self.splits.epoch_samples
+            keep_decoded = fit_in_memory(num_images, self.sizes, self.crop_share)
         return ImageBatchDataset(
             source=self.source,
             seed=self.seed,
             crop=self.crop,
-            keep_decoded=self._keeps_decoded(),
+            keep_decoded=keep_decoded,
             crop_share=self.crop_share,
         )
 
-    def _keeps_decoded(self) -> bool:
-        """Whether decoded images are cached."""
-        if self.keep_decoded is not None:
-            return self.keep_decoded
-        height, width = max(self.sizes, key=lambda size: size[0] * size[1])
-        covered_pixels = height * width / self.crop_share**2
-        # up to twice as high and as wide; the aspect ratio hardly differs from that of the bucket
-        return 3 * 4 * covered_pixels * self.splits.epoch_samples <= _KEPT_BYTES
-
-    def _num_workers(self) -> int:
-        """The number of decoding processes."""
-        wanted = self.num_workers
-        if wanted is None:
-            wanted = min(_MAX_WORKERS, 1 + self.splits.epoch_samples // _IMAGES_PER_WORKER)
-        return min(wanted, cpu_count())
-
     def loader_options(self) -> dict[str, Any]:
         """The options of torch's DataLoader."""
+        num_workers = self.num_workers
+        if num_workers is None:
+            num_workers = choose_num_workers(self.splits.epoch_samples)
+        num_workers = min(num_workers, cpu_count())
         # Persistent workers keep their decoded images and open shards. A separate generator, as a
         # loader would otherwise draw from the global one at every epoch.
         return {
             "generator": torch.Generator().manual_seed(self.seed),
             "worker_init_fn": ignore_stop_signals,
-            "num_workers": self._num_workers(),
-            "persistent_workers": self._num_workers() > 0,
+            "num_workers": num_workers,
+            "persistent_workers": num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
-
-
-def cpu_count() -> int:
-    """The number of CPUs available to this process."""
-    # sched_getaffinity does not exist on all systems.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _to_float32(tensor: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from wuerstchen_pl.data.datamodule import ImageTextDataModule, cpu_count
+from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.loading.resources import cpu_count
 from wuerstchen_pl.data.ordering.buckets import Size, enlargement
 from wuerstchen_pl.data.ordering.prefetch import ShardPrefetcher
 from wuerstchen_pl.data.ordering.selection import SampleSelector
