@@ -1,4 +1,4 @@
-"""Normal ends of a run: each leaves a checkpoint from which it goes on as if it had not ended."""
+"""Normal ends of a run: each leaves a checkpoint, and the resumed run equals one that did not end."""
 
 from collections.abc import Sequence
 from pathlib import Path

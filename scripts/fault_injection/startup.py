@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at random moments of the start, before the first step."""
+"""SIGTERM and SIGINT at random times of the start, before the first step."""
 
 import os
 import random
