@@ -1,4 +1,4 @@
-"""Normal ends of a run: each leaves a checkpoint, and the resumed run equals one that did not end."""
+"""Normal ends of a run: each leaves a checkpoint, and resuming equals a run without that end."""
 
 from collections.abc import Sequence
 from pathlib import Path
