@@ -23,6 +23,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "name": str,
     "image_size": int,
     "image_size_at_12": int,
+    "require_caption": bool,
     "image_size_at_24": int,
     "global_batch": int | None,
     "bucket_multiple": int,

@@ -15,6 +15,7 @@ CHECK_KEYS: Mapping[str, Any] = {
     "image_size": int,
     "bucket_multiple": int,
     "seed": int,
+    "require_caption": bool,
     "full": bool,
     "output_dir": str,
     "paths.data": str,

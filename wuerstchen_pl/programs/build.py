@@ -19,6 +19,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "image_size": int,
     "bucket_multiple": int,
     "seed": int,
+    "require_caption": bool,
     "from": str | None,
     "to": str,
     "shard_samples": int,

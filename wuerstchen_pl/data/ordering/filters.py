@@ -31,6 +31,8 @@ class Filters:
         min_words: minimum number of words in a caption.
         max_words: maximum number of words in a caption.
         scripts: names from SCRIPTS; more than half of a caption's letters must be in these.
+        require_caption: drop samples without a caption; otherwise their caption is empty, and
+            caption filters do not apply to them.
         forbidden_words: a caption that contains one of these is dropped; case-insensitive.
         deduplicate: drop an image with the same bytes as an earlier one of the run; takes about
             120 bytes of memory and 25 bytes of each checkpoint per image.
@@ -51,6 +53,7 @@ class Filters:
         min_words: int | None = None,
         max_words: int | None = None,
         scripts: Sequence[str] | None = None,
+        require_caption: bool = True,
         forbidden_words: Sequence[str] = (),
         deduplicate: bool = False,
     ) -> None:
@@ -76,13 +79,17 @@ class Filters:
         self.min_words, self.max_words = min_words, max_words
         self.scripts = None if scripts is None else frozenset(scripts)
         self.forbidden_words = frozenset(word.casefold() for word in forbidden_words)
+        self.require_caption = require_caption
         self.deduplicate = deduplicate
 
     def apply(self, sample: Sample) -> Sample | str:
-        """The sample with only its passing captions, or the name of the filter that it fails."""
+        """The sample with only its passing captions, at least one, or why it is dropped."""
         failed = self._by_shape(sample) or self._by_scores(sample)
         if failed:
             return failed
+        if not sample.captions:
+            without = dataclasses.replace(sample, captions=("",))
+            return "no caption" if self.require_caption else without
         reasons = [self._by_caption(caption) for caption in sample.captions]
         if not any(reasons):
             return sample

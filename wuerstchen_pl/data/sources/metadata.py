@@ -14,18 +14,18 @@ SCORE_COLUMNS = ("pwatermark", "punsafe", "aesthetic", "AESTHETIC_SCORE")
 
 
 def parse_captions(value: Any) -> tuple[str, ...]:
-    """The valid captions of a field, which is a string or a list of strings.
+    """The captions of a field, which is a string or a list of strings; blank ones are left out.
 
     White space, including line ends, becomes single spaces.
 
     Raises:
-        UnusableSampleError: there is no caption, or none is valid Unicode.
+        UnusableSampleError: there are captions, but none is valid Unicode.
     """
     values = value if isinstance(value, list | tuple) else [value]
     texts = [" ".join(text.lstrip("\ufeff").split()) for text in values if isinstance(text, str)]
     captions = tuple(text for text in texts if text and _is_unicode(text))
-    if not captions:
-        raise UnusableSampleError("caption is not UTF-8" if any(texts) else "no caption")
+    if any(texts) and not captions:
+        raise UnusableSampleError("caption is not UTF-8")
     return captions
 
 
@@ -40,11 +40,10 @@ def file_captions(caption: bytes | None, metadata: Mapping[str, Any]) -> tuple[s
         UnusableSampleError: see ``parse_captions``.
     """
     with suppress(UnusableSampleError):
-        return parse_captions(metadata.get("captions"))
-    if caption is None:
-        raise UnusableSampleError("no caption")
+        if captions := parse_captions(metadata.get("captions")):
+            return captions
     try:
-        return parse_captions(decode_text(caption))
+        return parse_captions(decode_text(caption or b""))
     except ValueError as error:
         raise UnusableSampleError("caption is not UTF-8") from error
 

@@ -21,7 +21,7 @@ class Sample:
 
     Attributes:
         key: name, unique within its shard.
-        captions: at least one caption; training draws one of them.
+        captions: training draws one of them; ``Filters`` decides about samples without a caption.
         width: width in pixels of the stored image, after EXIF orientation.
         height: height in pixels of the stored image, after EXIF orientation.
         shard: name of its shard, as the source lists it.

@@ -121,7 +121,6 @@ def _parse(content: dict[str, Any], shard: str, *, num_bytes: int) -> ShardIndex
     "".join(chain.from_iterable(captions)).encode()
     scores = chain.from_iterable(row.values() for row in metadata)
     valid = (
-        all(captions),
         (sides > 0).all() and (sides <= LONGEST_SIDE).all(),
         (offsets >= 0).all() and (sizes >= 0).all() and (offsets <= num_bytes - sizes).all(),
         all(map(set(SCORE_COLUMNS).issuperset, metadata)) and all(map(math.isfinite, scores)),
