@@ -20,7 +20,7 @@ from tests.data.factories import encode, image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 20, 4), dtype=np.uint8)
-UNREADABLE = "unreadable image"
+UNREADABLE, NO_CAPTION = "unreadable image", "no caption"
 
 
 def noise(mode: str) -> Image.Image:

@@ -45,10 +45,10 @@ def test_check_reports_contents_and_usable_images(
     assert run("check", *arguments, "full=true") == 0
     output = capsys.readouterr().out
     assert "1 shards, 0 of them damaged" in output
-    assert "10 complete samples" in output
-    assert "1 bad: no caption, such as " in output
+    assert "11 complete samples" in output
+    assert "1 dropped: no caption" in output
     assert "1 bad: unreadable image, such as 000000000-000000011/01.a.jpg" in output
-    assert "2 dropped by max_upscale" in output
+    assert "2 dropped: max_upscale" in output
     assert "7 images left" in output
     assert "4 in 64 x 64 px, 2 x 2 published positions" in output
     assert "3 in 64 x 96 px, 2 x 3 published positions" in output
@@ -71,7 +71,7 @@ def test_check_fails_if_nothing_is_left(
     ]
     assert run("check", *arguments, "data.filters.min_size=500") == 1
     captured = capsys.readouterr()
-    assert "10 dropped by min_size" in captured.out
+    assert "11 dropped: min_size" in captured.out
     assert "nothing is left to train on" in captured.err
 
 

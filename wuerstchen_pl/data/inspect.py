@@ -123,7 +123,7 @@ def format_report(inspection: Inspection) -> str:
         lines.append("shorter side, px: " + _quantiles(sides[:, 0], ".0f"))
         lines.append("width / height:   " + _quantiles(ratios, ".2f"))
     for name, number in inspection.dropped.most_common():
-        lines.append(f"  {number:8d} dropped by {name}")
+        lines.append(f"  {number:8d} dropped: {name}")
     lines.append(
         f"{inspection.left} images left, {inspection.cropped:.1%} of their pixels cropped away"
     )

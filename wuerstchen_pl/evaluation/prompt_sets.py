@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from wuerstchen_pl.io.text import decode_text
+from wuerstchen_pl.io.text_files import decode_text
 
 
 def read_prompts(path: str) -> list[str]:

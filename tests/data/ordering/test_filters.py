@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import pytest
@@ -103,3 +104,12 @@ def test_the_first_captions_reason_is_that_of_the_sample() -> None:
 def test_filters_that_nothing_can_pass_are_rejected(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Filters(**settings)
+
+
+@pytest.mark.parametrize("options", [{}, {"min_words": 2}, {"forbidden_words": ["cat"]}])
+def test_images_without_a_caption_are_used_if_none_is_required(options: dict[str, Any]) -> None:
+    bare = dataclasses.replace(fake_sample("a", 0), captions=())
+    assert Filters(**options).apply(bare) == "no caption"
+    used = Filters(**options, require_caption=False).apply(bare)
+    assert used == dataclasses.replace(bare, captions=("",))
+    assert Filters(require_caption=False, min_size=999).apply(bare) == "min_size"

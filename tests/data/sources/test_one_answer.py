@@ -15,6 +15,7 @@ from tests.data.hostile import (
     CAPTIONS,
     FILES,
     IMAGES,
+    NO_CAPTION,
     NOT_USED,
     UNREADABLE,
     UNREADABLE_IMAGES,
@@ -39,6 +40,9 @@ def answers(source: Source, root: Path, keys: list[str] | None = None) -> dict[s
     samples, bad = samples_and_errors(source)
     by_name: dict[str, Any] = {}
     for sample in samples:
+        if not sample.captions:
+            by_name[f"!{sample.key if keys is None else keys[int(sample.key)]}"] = NO_CAPTION
+            continue
         try:
             pixels = decode_image(source.read(sample))
             assert pixels.shape[:2] == (sample.height, sample.width)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from wuerstchen_pl.data.sources.source import SampleError
-from wuerstchen_pl.io.text import text_encoding
+from wuerstchen_pl.io.text_files import text_encoding
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 _IMAGE_COLUMNS = ("file_name", "file", "image", "path")

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from wuerstchen_pl.data.sources.source import UnusableSampleError
-from wuerstchen_pl.io.text import decode_text
+from wuerstchen_pl.io.text_files import decode_text
 
 SCORE_COLUMNS = ("pwatermark", "punsafe", "aesthetic", "AESTHETIC_SCORE")
 """Score columns of LAION's metadata, for filters."""

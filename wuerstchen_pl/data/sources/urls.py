@@ -9,7 +9,7 @@ from pathlib import Path
 from webdataset.shardlists import expand_urls as expand_braces
 
 from wuerstchen_pl.io.image_files import is_hidden
-from wuerstchen_pl.io.text import text_encoding
+from wuerstchen_pl.io.text_files import text_encoding
 
 Urls = str | Sequence[str]
 _LISTS = (".txt", ".list")

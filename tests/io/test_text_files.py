@@ -4,7 +4,7 @@ import codecs
 
 import pytest
 
-from wuerstchen_pl.io.text import decode_text
+from wuerstchen_pl.io.text_files import decode_text
 
 TEXT = "ein H\u00e4schen\n\u5fc3 \U0001f9e1\n"
 
