@@ -54,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "programs.convert": PROGRAM | {"formats"},
     "programs.interpolate": PROGRAM | {"formats", "programs.convert"},
     "programs.export": PROGRAM | {"formats", "checkpointing", "programs.convert"},
-    **{f"programs.{name}": PROGRAM | {"data"} for name in ("check", "build")},
+    "programs.build": PROGRAM | {"data"},
+    "programs.check": PROGRAM | {"data", "train"},
     "callbacks": {
         "batch",
         "signals",

@@ -5,11 +5,13 @@ import os
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 from PIL import Image
 
 from tests.conftest import run_program
 from tests.data.factories import encode, image
+from wuerstchen_pl.config import conf_dir
 from wuerstchen_pl.data import __main__ as program
 from wuerstchen_pl.data import build as building
 from wuerstchen_pl.data.histogram import plot_histograms
@@ -39,7 +41,7 @@ def test_check_reports_contents_and_usable_images(
     arguments = [
         "data=folder",
         f"data.root={folder}",
-        "image_size=64",
+        "bucket_multiple=32",
         f"output_dir={tmp_path / 'out'}",
     ]
     assert run("check", *arguments, "full=true") == 0
@@ -50,14 +52,29 @@ def test_check_reports_contents_and_usable_images(
     assert "1 bad: unreadable image, such as 000000000-000000011/01.a.jpg" in output
     assert "2 dropped: max_upscale" in output
     assert "7 images left" in output
-    assert "4 in 64 x 64 px, 2 x 2 published positions" in output
-    assert "3 in 64 x 96 px, 2 x 3 published positions" in output
+    assert "4 in 64 x 64 px, 4 x 4 semantic positions" in output
+    assert "3 in 64 x 96 px, 4 x 6 semantic positions" in output
     # 96 x 48 is cropped to 72 x 48: a quarter of three of seven images is cropped away.
     cropped = 3 * 24 * 48 / (3 * 96 * 48 + 4 * 64 * 64)
     assert f"{cropped:.1%} of their pixels" in output
     assert (tmp_path / "out/sizes.png").read_bytes().startswith(b"\x89PNG")
     assert run("check", *arguments) == 0
     assert "8 images left" in capsys.readouterr().out  # metadata do not reveal the truncated one
+
+
+@pytest.mark.parametrize("stage", ["a", "b", "c"])
+@pytest.mark.parametrize("experiment", [None, "demo", "laion"])
+@pytest.mark.parametrize("keys", [[], ["preset=v2"], ["image_size=96", "bucket_multiple=32"]])
+def test_check_inspects_the_data_of_the_training(
+    stage: str, experiment: str | None, keys: list[str]
+) -> None:
+    overrides = [f"stage={stage}", *keys]
+    overrides += [f"experiment={experiment}"] if experiment else []
+    overrides += ["data.urls=x"] if experiment == "laion" else []
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        train, check = (hydra.compose(name, overrides) for name in ("train", "check"))
+    assert check.data == train.data
+    assert check.image_size_at_24 == train.image_size_at_24
 
 
 def test_check_fails_if_nothing_is_left(
@@ -168,7 +185,8 @@ def test_names_with_invalid_unicode_are_printed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
-    assert run("check", "data=folder", f"data.root={folder}", f"output_dir={tmp_path / 'o'}") == 1
+    arguments = ["data=folder", f"data.root={folder}", "image_size=512"]
+    assert run("check", *arguments, f"output_dir={tmp_path / 'o'}") == 1
     assert "caf\\udce9.jpg" in capsys.readouterr().out
 
 
@@ -234,6 +252,11 @@ def test_build_keeps_several_captions(tmp_path: Path) -> None:
         ),
         (["check", "data=folder"], "data.root is missing"),
         (["check", "data.no_such_key=1"], "data.no_such_key"),
+        (["check"], "data is not set; use data=folder data.root=..., or another data="),
+        (["check", "data=folder", "data.root="], "data.root='' is empty; use the folder"),
+        (["check", "data=hf", "data.name="], "data.name='' is empty; use the name"),
+        (["check", "data=shards", "data.urls="], "data.urls=() names no shard"),
+        (["check", "data=openmoji", "trainer.devices=2"], "check does not read trainer.devices"),
     ],
 )
 def test_wrong_calls_end_with_a_one_line_error(

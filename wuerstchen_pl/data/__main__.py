@@ -1,27 +1,24 @@
 """Inspect data, or write them to shards: ``python -m wuerstchen_pl.data check|build``.
 
+``check`` takes the keys of the training that is to follow (``data``, ``stage``, ``preset``,
+``experiment``, ``image_size``; see ``python -m wuerstchen_pl.train --help``).
+
 python -m wuerstchen_pl.data check data=folder data.root=my/images full=true
 python -m wuerstchen_pl.data build from=my/images to=my/shards
 """
 
+import re
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from wuerstchen_pl.cli import command
 
-CHECK_KEYS: Mapping[str, Any] = {
-    "data": dict,
-    "image_size": int,
-    "bucket_multiple": int,
-    "seed": int,
-    "require_caption": bool,
-    "full": bool,
-    "output_dir": str,
-    "paths.data": str,
-}
+READ_KEYS = re.compile(
+    r"(stage|preset|data|experiment|paths|seed|image_size|image_size_at_\d+|bucket_multiple)$"
+    r"|(data|paths)\.|(require_caption|full|output_dir)$"
+)
+"""Keys that ``check`` reads."""
 COMMANDS = {
-    "check": command("check", __doc__, CHECK_KEYS),
+    "check": command("check", __doc__, read_keys=READ_KEYS),
     "build": command("build", __doc__),
 }
 

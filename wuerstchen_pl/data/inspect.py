@@ -1,5 +1,6 @@
 """Inspects a dataset before training: sizes, damage, filters and buckets."""
 
+import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -109,8 +110,14 @@ def _decoding_error(source: Source, sample: Sample) -> SampleError | None:
     return None
 
 
-def format_report(inspection: Inspection) -> str:
-    """An inspection as lines for the terminal."""
+def format_report(inspection: Inspection, pixels_per_position: float | None = None) -> str:
+    """An inspection as lines for the terminal.
+
+    Args:
+        inspection: of a split.
+        pixels_per_position: side of the square of pixels that a semantic position encodes; None
+            lists no positions.
+    """
     lines = [f"{inspection.shards} shards, {inspection.broken} of them damaged or missing"]
     lines.append(f"{len(inspection.sizes)} complete samples")
     for reason, number in inspection.bad.most_common():
@@ -128,8 +135,11 @@ def format_report(inspection: Inspection) -> str:
         f"{inspection.left} images left, {inspection.cropped:.1%} of their pixels cropped away"
     )
     for (height, width), number in sorted(inspection.buckets.items()):
-        positions = f"{-(-3 * height // 128)} x {-(-3 * width // 128)}"
-        lines.append(f"  {number:8d} in {height} x {width} px, {positions} published positions")
+        positions = ""
+        if pixels_per_position is not None:
+            rows, columns = (math.ceil(side / pixels_per_position) for side in (height, width))
+            positions = f", {rows} x {columns} semantic positions"
+        lines.append(f"  {number:8d} in {height} x {width} px{positions}")
     # File names may contain invalid Unicode, which terminals reject.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 

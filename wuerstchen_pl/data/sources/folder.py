@@ -38,9 +38,14 @@ class FolderSource:
 
     Args:
         root: the folder.
+
+    Raises:
+        ValueError: ``root`` is empty.
     """
 
     def __init__(self, *, root: str) -> None:
+        if not root:
+            raise ValueError("root='' is empty; use the folder of your images")
         self.root = Path(root).expanduser()
         self._rows: list[Row] | None = None
 

@@ -43,6 +43,8 @@ class HubDataset:
         caption_column: str = "text",
         revision: str | None = None,
     ) -> None:
+        if not name:
+            raise ValueError("name='' is empty; use the name of a dataset, or its folder")
         if split == val_split:
             raise ValueError(
                 f"val_split={val_split!r} is also the training split; use another split, or "
