@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "programs.check": PROGRAM | {"data", "train"},
     "callbacks": {
         "batch",
+        "data",
         "signals",
         "distributed",
         "sampling",

@@ -248,7 +248,7 @@ def test_the_loss_over_t_is_logged_and_plotted(tmp_path: Path) -> None:
     assert module.logged["train/loss_t0.35"] == [2, 2]
     assert module.logged["train/loss_t0.95"] == [4.5, 6.5]
     assert "train/loss_t0.05" not in module.logged
-    assert (tmp_path / "loss_by_t.png").is_file()
+    assert (tmp_path / "loss_by_timestep.png").is_file()
     resumed = LossByTimestep(folder=str(tmp_path), every_steps=2)
     resumed.load_state_dict(callback.state_dict())
     assert [step for step, _ in resumed.readings] == [2, 4]

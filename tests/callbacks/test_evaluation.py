@@ -11,7 +11,7 @@ from tests.conftest import run_program, small
 from tests.distributed.launch import launch
 from tests.test_resume import differing
 from wuerstchen_pl.callbacks import evaluation
-from wuerstchen_pl.callbacks.evaluation import restored_modes
+from wuerstchen_pl.callbacks.restored_modes import restored_modes
 from wuerstchen_pl.checkpointing import load
 
 STEPS = 4

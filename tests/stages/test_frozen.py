@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 
 from tests.stages.conftest import STAGES, stage_b, stage_c, stage_ldm
 from tests.stages.test_b import text_options
+from wuerstchen_pl.callbacks import sample_grids
 from wuerstchen_pl.callbacks.memory_estimate import MemoryEstimate, estimate_bytes
 from wuerstchen_pl.callbacks.sample_grids import SampleGrids
+from wuerstchen_pl.callbacks.step_profile import first_rows
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.stages import frozen
@@ -54,17 +56,32 @@ def frozen_leaves(stage: Stage) -> list[nn.Module]:
     return [leaf for network in stage.frozen.present().values() for leaf in leaves(network)]
 
 
+class OneBatch(L.LightningDataModule):
+    """The same batch for each of three steps, for validation and for grids."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([self.batch] * 3, batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader([self.batch], batch_size=None)  # type: ignore[arg-type]
+
+
 def run(stage: Stage, batch: Batch, folder: Path, *callbacks: L.Callback, **options: Any) -> None:
-    """Three steps, with a validation and a grid after the second."""
+    """Three steps, with a validation after the second, and grids before and after all of them."""
+    grids = SampleGrids(folder=str(folder), every_steps=2, num_images=1)
     trainer = L.Trainer(
         max_steps=3, val_check_interval=2, num_sanity_val_steps=0, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[MemoryEstimate(), SampleGrids(folder=str(folder), num_images=1), *callbacks],
+        callbacks=[*callbacks, MemoryEstimate(), grids],
         **{"accelerator": "cpu", **options},
     )  # fmt: skip
-    trainer.fit(
-        stage, DataLoader([batch] * 3, batch_size=None), DataLoader([batch], batch_size=None)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_grids, "example_batch", lambda data, n: first_rows(data.batch, n))
+        trainer.fit(stage, OneBatch(batch))
 
 
 @contextmanager
@@ -112,7 +129,7 @@ def test_frozen_networks_compute_in_float32_except_in_grids(
     assert autocast["elsewhere"] == {False}
     assert dtypes == {torch.float32}
     assert (True in autocast["grid"]) == (name != "a")  # Stage A's grid uses no frozen network
-    assert len(list(tmp_path.glob("step*.png"))) == 1
+    assert len(list(tmp_path.glob("step*.png"))) == 3
 
 
 @pytest.mark.parametrize("name", ["b", "c", "ldm"])
@@ -216,8 +233,8 @@ def test_only_the_frozen_networks_of_a_step_are_on_the_device_between_grids(
     with before_forward(frozen_leaves(stage), residence.check):
         run(stage, batch, tmp_path, residence, **options)
     assert used < everything
-    assert residence.in_grids == [everything]
-    assert residence.after_steps == [used] * 3  # the last is after the grid
+    assert residence.in_grids == [everything] * 3
+    assert residence.after_steps == [used] * 3  # the first and the last are after grids
     assert not stage.frozen.on_demand  # the trained stage can be moved as a whole
 
 
@@ -256,4 +273,4 @@ def test_only_the_compressor_of_stage_b_is_on_the_gpu_between_grids(
     run(frozen_text_stage("c"), batch, tmp_path, devices, accelerator="gpu", devices=1)
     on_gpu = {name: {"cuda"} for name in ("compressor", "text_encoder", "prior")}
     assert devices.seen == [{**on_gpu, "diffnext": {"cpu"}, "stage_a": {"cpu"}}] * 3
-    assert len(list(tmp_path.glob("step*.png"))) == 1
+    assert len(list(tmp_path.glob("step*.png"))) == 3

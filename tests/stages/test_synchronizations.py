@@ -19,7 +19,9 @@ from tests.test_config import composed
 from wuerstchen_pl.callbacks.step_profile import StepProfile
 from wuerstchen_pl.stages.stage import Batch
 
-AT_INTERVALS = ("sample_grids", "checkpoints", "run_metadata", "memory_estimate")
+AT_INTERVALS = (
+    *("sample_grids", "checkpoints", "run_metadata", "memory_estimate", "loss_by_timestep"),
+)
 """Callbacks that do nothing in most steps, and that need values of tensors in the others."""
 
 
@@ -36,7 +38,8 @@ class LinesPerStep(L.Callback):
 def callbacks(stage: str) -> list[L.Callback]:
     """The callbacks of ``python -m wuerstchen_pl.train``."""
     off = [f"callbacks.{name}=null" for name in AT_INTERVALS]
-    cfg = composed(f"stage={stage}", "callbacks.progress.label=steps", *off)
+    steps = ["validate_every_steps=1000", "callbacks.progress.label=steps"]
+    cfg = composed(f"stage={stage}", *steps, *off)
     return [hydra.utils.instantiate(c) for c in cfg.callbacks.values() if c is not None]
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
+from wuerstchen_pl.callbacks.restored_modes import restored_modes
 from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.distributed.waiting import patient_barrier
 from wuerstchen_pl.evaluation.inputs import read_inputs
@@ -133,17 +134,3 @@ class EvaluationCallback(L.Callback):
         finally:
             for network in networks:
                 network.to("cpu")
-
-
-@contextmanager
-def restored_modes(module: nn.Module) -> Iterator[None]:
-    """Restore ``training`` and ``requires_grad`` of submodules and parameters after the block."""
-    modes = [(part, part.training) for part in module.modules()]
-    grad_flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.train(mode)  # and its parts, whose own modes follow
-        for parameter, requires_grad in grad_flags:
-            parameter.requires_grad_(requires_grad)

@@ -1,77 +1,85 @@
-"""Labeled image grids after every validation, always of the same few samples."""
+"""Image grids at the first step, at intervals and at the end, always of the same few samples."""
 
+import time
 from pathlib import Path
 from typing import cast
 
 import lightning as L
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from wuerstchen_pl.batch import Batch
-from wuerstchen_pl.callbacks.step_profile import first_rows
-from wuerstchen_pl.io.images import to_pil
+from wuerstchen_pl.callbacks.grid_image import render_grid
+from wuerstchen_pl.callbacks.restored_modes import restored_modes
+from wuerstchen_pl.data.examples import example_batch
+from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.stages.stage import Stage
-
-LABEL_HEIGHT = 16
-GAP = 2
-
-
-def render_grid(columns: dict[str, Tensor]) -> Image.Image:
-    """One image with a labeled column per batch of images.
-
-    Args:
-        columns: label -> (B, 3, H, W) in [0, 1]; all of the same shape.
-    """
-    font = ImageFont.load_default(size=11)
-    first = next(iter(columns.values()))
-    rows, _, height, width = first.shape
-    column_width = max(width, *(int(font.getlength(label)) + 6 for label in columns)) + GAP
-    canvas = Image.new(
-        "RGB", (column_width * len(columns), LABEL_HEIGHT + rows * (height + GAP)), "white"
-    )
-    draw = ImageDraw.Draw(canvas)
-    for i, (label, images) in enumerate(columns.items()):
-        draw.text((i * column_width + 2, 1), label, fill="black", font=font)
-        for j, image in enumerate(images):
-            corner = (i * column_width, LABEL_HEIGHT + j * (height + GAP))
-            canvas.paste(to_pil(image), corner)
-    return canvas
 
 
 class SampleGrids(L.Callback):
-    """Write ``grids/step0001000.png`` after each validation, from the stage's ``example_grid``.
+    """Write ``grids/step0001000.png`` from the stage's ``example_grid``, with captions.
+
+    The grids of a run have the same samples: the first of validation, or of training if there are
+    none for validation. Training is not affected.
 
     Args:
         folder: the folder to write to.
-        num_images: rows of a grid, from the first validation batch.
+        every_steps: steps between two grids; the first is before training, the last at its end.
+        num_images: rows of a grid.
     """
 
-    def __init__(self, *, folder: str, num_images: int = 8) -> None:
-        self.folder, self.num_images = Path(folder), num_images
+    def __init__(self, *, folder: str, every_steps: int, num_images: int = 8) -> None:
+        if every_steps < 1 or num_images < 1:
+            raise ValueError(
+                f"every_steps={every_steps} and num_images={num_images} are out of range; use 1 "
+                "or more"
+            )
+        self.folder, self.every_steps, self.num_images = Path(folder), every_steps, num_images
+        self.seconds = 0.0  # time that training waited for grids
+        self._drawn_step = -1
         self._rows: Batch | None = None
 
-    def on_validation_batch_end(
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Mark the step of a resumed run as drawn."""
+        self._drawn_step, self._rows = trainer.global_step or -1, None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Draw before the first step, after the callbacks that can refuse a run."""
+        if trainer.global_step == 0:
+            self._draw(trainer, cast(Stage, pl_module))
+
+    def on_train_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: object,
-        batch: Batch,
+        outputs: STEP_OUTPUT,
+        batch: object,
         batch_idx: int,
-        dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first rows of the first batch."""
-        if batch_idx == 0 and not trainer.sanity_checking:
-            self._rows = first_rows(batch, self.num_images)
+        """Draw every ``every_steps`` steps."""
+        if trainer.global_step % self.every_steps == 0:
+            self._draw(trainer, cast(Stage, pl_module))
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Render the grid, in the trainer's precision; on all processes, for sharded weights."""
-        rows, self._rows = self._rows, None
-        if rows is None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last step."""
+        self._draw(trainer, cast(Stage, pl_module))
+
+    def _draw(self, trainer: L.Trainer, stage: Stage) -> None:
+        """Draw in the trainer's precision, once per step; on all processes, for sharded weights."""
+        step = trainer.global_step
+        if step == self._drawn_step:
             return
-        stage = cast(Stage, pl_module)
+        self._drawn_step, start = step, time.perf_counter()
+        if self._rows is None:
+            rows = example_batch(trainer.datamodule, self.num_images)  # type: ignore[attr-defined]
+            self._rows = trainer.strategy.batch_to_device(rows)
         precision = trainer.precision_plugin.val_step_context()
-        with stage.frozen.all_on(stage.device), precision:
-            columns = stage.example_grid(rows)
+        with stage.frozen.all_on(stage.device), restored_modes(stage), precision:
+            stage.eval()
+            columns = stage.example_grid(self._rows)
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            render_grid(columns).save(self.folder / f"step{trainer.global_step:07d}.png")
+            grid = render_grid(columns, self._rows["caption"])
+            with atomic_write(self.folder / f"step{step:07d}.png") as temporary:
+                grid.save(temporary, format="PNG")
+        self.seconds += time.perf_counter() - start
