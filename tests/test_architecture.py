@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": {
         "batch",
         "data",
+        "loggers",
         "signals",
         "distributed",
         "sampling",

@@ -12,11 +12,14 @@ from wuerstchen_pl.callbacks.grid_image import render_grid
 from wuerstchen_pl.callbacks.restored_modes import restored_modes
 from wuerstchen_pl.data.examples import example_batch
 from wuerstchen_pl.io.atomic import atomic_write
+from wuerstchen_pl.loggers.images import log_image
 from wuerstchen_pl.stages.stage import Stage
 
 
 class SampleGrids(L.Callback):
     """Write ``grids/step0001000.png`` from the stage's ``example_grid``, with captions.
+
+    TensorBoard and Weights & Biases get the same images.
 
     The grids of a run have the same samples: the first of validation, or of training if there are
     none for validation. Training is not affected.
@@ -82,4 +85,5 @@ class SampleGrids(L.Callback):
             grid = render_grid(columns, self._rows["caption"])
             with atomic_write(self.folder / f"step{step:07d}.png") as temporary:
                 grid.save(temporary, format="PNG")
+            log_image(trainer.loggers, "grid", grid, step)
         self.seconds += time.perf_counter() - start
