@@ -26,9 +26,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"config", "signatures"},
     "config": {"signatures"},
     **{name: set() for name in ("signals", "signatures", "programs")},
+    "programs.next_steps": set(),
     "programs.run_length": {"data", "distributed"},
     "programs.train": PROGRAM
     | {
+        "programs.next_steps",
         "programs.run_length",
         "data",
         "batch",

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from tests.stages.conftest import STAGES
 from tests.test_train import arguments
 from wuerstchen_pl.callbacks import memory_estimate, step_profile, throughput
 from wuerstchen_pl.callbacks.loss_by_timestep import LossByTimestep, plot_losses
+from wuerstchen_pl.callbacks.loss_trend import LossTrend
 from wuerstchen_pl.callbacks.memory_estimate import estimate_bytes
 from wuerstchen_pl.callbacks.skip_nonfinite import SkipNonFiniteGrads
 from wuerstchen_pl.callbacks.throughput import Throughput, peak_tflops
@@ -172,6 +174,72 @@ def test_logged_norms_are_those_of_the_weights_and_their_update() -> None:
     norm = module.weights[2].norm()
     assert module.logged["train/param_norm"] == pytest.approx([float(norm)])
     assert module.logged["train/update_ratio"] == pytest.approx([float(update.norm() / norm)])
+
+
+class Scheduled(LinearStage):
+    """With a schedule of which the factor is 0.01 at the end, as in a cosine decay."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0 if n < 4 else 0.01)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advice"), [(1e-1, "lower"), (1e-3, None), (1e-4, None), (1e-6, "raise")]
+)
+def test_an_unusual_update_ratio_is_warned_of_once_with_the_key(
+    ratio: float, advice: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the schedule makes of the learning rate."""
+
+    def scaled_step(parameters: Any) -> torch.optim.Optimizer:
+        """Every update is ``ratio`` times the norm of the weights, at the full rate."""
+        optimizer = torch.optim.SGD(parameters, lr=ratio)
+        optimizer.register_step_pre_hook(lambda *_: follow_weights(optimizer))
+        return optimizer
+
+    def follow_weights(optimizer: torch.optim.Optimizer) -> None:
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = p.detach().clone()
+
+    fit(Scheduled(optimizer=scaled_step), 12, WeightNormMonitor(every_steps=2))
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == (advice is not None)
+    if advice:
+        assert f"{advice} stage.optimizer.lr={ratio:g}" in warned[0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "warns"),
+    [
+        ([1.0] * 30, True),
+        ([1.0 + i / 100 for i in range(30)], True),
+        ([1.0 - i / 100 for i in range(30)], False),
+        ([2.0, 1.5, 1.2, *[0.9, 1.1] * 14], False),
+        ([1.0] * 15, False),  # too short to judge
+    ],
+)
+def test_a_loss_that_has_not_moved_is_warned_of(
+    losses: list[float], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback, module = LossTrend(), LinearStage()
+    trainer: Any = SimpleNamespace(global_step=0, log_every_n_steps=2, is_global_zero=True)
+    callback.on_train_start(trainer, module)
+    for number, loss in enumerate(losses):
+        for step in (2 * number + 1, 2 * number + 2):
+            trainer.global_step, trainer.callback_metrics = step, {"train/loss": loss}
+            for micro_batch in range(2):
+                callback.on_train_batch_end(trainer, module, None, None, micro_batch)
+    assert callback._losses == losses
+    callback.on_train_end(trainer, module)
+    warned = [record.getMessage() for record in caplog.records]
+    assert [("train/loss has not moved" in w, "stage.optimizer.lr" in w) for w in warned] == [
+        (True, True)
+    ] * warns
 
 
 def test_throughput_and_data_wait_follow_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

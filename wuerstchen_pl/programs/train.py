@@ -26,6 +26,7 @@ from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
+from wuerstchen_pl.programs.next_steps import describe_end
 from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
 from wuerstchen_pl.stages.data_checks import check_cache, check_sizes, describe_sizes
@@ -66,6 +67,15 @@ def run(cfg: DictConfig) -> float:
     rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing
     with claimed(output_dir, key="paths.output_dir", is_owner=trainer.is_global_zero):
         fit(trainer, stage, data, resume, output_dir)
+    end = describe_end(
+        output_dir,
+        stage.name,
+        HydraConfig.get().overrides.task,
+        image_size=cfg.image_size,
+        default_folder=Path(cfg.paths.root, cfg.name, stage.name),
+        is_cached=hasattr(data, "made_with"),
+    )
+    rank_zero_only(print)(end)
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))
 
 
@@ -258,5 +268,6 @@ def _silence_lightning() -> None:
         "treespec",
         "It is recommended to use `self",
         "Grad strides do not match bucket",
+        "is smaller than the logging interval",  # batches of an epoch; steps are logged
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -1,0 +1,50 @@
+"""What a finished run prints: where to look, and the command that follows it."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+PLOT = "loss_by_timestep.png"
+NEXT_STAGE = {"a": "b", "b": "c"}
+OF_ONE_STAGE = re.compile(
+    r"[+~]*(stage\b|optimizer@|ckpt|init_from|callbacks|checkpoint_every_steps|data\.batch_size"
+    r"|global_batch|validate_every_steps|paths\.output_dir|paths\.stage_|trainer\.max_)"
+)
+"""Typed arguments that the next stage does not share."""
+
+
+def describe_end(
+    run: Path,
+    stage: str,
+    typed: Sequence[str],
+    *,
+    image_size: int,
+    default_folder: Path,
+    is_cached: bool = False,
+) -> str:
+    """Lines that name the images of a run and the next command.
+
+    Args:
+        run: the run's folder.
+        stage: the trained stage.
+        typed: the command's arguments, as Hydra reads them.
+        image_size: side of its square images in pixels.
+        default_folder: the folder in which the next stage expects this run.
+        is_cached: whether the run read a cache, which has the data of one stage only.
+    """
+    lines = []
+    if any(run.glob("grids/*.png")):
+        plot = f", {run / PLOT}" if (run / PLOT).is_file() else ""
+        lines.append(f"images: {run / 'grids'}{plot}")
+    if stage in ("c", "ldm"):
+        sample = f"python -m wuerstchen_pl.sample {shlex.quote(f'model={run}')}"
+        size = f"height={image_size} width={image_size}"
+        lines.append(f'next: {sample} {size} prompt="a red heart"')
+    elif any(text.startswith("stage=") for text in typed) and not is_cached:
+        following = NEXT_STAGE[stage]
+        shared = [text for text in typed if not OF_ONE_STAGE.match(text)]
+        elsewhere = [f"paths.stage_{stage}={run}"] if run != default_folder else []
+        command = ["python", "-m", "wuerstchen_pl.train", f"stage={following}"]
+        lines.append(f"next: {shlex.join([*command, *shared, *elsewhere])}")
+    return "\n".join(lines)
