@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "distributed",
         "stages",
+        "formats",
     },
     "programs.cache": PROGRAM | {"data", "models", "distributed", "checkpointing"},
     "programs.convert": PROGRAM | {"formats"},

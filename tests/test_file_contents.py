@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 from tests.conftest import run_program, small, what_cache_reads
 from tests.formats.conftest import random_model
-from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.data.caches.cached_dataset import CachedDataModule
 from wuerstchen_pl.errors import explain
 from wuerstchen_pl.evaluation.datasets import data_from_yaml
@@ -29,6 +28,7 @@ from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.prompt_sets import read_prompts
 from wuerstchen_pl.formats import model_card, registry
 from wuerstchen_pl.formats.model import build_network
+from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.pipelines.loading import stage_of_run
 
 UNKNOWN = "unknown_entry"
@@ -93,6 +93,10 @@ def read_model(folder: Path) -> object:
     return [build_network(part) for part in model.parts.values()]
 
 
+def card_of(checkpoint: Path) -> str:
+    return model_card.render_card(model_card.checkpoint_chain(checkpoint), license=None, ema=True)
+
+
 def checkpoint_in(folder: Path) -> Path:
     return folder / "checkpoints" / "step0000004.ckpt"
 
@@ -101,7 +105,7 @@ JSON: dict[str, Any] = {"dump": to_json, "parse": from_json}
 KINDS = {
     "checkpoint": Kind(
         "run/checkpoints/step0000004.ckpt",
-        lambda folder: load.load_stage(run=checkpoint_in(folder / "run"), stage="a"),
+        lambda folder: load_stage(source=checkpoint_in(folder / "run"), stage="a"),
         torch.save, from_checkpoint,
     ),
     "config.yaml": Kind(
@@ -112,12 +116,12 @@ KINDS = {
     ),
     "config.yaml of a card": Kind(
         "run/config.yaml",
-        lambda f: model_card.render_card([checkpoint_in(f / "run")], license=None, ema=True),
+        lambda f: card_of(checkpoint_in(f / "run")),
         to_yaml, from_yaml, True,
     ),
     "run.json": Kind(
         "run/run.json",
-        lambda f: model_card.render_card([checkpoint_in(f / "run")], license=None, ema=True),
+        lambda f: card_of(checkpoint_in(f / "run")),
         **JSON,
     ),
     "manifest": Kind("native/wuerstchen_pl.json", lambda f: read_model(f / "native"), **JSON),

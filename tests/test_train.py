@@ -23,6 +23,7 @@ from tests.stages.conftest import stage_b
 from tests.test_resume import differing
 from wuerstchen_pl.callbacks.preemption import PreemptionHandler
 from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.programs.train import accumulation, build_stage
 from wuerstchen_pl.signals import REQUEUE, STOP_SIGNALS
@@ -189,10 +190,10 @@ def test_a_run_requires_the_clip_that_it_was_trained_with(
     content = load.read_checkpoint(load.find_checkpoint(run))
     assert content["files"]["text_encoder"]["sha256"] == atomic.sha256(clip)
     assert content["versions"].keys() == {"torch", "lightning"}
-    assert load.load_stage(run=run, stage="c").text_encoder.weights == str(clip_copy)
+    assert load_stage(source=run, stage="c").text_encoder.weights == str(clip_copy)
     torch.save({k: v * 2 for k, v in torch.load(clip_copy, weights_only=True).items()}, clip_copy)
     with pytest.raises(ValueError, match=r"text_encoder\.weights=.*clip\.pt has sha256"):
-        load.load_stage(run=run, stage="c")
+        load_stage(source=run, stage="c")
     assert run_program("train", [*command, "ckpt=auto"]) == 1
     assert "restore that file" in capsys.readouterr().err
 
@@ -277,8 +278,10 @@ def test_init_from_says_that_a_run_has_no_ema_weights_yet(
     path = tmp_path / "no_ema.ckpt"
     state = torch.load(load.find_checkpoint(cascade / "a"), weights_only=True)
     torch.save({**state, "ema": {**state["ema"], "shadow": {}}}, path)
-    cfg = OmegaConf.create({"stage": state["stage"], "init_from": str(path)})
-    with caplog.at_level(logging.INFO, "wuerstchen_pl.programs.train"):
+    cfg = OmegaConf.create(
+        {"stage": state["stage"], "init_from": str(path), "allow_mismatch": False}
+    )
+    with caplog.at_level(logging.INFO, "wuerstchen_pl.formats.initial_weights"):
         stage = build_stage(cfg)
     assert caplog.messages == [f"init_from: {path}, weights: raw (there is no EMA yet), step 4"]
     assert all(torch.equal(v, state["state_dict"][k]) for k, v in stage.state_dict().items())

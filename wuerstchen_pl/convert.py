@@ -10,6 +10,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "from": str,
     "prior": str | None,
     "variant": str | None,
+    "allow_mismatch": bool,
     "text_encoder": str | None,
     "prior_text_encoder": str | None,
     "to": str,

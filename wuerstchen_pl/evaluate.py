@@ -12,6 +12,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "model": str | None,
     "prior": str | None,
     "variant": str | None,
+    "allow_mismatch": bool,
     "images": str | None,
     "metric": list[str],
     "prompts": str,

@@ -10,6 +10,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "model": str,
     "prior": str | None,
     "variant": str | None,
+    "allow_mismatch": bool,
     "prompt": Any,  # text, a number, or a list
     "prompts": str | None,
     "num_images_per_prompt": int,

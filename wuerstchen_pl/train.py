@@ -15,6 +15,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "seed": int,
     "ckpt": str | None,
     "init_from": str | None,
+    "allow_mismatch": bool,
     "activation_checkpointing": bool | Literal["auto"],
     "compile": bool,
     "check_memory": bool,

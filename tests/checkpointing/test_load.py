@@ -5,7 +5,6 @@ import pickle
 import shutil
 import sys
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 
 from wuerstchen_pl.checkpointing import allowed, load
 from wuerstchen_pl.checkpointing.allowed import ALLOWED_TARGETS, STAGE_TARGETS, stage_class
-from wuerstchen_pl.checkpointing.load import find_checkpoint, load_stage, read_checkpoint
+from wuerstchen_pl.checkpointing.load import find_checkpoint, read_checkpoint
 from wuerstchen_pl.formats.run import read_run
+from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.models.compressor import EfficientNet
 
@@ -67,7 +67,7 @@ def test_a_checkpoint_with_a_pickle_payload_is_refused_and_runs_no_code(
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match="was not loaded"):
-        load_stage(run=moved / "a", stage="a")
+        load_stage(source=moved / "a", stage="a")
     assert not proof.exists()
     if legacy:
         pickle.loads(path.read_bytes())
@@ -88,7 +88,7 @@ def test_a_target_outside_the_package_is_refused(moved: Path, target: Any, insid
     config["vqgan"] = {**config["vqgan"], "width": planted}
     rewrite(moved / "a", stage=config)
     with pytest.raises(ValueError, match="is not one of this package's"):
-        load_stage(run=moved / "a", stage="a")
+        load_stage(source=moved / "a", stage="a")
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_a_stage_outside_the_package_is_refused_and_not_imported(
     (tmp_path / "planted_module.py").write_text("class StageA:\n    name = 'a'\n")
     monkeypatch.syspath_prepend(tmp_path)
     rewrite(moved / "a", stage={"_target_": target})
-    for read in (partial(load_stage, stage="a"), read_run):
+    for read in (lambda run: load_stage(source=run, stage="a"), read_run):
         with pytest.raises(ValueError, match=r"is not a stage of this package"):
-            read(run=moved / "a")
+            read(moved / "a")
     assert "planted_module" not in sys.modules
     assert hydra.utils.get_class("planted_module.StageA").name == "a"
     del sys.modules["planted_module"]
@@ -123,7 +123,7 @@ def test_an_interpolation_is_refused(moved: Path, kind: str) -> None:
     config["vqgan"] = {**config["vqgan"], "levels": planted}
     rewrite(moved / "a", stage=config)
     with pytest.raises(ValueError, match="is an interpolation"):
-        load_stage(run=moved / "a", stage="a")
+        load_stage(source=moved / "a", stage="a")
 
 
 def test_allowed_targets_exist() -> None:
@@ -140,20 +140,20 @@ def test_a_truncated_checkpoint_is_refused(moved: Path, share: float) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
-        load_stage(run=moved / "a", stage="a")
+        load_stage(source=moved / "a", stage="a")
 
 
 @pytest.mark.parametrize("content", [3, {"stage": {}}, {"state_dict": {}}, {"stage": "a"}])
 def test_another_torch_file_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"x\.ckpt is not a checkpoint of a wuerstchen_pl run"):
-        load_stage(run=tmp_path / "x.ckpt", stage="a")
+        load_stage(source=tmp_path / "x.ckpt", stage="a")
 
 
 def test_weights_of_other_networks_are_refused(moved: Path) -> None:
     path = rewrite(moved / "a", state_dict={"vqgan.x": torch.ones(1)})
     with pytest.raises(ValueError, match=rf"{path.name} does not contain the weights"):
-        load_stage(run=moved / "a", stage="a")
+        load_stage(source=moved / "a", stage="a")
 
 
 # Search
@@ -163,14 +163,14 @@ def test_weights_of_other_networks_are_refused(moved: Path) -> None:
 def test_another_stage_is_refused(cascade: Path, stage: str, needed: str) -> None:
     message = f"contains stage={stage}, but stage={needed} is needed"
     with pytest.raises(ValueError, match=message):
-        load_stage(run=cascade / stage, stage=needed)
+        load_stage(source=cascade / stage, stage=needed)
 
 
 def test_the_error_for_a_missing_run_tells_how_to_train_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"does not exist; .*stage=b.*paths\.stage_b="):
-        load_stage(run=tmp_path / "b", stage="b")
+        load_stage(source=tmp_path / "b", stage="b")
     with pytest.raises(FileNotFoundError, match="contains no checkpoint"):
-        load_stage(run=tmp_path, stage="c")
+        load_stage(source=tmp_path, stage="c")
 
 
 def test_the_newest_checkpoint_has_the_highest_step(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_moved_cascade_loads_without_the_old_folder(cascade: Path, tmp_path: P
     shutil.copytree(cascade, first)
     second.parent.mkdir()
     first.rename(second)
-    stage = load_stage(run=second / "c", stage="c")
+    stage = load_stage(source=second / "c", stage="c")
     stage_a = stage.frozen["stage_b"].frozen["stage_a"]
     assert Path(stage_a.provenance.source["path"]).parent.parent == second / "a"
 
@@ -199,13 +199,13 @@ def test_a_stage_a_that_changed_since_stage_b_was_trained_is_refused(moved: Path
     weights = torch.load(find_checkpoint(moved / "a"), weights_only=True)["state_dict"]
     rewrite(moved / "a", state_dict={key: value + 1 for key, value in weights.items()})
     for stage in "bc":
-        with pytest.raises(ValueError, match=r"was trained with .* of sha256 .* has changed to"):
-            load_stage(run=moved / stage, stage=stage)
+        with pytest.raises(ValueError, match=r"had sha256 .* in training, which has changed to"):
+            load_stage(source=moved / stage, stage=stage)
 
 
 def test_a_run_that_was_moved_alone_finds_stage_a_by_its_absolute_path(moved: Path) -> None:
     shutil.rmtree(moved / "a")
-    stage = load_stage(run=moved / "b", stage="b")
+    stage = load_stage(source=moved / "b", stage="b")
     assert "moved" not in stage.frozen["stage_a"].provenance.source["path"]
 
 
@@ -217,7 +217,7 @@ def test_the_error_for_a_missing_stage_a_names_its_path(moved: Path) -> None:
     path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
     torch.save(content, path)
     with pytest.raises(FileNotFoundError, match=r"needs its stage_a at .*/moved/a/"):
-        load_stage(run=moved / "b", stage="b")
+        load_stage(source=moved / "b", stage="b")
 
 
 def test_a_moved_folder_is_read_from_any_working_directory(
@@ -225,7 +225,7 @@ def test_a_moved_folder_is_read_from_any_working_directory(
 ) -> None:
     """Paths of frozen stages are relative to the run's folder, not to the working directory."""
     monkeypatch.chdir(moved)
-    stage = load_stage(run="b", stage="b")
+    stage = load_stage(source="b", stage="b")
     assert Path(stage.frozen["stage_a"].provenance.source["path"]).is_relative_to(moved / "a")
 
 
@@ -252,7 +252,7 @@ def test_a_checkpoint_is_hashed_once_and_its_optimizer_state_is_not_read(
 @pytest.mark.parametrize("stage", "abc")
 def test_frozen_networks_are_not_in_checkpoints(cascade: Path, stage: str) -> None:
     content = torch.load(find_checkpoint(cascade / stage), weights_only=True)
-    module = load_stage(run=cascade / stage, stage=stage)
+    module = load_stage(source=cascade / stage, stage=stage)
     trained = {name: p.numel() for name, p in module.named_parameters()}
     assert not [key for key in content["state_dict"] if key.startswith(tuple(module.frozen))]
     assert content["ema"]["shadow"].keys() == trained.keys()
@@ -267,7 +267,7 @@ def test_frozen_networks_are_not_in_checkpoints(cascade: Path, stage: str) -> No
 @pytest.mark.parametrize("ema", [False, True])
 def test_ema_or_raw_weights_are_loaded_as_requested(cascade: Path, ema: bool) -> None:
     content = torch.load(find_checkpoint(cascade / "c"), weights_only=True)
-    module = load_stage(run=cascade / "c", stage="c", ema=ema)
+    module = load_stage(source=cascade / "c", stage="c", ema=ema)
     expected = content["ema"]["shadow"] if ema else content["state_dict"]
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, expected[name])
@@ -293,10 +293,10 @@ def test_pretrained_weights_are_needed_only_for_networks_that_the_checkpoint_lac
 
 def test_a_trained_text_encoder_needs_no_clip_file(moved: Path) -> None:
     config = config_of(moved / "c")
-    before = load_stage(run=moved / "c", stage="c").state_dict()
+    before = load_stage(source=moved / "c", stage="c").state_dict()
     config["text_encoder"] = {**config["text_encoder"], "weights": "/no/such/clip.pt"}
     rewrite(moved / "c", stage=config)
-    after = load_stage(run=moved / "c", stage="c").state_dict()
+    after = load_stage(source=moved / "c", stage="c").state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from wuerstchen_pl.checkpointing import load, sharded
 from wuerstchen_pl.checkpointing.allowed import instantiate_allowed
+from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.stages.stage import Stage
 
 pytestmark = pytest.mark.skipif(
@@ -85,7 +86,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("ema", [True, False])
 def test_a_stage_takes_the_memory_of_its_weights_only(checkpoint: Path, ema: bool) -> None:
     """Twice that for shards until the module has taken over the tensors; none for a mapped file."""
-    stage, peak, kept = measure(lambda: load.load_stage(run=checkpoint, stage="a", ema=ema))
+    stage, peak, kept = measure(lambda: load_stage(source=checkpoint, stage="a", ema=ema))
     weights = load.read_checkpoint(checkpoint, tensors="ema" if ema else "raw")
     name = "vqgan.encoder.block1.expand.weight"
     expected = (weights["ema"]["shadow"] if ema else weights["state_dict"])[name]

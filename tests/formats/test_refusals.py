@@ -88,7 +88,7 @@ def dump(content: Any, path: Path) -> None:
     ("target", "message"),
     [
         ("os.system", "is not a prior; use another file"),
-        ("wuerstchen_pl.checkpointing.load.load_stage", "is not a prior"),
+        ("wuerstchen_pl.formats.trained_stage.load_stage", "is not a prior"),
         ("wuerstchen_pl.models.vqgan.VQGAN", "is not a prior"),
         (["a"], "is not a prior"),
     ],
@@ -103,8 +103,8 @@ def test_a_config_can_only_build_its_network(target: str, message: str, copy: Pa
     "backbone",
     [
         {
-            "_target_": "wuerstchen_pl.checkpointing.load.load_stage",
-            "run": "/etc/passwd",
+            "_target_": "wuerstchen_pl.formats.trained_stage.load_stage",
+            "source": "/etc/passwd",
             "stage": "a",
         },
         [{"_target_": "os.system"}],

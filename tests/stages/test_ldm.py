@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.conftest import run_program, small
 from tests.test_config import composed
-from wuerstchen_pl.checkpointing.load import load_stage
+from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.models.layers import Block
 from wuerstchen_pl.models.unet import UNet
 from wuerstchen_pl.pipelines.loading import load_pipeline
@@ -64,7 +64,7 @@ def test_the_command_generates_the_same_image_as_the_stage(baseline: Path, tmp_p
     assert run_program("sample", overrides) == 0
     image = np.asarray(Image.open(next(tmp_path.glob("0000-*.png")))).astype(int)
     pipeline = load_pipeline(str(baseline), device="cpu")
-    stage: Any = load_stage(run=baseline, stage="ldm")
+    stage: Any = load_stage(source=baseline, stage="ldm")
     latents = stage.sample(["red apple"], size=(64, 48), seeds=[5], num_steps=3)
     expected = stage.decode_semantic(latents, size=(64, 48), seeds=[5], captions=["red apple"])
     assert pipeline.size_multiple == 16

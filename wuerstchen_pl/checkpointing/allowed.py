@@ -46,7 +46,10 @@ DATA_TARGETS = frozenset(
     )
 )
 ALLOWED_TARGETS = (
-    STAGE_TARGETS | NETWORK_TARGETS | DATA_TARGETS | {"wuerstchen_pl.checkpointing.load.load_stage"}
+    STAGE_TARGETS
+    | NETWORK_TARGETS
+    | DATA_TARGETS
+    | {"wuerstchen_pl.formats.trained_stage.load_stage"}
 )
 
 

@@ -124,32 +124,18 @@ def _select(paths: Iterable[sharded.TreePath], *, tensors: Tensors) -> set[shard
 # Build
 
 
-def load_stage(*, run: str | Path, stage: str, ema: bool = True) -> "Stage":
-    """The trained stage of a run, with its frozen stages, ready to sample.
+def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "Stage":
+    """The stage in the contents of a checkpoint, with its frozen stages, ready to sample.
 
     Args:
-        run: a run's folder, or a checkpoint.
-        stage: the expected stage: ``a``, ``b``, ``c`` or ``ldm``.
+        path: the checkpoint.
+        content: its contents; see ``read_checkpoint``.
         ema: use EMA weights; False uses raw weights.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint.
-        ValueError: if the checkpoint is damaged, contains another stage, or was trained with frozen
-            weights that have changed.
+        FileNotFoundError: if a frozen stage is missing.
+        ValueError: if the contents cannot be used, or a frozen stage has changed.
     """
-    path = _find_trained(run, stage)
-    content = read_checkpoint(path, tensors="ema" if ema else "raw")
-    trained = stage_class(content["stage"]).name
-    if trained != stage:
-        raise ValueError(
-            f"{path} contains stage={trained}, but stage={stage} is needed; "
-            f"use a checkpoint of stage={stage}"
-        )
-    return build_stage(path, content, ema=ema)
-
-
-def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "Stage":
-    """The stage in the contents of a checkpoint; see ``load_stage``."""
     with contents_of(path, "use another checkpoint"):
         module = _build(path, content, ema=ema)
     source = atomic.Source(path=str(path), sha256=atomic.sha256(path))
@@ -160,7 +146,8 @@ def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "St
 def _build(path: Path, content: dict[str, Any], *, ema: bool) -> "Stage":
     config = _sampling_config(content)
     for name, recorded in content["frozen"].items():
-        config[name] = {**config[name], "run": str(resolve_frozen(path, name, recorded))}
+        source = str(find_frozen(path, name, recorded))
+        config[name] = {**config[name], "source": source, "sha256": recorded["sha256"]}
     module: Stage = instantiate_allowed(config, "stage")
     module.check_weight_files(content.get("files", {}))
     shadow = content["ema"]["shadow"]
@@ -181,17 +168,6 @@ def _build(path: Path, content: dict[str, Any], *, ema: bool) -> "Stage":
     return module
 
 
-def _find_trained(run: str | Path, stage: str) -> Path:
-    try:
-        return find_checkpoint(run)
-    except FileNotFoundError as error:
-        key = f"paths.stage_{stage}" if stage in ("a", "b") else "model"
-        raise FileNotFoundError(
-            f"{error}; train Stage {stage.upper()} first "
-            f"(python -m wuerstchen_pl.train stage={stage}), or set {key}= to its run"
-        ) from None
-
-
 def _sampling_config(content: dict[str, Any]) -> dict[str, Any]:
     """The config of a checkpoint's stage, without the arguments that only training needs."""
     config = content["stage"]
@@ -210,25 +186,19 @@ def drop_weight_paths(node: Any) -> Any:
     return {k: None if k == "weights" else drop_weight_paths(v) for k, v in node.items()}
 
 
-def resolve_frozen(path: Path, name: str, recorded: dict[str, str]) -> Path:
-    """The checkpoint of a frozen stage that the checkpoint at ``path`` was trained with.
+def find_frozen(path: Path, name: str, recorded: dict[str, str]) -> Path:
+    """The checkpoint or model of a frozen stage that the checkpoint at ``path`` was trained with.
 
     Its path is recorded relative to the run's folder, so that runs can be moved together, and as an
     absolute path, so that the run at ``path`` can be moved alone.
 
     Raises:
         FileNotFoundError: if it exists at neither path.
-        ValueError: if it has changed.
     """
     run_dir = path.absolute().parent.parent
     candidates = [Path(os.path.normpath(run_dir / recorded["path"]))]
     candidates += [Path(recorded["absolute_path"])] if "absolute_path" in recorded else []
-    frozen = next(filter(_is_checkpoint, candidates), None)
+    frozen = next((candidate for candidate in candidates if candidate.exists()), None)
     if frozen is None:
         raise FileNotFoundError(f"{path} needs its {name} at {candidates[0]}, which does not exist")
-    if atomic.sha256(frozen) != recorded["sha256"]:
-        raise ValueError(
-            f"{path} was trained with {frozen} of sha256 {recorded['sha256'][:12]}, which has "
-            f"changed to {atomic.sha256(frozen)[:12]}; restore the old file or train again"
-        )
     return frozen

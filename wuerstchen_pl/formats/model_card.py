@@ -10,11 +10,14 @@ from omegaconf import OmegaConf
 
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.allowed import DATA_TARGETS, stage_class
+from wuerstchen_pl.formats.run import is_run
 from wuerstchen_pl.io import atomic
+from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.signatures import check_entries, check_value
 
 UNKNOWN = "not recorded"
+NUM_COLUMNS = 9
 CARD = """\
 ---
 license: {license}
@@ -39,33 +42,39 @@ pipe("a red heart", height={side}, width={side}, seed=0).images[0].save("heart.p
 """
 
 
-def checkpoint_chain(path: Path) -> list[Path]:
-    """A checkpoint, and the checkpoints of the frozen stages below it."""
-    chain = [path]
-    frozen = load.read_checkpoint(path, tensors="none")["frozen"]
-    for name, recorded in frozen.items():
-        chain += checkpoint_chain(load.resolve_frozen(path, name, recorded))
+def checkpoint_chain(path: Path) -> list[Source]:
+    """A checkpoint, and the checkpoints or the model of the frozen stages below it."""
+    chain = [Source(path=str(path), sha256=atomic.sha256(path))]
+    for name, recorded in load.read_checkpoint(path, tensors="none")["frozen"].items():
+        frozen = load.find_frozen(path, name, recorded)
+        is_checkpoint = is_run(frozen)
+        model = Source(path=str(frozen), sha256=recorded["sha256"])
+        chain += checkpoint_chain(frozen) if is_checkpoint else [model]
     return chain
 
 
-def render_card(checkpoints: Sequence[Path], *, license: str | None, ema: bool) -> str:
+def render_card(sources: Sequence[Source], *, license: str | None, ema: bool) -> str:
     """The card in Markdown, with the front matter that hubs read.
 
     Args:
-        checkpoints: checkpoints of the stages, the last stage first.
+        sources: checkpoints of the stages, the last stage first; see ``checkpoint_chain``.
         license: license of the weights, as hubs spell it (``mit``).
         ema: whether the first checkpoint's EMA weights were exported.
     """
-    rows = [_row(path, with_ema=ema or i > 0) for i, path in enumerate(checkpoints)]
+    rows = [_row(source, with_ema=ema or i > 0) for i, source in enumerate(sources)]
     return CARD.format(
         license=license or "other",
         stated=license or "not stated",
         rows="\n".join(rows),
-        side=_config(checkpoints[0]).get("image_size", 1024),
+        side=_config(Path(sources[0]["path"])).get("image_size", 1024),
     )
 
 
-def _row(path: Path, *, with_ema: bool) -> str:
+def _row(source: Source, *, with_ema: bool) -> str:
+    path = Path(source["path"])
+    if not is_run(path):
+        unknown = f"{UNKNOWN} | " * (NUM_COLUMNS - 2)
+        return f"| the stages below, from {path.name} | {unknown}{source['sha256'][:12]} |"
     content = load.read_checkpoint(path, tensors="none")
     stage, trained = content["stage"], _config(path)
     data, record = trained.get("data", {}), _record(path)
@@ -79,7 +88,7 @@ def _row(path: Path, *, with_ema: bool) -> str:
         "EMA" if with_ema and content["ema"]["shadow"] else "raw",
         f"{record['hours']} x {record['devices']}" if record else UNKNOWN,
         record.get("hardware", UNKNOWN),
-        atomic.sha256(path)[:12],
+        source["sha256"][:12],
     ]
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
 

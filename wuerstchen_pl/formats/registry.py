@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from wuerstchen_pl.formats import FormatName, diffusers, native, run, upstream
+from wuerstchen_pl.formats.compatibility import check_encoder, encoder_of
 from wuerstchen_pl.formats.lazy_tensors import checked
 from wuerstchen_pl.formats.model import Model
 from wuerstchen_pl.io.atomic import atomic_folder
@@ -14,6 +15,15 @@ from wuerstchen_pl.io.atomic import atomic_folder
 FORMATS = {"native": native, "diffusers": diffusers, "upstream": upstream}
 HUB_PATTERNS = ["*.json", "*.txt", "*.safetensors"]
 """Files that are downloaded from a hub repository; pickles are not."""
+
+
+def find_format(path: Path) -> FormatName | None:
+    """The format of a file or folder; None if it is not a model."""
+    if native.matches(path):
+        return "native"
+    if diffusers.matches(path):
+        return "diffusers"
+    return "upstream" if upstream.matches(path) else None
 
 
 def detect_format(path: Path) -> FormatName:
@@ -28,12 +38,8 @@ def detect_format(path: Path) -> FormatName:
             f"{path} does not exist; train Stage C first (python -m wuerstchen_pl.train stage=c), "
             "or use another model"
         )
-    if native.matches(path):
-        return "native"
-    if diffusers.matches(path):
-        return "diffusers"
-    if upstream.matches(path):
-        return "upstream"
+    if (format := find_format(path)) is not None:
+        return format
     raise ValueError(
         f"{path} is not a model: it has no {native.MANIFEST}, {diffusers.INDEX} or upstream .pt "
         "file; use another path"
@@ -43,7 +49,13 @@ def detect_format(path: Path) -> FormatName:
 STAGE_C_PARTS = ("prior", "prior_text_encoder")
 
 
-def read_model(source: str, *, prior: str | None = None, variant: str | None = None) -> Model:
+def read_model(
+    source: str,
+    *,
+    prior: str | None = None,
+    variant: str | None = None,
+    allow_mismatch: bool = False,
+) -> Model:
     """Read a model from a path, a run or a hub repository.
 
     Args:
@@ -52,10 +64,12 @@ def read_model(source: str, *, prior: str | None = None, variant: str | None = N
             ``source``.
         variant: of the weights in the diffusers format: ``fp16`` reads ``*.fp16.safetensors``. None
             reads those without a variant, or else the only variant that there is.
+        allow_mismatch: accept a ``prior`` that was trained with another compressor.
 
     Raises:
         FileNotFoundError: if the path does not exist, or the hub cannot be reached.
-        ValueError: if it is damaged or not a model, or if ``variant`` applies to nothing.
+        ValueError: if it is damaged or not a model, if ``variant`` applies to nothing, or if
+            ``prior`` was trained with another compressor than that of ``source``.
     """
     path = resolve_source(source, variant)
     prior_path = None if prior is None else resolve_source(prior, variant)
@@ -69,6 +83,8 @@ def read_model(source: str, *, prior: str | None = None, variant: str | None = N
         other = _read(prior_path, variant)
         if "prior" not in other.parts:
             raise ValueError(f"prior={prior} has no Stage C; use a model that has one")
+        if not allow_mismatch:
+            check_encoder(encoder_of(other, "c"), encoder_of(model, "c"), f"prior={prior}")
         parts = {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
         settings = {k: v for k, v in other.settings.items() if k != "latent_dim_scale"}
         return replace(model, parts=model.parts | parts, settings=model.settings | settings)

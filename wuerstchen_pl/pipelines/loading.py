@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.allowed import stage_class
 from wuerstchen_pl.formats import run
+from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.pipelines.ldm import LatentDiffusionPipeline
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
@@ -24,6 +25,7 @@ def load_pipeline(
     *,
     prior: str | None = None,
     variant: str | None = None,
+    allow_mismatch: bool = False,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> TextToImage:
@@ -40,10 +42,15 @@ def load_pipeline(
                 raise ValueError(
                     f"{key}={value} needs a cascade, but {model} is a baseline; remove {key}"
                 )
-        stage = cast("StageLDM", load.load_stage(run=model, stage="ldm"))
+        stage = cast("StageLDM", load_stage(source=model, stage="ldm"))
         return pipeline_from_stage(stage).to(device, dtype)
     return WuerstchenPipeline.from_pretrained(
-        model, prior=prior, variant=variant, device=device, torch_dtype=dtype
+        model,
+        prior=prior,
+        variant=variant,
+        allow_mismatch=allow_mismatch,
+        device=device,
+        torch_dtype=dtype,
     )
 
 

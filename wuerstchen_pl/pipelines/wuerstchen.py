@@ -36,6 +36,7 @@ class WuerstchenPipeline(CascadePipeline):
         variant: str | None = None,
         torch_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        allow_mismatch: bool = False,
     ) -> Self:
         """Load a model of any supported format, or the model that a run trained.
 
@@ -48,13 +49,16 @@ class WuerstchenPipeline(CascadePipeline):
                 that there is.
             torch_dtype: dtype of the weights.
             device: device to run on.
+            allow_mismatch: accept a ``prior`` that was trained with another compressor.
 
         Raises:
             FileNotFoundError: if the model or a part of it is missing.
             ValueError: if it is damaged, or not a model.
         """
         prior_path = None if prior is None else str(prior)
-        model = read_model(str(path), prior=prior_path, variant=variant)
+        model = read_model(
+            str(path), prior=prior_path, variant=variant, allow_mismatch=allow_mismatch
+        )
         pipeline = cls(**build_components(model, str(path)), source=model.source)
         return pipeline.to(device, torch_dtype)
 

@@ -15,7 +15,12 @@ from wuerstchen_pl.io.output_folder import claimed
 def run(cfg: DictConfig) -> None:
     """Read a model in any format and write it in another."""
     with claimed(Path(cfg.to), key="to", must_be_empty=True):
-        model = registry.read_model(cfg["from"], prior=cfg.prior, variant=cfg.variant)
+        model = registry.read_model(
+            cfg["from"],
+            prior=cfg.prior,
+            variant=cfg.variant,
+            allow_mismatch=cfg.allow_mismatch,
+        )
         for name in ("text_encoder", "prior_text_encoder"):
             if cfg[name] is not None:
                 model.parts[name] = clip.read_text_encoder(registry.resolve_source(cfg[name]))

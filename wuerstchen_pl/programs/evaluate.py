@@ -10,7 +10,6 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.evaluation import report
 from wuerstchen_pl.evaluation.dataset_metrics import StageWithLoss
@@ -19,6 +18,7 @@ from wuerstchen_pl.evaluation.inputs import read_inputs
 from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import NETWORK_METRICS, NETWORKS, EvaluationPlan
 from wuerstchen_pl.evaluation.run import EvalTarget, check_plan, evaluate, stages_with_loss
+from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir, typed_keys
 from wuerstchen_pl.models.perceptual import LPIPS
@@ -101,7 +101,7 @@ def check_typed_keys(plan: EvaluationPlan) -> None:
     samples = plan.needs_generation or plan.needs_networks
     sized = plan.needs_generation and not plan.prompts_are_data
     reads = {
-        **dict.fromkeys(("sample", "dtype", "prior", "variant"), samples),
+        **dict.fromkeys(("sample", "dtype", "prior", "variant", "allow_mismatch"), samples),
         **dict.fromkeys(("height", "width"), sized),
         "reference": bool({"fid", "kid"} & set(plan.metric)),
         **{name: plan.uses(name) for name in NETWORKS},
@@ -169,8 +169,12 @@ def _load_model(
     """The pipeline, and the stages whose loss is measured; the model is read only once."""
     source = {"prior": cfg.prior, "variant": cfg.variant}
     if "validation_loss" not in plan.metric or trained is None or any(source.values()):
-        return load_pipeline(cfg.model, **source, device=device, dtype=dtype), {}
-    stage = cast(StageC | StageLDM, load.load_stage(run=cfg.model, stage=trained).to(device))
+        allowed = cfg.allow_mismatch
+        pipeline = load_pipeline(
+            cfg.model, **source, allow_mismatch=allowed, device=device, dtype=dtype
+        )
+        return pipeline, {}
+    stage = cast(StageC | StageLDM, load_stage(source=cfg.model, stage=trained).to(device))
     # losses are measured in float32, so a bfloat16 pipeline needs its own copy of the weights
     networks = stage if dtype == torch.float32 else copy.deepcopy(stage)
     return pipeline_from_stage(networks).to(device, dtype), stages_with_loss(stage)

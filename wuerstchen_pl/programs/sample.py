@@ -47,7 +47,12 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     device = resolve_device(cfg.device)
     dtype = sampling_dtype(cfg.dtype, device)
     pipeline = load_pipeline(
-        cfg.model, prior=cfg.prior, variant=cfg.variant, device=device, dtype=dtype
+        cfg.model,
+        prior=cfg.prior,
+        variant=cfg.variant,
+        allow_mismatch=cfg.allow_mismatch,
+        device=device,
+        dtype=dtype,
     )
     requests = [
         (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)

@@ -22,6 +22,7 @@ from wuerstchen_pl.callbacks.preemption import Preempted
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.single_file import SingleFileCheckpointIO
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
+from wuerstchen_pl.formats.initial_weights import load_initial_weights
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
@@ -160,13 +161,7 @@ def build_stage(cfg: DictConfig) -> "Stage":
     config: Any = OmegaConf.to_container(cfg.stage, resolve=True)
     stage.record_provenance(config=config)
     if cfg.init_from is not None:
-        path = load.find_checkpoint(cfg.init_from)
-        state = load.read_checkpoint(path, tensors="ema")
-        shadow = state["ema"]["shadow"]
-        kind = "EMA" if shadow else "raw (there is no EMA yet)"
-        logger.info("init_from: %s, weights: %s, step %s", path, kind, state.get("global_step"))
-        stage.check_checkpoint(state, origin=f"init_from={path}")
-        stage.load_state_dict({**state["state_dict"], **shadow})
+        load_initial_weights(stage, cfg.init_from, allow_mismatch=cfg.allow_mismatch)
     return stage
 
 

@@ -26,7 +26,8 @@ class StageA(Stage):
 
     Args:
         vqgan: encoder, codebook and decoder.
-        discriminator: trained from the first step on, whether or not its loss is applied.
+        discriminator: trained from the first step on, whether or not its loss is applied; None for
+            a Stage A that is not trained.
         perceptual: two batches of images -> (B,) distances; frozen. None omits this loss.
         optimizer: builds an optimizer over both parameter groups.
         lr_schedule: step -> factor on the learning rate.
@@ -57,7 +58,7 @@ class StageA(Stage):
         self,
         *,
         vqgan: VQGAN,
-        discriminator: Discriminator,
+        discriminator: Discriminator | None = None,
         perceptual: nn.Module | None = None,
         optimizer: OptimizerFactory | None = None,
         lr_schedule: Callable[[int], float] | None = None,
@@ -73,7 +74,8 @@ class StageA(Stage):
     ) -> None:
         super().__init__(optimizer=optimizer, lr_schedule=lr_schedule, ema=ema, seed=seed)
         self.vqgan = vqgan
-        self.discriminator = discriminator
+        if discriminator is not None:
+            self.discriminator = discriminator
         self.frozen.register("perceptual", perceptual)
         self.mse_weight, self.perceptual_weight = mse_weight, perceptual_weight
         self.adversarial_weight = adversarial_weight
@@ -160,6 +162,8 @@ class StageA(Stage):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One group for the VQGAN, one for the discriminator."""
+        if not hasattr(self, "discriminator"):
+            raise ValueError("stage.discriminator is missing; set it to train Stage A")
         parts = {"vqgan": self.vqgan, "discriminator": self.discriminator}
         return [{"params": list(part.parameters()), "name": name} for name, part in parts.items()]
 

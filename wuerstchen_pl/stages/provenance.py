@@ -1,7 +1,7 @@
 """Provenance of a stage: its config, its checkpoint, and the weight files of frozen networks."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +19,14 @@ class Provenance:
 
     Attributes:
         config: the ``stage`` node of the run's config.
-        source: the checkpoint that the stage was loaded from; None for a new stage.
+        source: the checkpoint or model that the stage was loaded from; None for a new stage.
+        encoder: fingerprint of the network whose latents the next stage is trained on; None if it
+            is not known.
     """
 
     config: dict[str, Any] | None = None
     source: Source | None = None
+    encoder: str | None = None
 
     def record(self, frozen: Mapping[str, nn.Module], run_dir: str | Path) -> dict[str, Any]:
         """Provenance entries of a checkpoint.
@@ -41,8 +44,9 @@ class Provenance:
                     "path": os.path.relpath(source["path"], run_dir),
                     "absolute_path": os.path.abspath(source["path"]),
                     "sha256": source["sha256"],
+                    "encoder": encoder,
                 }
-                for name, source in frozen_sources(frozen).items()
+                for name, source, encoder in frozen_sources(frozen)
             },
         }
 
@@ -54,12 +58,12 @@ class Provenance:
         """
         self._check_optimizer(checkpoint["stage"])
         check_weight_files(frozen, checkpoint["files"])
-        sources = frozen_sources(frozen)
-        for name, recorded in checkpoint["frozen"].items():
-            source = sources.get(name)
-            if source is not None and source["sha256"] != recorded["sha256"]:
+        recorded = checkpoint["frozen"]
+        for name, source, _ in frozen_sources(frozen):
+            expected = recorded[name]["sha256"] if name in recorded else source["sha256"]
+            if source["sha256"] != expected:
                 raise ValueError(
-                    f"the run was started with {name} sha256 {recorded['sha256'][:12]}, but "
+                    f"the run was started with {name} sha256 {expected[:12]}, but "
                     f"{source['path']} has {source['sha256'][:12]}; restore the old weights, or "
                     "start a new run"
                 )
@@ -77,10 +81,14 @@ class Provenance:
             )
 
 
-def frozen_sources(frozen: Mapping[str, nn.Module]) -> dict[str, Source]:
-    """The checkpoints that frozen stages were loaded from, by name."""
-    provenances = {name: getattr(part, "provenance", None) for name, part in frozen.items()}
-    return {name: p.source for name, p in provenances.items() if p is not None and p.source}
+def frozen_sources(
+    frozen: Mapping[str, nn.Module],
+) -> Iterator[tuple[str, Source, str | None]]:
+    """The name, the source and the encoder of each frozen stage; see ``Provenance``."""
+    for name, part in frozen.items():
+        provenance: Provenance | None = getattr(part, "provenance", None)
+        if provenance is not None and provenance.source is not None:
+            yield name, provenance.source, provenance.encoder
 
 
 def weight_files(frozen: Mapping[str, nn.Module]) -> dict[str, Source]:

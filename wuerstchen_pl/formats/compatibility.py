@@ -1,0 +1,34 @@
+"""Whether a network was trained on the latents that it is used with."""
+
+from wuerstchen_pl.formats.model import Model, build_network
+from wuerstchen_pl.models.fingerprint import network_fingerprint
+
+ENCODERS = {"b": "stage_a", "c": "stage_b", "ldm": "stage_a"}
+"""Stage -> its frozen stage, whose latents it is trained on."""
+ENCODER_PARTS = {"b": "vqgan", "c": "compressor"}
+"""Stage -> the part of a model that encodes images to these latents."""
+
+
+def encoder_of(model: Model, stage: str) -> str | None:
+    """Fingerprint of the network that encodes images for a stage; None if the model lacks it."""
+    part = model.parts.get(ENCODER_PARTS[stage]) if stage in ENCODER_PARTS else None
+    return None if part is None else network_fingerprint(build_network(part).float())
+
+
+def check_encoder(trained_on: str | None, used_with: str | None, origin: str) -> None:
+    """Refuse a network that was trained on the latents of another one; None is not known.
+
+    Args:
+        trained_on: fingerprint of the encoder in training.
+        used_with: fingerprint of the encoder that it is combined with.
+        origin: the key that named the network, with its value; errors start with it.
+
+    Raises:
+        ValueError: with both fingerprints.
+    """
+    if trained_on is not None and used_with is not None and trained_on != used_with:
+        raise ValueError(
+            f"{origin} was trained on latents of an encoder of sha256 {trained_on[:12]}, but is "
+            f"used with one of {used_with[:12]}; use the encoder that it was trained with, or set "
+            "allow_mismatch=true"
+        )

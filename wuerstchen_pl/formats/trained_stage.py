@@ -1,0 +1,134 @@
+"""A trained stage, from a run or from a model of any format."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from wuerstchen_pl.checkpointing.allowed import stage_class
+from wuerstchen_pl.checkpointing.load import build_stage, find_checkpoint, read_checkpoint
+from wuerstchen_pl.formats.model import PAELLA, Part, build_network
+from wuerstchen_pl.formats.registry import find_format, read_model, resolve_source
+from wuerstchen_pl.formats.run import STAGE_PARTS
+from wuerstchen_pl.io import atomic
+from wuerstchen_pl.models.fingerprint import network_fingerprint, weights_fingerprint
+
+if TYPE_CHECKING:
+    from wuerstchen_pl.stages.stage import Stage
+
+FROM_MODELS = {"a": "wuerstchen_pl.stages.a.StageA", "b": "wuerstchen_pl.stages.b.StageB"}
+"""The stages that other stages use frozen, which are built from models too."""
+
+
+def load_stage(
+    *, source: str | Path, stage: str, ema: bool = True, sha256: str | None = None
+) -> "Stage":
+    """A trained stage with its frozen stages, ready to sample.
+
+    Args:
+        source: a run, a checkpoint, or for Stages A and B a model of any format or a hub id.
+        stage: the expected stage: ``a``, ``b``, ``c`` or ``ldm``.
+        ema: use the EMA weights of a run; False uses its raw weights.
+        sha256: the recorded hash, of a checkpoint or of a model's weights in any format; another
+            one is refused.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint or model, or a part is missing.
+        ValueError: if it is damaged, contains another stage or has another hash, or if a frozen
+            stage of a run has changed.
+    """
+    path = _find(source, stage)
+    if _is_model(path, stage):
+        trained = _from_model(path, stage, sha256)
+    else:
+        trained = _from_checkpoint(path, stage, ema, sha256)
+    if stage in FROM_MODELS:
+        trained.provenance.encoder = network_fingerprint(trained.encoding)
+    return trained
+
+
+def _find(source: str | Path, stage: str) -> Path:
+    """The model of a source, or the newest checkpoint of a run."""
+    try:
+        path = resolve_source(str(source))
+        return path if _is_model(path, stage) else find_checkpoint(path)
+    except FileNotFoundError as error:
+        key = f"paths.stage_{stage}" if stage in FROM_MODELS else "model"
+        raise FileNotFoundError(
+            f"{error}; train Stage {stage.upper()} first "
+            f"(python -m wuerstchen_pl.train stage={stage}), or set {key}= to its run"
+        ) from None
+
+
+def _is_model(path: Path, stage: str) -> bool:
+    return stage in FROM_MODELS and find_format(path) is not None
+
+
+def _check_sha256(path: Path, actual: str, recorded: str | None) -> None:
+    if recorded is not None and actual != recorded:
+        raise ValueError(
+            f"{path} had sha256 {recorded[:12]} in training, which has changed to {actual[:12]}; "
+            "restore the old weights, or train again"
+        )
+
+
+def _from_checkpoint(path: Path, name: str, ema: bool, sha256: str | None) -> "Stage":
+    _check_sha256(path, atomic.sha256(path), sha256)  # before a changed file is interpreted
+    content = read_checkpoint(path, tensors="ema" if ema else "raw")
+    trained = stage_class(content["stage"]).name
+    if trained != name:
+        raise ValueError(
+            f"{path} contains stage={trained}, but stage={name} is needed; "
+            f"use a checkpoint of stage={name}"
+        )
+    return build_stage(path, content, ema=ema)
+
+
+def _from_model(path: Path, name: str, recorded: str | None) -> "Stage":
+    parts = read_model(str(path)).parts
+    _check_parts(parts, name, path)
+    networks = {part: build_network(parts[part]).float() for part in _needed(parts, name)}
+    sha256 = weights_fingerprint(networks.values())
+    _check_sha256(path, sha256, recorded)
+    stage = _build(parts, networks, name)
+    stage.provenance.source = atomic.Source(path=str(path), sha256=sha256)
+    return stage.eval()
+
+
+def _needed(parts: Mapping[str, Part], name: str) -> list[str]:
+    """The parts of Stage A or B, in an order that every format has."""
+    if name == "a":
+        return ["vqgan"]
+    decoder = parts.get("decoder")
+    has_text = decoder is not None and decoder.config.get("text_dim") is not None
+    return ["vqgan", "decoder", "compressor", *(["text_encoder"] if has_text else [])]
+
+
+def _check_parts(parts: Mapping[str, Part], name: str, path: Path) -> None:
+    if missing := [part for part in _needed(parts, name) if part not in parts]:
+        raise ValueError(
+            f"{path} lacks {' and '.join(missing)}, which a frozen Stage {name.upper()} needs; add "
+            "missing parts with python -m wuerstchen_pl.convert, or use another model"
+        )
+    if name == "b" and parts["decoder"].config["_target_"] == PAELLA:
+        raise ValueError(f"{path} has v1's Stage B, which can only be converted; use v2's")
+
+
+def _build(parts: Mapping[str, Part], networks: Mapping[str, nn.Module], name: str) -> "Stage":
+    """Stage A or B with the networks of a model, and the config that it would have in a run."""
+    arguments: dict[str, Any] = {}
+    config: dict[str, Any] = {"_target_": FROM_MODELS[name]}
+    for attribute, part in STAGE_PARTS[name].items():
+        if part not in networks:
+            continue
+        arguments[attribute], config[attribute] = networks[part], dict(parts[part].config)
+        if part == "text_encoder":
+            networks[part].weights = "in the model"  # type: ignore[assignment]  # not random
+            if (files := parts[part].tokenizer) is not None:
+                config[attribute]["tokenizer"] = str(files)
+    if name == "b":
+        arguments["stage_a"] = _build(parts, networks, "a")
+    stage: Stage = stage_class(config)(**arguments)
+    stage.record_provenance(config=config)
+    return stage
