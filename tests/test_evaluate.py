@@ -130,7 +130,8 @@ def test_the_report_lists_all_scores_and_shows_the_extremes(evaluated: Path) -> 
     assert [row["prompt"] for row in rows][:2] == ["red heart", "blue bird"]
     assert sum(scores) / 6 == pytest.approx(read_scores(evaluated)["pickscore"]["value"])
     page = (evaluated / "index.html").read_text()
-    best, worst = page.split("<h2>")[1:]
+    images, best, worst, *_ = page.split("<h2>")[1:]
+    assert images.count("<figure") == 6
     for part, extreme in ((best, max(scores)), (worst, min(scores))):
         first = re.search(r'src="([^"]+)".*?<br>([-0-9.e]+)<', part)
         assert first is not None

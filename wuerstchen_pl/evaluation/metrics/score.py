@@ -36,6 +36,11 @@ class Score:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+def format_interval(score: Score) -> str:
+    """``0.9 to 1.1``; empty without an interval."""
+    return "" if score.low is None else f"{score.low:.4g} to {score.high:.4g}"
+
+
 def mean_score(per_sample: Sequence[float], **metadata: Any) -> Score:
     """The mean of a per-image score, with a percentile bootstrap interval.
 
