@@ -21,6 +21,7 @@ from tests.conftest import frozen_text, run_program, small
 from tests.data.factories import image, shards, write
 from tests.stages.conftest import stage_b
 from tests.test_resume import differing
+from wuerstchen_pl import train
 from wuerstchen_pl.callbacks.preemption import PreemptionHandler
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.formats.trained_stage import load_stage
@@ -352,3 +353,19 @@ def test_init_from_other_networks_is_refused_by_name(
     assert error.startswith(f"error: init_from={other}")
     expected = {"b": "is a checkpoint of stage=a", "c": "stage.prior.width was 16, and is now 32"}
     assert expected[stage] in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["stage=a", "seed=1"], [["stage=a", "seed=1"]]),
+        (["stage=ldm"], [["stage=ldm"]]),
+        (["--help"], [["--help"]]),
+        (["-m", "stage=bc", "x=1,2"], [["-m", "stage=b", "x=1,2"], ["-m", "stage=c", "x=1,2"]]),
+        (["seed=1", "stage=abc"], [["seed=1", f"stage={stage}"] for stage in "abc"]),
+    ],
+)
+def test_several_stages_are_trained_one_after_the_other(
+    arguments: list[str], expected: list[list[str]]
+) -> None:
+    assert train.for_each_stage(arguments) == expected

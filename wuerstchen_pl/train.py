@@ -1,5 +1,9 @@
-"""Train one stage: ``python -m wuerstchen_pl.train stage=a|b|c|ldm experiment=...``."""
+"""Train one stage: ``python -m wuerstchen_pl.train stage=a|b|c|ldm experiment=...``.
 
+``stage=abc`` trains several stages, one after the other.
+"""
+
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -37,7 +41,25 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "paths.stage_b": str,
 }
 
-main = command("train", __doc__, KNOWN_KEYS, resumable=True)
+_train_one = command("train", __doc__, KNOWN_KEYS, resumable=True)
+
+
+def main() -> None:
+    """The command-line program."""
+    for arguments in for_each_stage(sys.argv[1:]):
+        sys.argv[1:] = arguments
+        _train_one()
+
+
+def for_each_stage(arguments: list[str]) -> list[list[str]]:
+    """The arguments for each stage of ``stage=abc``; otherwise the arguments themselves."""
+    for position, argument in enumerate(arguments):
+        key, _, stages = argument.partition("=")
+        if key == "stage" and len(stages) > 1 and set(stages) <= set("abc"):
+            before, after = arguments[:position], arguments[position + 1 :]
+            return [[*before, f"stage={stage}", *after] for stage in stages]
+    return [arguments]
+
 
 if __name__ == "__main__":
     main()
