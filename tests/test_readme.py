@@ -81,11 +81,10 @@ def with_local_data(arguments: list[str], workdir: Path) -> list[str]:
 
 
 ON_GPUS = [c for c in commands("train") if "trainer=fsdp_a100" in c]
+ON_ONE = [one for c in commands("train") if c not in ON_GPUS for one in train.for_each_stage(c)]
 
 
-@pytest.mark.parametrize(
-    "arguments", [c for c in commands("train") if c not in ON_GPUS], ids=lambda a: " ".join(a)[:60]
-)
+@pytest.mark.parametrize("arguments", ON_ONE, ids=lambda a: " ".join(a)[:60])
 def test_training_commands(arguments: list[str], cascade: Path, workdir: Path) -> None:
     stage = next(a.partition("=")[2] for a in arguments if a.startswith("stage="))
     if "hydra/sweeper=optuna" in arguments:
