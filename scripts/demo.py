@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from scripts.demo_estimate import training_minutes
 from scripts.demo_page import write_page
 
 ROOT = Path("outputs")
@@ -53,14 +54,13 @@ def main() -> None:
     precision, dtype = ("bf16-mixed", "bfloat16") if bf16 else ("32-true", "float32")
 
     start = time.monotonic()
+    arguments = [f"experiment={experiment}", "ckpt=auto", f"trainer.precision={precision}"]
+    if not folder.exists():
+        print("Measuring a few steps of each stage ...", flush=True)
+        minutes = training_minutes(arguments, ROOT / "data")
+        print(f"Training takes about {minutes:.0f} minutes on this machine.", flush=True)
     for stage in "abc":
-        run(
-            "train",
-            f"stage={stage}",
-            f"experiment={experiment}",
-            "ckpt=auto",
-            f"trainer.precision={precision}",
-        )
+        run("train", f"stage={stage}", *arguments)
     evaluation = folder / "evaluation"
     newest = max((folder / "c/checkpoints").glob("step*.ckpt")).stat().st_mtime
     if evaluation.is_dir() and evaluation.stat().st_mtime < newest:  # of older weights

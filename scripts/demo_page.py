@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.evaluation.datasets import DatasetImages, run_data
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
+from wuerstchen_pl.evaluation.loss_plot import LOSS_AT_TIME
 from wuerstchen_pl.io.images import to_float, to_pil
 from wuerstchen_pl.pipelines.generate import autoencode, generate_images, reconstruct
 from wuerstchen_pl.programs.sample import tile
@@ -32,10 +34,10 @@ NEW_CAPTIONS = (
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
 figure { display: inline-block; margin: 4px; width: 100px; vertical-align: top; font-size: 12px }
-figure img { display: block; margin: 0 auto; image-rendering: auto; height: 84px; max-width: 100px;
-  object-fit: contain } figcaption { text-align: center; line-height: 1.2; color: #444 }
+figure img { display: block; margin: 0 auto; height: 84px; max-width: 100%; object-fit: contain }
+figcaption { text-align: center; line-height: 1.2; color: #444 }
 .pair figure { width: 84px } .pair { display: inline-block; border: 1px solid #ddd; margin: 3px }
-td, th { padding: 2px 14px 2px 0; text-align: left } svg { margin-right: 12px; background: #fafafa }
+td, th { padding: 2px 14px 2px 0; text-align: left } svg { max-width: 100%; height: auto }
 """
 
 
@@ -69,8 +71,10 @@ def write_page(folder: Path, *, bf16: bool) -> Path:
                     training_pairs(generated, data, indices)),
             section("Reconstructions of validation images", "Input, Stage A, and compressor + "
                     "Stage B + Stage A.", reconstructions(pipeline, data)),
-            "<h2>Losses</h2>", *[curve(folder / s, s) for s in "abc"],
-            "<h2>Metrics</h2>", metrics_table(folder / "evaluation/metrics.json"),
+            "<h2>Losses</h2>", loss_plots(folder),
+            "<h2>Metrics</h2>",
+            '<p>Explanations and examples: <a href="evaluation/index.html">evaluation</a>.</p>',
+            metrics_table(folder / "evaluation/metrics.json"),
         ]
     )  # fmt: skip
     page = folder / "index.html"
@@ -127,34 +131,37 @@ def reconstructions(pipeline: WuerstchenPipeline, data: ImageTextDataModule) -> 
     return frames
 
 
-def curve(run: Path, stage: str, width: int = 320, height: int = 160) -> str:
-    """SVG of a run's training (gray) and validation (blue) loss, on a logarithmic axis."""
+def loss_plots(folder: Path) -> str:
+    """SVG of the training and validation losses of the three stages over their steps."""
+    figure = Figure(figsize=(10.5, 2.8), layout="constrained")
+    for axes, stage in zip(figure.subplots(1, 3), "abc", strict=True):
+        for name, points in losses(folder / stage).items():
+            steps, values = zip(*points, strict=True)
+            color, marker = ("#bbb", "") if name == "train/loss" else ("tab:blue", ".")
+            axes.plot(steps, values, color=color, marker=marker, label=name)
+        axes.set(title=f"Stage {stage.upper()}", xlabel="step", ylabel="loss", yscale="log")
+        axes.legend()
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def losses(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of the training and validation losses of a run, by name."""
     series = defaultdict(list)
     with (run / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             if row["metric"] in ("train/loss", "val/loss"):
                 series[row["metric"]].append((int(row["step"]), float(row["value"])))
-    values = [v for points in series.values() for _, v in points]
-    steps = max(s for points in series.values() for s, _ in points)
-    low, high = (torch.tensor(f(values)).log().item() for f in (min, max))
-    span = high - low or 1.0  # one logged step has no range
-    lines = ""
-    for name, color in (("train/loss", "#aaa"), ("val/loss", "#06c")):
-        points = " ".join(
-            f"{width * s / max(steps, 1):.1f},"
-            f"{20 + (height - 30) * (high - torch.tensor(v).log().item()) / span:.1f}"
-            for s, v in series[name]
-        )
-        lines += f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{points}"/>'
-    text = f"Stage {stage.upper()}: {min(values):.3g} to {max(values):.3g}, {steps + 1} steps"
-    label = f'<text x="6" y="14" font-size="12">{text}</text>'
-    return f'<svg width="{width}" height="{height}">{label}{lines}</svg>'
+    return series
 
 
 def metrics_table(path: Path) -> str:
-    """HTML table of the metrics with their 95 % intervals."""
+    """HTML table of the metrics with their 95 % intervals, without the losses over t."""
     rows = ""
     for name, score in json.loads(path.read_text())["metrics"].items():
+        if LOSS_AT_TIME.fullmatch(name):
+            continue
         low, high = score["low"], score["high"]
         interval = "" if low is None else f"{low:.4g} to {high:.4g}"
         rows += f"<tr><th>{name}</th><td>{score['value']:.4g}</td><td>{interval}</td></tr>"
