@@ -5,6 +5,10 @@ from typing import Any
 __all__ = ["DEFAULT_STAGE_C_TIMESTEPS", "WuerstchenPipeline"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """Import the pipeline lazily, as the commands' help does not need it."""
     if name == "WuerstchenPipeline":

@@ -352,17 +352,20 @@ def test_neither_diffusers_nor_transformers_is_needed(
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("alone", [False, True])
 def test_hub_ids_are_downloaded_without_pickles(
-    pipeline: WuerstchenPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
+    alone: bool, pipeline: WuerstchenPipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def snapshot_download(
+        name: str, revision: str, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        assert revision == ("main" if name == "warp-ai/wuerstchen" else None)
         assert not {"*.bin", "*.pt", "*", "*.pkl", "*.py"} & set(allow_patterns)
         return str(folder / name.removeprefix("warp-ai/"))
 
     monkeypatch.setattr(registry, "snapshot_download", snapshot_download)
-    pipe = WuerstchenPipeline.from_pretrained(
-        "warp-ai/wuerstchen", prior="warp-ai/wuerstchen-prior"
-    )
+    prior = None if alone else "warp-ai/wuerstchen-prior"
+    pipe = WuerstchenPipeline.from_pretrained("warp-ai/wuerstchen", prior=prior, revision="main")
     assert torch.equal(generate(pipe), generate(pipeline))
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     """The safetensors file of a folder, or the index of its shards.
 
     Without ``variant``, these are the files without a variant in their names, or else those of the
-    only variant in the folder.
+    only variant in the folder. If ``variant`` is missing, they are the files without a variant,
+    with a warning.
 
     Raises:
         FileNotFoundError: if there are none; the message lists the variants that are there.
@@ -107,6 +109,12 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     if variant is None and None not in by_variant and len(by_variant) == 1:
         (variant,) = by_variant
         logger.info("%s has only the weights of variant=%s, which are used", folder, variant)
+    if variant not in by_variant and None in by_variant:
+        warnings.warn(
+            f"{folder} has no weights of variant={variant}: using those without a variant",
+            stacklevel=2,
+        )
+        return by_variant[None]
     if variant in by_variant:
         return by_variant[variant]
     dotted = f".{variant}" if variant else ""

@@ -54,6 +54,7 @@ def read_model(
     *,
     prior: str | None = None,
     variant: str | None = None,
+    revision: str | None = None,
     allow_mismatch: bool = False,
 ) -> Model:
     """Read a model from a path, a run or a hub repository.
@@ -64,6 +65,7 @@ def read_model(
             ``source``.
         variant: of the weights in the diffusers format: ``fp16`` reads ``*.fp16.safetensors``. None
             reads those without a variant, or else the only variant that there is.
+        revision: branch, tag or commit of ``source`` on the hub.
         allow_mismatch: accept a ``prior`` that was trained with another compressor.
 
     Raises:
@@ -71,7 +73,7 @@ def read_model(
         ValueError: if it is damaged or not a model, if ``variant`` applies to nothing, or if
             ``prior`` was trained with another compressor than that of ``source``.
     """
-    path = resolve_source(source, variant)
+    path = resolve_source(source, variant, revision)
     prior_path = None if prior is None else resolve_source(prior, variant)
     if variant is not None and not any(_has_variants(p) for p in (path, prior_path) if p):
         raise ValueError(
@@ -113,23 +115,32 @@ def _checked(model: Model, path: Path) -> Model:
     return model
 
 
-def resolve_source(source: str, variant: str | None = None) -> Path:
+def is_hub_id(source: str) -> bool:
+    """Whether a source can only be a repository of the hub, as no such path exists."""
+    has_its_form = source.count("/") == 1 and not source.startswith((".", "/"))
+    return has_its_form and not Path(source).exists()
+
+
+def resolve_source(source: str, variant: str | None = None, revision: str | None = None) -> Path:
     """A local path unchanged, or the folder of a downloaded hub repository.
 
     Weights of the variant fp16 are downloaded only if ``variant`` is set, or there are no others.
 
     Raises:
         FileNotFoundError: if it is not a path and cannot be downloaded.
+        ValueError: if ``revision`` is set for a path.
     """
-    if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/")):
+    if not is_hub_id(source):
+        if revision is not None:
+            raise ValueError(f"revision={revision} is of a hub id, but {source} is not; remove it")
         return Path(source)
     try:
         if variant is None:
-            folder = _download(source, ignore=["*.fp16.*", "*.fp16-*"])
+            folder = _download(source, revision, ignore=["*.fp16.*", "*.fp16-*"])
             parts = [config.parent for config in folder.rglob("config.json")]
             if all(any(part.glob("*.safetensors")) for part in parts):
                 return folder
-        return _download(source)
+        return _download(source, revision)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
@@ -137,8 +148,10 @@ def resolve_source(source: str, variant: str | None = None) -> Path:
         ) from error
 
 
-def _download(source: str, ignore: list[str] | None = None) -> Path:
-    folder = snapshot_download(source, allow_patterns=HUB_PATTERNS, ignore_patterns=ignore)
+def _download(source: str, revision: str | None, ignore: list[str] | None = None) -> Path:
+    folder = snapshot_download(
+        source, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=ignore
+    )
     return Path(folder)
 
 

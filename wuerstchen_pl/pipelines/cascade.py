@@ -37,6 +37,8 @@ class CascadePipeline(TextToImage):
         source: path and hash of the checkpoint that the networks were loaded from.
     """
 
+    show_progress = True
+
     def __init__(
         self,
         *,
@@ -146,7 +148,7 @@ class CascadePipeline(TextToImage):
             callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
             callback=prior_callback,
             callback_steps=prior_callback_steps,
-            progress_label="Stage C" if progress else None,
+            progress_label="Stage C" if progress and self.show_progress else None,
         )
         decoder_params = denoise_params(
             num_inference_steps=num_inference_steps,
@@ -160,7 +162,7 @@ class CascadePipeline(TextToImage):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             callback=callback,
             callback_steps=callback_steps,
-            progress_label="Stage B" if progress else None,
+            progress_label="Stage B" if progress and self.show_progress else None,
         )
         decoder_params.check(self.decoder.CALLBACK_INPUTS)  # before Stage C runs
         semantic = self.prior.sample(

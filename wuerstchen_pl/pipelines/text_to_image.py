@@ -116,7 +116,7 @@ class TextToImage(ABC):
         self.placement.move_to(target)
         return self
 
-    def enable_model_offload(self, device: torch.device | str = "cuda") -> Self:
+    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> Self:
         """Keep only the network in use on ``device``, and the others on the CPU."""
         self.placement.enable_offload()
         return self.to(device)

@@ -1,15 +1,16 @@
 """The user-facing pipeline: text to image, and image to image."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.formats.registry import read_model
-from wuerstchen_pl.pipelines.cascade import CascadePipeline
+from wuerstchen_pl.formats.registry import is_hub_id, read_model
 from wuerstchen_pl.pipelines.components import build_components
+from wuerstchen_pl.pipelines.diffusers_names import DiffusersNames
 from wuerstchen_pl.sampling.images import (
     ImageInput,
     ImageOutput,
@@ -24,7 +25,7 @@ from wuerstchen_pl.sampling.images import (
 IMAGE_TYPES = ("pil", "np", "pt")
 
 
-class WuerstchenPipeline(CascadePipeline):
+class WuerstchenPipeline(DiffusersNames):
     """The cascade with image inputs; for its arguments, see ``CascadePipeline``."""
 
     @classmethod
@@ -34,7 +35,10 @@ class WuerstchenPipeline(CascadePipeline):
         *,
         prior: str | Path | None = None,
         variant: str | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        use_safetensors: bool | None = None,
         device: torch.device | str = "cpu",
         allow_mismatch: bool = False,
     ) -> Self:
@@ -42,12 +46,16 @@ class WuerstchenPipeline(CascadePipeline):
 
         Args:
             path: a model's folder or hub id, or a run folder or checkpoint of Stage C.
-            prior: folder or hub id of a separate Stage C, such as ``warp-ai/wuerstchen-prior``
-                for ``warp-ai/wuerstchen``.
+            prior: folder or hub id of a separate Stage C. None with a hub id that has none, such
+                as ``warp-ai/wuerstchen``, is that id followed by ``-prior``.
             variant: of the weights in the diffusers format: ``fp16`` reads
-                ``*.fp16.safetensors``. None reads those without a variant, or else the only variant
-                that there is.
-            torch_dtype: dtype of the weights.
+                ``*.fp16.safetensors``, and warns if there are only those without a variant. None
+                reads those without a variant, or else the only variant that there is.
+            revision: branch, tag or commit of ``path`` on the hub.
+            torch_dtype: dtype of the weights; None is float32.
+            dtype: another name of ``torch_dtype``, as in newer releases of diffusers.
+            use_safetensors: True and None read safetensors. False is refused: the pickles that are
+                read are the authors' ``.pt`` files, by their path.
             device: device to run on.
             allow_mismatch: accept a ``prior`` that was trained with another compressor.
 
@@ -55,19 +63,30 @@ class WuerstchenPipeline(CascadePipeline):
             FileNotFoundError: if the model or a part of it is missing.
             ValueError: if it is damaged, or not a model.
         """
-        prior_path = None if prior is None else str(prior)
-        model = read_model(
-            str(path), prior=prior_path, variant=variant, allow_mismatch=allow_mismatch
-        )
+        if use_safetensors is False:
+            raise ValueError(
+                "use_safetensors=False would read pickles; remove it, or set path to a .pt file"
+            )
+        if dtype is not None and torch_dtype not in (None, dtype):
+            raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} differ; use one of them")
+        read = partial(
+            read_model, str(path),
+            variant=variant, revision=revision, allow_mismatch=allow_mismatch,
+        )  # fmt: skip
+        model = read(prior=None if prior is None else str(prior))
+        if prior is None and "prior" not in model.parts and is_hub_id(str(path)):
+            model = read(prior=f"{path}-prior")
         pipeline = cls(**build_components(model, str(path)), source=model.source)
-        return pipeline.to(device, torch_dtype)
+        pipeline._describe(model)
+        return pipeline.to(device, dtype or torch_dtype or torch.float32)
 
     @torch.no_grad()
     def encode(self, image: ImageInput | Sequence[ImageInput]) -> Tensor:
         """Images -> (B, S, h, w) semantic latents in the compressor's scale.
 
         Args:
-            image: PIL images of one size, or (B, 3, H, W) or (3, H, W) in [0, 1].
+            image: one or more of one size: PIL images, paths, (H, W, 3) arrays, or tensors
+                (B, 3, H, W) or (3, H, W); floats in [0, 1] or uint8.
 
         Raises:
             ValueError: if there is no compressor.

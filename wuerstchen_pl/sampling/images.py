@@ -1,15 +1,17 @@
 """Conversion between tensors and the image types of the pipelines' inputs and outputs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from wuerstchen_pl.io.images import to_pil, to_rgb
 
-ImageInput = Image.Image | Tensor
+ImageInput = Image.Image | Tensor | np.ndarray | str | Path
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 
@@ -57,7 +59,11 @@ def center_crop(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def to_tensor(image: ImageInput | Sequence[ImageInput]) -> Tensor:
-    """PIL images or tensors -> (B, 3, H, W) float32 in [0, 1]; transparent pixels become white.
+    """Images -> (B, 3, H, W) float32 in [0, 1]; transparent pixels become white.
+
+    Args:
+        image: one or more: PIL images, paths, arrays (H, W, 3) or (B, H, W, 3), or tensors
+            (3, H, W) or (B, 3, H, W); floats in [0, 1] or uint8.
 
     Raises:
         ValueError: if they are not images, differ in size, or have values outside [0, 1].
@@ -66,7 +72,7 @@ def to_tensor(image: ImageInput | Sequence[ImageInput]) -> Tensor:
 
 
 def to_mask(image: ImageInput) -> Tensor:
-    """A PIL image's lightness, or a tensor -> (B, 1, H, W) float32 in [0, 1].
+    """The lightness of an image or its path, or a tensor or array -> (B, 1, H, W) in [0, 1].
 
     Raises:
         ValueError: see ``to_tensor``.
@@ -84,15 +90,23 @@ def _batch(image: ImageInput | Sequence[ImageInput], *, channels: int) -> Tensor
 
 
 def _tensor(part: ImageInput, channels: int) -> Tensor:
+    if isinstance(part, str | Path):
+        with Image.open(part) as opened:
+            return _tensor(opened.copy(), channels)
+    if isinstance(part, np.ndarray):
+        array = part[..., None] if channels == 1 and part.ndim == 2 else part
+        part = torch.from_numpy(array.copy()).movedim(-1, -3) if array.ndim > 2 else part
     if isinstance(part, Image.Image):
         from torchvision.transforms import functional as TF  # slow, and few programs read images
 
         image = to_rgb(part)
         return TF.to_tensor(image.convert("L") if channels == 1 else image)[None]
     if not isinstance(part, Tensor) or part.ndim not in (3, 4) or part.shape[-3] != channels:
-        description = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+        is_array = isinstance(part, Tensor | np.ndarray)
+        description = tuple(part.shape) if is_array else type(part).__name__
         raise ValueError(
-            f"{description} is not an image; give PIL images, or tensors (B, {channels}, H, W)"
+            f"{description} is not an image; give PIL images, paths, arrays (H, W, {channels}), or "
+            f"tensors (B, {channels}, H, W)"
         )
     values = part.float() if part.is_floating_point() else part.float() / 255
     if not (values.min() >= 0 and values.max() <= 1):
