@@ -30,7 +30,8 @@ def compose(stage: str, size: Size, *overrides: str) -> DictConfig:
             [
                 f"stage={stage}", f"preset={size.preset}", f"image_size={size.image_size}",
                 "paths.output_dir=.", "paths.stage_a=.", "paths.stage_b=.",
-                "stage.ema.start_step=0", "stage.ema.every_steps=1", *overrides,
+                "stage.ema.start_step=0", "stage.ema.every_steps=1",
+                "trainer.max_steps=1000", "validate_every_steps=1000", *overrides,
             ],
         )  # fmt: skip
 

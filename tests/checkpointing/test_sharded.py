@@ -15,7 +15,7 @@ from wuerstchen_pl.io import atomic
 CONTENT = {
     "stage": {"_target_": "wuerstchen_pl.stages.a.StageA", "seed": 0},
     "state_dict": {"net.0.weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(3)},
-    "ema": {"num_steps": 2, "shadow": {"net.0.weight": torch.ones(2, 3)}},
+    "ema": {"num_steps": 2, "num_updates": 2, "shadow": {"net.0.weight": torch.ones(2, 3)}},
     "frozen": {},
     "optimizer_states": [
         {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1}]}
