@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from tests.conftest import small
 from wuerstchen_pl.callbacks.preemption import Preempted
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import Command
 from wuerstchen_pl.errors import _with_full_key, explain
 from wuerstchen_pl.help import help_text
 from wuerstchen_pl.jobs import one_line_logs
@@ -101,7 +101,7 @@ def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "argv", ["sample"])
     monkeypatch.setattr("wuerstchen_pl.programs.sample.run", lambda cfg: print("W\u00fcrstchen"))
-    command("sample", None)()
+    Command(name="sample")()
     terminal.flush()
     assert terminal.buffer.getvalue() == b"W\\xfcrstchen\n"  # type: ignore[attr-defined]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from wuerstchen_pl import train
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import Command
 
 KNOWN_KEYS: Mapping[str, Any] = {
     **train.KNOWN_KEYS,
@@ -29,7 +29,7 @@ READ_KEYS = re.compile(
 )
 """Keys that determine the contents of a cache."""
 
-main = command("cache", __doc__, KNOWN_KEYS, read_keys=READ_KEYS)
+main = Command(name="cache", description=__doc__, known_keys=KNOWN_KEYS, read_keys=READ_KEYS)
 
 if __name__ == "__main__":
     main()

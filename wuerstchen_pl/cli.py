@@ -8,25 +8,20 @@ handled from the start.
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 from wuerstchen_pl.signals import INTERRUPTED, Exit, StopSignals
 
 
-def command(
-    name: str,
-    description: str | None,
-    known_keys: Mapping[str, Any] | None = None,
-    *,
-    read_keys: re.Pattern[str] | None = None,
-    rewrite: Callable[[str], str] | None = None,
-    resumable: bool = False,
-) -> Callable[[], None]:
-    """Make the command-line program that calls ``programs.<name>.run`` with ``<name>.yaml``.
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A program: ``programs.<name>.run`` with ``<name>.yaml``; called, the command-line program.
 
-    Args:
+    Attributes:
         name: of the program's module in ``programs``, and of its YAML.
         description: what the program does, for its help.
         known_keys: types of its keys, at the root and in ``paths``; None if it checks them itself.
@@ -35,22 +30,29 @@ def command(
         resumable: see ``StopSignals``.
     """
 
-    def main() -> None:
-        with StopSignals(resumable=resumable) as signals:
+    name: str
+    description: str | None = None
+    known_keys: Mapping[str, Any] | None = None
+    read_keys: re.Pattern[str] | None = None
+    rewrite: Callable[[str], str] | None = None
+    resumable: bool = False
+
+    def __call__(self) -> None:
+        """Run with the arguments of the command line; errors end the process."""
+        with StopSignals(resumable=self.resumable) as signals:
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, TextIOWrapper):  # a terminal may not have every character
                     stream.reconfigure(errors="backslashreplace")
             if {"--help", "-h"} & set(sys.argv[1:]):
                 from wuerstchen_pl.help import help_text
 
-                print(help_text(name, description or "", read_keys))
+                print(help_text(self.name, self.description or "", self.read_keys))
                 return
             from wuerstchen_pl.jobs import launch
 
-            if rewrite is not None:
-                sys.argv[1:] = map(rewrite, sys.argv[1:])
+            sys.argv[1:] = self._rewritten(sys.argv[1:])
             try:
-                launch(name, known_keys, read_keys, signals.begin_work)
+                launch(self.name, self.known_keys, self.read_keys, signals.begin_work)
             except KeyboardInterrupt:
                 if os.environ.get("HYDRA_FULL_ERROR") == "1":
                     raise
@@ -59,4 +61,23 @@ def command(
                 print(stop.message, file=sys.stderr)
                 raise
 
-    return main
+    def run(self, overrides: Sequence[str], *, output_key: str) -> Path:
+        """Run within this process.
+
+        Args:
+            overrides: ``key=value`` strings.
+            output_key: the key of the folder that the program writes, which is returned.
+
+        Raises:
+            ValueError: if the config is invalid; programs raise further errors.
+        """
+        if isinstance(overrides, str):
+            raise ValueError(f"{overrides!r} is a single string; give a list of key=value strings")
+        from wuerstchen_pl.jobs import call
+
+        return call(
+            self.name, self.known_keys, self.read_keys, self._rewritten(overrides), output_key
+        )
+
+    def _rewritten(self, arguments: Sequence[str]) -> list[str]:
+        return list(arguments if self.rewrite is None else map(self.rewrite, arguments))

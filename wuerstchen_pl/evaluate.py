@@ -6,7 +6,7 @@ Processes launched together, such as by torchrun, share the image generation.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import Command
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str | None,
@@ -33,7 +33,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "dtype": Literal["bfloat16", "float32"] | None,
 }
 
-main = command("evaluate", __doc__, KNOWN_KEYS)
+main = Command(name="evaluate", description=__doc__, known_keys=KNOWN_KEYS)
 
 if __name__ == "__main__":
     main()

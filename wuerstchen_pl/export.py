@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import Command
 from wuerstchen_pl.formats import FormatName
 
 KNOWN_KEYS: Mapping[str, Any] = {
@@ -14,7 +14,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "license": str | None,
 }
 
-main = command("export", __doc__, KNOWN_KEYS)
+main = Command(name="export", description=__doc__, known_keys=KNOWN_KEYS)
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,7 @@ third and the fourth phase of training (paper, appendix E).
 from collections.abc import Mapping
 from typing import Any
 
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import Command
 from wuerstchen_pl.formats import FormatName
 
 KNOWN_KEYS: Mapping[str, Any] = {
@@ -19,7 +19,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "format": FormatName,
 }
 
-main = command("interpolate", __doc__, KNOWN_KEYS)
+main = Command(name="interpolate", description=__doc__, known_keys=KNOWN_KEYS)
 
 if __name__ == "__main__":
     main()

@@ -1,26 +1,29 @@
 """What a program does within Hydra: one job, or the jobs of a sweep."""
 
+import copy
 import importlib
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wuerstchen_pl.config import check_config, conf_dir
-from wuerstchen_pl.errors import one_line_errors
+from wuerstchen_pl.errors import explain, one_line_errors
+from wuerstchen_pl.signals import Exit
 
 _PACKAGE = Path(__file__).resolve().parent
 _TRACEBACKS = "HYDRA_FULL_ERROR"
@@ -34,19 +37,12 @@ def launch(
 ) -> None:
     """Compose the config of a program, check it, and only then import and run the program.
 
-    A sweeper minimizes what ``run`` of the program returns. See ``cli.command`` for the arguments;
+    A sweeper minimizes what ``run`` of the program returns. See ``cli.Command`` for the arguments;
     ``begin_work`` is called before each job.
     """
 
     def run(cfg: DictConfig) -> float | None:
-        for key in typed_keys():
-            if read_keys is not None and not read_keys.match(key):
-                raise ValueError(f"{name} does not read {key}; remove it")
-        if known_keys is not None:
-            check_config(cfg, known_keys)
-        program = importlib.import_module(f"{_PACKAGE.name}.programs.{name}")
-        begin_work()
-        return program.run(cfg)
+        return _check_and_run(name, known_keys, read_keys, begin_work, cfg)
 
     def guarded(cfg: DictConfig) -> float | None:
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -61,6 +57,57 @@ def launch(
     else:  # with this variable, Hydra raises composition errors instead of printing them
         with _environment("1"), one_line_errors():
             composed(guarded)()
+
+
+def call(
+    name: str,
+    known_keys: Mapping[str, Any] | None,
+    read_keys: re.Pattern[str] | None,
+    overrides: Sequence[str],
+    output_key: str,
+) -> Path:
+    """Run a program within this process, and return the path at ``output_key``; see ``launch``.
+
+    Raises:
+        ValueError: with the sentence that the command line prints, for what Hydra raises.
+        KeyboardInterrupt: if training was interrupted, after a checkpoint was saved.
+    """
+    before = HydraConfig.instance().cfg
+    try:
+        with initialize_config_dir(conf_dir(), version_base="1.3", job_name=name):
+            composed = compose(name, list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        cfg = copy.deepcopy(composed)
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
+        with one_line_warnings(), one_line_logs():
+            _check_and_run(name, known_keys, read_keys, lambda: None, cfg)
+        return Path(OmegaConf.select(cfg, output_key))
+    except Exit as stop:
+        raise KeyboardInterrupt(stop.message) from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("hydra", "omegaconf"):
+            raise ValueError(explain(error)) from error
+        raise
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def _check_and_run(
+    name: str,
+    known_keys: Mapping[str, Any] | None,
+    read_keys: re.Pattern[str] | None,
+    begin_work: Callable[[], None],
+    cfg: DictConfig,
+) -> float | None:
+    for key in typed_keys():
+        if read_keys is not None and not read_keys.match(key):
+            raise ValueError(f"{name} does not read {key}; remove it")
+    if known_keys is not None:
+        check_config(cfg, known_keys)
+    program = importlib.import_module(f"{_PACKAGE.name}.programs.{name}")
+    begin_work()
+    return program.run(cfg)
 
 
 def typed_keys() -> list[str]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import Command
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str,
@@ -58,7 +58,7 @@ def _quote(text: str) -> str:
     return f"'{text}'"
 
 
-main = command("sample", __doc__, KNOWN_KEYS, rewrite=quote_prompt)
+main = Command(name="sample", description=__doc__, known_keys=KNOWN_KEYS, rewrite=quote_prompt)
 
 if __name__ == "__main__":
     main()

@@ -4,10 +4,10 @@
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import Command
 
 KNOWN_KEYS: Mapping[str, Any] = {
     # read by the program itself
@@ -41,17 +41,17 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "paths.stage_b": str,
 }
 
-_train_one = command("train", __doc__, KNOWN_KEYS, resumable=True)
+command = Command(name="train", description=__doc__, known_keys=KNOWN_KEYS, resumable=True)
 
 
 def main() -> None:
     """The command-line program."""
     for arguments in for_each_stage(sys.argv[1:]):
         sys.argv[1:] = arguments
-        _train_one()
+        command()
 
 
-def for_each_stage(arguments: list[str]) -> list[list[str]]:
+def for_each_stage(arguments: Sequence[str]) -> list[Sequence[str]]:
     """The arguments for each stage of ``stage=abc``; otherwise the arguments themselves."""
     for position, argument in enumerate(arguments):
         key, _, stages = argument.partition("=")

@@ -10,7 +10,7 @@ python -m wuerstchen_pl.data build from=my/images to=my/shards
 import re
 import sys
 
-from wuerstchen_pl.cli import command
+from wuerstchen_pl.cli import Command
 
 READ_KEYS = re.compile(
     r"(stage|preset|data|experiment|paths|seed|image_size|image_size_at_\d+|bucket_multiple)$"
@@ -18,8 +18,8 @@ READ_KEYS = re.compile(
 )
 """Keys that ``check`` reads."""
 COMMANDS = {
-    "check": command("check", __doc__, read_keys=READ_KEYS),
-    "build": command("build", __doc__),
+    "check": Command(name="check", description=__doc__, read_keys=READ_KEYS),
+    "build": Command(name="build", description=__doc__),
 }
 
 
