@@ -15,6 +15,7 @@ import torch
 
 from scripts.demo_estimate import training_minutes
 from scripts.demo_page import write_page
+from wuerstchen_pl.plural import plural
 
 ROOT = Path("outputs")
 
@@ -58,7 +59,8 @@ def main() -> None:
     if not folder.exists():
         print("Measuring a few steps of each stage ...", flush=True)
         minutes = training_minutes(arguments, ROOT / "data")
-        print(f"Training takes about {minutes:.0f} minutes on this machine.", flush=True)
+        about = plural(max(1, round(minutes)), "minute")
+        print(f"Training takes about {about} on this machine.", flush=True)
     for stage in "abc":
         run("train", f"stage={stage}", *arguments)
     evaluation = folder / "evaluation"
@@ -69,7 +71,7 @@ def main() -> None:
         run("evaluate", f"model={folder}/c", f"output_dir={evaluation}", f"dtype={dtype}")
     page = write_page(folder, bf16=bf16)
     minutes = (time.monotonic() - start) / 60
-    print(f"\n{minutes:.1f} minutes on {torch.get_num_threads()} threads. Open {page}")
+    print(f"\n{minutes:.1f} minutes on {plural(torch.get_num_threads(), 'thread')}. Open {page}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from wuerstchen_pl.plural import plural
+
 Work = Callable[[], Any]
 OUTPUT_DIR = Path(__file__).parents[1] / "benchmarks"
 
@@ -67,7 +69,7 @@ def hardware() -> str:
         if line.startswith("model name")
     ] if Path("/proc/cpuinfo").exists() else []  # fmt: skip
     threads = torch.get_num_threads()
-    return f"{(names or [platform.machine()])[0]} CPU {threads} thread{'s' * (threads > 1)}"
+    return f"{(names or [platform.machine()])[0]} CPU {plural(threads, 'thread')}"
 
 
 def write_table(

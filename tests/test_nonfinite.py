@@ -70,7 +70,7 @@ def test_weights_that_are_not_finite_are_named(
     ).split()
     assert program(name, *arguments) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"has 2 values in prior.{WEIGHT} that are not finite" in line
+    assert f"has 2 values in prior.{WEIGHT} (of " in line
     assert not out.exists() or not [p for p in out.rglob("*") if p.is_file()]
 
 

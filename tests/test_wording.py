@@ -58,6 +58,11 @@ BANNED = {
 }
 """Pattern -> what to write instead."""
 
+UNCOUNTED = re.compile(
+    r"(\}|%d|%\.0f) (images|samples|shards|steps|threads|tensors|jobs|prompts|checkpoints)\b(?!=)"
+)
+"""A number of things in a message that would say "1 images"."""
+
 VAGUE = set(
     """
     found given taken held own others told how known place put_off PutOff hand_over in_parts
@@ -121,6 +126,14 @@ def test_a_file_uses_the_words_of_the_field(path: Path) -> None:
     assert hits(path.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.is_relative_to(ROOT / "wuerstchen_pl")], ids=relative
+)
+def test_nouns_in_messages_agree_with_their_numbers(path: Path) -> None:
+    """By ``wuerstchen_pl.plural``."""
+    assert UNCOUNTED.findall(path.read_text(encoding="utf-8")) == []
+
+
 @pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".py"], ids=relative)
 def test_a_name_says_what_it_holds(path: Path) -> None:
     assert bound_names(path.read_text(encoding="utf-8")) & VAGUE == set()
@@ -133,6 +146,11 @@ def test_docstrings_mark_code_with_double_backticks(path: Path) -> None:
 
 def test_single_backticks_are_found() -> None:
     assert single_backticks('"""A `Source`, and ``seed``."""') == ["`Source`"]
+
+
+@pytest.mark.parametrize("text", ['f"{n} images"', '"%d steps"', '"{len(x)} shards"'])
+def test_an_uncounted_noun_is_found(text: str) -> None:
+    assert UNCOUNTED.search(text)
 
 
 @pytest.mark.parametrize(

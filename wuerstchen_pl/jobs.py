@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wuerstchen_pl.config import check_config, conf_dir
 from wuerstchen_pl.errors import explain, one_line_errors
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.signals import Exit
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -157,7 +158,7 @@ class SweepCallback(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Report the failed jobs of a sweep whose sweeper ignored them."""
         if self.num_failed:
-            failed = f"{self.num_failed} of {self.num_jobs} jobs"
+            failed = f"{self.num_failed} of {plural(self.num_jobs, 'job')}"
             print(f"error: {failed} of the sweep failed", file=sys.stderr)
             sys.exit(1)
 

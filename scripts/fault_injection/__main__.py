@@ -22,6 +22,7 @@ from scripts.fault_injection.ends import ends
 from scripts.fault_injection.folders import folders
 from scripts.fault_injection.kills import kills
 from scripts.fault_injection.startup import startup
+from wuerstchen_pl.plural import plural
 
 DISK = ("full-disk", "read-only")
 MAY_MOUNT = "FAULT_INJECTION_MAY_MOUNT"
@@ -47,7 +48,7 @@ def main() -> None:
         errors = inject(options, Path(folder))
     if errors:
         shown = ", ".join(errors[:5])
-        sys.exit(f"{len(errors)} values differ from the undisturbed run: {shown}")
+        sys.exit(f"{plural(len(errors), 'difference')} from the undisturbed run: {shown}")
     print("as expected" if options.kind == "folders" else "bit-equal to the undisturbed run")
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from scripts.gpu_check.rows import HEADER, Row, failed
 from scripts.gpu_check.sizes import FULL, TINY, Check, Size
+from wuerstchen_pl.plural import plural
 
 ROOT = Path(__file__).parents[2]
 PREPARED = ROOT / ".gpu"
@@ -59,7 +60,7 @@ def main() -> None:
             lines += [row.in_table(name) for row in rows]
             write(lines, check.size, out)
     missed = sum(line.endswith("MISSED |") for line in lines)
-    print(f"{missed} expectations missed")
+    print(f"{plural(missed, 'expectation')} missed")
 
 
 def install_wheels() -> None:

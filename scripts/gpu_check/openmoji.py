@@ -8,6 +8,7 @@ from pathlib import Path
 from scripts.gpu_check.programs import NAME, last_metrics, train
 from scripts.gpu_check.rows import Row, failed
 from scripts.gpu_check.sizes import Check
+from wuerstchen_pl.plural import plural
 
 SHARES = {"a": 0.25, "b": 0.45, "c": 1.0}
 """Stage -> its share of the time that is left when it starts."""
@@ -27,7 +28,7 @@ def rows(check: Check) -> Iterator[Row]:
             "stage.ema.decay=0.995",
             f"validate_every_steps={max(1, steps // 2)}", *stage_overrides(stage, steps),
         )  # fmt: skip
-        what = f"Stage {stage.upper()}, {steps} steps"
+        what = f"Stage {stage.upper()}, {plural(steps, 'step')}"
         if process.returncode:
             yield failed(what, RuntimeError(process.stderr.strip().splitlines()[-1]))
             return

@@ -11,6 +11,7 @@ from scripts.gpu_check.rows import Row
 from scripts.gpu_check.sizes import Check
 from scripts.gpu_check.training import WARM_UP, Mode, measure_or_fail
 from scripts.timing import wait_for_gpu
+from wuerstchen_pl.plural import plural
 
 TOP = 12
 """Kernels in the table; the file has all."""
@@ -62,4 +63,4 @@ def rows(check: Check) -> Iterator[Row]:
     costliest = sorted(events, key=lambda event: getattr(event, key), reverse=True)[:TOP]
     for event in costliest:
         share = getattr(event, key) / total
-        yield Row(event.key[:80], f"{share:.1%} in {event.count} calls")
+        yield Row(event.key[:80], f"{share:.1%} in {plural(event.count, 'call')}")

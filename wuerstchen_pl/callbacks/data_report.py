@@ -5,6 +5,8 @@ import time
 
 import lightning as L
 
+from wuerstchen_pl.plural import plural
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,4 +51,5 @@ class DataReport(L.Callback):
             return
         self._reported_at, self._reported_total = now, total
         parts = ", ".join(f"{number:.0f} {name}" for name, number in sorted(skipped.items()))
-        logger.info("data: %.0f samples seen; skipped: %s", counts["seen"], parts)
+        seen = plural(int(counts["seen"]), "sample")
+        logger.info("data: %s seen; skipped: %s", seen, parts)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.step_profile import forget_profile, profile_step_once
 from wuerstchen_pl.models.wrapping import checkpoint_activations
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ class MemoryEstimate(L.Callback):
         if trainer.is_global_zero:
             parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in needed.items())
             logger.info(
-                "memory, GB of %.1f: %s; total %.2f; a batch of %d samples fits",
-                available / GB, parts, total / GB, max(0, max_rows),
+                "memory, GB of %.1f: %s; total %.2f; a batch of %s fits",
+                available / GB, parts, total / GB, plural(max(0, max_rows), "sample"),
             )  # fmt: skip
         if self.refuse and _on_any_process(trainer, total > available):
             largest = max(needed, key=lambda name: needed[name])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.stages.stage import Stage
 
 
@@ -98,8 +99,8 @@ class SkipNonFiniteGrads(L.Callback):
             self._skipped += nonfinite
             if self._in_a_row >= self.max_in_a_row:
                 raise ValueError(
-                    f"{self._in_a_row} steps in a row had non-finite gradients, up to step "
-                    f"{step}; {_last_checkpoint(trainer)}. Lower stage.optimizer.lr, "
+                    f"{plural(self._in_a_row, 'step')} in a row had non-finite gradients, up to "
+                    f"step {step}; {_last_checkpoint(trainer)}. Lower stage.optimizer.lr, "
                     "set trainer.gradient_clip_val=1.0, or train with trainer.precision=32-true"
                 )
         if any(flags):

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from wuerstchen_pl.plural import plural
+
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Check that all values are finite.
@@ -15,6 +17,6 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             number = int((~tensor.isfinite()).sum())
             raise ValueError(
-                f"{where} has {number} values in {name} that are not finite (of "
-                f"{tensor.numel()}); use another checkpoint"
+                f"{where} has {plural(number, 'value')} in {name} (of {tensor.numel()}) "
+                "that are not finite; use another checkpoint"
             )

@@ -61,7 +61,7 @@ def find_checkpoint(run: str | Path) -> Path:
         if atomic.is_intact(checkpoint):
             return checkpoint
         warnings.warn(f"{checkpoint} is damaged; using the checkpoint before it", stacklevel=2)
-    raise ValueError(f"all {len(checkpoints)} checkpoints of {path} are damaged; train again")
+    raise ValueError(f"every checkpoint of {path} is damaged; train again")
 
 
 def _is_checkpoint(path: Path) -> bool:

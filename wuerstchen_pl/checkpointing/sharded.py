@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from wuerstchen_pl.plural import plural
+
 REST = "rest.pt"
 SEPARATOR = "|"  # not a dot, as parameter names contain dots
 TreePath = tuple[str | int, ...]
@@ -97,7 +99,9 @@ def read_sharded(
         name for name, shape in content["tensors"].items() if _is_complete(stored.get(name), shape)
     }
     if missing := sorted(content["tensors"].keys() - complete):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}")
+        raise ValueError(
+            f"{folder} lacks {plural(len(missing), 'tensor')}, the first is {missing[0]}"
+        )
     tensors = {}
     paths = {tuple(map(_key, name.split(SEPARATOR))): name for name in content["tensors"]}
     selected = select(paths)

@@ -16,6 +16,7 @@ from wuerstchen_pl.data.ordering.prefetch import ShardPrefetcher
 from wuerstchen_pl.data.ordering.selection import SampleSelector
 from wuerstchen_pl.data.sources.source import IGNORED, Sample, SampleError, Source, Split
 from wuerstchen_pl.io.images import decode_image
+from wuerstchen_pl.plural import plural
 
 _EXAMPLES = 3
 _AHEAD = 4  # shards opened in the background
@@ -118,8 +119,10 @@ def format_report(inspection: Inspection, pixels_per_position: float | None = No
         pixels_per_position: side of the square of pixels that a semantic position encodes; None
             lists no positions.
     """
-    lines = [f"{inspection.shards} shards, {inspection.broken} of them damaged or missing"]
-    lines.append(f"{len(inspection.sizes)} complete samples")
+    lines = [
+        f"{plural(inspection.shards, 'shard')}, {inspection.broken} of them damaged or missing"
+    ]
+    lines.append(f"{plural(len(inspection.sizes), 'complete sample')}")
     for reason, number in inspection.bad.most_common():
         examples = "; ".join(inspection.examples[reason])
         kind = "ignored" if reason in IGNORED else "bad"
@@ -132,7 +135,8 @@ def format_report(inspection: Inspection, pixels_per_position: float | None = No
     for name, number in inspection.dropped.most_common():
         lines.append(f"  {number:8d} dropped: {name}")
     lines.append(
-        f"{inspection.left} images left, {inspection.cropped:.1%} of their pixels cropped away"
+        f"{plural(inspection.left, 'image')} left, {inspection.cropped:.1%} of their pixels "
+        "cropped away"
     )
     for (height, width), number in sorted(inspection.buckets.items()):
         positions = ""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, expand_like
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.transfer import to_device
 
 Denoiser = Callable[[Tensor, int], Tensor]
@@ -39,7 +40,9 @@ def resolve_generator(
         raise ValueError("seed and generator are both given; use one of them")
     seeds = range(seed, seed + num_images) if isinstance(seed, int) else list(seed)
     if len(seeds) != num_images:
-        raise ValueError(f"{len(seeds)} seeds for {num_images} images; give one per image")
+        raise ValueError(
+            f"{plural(len(seeds), 'seed')} for {plural(num_images, 'image')}; give one per image"
+        )
     return generators_from_seeds(seeds)
 
 
@@ -52,7 +55,7 @@ def randn(shape: Sequence[int], generator: Generator, device: torch.device) -> T
     generators = generator if isinstance(generator, list) else [generator]
     if len(generators) not in (1, shape[0]):
         raise ValueError(
-            f"{len(generators)} generators for {shape[0]} images; "
+            f"{plural(len(generators), 'generator')} for {plural(shape[0], 'image')}; "
             "give one per image, or one for all"
         )
     source = torch.device("cpu") if generators[0] is None else generators[0].device

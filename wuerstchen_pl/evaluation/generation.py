@@ -15,6 +15,7 @@ from wuerstchen_pl.io.images import write_png
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.config import SamplingConfig
 
 STALL_TIMEOUT_S = 600.0
@@ -122,7 +123,7 @@ def _wait_for(paths: Sequence[Path]) -> None:
             missing, since = left, time.monotonic()
         if time.monotonic() - since > STALL_TIMEOUT_S:
             raise TimeoutError(
-                f"{paths[0].parent} lacks {left} images that other processes should have "
+                f"{paths[0].parent} lacks {plural(left, 'image')} that other processes should have "
                 "generated; run the command again, which generates only the missing ones"
             )
         time.sleep(0.2)

@@ -21,6 +21,7 @@ from wuerstchen_pl.io.image_files import (
     split_suffix,
 )
 from wuerstchen_pl.io.images import decode_image, upright_size
+from wuerstchen_pl.plural import plural
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,15 @@ class ImageFolder:
                 f"{key}={path} contains no images{skipped_files}; use a folder of images"
             )
         if unused:
-            logger.info("%s=%s: %d images; not used: %s", key, path, len(self.paths), unused)
+            number = plural(len(self.paths), "image")
+            logger.info("%s=%s: %s; not used: %s", key, path, number, unused)
         if prompts is None and (path / MANIFEST).is_file():
             prompts = _prompts_of(path / MANIFEST)
         self.prompts = None if prompts is None else list(prompts)
         if self.prompts is not None and len(self.prompts) != len(self.paths):
             raise ValueError(
-                f"{key}={path} contains {len(self.paths)} images, but there are "
-                f"{len(self.prompts)} prompts; provide one image per prompt"
+                f"{key}={path} contains {plural(len(self.paths), 'image')} for "
+                f"{plural(len(self.prompts), 'prompt')}; provide one image per prompt"
             )
 
     def __len__(self) -> int:
@@ -153,7 +155,7 @@ def check_same_prompts(prompts: Sequence[str], folder: ImageFolder) -> None:
     """
     if len(prompts) != len(folder):
         raise ValueError(
-            f"{folder.key}={folder.path} contains {len(folder)} images, but there are "
+            f"{folder.key}={folder.path} contains {plural(len(folder), 'image')}, not "
             f"{len(prompts)} to compare with; generate both for the same prompts"
         )
     pairs = zip(prompts, folder.prompts or prompts, strict=True)

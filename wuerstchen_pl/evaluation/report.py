@@ -14,6 +14,7 @@ from wuerstchen_pl.evaluation.metrics.score import Score, format_interval
 from wuerstchen_pl.evaluation.page import html_page
 from wuerstchen_pl.io.atomic import write_text
 from wuerstchen_pl.io.versions import installed_versions
+from wuerstchen_pl.plural import plural
 
 PACKAGES = ("wuerstchen_pl", "torch", "torchvision", "torchmetrics", "torch-fidelity",
             "open_clip_torch", "pillow")  # fmt: skip
@@ -72,7 +73,8 @@ def table(scores: Mapping[str, Score]) -> str:
     """Scores as a plain-text table, one line each."""
     width = max(map(len, scores))
     return "\n".join(
-        f"{name:{width}s} {score.value:10.4g}  {format_interval(score):24s} {score.number} images"
+        f"{name:{width}s} {score.value:10.4g}  {format_interval(score):24s} "
+        f"{plural(score.number, 'image')}"
         for name, score in scores.items()
     )
 

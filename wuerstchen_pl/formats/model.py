@@ -13,6 +13,7 @@ from wuerstchen_pl.checkpointing.allowed import NETWORK_TARGETS, instantiate_all
 from wuerstchen_pl.formats.lazy_tensors import LazyTensor
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.signatures import check_objects
 
 SHIFT = "semantic_shift"
@@ -104,7 +105,9 @@ def _sanitized(node: Any, num_tensors: int, where: str) -> Any:
             raise ValueError(f"{where} has the key {key}, which is not allowed; remove it")
         counts = value if isinstance(value, list) else [value]
         if key in COUNTS and any(isinstance(n, int) and n > num_tensors for n in counts):
-            raise ValueError(f"{where} has {key}={value}, but there are only {num_tensors} tensors")
+            raise ValueError(
+                f"{where} has {key}={value}, but the file has only {plural(num_tensors, 'tensor')}"
+            )
         is_path = key in ("weights", "tokenizer")
         sanitized[key] = None if is_path else _sanitized(value, num_tensors, where)
     return sanitized

@@ -13,6 +13,7 @@ from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
 from wuerstchen_pl.data.factories import folder
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
+from wuerstchen_pl.plural import plural
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "data": dict,
@@ -57,7 +58,8 @@ def run(cfg: DictConfig) -> None:
             shard_samples=cfg.shard_samples,
             num_workers=min(cfg.num_workers, os.cpu_count() or 1),
         )
-    print(f"{sum(e['samples'] for e in entries)} samples in {len(entries)} shards in {cfg.to}")
+    samples = plural(sum(e["samples"] for e in entries), "sample")
+    print(f"{samples} in {plural(len(entries), 'shard')} in {cfg.to}")
     for reason, number in left_out.most_common():
         print(f"  {number:8d} left out: {reason}")
     print(f"train on them with data=shards data.urls={cfg.to}")

@@ -17,6 +17,7 @@ from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.fingerprint import ImageEncoder, encoder_fingerprints
 from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.plural import plural
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +112,10 @@ def run(cfg: DictConfig) -> None:
     logger.info("%s", data.splits.stats.summary())
     if missing:
         logger.warning(
-            "%d shards are missing, such as %s: they are unreadable, or other processes are still "
+            "%s missing, such as %s: they are unreadable, or other processes are still "
             "writing them; run the same command again to resume, or with a single process to "
             "finish without them",
-            len(missing), missing[0],
+            plural(len(missing), "shard"), missing[0],
         )  # fmt: skip
     if (folder / MANIFEST).is_file():
         print(f"train with data=cached data.root={cfg.out}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from wuerstchen_pl.distributed.launch import DistInfo
+from wuerstchen_pl.plural import plural
 
 if TYPE_CHECKING:
     from wuerstchen_pl.data.datamodule import ImageTextDataModule
@@ -37,7 +38,8 @@ def choose_run_length(cfg: DictConfig, data: "ImageTextDataModule") -> None:
         data.setup()
         num_images = data.splits.epoch_samples
         cfg.trainer.max_steps = steps_for(num_images)
-        logger.info("%d images: %d steps (trainer.max_steps)", num_images, cfg.trainer.max_steps)
+        images, steps = plural(num_images, "image"), plural(cfg.trainer.max_steps, "step")
+        logger.info("%s: %s (trainer.max_steps)", images, steps)
     for key in INTERVALS:
         if cfg[key] == AUTO:
             cfg[key] = interval_for(cfg.trainer.max_steps)

@@ -19,6 +19,7 @@ from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.loading import load_pipeline
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.config import SamplingConfig
 from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
 
@@ -79,7 +80,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
             grid_images.append(image)
     if len(grid_images) > 1:
         write_png(folder / GRID, tile(grid_images, columns=cfg.num_images_per_prompt), {})
-    print(f"{len(requests)} image{'s' * (len(requests) > 1)} in {folder}")
+    print(f"{plural(len(requests), 'image')} in {folder}")
 
 
 def _sha256(pipeline: TextToImage) -> dict[str, str]:

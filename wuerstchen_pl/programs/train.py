@@ -27,6 +27,7 @@ from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.programs.next_steps import describe_end
 from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
@@ -245,7 +246,7 @@ def accumulation(global_batch: int, batch_size: int, processes: int) -> int:
     if global_batch < 1 or global_batch % samples_at_once:
         raise ValueError(
             f"global_batch={global_batch} is not a multiple of {samples_at_once} "
-            f"(data.batch_size={batch_size} on {processes} process{'es' * (processes > 1)}); set "
+            f"(data.batch_size={batch_size} on {plural(processes, 'process')}); set "
             f"data.batch_size to a divisor of {global_batch / processes:g}"
         )
     return global_batch // samples_at_once

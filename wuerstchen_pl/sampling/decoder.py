@@ -18,6 +18,7 @@ from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.diffusers_arguments import denoise_params
 from wuerstchen_pl.sampling.images import (
@@ -266,7 +267,8 @@ class DecoderSampler(StepState):
         num_prompts = 1 if isinstance(prompts.prompt, str) else len(prompts.prompt or ())
         if not num_prompts or rows % num_prompts:
             raise ValueError(
-                f"{num_prompts} prompts for {rows} images; give one per image, or one for all"
+                f"{plural(num_prompts, 'prompt')} for {plural(rows, 'image')}; give one per image, "
+                "or one for all"
             )
         with self.placement.on_device(encoder):
             text = encode_prompts(encoder, prompts, repeats=rows // num_prompts, guided=guided)

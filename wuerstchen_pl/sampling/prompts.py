@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.plural import plural
 
 
 class Prompts(NamedTuple):
@@ -65,8 +66,8 @@ def count_prompts(prompts: Prompts) -> int:
         negative = len(as_list(prompts.negative, "negative_prompt"))
         if negative not in (1, num_prompts):
             raise ValueError(
-                f"{negative} negative prompts for {num_prompts} prompts; give one per prompt, or "
-                "one for all"
+                f"{plural(negative, 'negative prompt')} for {plural(num_prompts, 'prompt')}; give "
+                "one per prompt, or one for all"
             )
     return num_prompts
 

@@ -12,6 +12,7 @@ from wuerstchen_pl.distributed.fsdp2 import unsharded
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.decoder import DecoderSampler
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.stages.a import StageA
@@ -78,7 +79,7 @@ class StageB(Stage):
         if stage_a.latent_channels != diffnext.latent_channels:
             raise ValueError(
                 f"diffnext.latent_channels={diffnext.latent_channels}, but Stage A's latents have "
-                f"{stage_a.latent_channels} channels; set them equal"
+                f"{plural(stage_a.latent_channels, 'channel')}; set them equal"
             )
         if (text_encoder is None) != (diffnext.text_dim is None):
             raise ValueError(

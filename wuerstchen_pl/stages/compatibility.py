@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from wuerstchen_pl.checkpointing.allowed import stage_class
+from wuerstchen_pl.plural import plural
 
 
 def check_networks(
@@ -49,8 +50,8 @@ def check_networks(
             f"{new.get(keys[0])}; use the old value, or start a new run"
         )
     raise ValueError(
-        f"{origin} has other networks: {len(differing)} tensors differ in name or shape, such as "
-        f"{differing[0]}; use a checkpoint of the same networks"
+        f"{origin} has other networks: {plural(len(differing), 'tensor')} of another name or "
+        f"shape, such as {differing[0]}; use a checkpoint of the same networks"
     )
 
 

@@ -16,6 +16,7 @@ from wuerstchen_pl.distributed.fsdp2 import unsharded
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.unet import UNet
+from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.stages.batch_rng import validation_losses
@@ -75,7 +76,7 @@ class TextConditionalStage(Stage):
         if prior.latent_channels != latent_channels:
             raise ValueError(
                 f"prior.latent_channels={prior.latent_channels}, but the frozen stage has latents "
-                f"of {latent_channels} channels; set them equal"
+                f"of {plural(latent_channels, 'channel')}; set them equal"
             )
         if prior.text_dim != text_encoder.width:
             raise ValueError(

@@ -61,7 +61,7 @@ def test_a_command_from_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     ids=range(7),
 )
 def test_too_many_names_from_braces_are_rejected(tmp_path: Path, braces: str) -> None:
-    with pytest.raises(ValueError, match=r"names more than 1,000,000 shards; fix its braces"):
+    with pytest.raises(ValueError, match=r"names more than a million shards; fix its braces"):
         ShardSource(urls=f"{tmp_path}/{braces}.tar").prepare()
 
 

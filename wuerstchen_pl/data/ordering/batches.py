@@ -199,8 +199,8 @@ class Batches:
             stream.selector.restore_hashes(map(tuple, pairs))
         if state["global_batch"] != self.global_batch:
             warnings.warn(
-                f"the checkpoint was made with a global batch of {state['global_batch']} samples, "
-                f"but now it is {self.global_batch}; the order of samples continues, but the "
+                "the checkpoint was made with a global batch of "
+                f"{plural(state['global_batch'], 'sample')}, but now it is {self.global_batch}; the order of samples continues, but the "
                 "batches differ",
                 stacklevel=2,
             )

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from wuerstchen_pl.data.sources.source import ShardIndex, Source
+from wuerstchen_pl.plural import plural
 
 _THREADS = 4  # shards that are opened or downloaded concurrently
 _MAX_BROKEN = 8  # broken shards, before any sample was read, that stop the run
@@ -57,8 +58,8 @@ class ShardPrefetcher:
             self._broken.append(f"{shard}: {reason}")
             if len(self._broken) == _MAX_BROKEN:
                 raise ValueError(
-                    f"none of the first {_MAX_BROKEN} shards can be read ({self._broken[0]}; "
-                    f"{self._broken[1]}; ...); check the location of the data"
+                    f"none of the first {plural(_MAX_BROKEN, 'shard')} can be read "
+                    f"({self._broken[0]}; {self._broken[1]}; ...); check the location of the data"
                 )
 
     def expect(self, shards: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ import warnings
 from collections import Counter
 
 from wuerstchen_pl.data.sources.source import SampleError
+from wuerstchen_pl.plural import plural
 
 _EXAMPLES = 3  # warnings per kind of bad data
 _ENOUGH_SAMPLES, _ENOUGH_SHARDS = 1000, 20  # minimum counts for a meaningful share of bad ones
@@ -58,7 +59,7 @@ class DataStats:
             del shares["shards"]
         for kind, (number, total, enough) in shares.items():
             if total >= enough and number > self.limit * total:
-                unreadable = f"; {more_bad} unreadable images" if more_bad else ""
+                unreadable = f"; {plural(more_bad, 'unreadable image')}" if more_bad else ""
                 raise ValueError(
                     f"{number} of {total} {kind} are bad, more than data.max_bad_fraction="
                     f"{self.limit} ({self.summary()}{unreadable}); fix the data, or raise "
@@ -72,7 +73,7 @@ class DataStats:
 
 def format_counts(counts: Counter[str]) -> str:
     """The counts of a ``DataStats`` as text."""
-    parts = [f"{counts['seen']} samples read from {counts['shards']} shards"]
+    parts = [f"{plural(counts['seen'], 'sample')} read from {plural(counts['shards'], 'shard')}"]
     for kind in ("dropped", "bad", "ignored"):
         items = [
             f"{n} {name.partition('/')[2]}"

@@ -29,6 +29,7 @@ from wuerstchen_pl.data.sources.shards import folder_shards
 from wuerstchen_pl.data.sources.source import Sample, ShardGroup, ShardIndex, Split
 from wuerstchen_pl.data.sources.tar import tar_writer
 from wuerstchen_pl.data.sources.tar_index import index_tar
+from wuerstchen_pl.plural import plural
 
 # Two groups of Unicode's emoji list, as ranges of the first code point; OpenMoji's package has no
 # groups. One drawing is in the wrong group: Unicode counts the brown mushroom as food.
@@ -222,8 +223,8 @@ def select(
         return kept
     if limit > len(kept):
         raise ValueError(
-            f"data.limit={limit} exceeds the {len(kept)} drawings of data.groups={groups}; lower "
-            f"data.limit to {len(kept)}, or set it to null"
+            f"data.limit={limit} exceeds the {plural(len(kept), 'drawing')} of "
+            f"data.groups={groups}; lower data.limit to {len(kept)}, or set it to null"
         )
     # Prefixed, as the holdout uses the hash of a bare name: a small subset would be all validation.
     by_hash = sorted(kept, key=lambda d: hashlib.sha256(f"limit {d.key}".encode()).digest())

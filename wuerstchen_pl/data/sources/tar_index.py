@@ -22,6 +22,7 @@ from wuerstchen_pl.data.sources.metadata import SCORE_COLUMNS
 from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex, name_digest
 from wuerstchen_pl.data.sources.tar import DAMAGED, LONGEST_SIDE, REPEATED_NAME, scan_tar
 from wuerstchen_pl.io.atomic import write_text
+from wuerstchen_pl.plural import plural
 
 _FORMAT = 2  # increment when ``scan_tar`` changes, so that old indexes are not used
 _NUMBERS = ("width", "height", "offset", "size")
@@ -55,7 +56,7 @@ def index_tar(
             [], [SampleError("unreadable shard", f"{shard}: {error}", expected or 1)], True
         )
     if expected is not None and (lost := expected - _num_listed(opened)) > 0:
-        where = f"{shard}: {lost} of {expected} samples of its manifest are missing"
+        where = f"{shard}: lacks {lost} of {plural(expected, 'sample')} of its manifest"
         opened.bad.append(SampleError("lost samples", where, lost))
     return opened
 

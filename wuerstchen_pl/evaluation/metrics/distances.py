@@ -9,6 +9,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from wuerstchen_pl.plural import plural
+
 SUBSET_SIZE = 1000
 SUBSETS = 100
 NO_SYNC: dict[str, Any] = {"sync_on_compute": False}
@@ -64,8 +66,8 @@ def check_enough(name: str, width: int, *numbers: int) -> None:
         instead = "" if name == "kid" else ", or use metric=[kid]"
         counts = " and ".join(map(str, numbers))
         raise ValueError(
-            f"metric={name} needs at least {needed} images in both sets, but there are {counts}; "
-            f"use more images{instead}"
+            f"metric={name} needs at least {plural(needed, 'image')} in both sets, but there "
+            f"are {counts}; use more images{instead}"
         )
 
 

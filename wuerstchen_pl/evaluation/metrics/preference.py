@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from wuerstchen_pl.plural import plural
+
 
 def pairwise_wins(scores: Sequence[float], baseline: Sequence[float]) -> list[float]:
     """1 for each prompt whose score is above the baseline's, 0 where it is below, 1/2 for a tie.
@@ -11,6 +13,7 @@ def pairwise_wins(scores: Sequence[float], baseline: Sequence[float]) -> list[fl
     """
     if len(scores) != len(baseline):
         raise ValueError(
-            f"{len(scores)} and {len(baseline)} scores do not match; use the same prompts for both"
+            f"{plural(len(scores), 'score')} and {plural(len(baseline), 'score')} do not match; "
+            "use the same prompts for both"
         )
     return [0.5 if a == b else float(a > b) for a, b in zip(scores, baseline, strict=True)]
