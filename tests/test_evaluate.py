@@ -379,7 +379,7 @@ def test_rank_0_does_not_wait_forever_for_stopped_processes(
 ) -> None:
     monkeypatch.setattr(generation, "STALL_TIMEOUT_S", 0.3)
     (tmp_path / "a.png").touch()
-    with pytest.raises(TimeoutError, match="lacks 1 images that other processes should have"):
+    with pytest.raises(TimeoutError, match="lacks 1 image that other processes should have"):
         generation._wait_for([tmp_path / "a.png", tmp_path / "b.png"])
 
 

@@ -62,7 +62,7 @@ def test_a_damaged_shard_is_detected(saved: Path) -> None:
 @pytest.mark.parametrize("name", ["rest.pt", "*.safetensors"])
 def test_a_missing_file_is_detected(saved: Path, name: str) -> None:
     next(saved.glob(name)).unlink()
-    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match="all 1 ch"):
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match="every ch"):
         load.find_checkpoint(saved.parent.parent)
     saved.with_name(f"{saved.name}.sha256").unlink()  # also detected without hashes
     with pytest.raises((ValueError, FileNotFoundError)):

@@ -46,7 +46,7 @@ def test_check_reports_contents_and_usable_images(
     ]
     assert run("check", *arguments, "full=true") == 0
     output = capsys.readouterr().out
-    assert "1 shards, 0 of them damaged" in output
+    assert "1 shard, 0 of them damaged" in output
     assert "11 complete samples" in output
     assert "1 dropped: no caption" in output
     assert "1 bad: unreadable image, such as 000000000-000000011/01.a.jpg" in output
@@ -176,8 +176,8 @@ def test_check_also_inspects_validation_shards(
     ]
     assert run("check", "data=shards", *arguments, f"output_dir={tmp_path / 'out'}") == 0
     train, val = capsys.readouterr().out.split("for validation:")
-    assert "1 shards, 0 of them damaged" in train
-    assert "1 shards, 1 of them damaged" in val
+    assert "1 shard, 0 of them damaged" in train
+    assert "1 shard, 1 of them damaged" in val
     assert "1 bad: damaged shard" in val
 
 

@@ -120,7 +120,7 @@ def test_nested_configs_can_only_build_networks(backbone: Any, copy: Path) -> No
     ("values", "message"),
     [
         ({"_partial_": True}, "has the key _partial_, which is not allowed"),
-        ({"depth": 10**8}, "has depth=100000000, but there are only"),
+        ({"depth": 10**8}, "has depth=100000000, but the file has only"),
         ({"width": -1}, r"config\.json cannot be used: RuntimeError"),
         ({"color": "red"}, r"config\.json cannot be used: color is not an argument of"),
         ({"num_heads": 7}, "num_heads=7 does not divide the width 128"),

@@ -327,7 +327,7 @@ def test_guidance_options_reach_stage_c(pipe: WuerstchenPipeline) -> None:
         ({"prompt": "a", "prompt_embeds": torch.zeros(1, 16, 16)}, "are both given"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"] * 3}, "3 negative prompts for 2 prompts"),
         ({"prompt": 7}, "prompt=7 is not text"),
-        ({"prompt": "a", "seed": [1, 2]}, "2 seeds for 1 images"),
+        ({"prompt": "a", "seed": [1, 2]}, "2 seeds for 1 image"),
         ({"prompt": "a", "height": 8}, "height=8 is not supported"),
         ({"prompt": "a", "latents": torch.zeros(1, 16, 9, 9)}, r"latents have shape \(1, 16, 9"),
         ({"prompt": "a", "output_type": "jpg"}, "output_type='jpg' is unknown"),

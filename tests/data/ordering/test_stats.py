@@ -92,7 +92,7 @@ def test_bad_images_of_one_process_count_among_the_samples_of_all() -> None:
     check_counts([order] * 4, unreadable=50, limit=0.05)
     with pytest.raises(ValueError, match="51 of 1000 samples are bad") as error:
         check_counts([order] * 4, unreadable=51, limit=0.05)
-    assert "(1000 samples read from 1 shards; 51 unreadable images)" in str(error.value)
+    assert "(1000 samples read from 1 shard; 51 unreadable images)" in str(error.value)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

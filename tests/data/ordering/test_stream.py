@@ -157,7 +157,7 @@ def test_nothing_to_train_on_is_an_error_with_the_reason() -> None:
     source = FakeSource(
         {"a": ShardIndex([fake_sample("a", 0)], [SampleError("no caption", "a/0001", 7)])}
     )
-    with pytest.raises(ValueError, match=r"nothing to train on \(1 samples.*min_size.*7 no cap"):
+    with pytest.raises(ValueError, match=r"nothing to train on \(1 sample .*min_size.*7 no cap"):
         next(stream(source, filters=Filters(min_size=500)))
     with pytest.raises(ValueError, match="nothing to train on"):
         next(stream(FakeSource({})))
@@ -167,7 +167,7 @@ def test_a_seek_to_the_start_does_not_delay_that_error() -> None:
     source = FakeSource.with_sizes({"a": 9})
     one = stream(source, filters=Filters(min_size=500))
     one.seek(one.position)
-    with pytest.raises(ValueError, match=r"nothing to train on \(9 samples read from 1 shards"):
+    with pytest.raises(ValueError, match=r"nothing to train on \(9 samples read from 1 shard"):
         next(one)
 
 

@@ -54,7 +54,7 @@ def test_a_folder_ties_with_itself() -> None:
 
 def test_wins_and_losses_are_counted_per_prompt() -> None:
     assert pairwise_wins([1, 2, 3], [2, 2, 2]) == [0, 0.5, 1]
-    with pytest.raises(ValueError, match="2 and 1 scores do not match"):
+    with pytest.raises(ValueError, match="2 scores and 1 score do not match"):
         pairwise_wins([1, 2], [1])
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from wuerstchen_pl.data.ordering.buckets import Buckets, Size
 from wuerstchen_pl.data.ordering.stream import EpochSample, Mixture, Position
 from wuerstchen_pl.data.sources.source import Sample, base_name, name_digest
+from wuerstchen_pl.plural import plural
 
 _NUM_FALLBACKS = 16  # substitutes for a batch without a readable image
 
@@ -200,8 +201,8 @@ class Batches:
         if state["global_batch"] != self.global_batch:
             warnings.warn(
                 "the checkpoint was made with a global batch of "
-                f"{plural(state['global_batch'], 'sample')}, but now it is {self.global_batch}; the order of samples continues, but the "
-                "batches differ",
+                f"{plural(state['global_batch'], 'sample')}, but now it is "
+                f"{self.global_batch}; the order of samples continues, but the batches differ",
                 stacklevel=2,
             )
         return Snapshot(
