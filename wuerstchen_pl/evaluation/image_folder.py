@@ -155,8 +155,8 @@ def check_same_prompts(prompts: Sequence[str], folder: ImageFolder) -> None:
     """
     if len(prompts) != len(folder):
         raise ValueError(
-            f"{folder.key}={folder.path} contains {plural(len(folder), 'image')}, not "
-            f"{len(prompts)} to compare with; generate both for the same prompts"
+            f"{folder.key}={folder.path} contains {plural(len(folder), 'image')}, but there "
+            f"are {len(prompts)} to compare with; generate both for the same prompts"
         )
     pairs = zip(prompts, folder.prompts or prompts, strict=True)
     if mismatch := next((pair for pair in pairs if pair[0] != pair[1]), None):
