@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from wuerstchen_pl.checkpointing.load import find_checkpoint
+from wuerstchen_pl.pipelines.loading import load_pipeline
 from wuerstchen_pl.sample import quote_prompt
 
 FAST = ("sample.prior_steps=2", "sample.decoder_steps=1", "device=cpu")
@@ -331,3 +333,29 @@ def test_images_stay_in_memory_only_for_the_grid(
     assert sample("prompt=frog", "num_images_per_prompt=7", f"grid={str(grid).lower()}") == 0
     assert max(alive) == most
     assert len(images(out)) == 7
+
+
+@pytest.mark.parametrize("side", [None, 48])
+def test_images_have_the_size_of_the_training_images(
+    side: int | None, cascade: Path, program: Callable[..., int], tmp_path: Path
+) -> None:
+    run = shutil.copytree(cascade, tmp_path / "runs") / "c"
+    if side is not None:
+        config = OmegaConf.load(run / "config.yaml")
+        config.image_size = side
+        OmegaConf.save(config, run / "config.yaml")
+    expected = side or 64
+    few = ["sample.prior_steps=1", "sample.decoder_steps=1", "prompt=red"]
+    assert program("export", f"ckpt={run}", f"to={tmp_path / 'model'}", "license=mit") == 0
+    for number, model in enumerate((run, tmp_path / "model")):
+        to = tmp_path / f"images{number}"
+        assert program("sample", f"model={model}", f"output_dir={to}", *few) == 0
+        with Image.open(next(to.glob("0000-*.png"))) as image:
+            assert image.size == (expected, expected)
+
+
+def test_a_model_of_unknown_size_draws_eight_multiples(cascade: Path) -> None:
+    pipe = load_pipeline(str(cascade / "c"), device="cpu")
+    assert (pipe.image_size, pipe.default_side) == (64, 64)
+    pipe.image_size = None
+    assert pipe.default_side == 8 * pipe.size_multiple

@@ -18,7 +18,7 @@ from wuerstchen_pl.signatures import check_objects
 
 SHIFT = "semantic_shift"
 """The only setting that may be 0 or negative."""
-SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", "latent_dim_scale")
+SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", "latent_dim_scale", "image_size")
 PARTS = ("prior_text_encoder", "prior", "text_encoder", "decoder", "vqgan", "compressor")
 SCALE = "scale_factor"
 """Stage A's tensor that other formats store in a config, or not at all."""
@@ -45,8 +45,8 @@ class Model:
 
     parts: dict[str, Part] = field(default_factory=dict)
     settings: dict[str, float] = field(default_factory=dict)
-    """semantic_scale, semantic_shift, resolution_multiple and latent_dim_scale of the pipeline; a
-    missing one has its published value."""
+    """semantic_scale, semantic_shift, resolution_multiple and latent_dim_scale of the pipeline, and
+    the image_size that it was trained for; a missing one has its published value."""
     source: Source | None = None
     """The checkpoint that the model was read from."""
     card: str | None = None

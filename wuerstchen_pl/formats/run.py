@@ -1,8 +1,10 @@
 """Read a training run as a model: the stage of a checkpoint and its frozen stages."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from omegaconf import OmegaConf
 from torch import nn
 
 from wuerstchen_pl.checkpointing.allowed import stage_class
@@ -59,7 +61,16 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
         parts |= _parts(stage)
         settings |= _settings(stage)
         stage = cast("Stage | None", stage.frozen.get("stage_b") or stage.frozen.get("stage_a"))
+    settings |= {} if (size := image_size(path)) is None else {"image_size": size}
     return Model(parts, settings, trained.provenance.source)
+
+
+def image_size(checkpoint: Path) -> int | None:
+    """The side in pixels of the squares with the area of a run's images, from its config.yaml."""
+    with suppress(Exception):  # it is not needed, and YAML can raise almost anything
+        size = OmegaConf.load(checkpoint.parent.parent / "config.yaml").image_size
+        return size if isinstance(size, int) and size > 0 else None
+    return None
 
 
 def _settings(stage: "Stage") -> dict[str, float]:

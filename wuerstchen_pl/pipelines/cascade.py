@@ -35,6 +35,7 @@ class CascadePipeline(TextToImage):
         decoder: semantic latents to images; usable alone.
         compressor: images to semantic latents; None for text to image only.
         source: path and hash of the checkpoint that the networks were loaded from.
+        image_size: see ``TextToImage``.
     """
 
     show_progress = True
@@ -46,10 +47,15 @@ class CascadePipeline(TextToImage):
         decoder: DecoderSampler,
         compressor: SemanticCompressor | None = None,
         source: Source | None = None,
+        image_size: int | None = None,
     ) -> None:
         self.decoder, self.compressor = decoder, compressor
         super().__init__(
-            prior=prior, vqgan=decoder.vqgan, placement=decoder.placement, source=source
+            prior=prior,
+            vqgan=decoder.vqgan,
+            placement=decoder.placement,
+            source=source,
+            image_size=image_size,
         )
 
     @property

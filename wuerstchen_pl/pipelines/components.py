@@ -17,6 +17,7 @@ class Components(TypedDict):
     prior: PriorSampler
     decoder: DecoderSampler
     compressor: SemanticCompressor | None
+    image_size: int | None
 
 
 def build_components(model: Model, where: str) -> Components:
@@ -49,6 +50,7 @@ def build_components(model: Model, where: str) -> Components:
                 f"{encoder} gives {nets[encoder].width}; use the one it was trained with"
             )
     settings: dict[str, Any] = dict(model.settings)
+    image_size: float | None = settings.pop("image_size", None)
     scale = {key: settings.pop(key) for key in (DECODER_SETTING,) if key in settings}
     return {
         "prior": PriorSampler(
@@ -61,4 +63,5 @@ def build_components(model: Model, where: str) -> Components:
             **scale,
         ),
         "compressor": nets.get("compressor"),
+        "image_size": None if image_size is None else round(image_size),
     }

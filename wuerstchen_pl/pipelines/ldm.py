@@ -22,10 +22,24 @@ class LatentDiffusionPipeline(TextToImage):
         prior: text to Stage A's latents.
         vqgan: Stage A.
         source: path and hash of the checkpoint that the networks were loaded from.
+        image_size: see ``TextToImage``.
     """
 
-    def __init__(self, *, prior: PriorSampler, vqgan: VQGAN, source: Source | None = None) -> None:
-        super().__init__(prior=prior, vqgan=vqgan, placement=prior.placement, source=source)
+    def __init__(
+        self,
+        *,
+        prior: PriorSampler,
+        vqgan: VQGAN,
+        source: Source | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            prior=prior,
+            vqgan=vqgan,
+            placement=prior.placement,
+            source=source,
+            image_size=image_size,
+        )
 
     @property
     def modules(self) -> list[torch.nn.Module]:

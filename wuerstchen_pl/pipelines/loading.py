@@ -75,11 +75,15 @@ def stage_of_run(model: str) -> str | None:
 def pipeline_from_stage(stage: "StageC | StageLDM") -> TextToImage:
     """Build a pipeline that shares a stage's networks, and freeze them."""
     prior, source = stage.prior_sampler(), stage.provenance.source
+    image_size = None if source is None else run.image_size(Path(source["path"]))
     if stage.name == "ldm":
-        return LatentDiffusionPipeline(prior=prior, vqgan=stage.stage_a.vqgan, source=source)
+        return LatentDiffusionPipeline(
+            prior=prior, vqgan=stage.stage_a.vqgan, source=source, image_size=image_size
+        )
     return WuerstchenPipeline(
         prior=prior,
         decoder=stage.stage_b.decoder_sampler(),
         compressor=stage.stage_b.compressor,
         source=source,
+        image_size=image_size,
     )

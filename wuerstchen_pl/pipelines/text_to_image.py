@@ -18,6 +18,7 @@ from wuerstchen_pl.sampling.images import center_crop
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.sampling.prompts import Prompts
 
+_DEFAULT_MULTIPLES = 8
 MAX_SIDE = 4096
 """Longest side in pixels: twice that of the published model's training images."""
 
@@ -32,6 +33,7 @@ class TextToImage(ABC):
         vqgan: Stage A.
         placement: the device to run on.
         source: path and hash of the checkpoint that the networks were loaded from.
+        image_size: side in pixels of the squares with the area of the training images, if known.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class TextToImage(ABC):
         vqgan: VQGAN,
         placement: DevicePlacement,
         source: Source | None,
+        image_size: int | None,
     ) -> None:
         self.prior, self.vqgan, self.source = prior, vqgan, source
+        self.image_size = image_size
         self.placement = placement
         prior.share_placement(placement)
         for module in self.modules:
@@ -92,6 +96,12 @@ class TextToImage(ABC):
     @abstractmethod
     def size_multiple(self) -> int:
         """Number of pixels that heights and widths are multiples of."""
+
+    @property
+    def default_side(self) -> int:
+        """Height and width of an image if none are given: as in training; 1,024 as published."""
+        side = self.image_size or _DEFAULT_MULTIPLES * self.size_multiple
+        return max(1, round(side / self.size_multiple)) * self.size_multiple
 
     @abstractmethod
     def compile(self, **options: Any) -> Self:

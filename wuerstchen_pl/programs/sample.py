@@ -61,15 +61,18 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     texts, seeds = [p for p, _ in requests], [s for _, s in requests]
     for prompt in prompts:
         pipeline.prior.text_encoder.check(prompt)
-    pipeline.padded_size(cfg.height, cfg.width)
+    height, width = (
+        pipeline.default_side if side is None else side for side in (cfg.height, cfg.width)
+    )
+    pipeline.padded_size(height, width)
     log_dtype(dtype, device)
 
     images = generate_images(
-        pipeline, texts, seeds=seeds, height=cfg.height, width=cfg.width, settings=settings
+        pipeline, texts, seeds=seeds, height=height, width=width, settings=settings
     )
-    metadata = {"model": str(cfg.model), **_sha256(pipeline)}
+    metadata: dict[str, Any] = {"model": str(cfg.model), **_sha256(pipeline)}
     metadata |= {key: cfg[key] for key in ("prior", "variant") if cfg[key] is not None}
-    metadata |= {"height": cfg.height, "width": cfg.width, "dtype": dtype_name(dtype)}
+    metadata |= {"height": height, "width": width, "dtype": dtype_name(dtype)}
     metadata |= asdict(settings)
     grid_images: list[torch.Tensor] = []  # the only images that are kept in memory
     for number, image in enumerate(tqdm(images, total=len(requests), unit="image")):
