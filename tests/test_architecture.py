@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli": {"help", "jobs", "signals"},
     "help": {"config"},
-    "jobs": {"config", "errors", "signals"},
+    "jobs": {"config", "errors", "signals", "sweep"},
     "errors": {"config", "signatures"},
     "config": {"signatures"},
     **{name: set() for name in ("signals", "signatures", "programs")},
@@ -126,7 +126,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "io",
     },
     "loggers": {"io"},
-    **{name: set() for name in ("batch", "transfer", "distributed", "io", "plural")},
+    **{name: set() for name in ("batch", "transfer", "distributed", "io", "plural", "sweep")},
     "__init__": {"pipelines", "sampling"},
 }
 

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,11 +114,26 @@ def finished(folder: Path) -> bool:
     return json.loads((folder / "run.json").read_text())["steps"] == 1
 
 
-def test_a_sweep_numbers_its_runs_and_keeps_them_apart(program: Program, tmp_path: Path) -> None:
-    arguments = [*small("a", tmp_path, steps=1), "stage.optimizer.lr=1e-3,1e-4"]
+def test_a_sweep_numbers_its_runs_and_keeps_them_apart(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Also from a single run of the same name; a table shows their results."""
+    arguments = small("a", tmp_path, steps=1)
+    assert program("train", *arguments) == 0
+    single = sorted(p.name for p in (tmp_path / "default/a").iterdir())
     arguments.remove("stage.optimizer.lr=1e-3")
-    assert program("train", "-m", *arguments) == 0
-    runs = tmp_path / "default/a"
+    capsys.readouterr()
+    assert program("train", "-m", *arguments, "stage.optimizer.lr=1e-3,1e-4") == 0
+    assert sorted(p.name for p in (tmp_path / "default/a").iterdir()) == single
+    *_, head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["job", "result", "overrides"]
+    for number, line in enumerate((first, second)):
+        job, result, override = line.split()
+        log = (tmp_path / f"default/a_sweep/{number}/metrics.csv").read_text()
+        loss = float(re.findall(r"val/loss,(\S+)", log)[-1])
+        assert (job, override) == (str(number), f"stage.optimizer.lr={('0.001', '0.0001')[number]}")
+        assert float(result) == pytest.approx(loss, rel=1e-3)
+    runs = tmp_path / "default/a_sweep"
     assert sorted(p.name for p in runs.iterdir()) == ["0", "1", "multirun.yaml"]
     assert all(finished(runs / number) for number in "01")
     for number, lr in (("0", "0.001"), ("1", "0.0001")):
@@ -132,11 +148,15 @@ def test_a_sweep_goes_through_all_jobs_and_reports_those_that_fail(
     arguments = [*small("a", tmp_path, steps=1), "stage.vqgan.width=0.5,16"]
     arguments.remove("stage.vqgan.width=16")
     assert program("train", "-m", *arguments) == 1
-    lines = capsys.readouterr().err.splitlines()
+    out, err = capsys.readouterr()
+    results = [line.split()[:2] for line in out.splitlines()[-3:]]
+    assert results[:2] == [["job", "result"], ["0", "failed"]]
+    assert float(results[2][1]) > 0
+    lines = err.splitlines()
     sentence = "stage.vqgan.width is 0.5, and must be int; set stage.vqgan.width=..."
     assert f"error: {sentence}" in lines
     assert lines[-1] == f"error: a job of the sweep failed: {sentence}"
-    assert finished(tmp_path / "default/a/1")
+    assert finished(tmp_path / "default/a_sweep/1")
 
 
 def test_an_interruption_ends_the_whole_sweep(
@@ -149,7 +169,7 @@ def test_an_interruption_ends_the_whole_sweep(
     arguments = [*small("a", tmp_path, steps=1), "stage.optimizer.lr=1e-3,1e-4"]
     arguments.remove("stage.optimizer.lr=1e-3")
     assert program("train", "-m", *arguments) == REQUEUE
-    assert not (tmp_path / "default/a/1").exists()
+    assert not (tmp_path / "default/a_sweep/1").exists()
 
 
 @pytest.mark.slow
@@ -159,7 +179,7 @@ def test_optuna_searches(program: Program, tmp_path: Path) -> None:
     arguments.remove("stage.optimizer.lr=1e-3")
     search = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
     assert program("train", *search, *arguments) == 0
-    runs = tmp_path / "default/a"
+    runs = tmp_path / "default/a_sweep"
     assert finished(runs / "0")
     assert finished(runs / "1")
     assert "best_value" in (runs / "optimization_results.yaml").read_text()
@@ -180,7 +200,7 @@ def test_optuna_goes_on_after_a_failed_job(
         "hydra.sweeper.sampler.seed=1",
     ]
     assert program("train", "-m", *search, *arguments) == 1
-    runs = (tmp_path / "default/a").iterdir()
+    runs = (tmp_path / "default/a_sweep").iterdir()
     num_finished = sum((run / "run.json").is_file() for run in runs)
     assert 0 < num_finished < 4
     assert f"error: {4 - num_finished} of 4 jobs of the sweep failed" in capsys.readouterr().err
@@ -192,7 +212,7 @@ def test_submitit_launches_a_sweep(program: Program, tmp_path: Path) -> None:
     arguments = [*small("a", tmp_path, steps=1), "stage.optimizer.lr=1e-3,1e-4"]
     arguments.remove("stage.optimizer.lr=1e-3")
     assert program("train", "-m", "hydra/launcher=submitit_local", *arguments) == 0
-    assert all(finished(tmp_path / "default/a" / number) for number in "01")
+    assert all(finished(tmp_path / "default/a_sweep" / number) for number in "01")
 
 
 @pytest.mark.parametrize(
@@ -221,3 +241,18 @@ def test_log_records_of_the_package_are_shown_while_a_program_runs(
         logging.getLogger("another.library").info("chatter")
     logger.info("after")
     assert capsys.readouterr().err == "3 samples\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "message"),
+    [
+        ("sample", "paths.root", "paths is not a key; remove it"),
+        ("sample", "paths", "paths is not a key of this program; remove it"),
+        ("sample", "sed", "sed is not a key; did you mean seed?"),
+    ],
+)
+def test_no_key_is_suggested_in_place_of_itself(
+    name: str, key: str, message: str, program: Program, capsys: pytest.CaptureFixture
+) -> None:
+    assert program(name, "prompt=a", f"{key}=x") == 1
+    assert capsys.readouterr().err == f"error: {message}\n"

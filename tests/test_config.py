@@ -222,6 +222,7 @@ COMMAND_LINES = {
     "logger": (["stage=a", "logger=null"], "logger=null is unknown; choose from csv, default"),
     "root key": (["stage=a", "sede=1"], "sede is not a key; did you mean seed?"),
     "group": (["stage=a", "experimnt=demo"], "experimnt is not a key; did you mean experiment?"),
+    "a folder as a group": (["stage=a", "paths=/x"], "paths=x is unknown; choose from default"),
     "key": (["stage=a", "stage.vqgan.widht=1"], "did you mean stage.vqgan.width?"),
     "not in YAML": (["stage=a", "trainer.benchmark=true"], "add it with +trainer.benchmark=..."),
     "nothing like it": (["stage=a", "zzz=1"], "zzz is not a key; remove it"),

@@ -350,7 +350,7 @@ def test_folders_that_do_not_match_are_rejected(
     assert run_program("evaluate", [*overrides, f"images={fewer}"]) == 1
     assert "set prompts= to a file of prompts" in capsys.readouterr().err
     assert run_program("evaluate", [*overrides, f"images={fewer}", f"prompts={prompts}"]) == 1
-    assert "contains 5 images, but there are 6 prompts" in capsys.readouterr().err
+    assert "contains 5 images for 6 prompts" in capsys.readouterr().err
     shutil.copytree(images, tmp_path / "mismatch")
     manifest = json.loads((images / "images.json").read_text())
     manifest["prompts"][2] = "green toad"

@@ -83,11 +83,14 @@ def _explain_composition(error: BaseException) -> str | None:
                 f"{group.replace('/', '=')} has no networks for stage={name}; choose from "
                 f"{', '.join(presets)}"
             )
-        return f"{group}={name} is unknown; choose from {choices}"
+        return f"{group.rstrip('/')}={name} is unknown; choose from {choices}"
     if isinstance(error, ConfigCompositionException) and str(error).startswith("You must specify"):
         group = str(error).split("'")[1]
         choices = " or ".join(f"{group}={choice}" for choice in group_choices(group))
         return f"{group} is missing; choose {choices}"
+    if "No match in the defaults list" in str(error):  # of a group
+        group = str(error).split("'")[1]
+        return f"{group} is not a key of this program; remove it"
     if str(error).startswith("Error resolving interpolation"):
         name = str(error).split("'")[1]
         return f"{name} selects a config file and cannot be swept; run once for each value"
@@ -126,7 +129,7 @@ def _closest_key(key: str, config: Any) -> str | None:
     """The config key or group that is most similar to a mistyped key."""
     groups = [path.name for path in Path(conf_dir()).iterdir() if path.is_dir()]
     by_name: dict[str, list[str]] = {}
-    for full_key in [*_keys(config), *groups]:
+    for full_key in (name for name in (*_keys(config), *groups) if name != key):
         by_name.setdefault(full_key.rpartition(".")[2], []).append(full_key)
     for name in difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.7):
         return difflib.get_close_matches(key, by_name[name], n=1, cutoff=0)[0]

@@ -5,7 +5,6 @@ import importlib
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,16 +14,14 @@ from typing import Any
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wuerstchen_pl.config import check_config, conf_dir
 from wuerstchen_pl.errors import explain, one_line_errors
-from wuerstchen_pl.plural import plural
 from wuerstchen_pl.signals import Exit
+from wuerstchen_pl.sweep import results_table
 
 _PACKAGE = Path(__file__).resolve().parent
 _TRACEBACKS = "HYDRA_FULL_ERROR"
@@ -53,10 +50,10 @@ def launch(
     run.__module__ = guarded.__module__ = f"{_PACKAGE.name}.{name}"  # also the job's name
     composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)
     if os.environ.get(_TRACEBACKS) == "1":
-        with one_line_logs():
+        with one_line_logs(), results_table():
             composed(run)()
     else:  # with this variable, Hydra raises composition errors instead of printing them
-        with _environment("1"), one_line_errors():
+        with _environment("1"), one_line_errors(), results_table():
             composed(guarded)()
 
 
@@ -135,32 +132,6 @@ def check_output_dir(configured: str, key: str = "output_dir") -> Path:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"{key}={folder} is not writable: no permission for {existing}")
     return folder
-
-
-class SweepCallback(Callback):
-    """Sets up a sweep, and ends it with exit code 1 if a job failed.
-
-    Some sweepers, such as Optuna's, can ignore failed jobs.
-    """
-
-    def __init__(self) -> None:
-        self.num_jobs = self.num_failed = 0
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Let ``hydra.sweep.dir`` use ``${hydra:...}``, which Hydra sets only later."""
-        HydraConfig.instance().set_config(config)
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Count the jobs, and those that failed."""
-        self.num_jobs += 1
-        self.num_failed += job_return.status == JobStatus.FAILED
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Report the failed jobs of a sweep whose sweeper ignored them."""
-        if self.num_failed:
-            failed = f"{self.num_failed} of {plural(self.num_jobs, 'job')}"
-            print(f"error: {failed} of the sweep failed", file=sys.stderr)
-            sys.exit(1)
 
 
 @contextmanager
