@@ -13,9 +13,12 @@ from typing import Any
 
 import lightning as L
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from tests.conftest import small
+from tests.test_config import composed
 from wuerstchen_pl.callbacks.preemption import Preempted
 from wuerstchen_pl.cli import Command
 from wuerstchen_pl.errors import _with_full_key, explain
@@ -90,6 +93,20 @@ def test_help_names_every_key_and_choice(
 
 def test_help_does_not_change_what_runs() -> None:
     assert help_text("train", "what it does").startswith("what it does\n")
+
+
+def test_help_explains_nested_keys_that_exist() -> None:
+    """With the values that the program uses."""
+    text = help_text("train", "")
+    assert "--cfg job" in text
+    lines = re.findall(r"^((?:data|trainer|callbacks)\.[\w.]+): (.*?) #", text, re.MULTILINE)
+    cfg = composed("stage=c")
+    shown = {key: yaml.safe_load(value) for key, value in lines}
+    assert {"data.crop", "data.filters.min_size", "trainer.max_time"} <= shown.keys()
+    for key, value in shown.items():
+        if "${" not in str(value):
+            assert OmegaConf.select(cfg, key, default="missing") == value, key
+    assert "sample.prior_steps: 30 #" in help_text("sample", "")
 
 
 def test_a_job_is_named_after_its_program(program: Program, capsys: pytest.CaptureFixture) -> None:
