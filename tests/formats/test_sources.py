@@ -167,6 +167,19 @@ def test_a_prior_of_another_compressor_is_refused_with_both_hashes(
     assert mixed.parts.keys() == set(PARTS)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prior_of_other_latents_is_refused_with_both_scalings(
+    kind: str, runs: Path, sources: Sources
+) -> None:
+    cfg = config_of(runs / "c", init_from=sources(kind, "c"))
+    cfg.stage.semantic_scale = 42.0
+    message = r"init_from=.* was trained with stage\.semantic_shift=0 and .*_scale=1, .* 0 and 42;"
+    with pytest.raises(ValueError, match=message):
+        build_stage(cfg)
+    cfg.allow_mismatch = True
+    assert build_stage(cfg).scaling.scale == 42
+
+
 def test_upstream_files_are_a_frozen_stage_a_and_initial_weights(
     runs: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,27 @@ def encoder_of(model: Model, stage: str) -> str | None:
     return None if part is None else network_fingerprint(build_network(part).float())
 
 
+def check_scaling(
+    trained_on: tuple[float, float], used_with: tuple[float, float], origin: str
+) -> None:
+    """Refuse a prior that was trained on other latents (s + shift) / scale.
+
+    Args:
+        trained_on: (shift, scale) in training.
+        used_with: those of the stage.
+        origin: see ``check_encoder``.
+
+    Raises:
+        ValueError: with both.
+    """
+    if trained_on != used_with:
+        raise ValueError(
+            f"{origin} was trained with stage.semantic_shift={trained_on[0]:g} and "
+            f"stage.semantic_scale={trained_on[1]:g}, but these are {used_with[0]:g} and "
+            f"{used_with[1]:g}; set them to the former, or allow_mismatch=true"
+        )
+
+
 def check_encoder(trained_on: str | None, used_with: str | None, origin: str) -> None:
     """Refuse a network that was trained on the latents of another one; None is not known.
 

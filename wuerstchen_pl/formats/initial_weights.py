@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from wuerstchen_pl.checkpointing.load import find_checkpoint, read_checkpoint
-from wuerstchen_pl.formats.compatibility import ENCODERS, check_encoder, encoder_of
+from wuerstchen_pl.formats.compatibility import ENCODERS, check_encoder, check_scaling, encoder_of
 from wuerstchen_pl.formats.model import Model
 from wuerstchen_pl.formats.registry import find_format, read_model, resolve_source
 from wuerstchen_pl.formats.run import STAGE_PARTS
@@ -15,6 +15,9 @@ from wuerstchen_pl.io.contents import contents_of
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
+
+PUBLISHED_SCALING = {"semantic_shift": 1.0, "semantic_scale": 42.0}
+"""Of models that do not state theirs."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +61,16 @@ def load_initial_weights(stage: "Stage", source: str, *, allow_mismatch: bool = 
     frozen: Any = stage.frozen.get(ENCODERS.get(stage.name, ""))
     if frozen is not None and not allow_mismatch:
         check_encoder(weights.encoder, frozen.provenance.encoder, origin)
+        if stage.name == "c":
+            used_with = _scaling(stage.provenance.config or {})
+            check_scaling(_scaling(weights.config), used_with, origin)
     stage.load_state_dict(weights.tensors)
     logger.info("init_from: %s, %s", path, weights.description)
+
+
+def _scaling(config: dict[str, Any]) -> tuple[float, float]:
+    """The shift and scale of a Stage C's latents, or the defaults of its constructor."""
+    return config.get("semantic_shift", 0.0), config.get("semantic_scale", 1.0)
 
 
 def _from_checkpoint(path: Path, stage: "Stage") -> InitialWeights:
@@ -89,6 +100,9 @@ def _from_model(model: Model, path: Path, stage: "Stage") -> InitialWeights:
     kept = [name for name in trained if name not in parts]
     state = stage.state_dict()
     tensors = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in parts}
+    if stage.name == "c":
+        config |= PUBLISHED_SCALING
+        config |= {k: v for k, v in model.settings.items() if k in PUBLISHED_SCALING}
     for attribute, name in parts.items():
         config[attribute] = model.parts[name].config
         tensors |= {f"{attribute}.{k}": t.load() for k, t in model.parts[name].tensors.items()}

@@ -61,8 +61,8 @@ class PriorSampler(StepState):
     Args:
         prior: the denoiser.
         text_encoder: maps prompts to text embeddings.
-        semantic_scale: ``scale`` of ``LatentScaling`` (v1, v2: 42).
-        semantic_shift: ``shift`` of ``LatentScaling`` (v1, v2: 1).
+        semantic_scale: ``scale`` of ``LatentScaling`` (v2: 42).
+        semantic_shift: ``shift`` of ``LatentScaling`` (v2: 1).
         resolution_multiple: pixels per semantic position (v1, v2: 42.67).
         placement: the device to run on; the CPU if None.
     """
