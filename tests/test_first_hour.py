@@ -76,3 +76,8 @@ def test_photographs_become_a_model_that_draws(
     pipe = WuerstchenPipeline.from_pretrained("models/mine")
     image = pipe("red waves", 64, 64, seed=0, num_inference_steps=2, prior_num_inference_steps=4)
     assert image.images[0].size == (64, 64)
+
+    tuned = ["init_from=models/mine", "paths.stage_b=models/mine", "name=tuned"]
+    assert program("train", "stage=c", *data, *tuned, *few, *SMALL_NETWORK["c"]) == 0
+    first = metric(tmp_path / "outputs/tuned/c", "val/loss")[0]
+    assert first < factor * metric(runs / "c", "val/loss")[0]  # it starts from what was learned
