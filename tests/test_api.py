@@ -28,8 +28,9 @@ def test_there_is_a_function_for_each_program() -> None:
 
 
 def test_training_returns_the_folder_of_a_run_like_that_of_the_command(
-    cascade: Path, tmp_path: Path
+    cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # of an earlier test
     folder = api.train(small("a", tmp_path))
     assert folder == tmp_path / "default/a"
     state, expected = (

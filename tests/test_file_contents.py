@@ -36,7 +36,7 @@ TO_TRY: dict[type, Any] = {
     str: 3, int: "text", float: "text", bool: "text", list: 5, dict: "text", type(None): [{}],
 }  # fmt: skip
 """Type -> a value of another one."""
-SAMPLE = 8
+SAMPLE = 2
 """Number of changes of a kind in the fast test."""
 
 

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,6 +15,14 @@ from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, TERMINATED, Exit, StopSi
 from wuerstchen_pl.stages.stage import Stage
 
 Program = Any
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, even if a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def send(signum: int) -> None:

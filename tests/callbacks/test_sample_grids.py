@@ -30,6 +30,7 @@ def steps_of(log: Path, metric: str) -> list[int]:
     return [int(step) for step, name, _ in rows[1:] if name == metric]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", "abc")
 def test_grids_change_no_weight(stage: str, cascade: Path, tmp_path: Path) -> None:
     checkpoints = {}

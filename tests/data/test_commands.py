@@ -62,9 +62,14 @@ def test_check_reports_contents_and_usable_images(
     assert "8 images left" in capsys.readouterr().out  # metadata do not reveal the truncated one
 
 
-@pytest.mark.parametrize("stage", ["a", "b", "c"])
-@pytest.mark.parametrize("experiment", [None, "demo", "laion"])
-@pytest.mark.parametrize("keys", [[], ["preset=v2"], ["image_size=96", "bucket_multiple=32"]])
+@pytest.mark.parametrize(
+    ("stage", "experiment", "keys"),
+    [
+        ("a", None, []),
+        ("b", "demo", ["image_size=96", "bucket_multiple=32"]),
+        ("c", "laion", ["preset=v2"]),
+    ],
+)
 def test_check_inspects_the_data_of_the_training(
     stage: str, experiment: str | None, keys: list[str]
 ) -> None:

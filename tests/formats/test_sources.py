@@ -116,6 +116,7 @@ def test_every_source_is_evaluated_with_the_same_result(
     assert reports[0] == reports[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_on_frozen_models_is_resumed_and_exported(
     kind: str, sources: Sources, tmp_path: Path

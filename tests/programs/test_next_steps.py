@@ -43,6 +43,7 @@ def test_an_experiment_of_one_stage_and_a_cache_have_no_next_command() -> None:
     assert describe_end(RUN, "b", ["stage=b"], **USUAL, is_cached=True) == ""
 
 
+@pytest.mark.slow
 def test_the_printed_commands_lead_from_stage_a_to_images(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
