@@ -181,6 +181,16 @@ def test_a_prior_of_other_latents_is_refused_with_both_scalings(
     assert build_stage(cfg).scaling.scale == 42
 
 
+def test_a_model_that_states_no_scaling_is_accepted_with_any(runs: Path, tmp_path: Path) -> None:
+    model = read_run(runs / "c")
+    for name in ("semantic_shift", "semantic_scale"):
+        del model.settings[name]
+    registry.write_model(model, tmp_path / "model", "native")
+    cfg = config_of(runs / "c", init_from=str(tmp_path / "model"))
+    cfg.stage.semantic_scale = 42.0
+    assert build_stage(cfg).scaling.scale == 42
+
+
 def test_upstream_files_are_a_frozen_stage_a_and_initial_weights(
     runs: Path, tmp_path: Path
 ) -> None:

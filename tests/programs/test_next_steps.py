@@ -12,7 +12,7 @@ from tests.test_config import composed
 from wuerstchen_pl.programs.next_steps import describe_end
 
 RUN = Path("outputs/default/a")
-USUAL: Any = {"image_size": 64, "default_folder": RUN}
+USUAL: Any = {"caption": 'a "red" heart, large', "default_folder": RUN}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,13 @@ def test_an_experiment_of_one_stage_and_a_cache_have_no_next_command() -> None:
     assert describe_end(RUN, "b", ["stage=b"], **USUAL, is_cached=True) == ""
 
 
+def test_the_last_stage_draws_a_caption_of_its_images() -> None:
+    (line,) = describe_end(RUN, "c", ["stage=c"], **USUAL).splitlines()
+    program, *arguments = shlex.split(line)[3:]
+    assert program == "wuerstchen_pl.sample"
+    assert arguments == [f"model={RUN}", f"prompt={USUAL['caption']}"]
+
+
 @pytest.mark.slow
 def test_the_printed_commands_lead_from_stage_a_to_images(
     tmp_path: Path, capsys: pytest.CaptureFixture
@@ -59,7 +66,6 @@ def test_the_printed_commands_lead_from_stage_a_to_images(
         program, arguments = shlex.split(command)[2], shlex.split(command)[3:]
     assert program == "wuerstchen_pl.sample"
     folder = tmp_path / "samples"
-    assert arguments[1:3] == ["height=64", "width=64"]
     quick = [f"output_dir={folder}", "sample.prior_steps=1", "sample.decoder_steps=1"]
     assert run_program("sample", [*arguments, *quick]) == 0
     assert len(list(folder.glob("*.png"))) == 1

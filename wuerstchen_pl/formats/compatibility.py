@@ -16,9 +16,9 @@ def encoder_of(model: Model, stage: str) -> str | None:
 
 
 def check_scaling(
-    trained_on: tuple[float, float], used_with: tuple[float, float], origin: str
+    trained_on: tuple[float, float] | None, used_with: tuple[float, float], origin: str
 ) -> None:
-    """Refuse a prior that was trained on other latents (s + shift) / scale.
+    """Refuse a prior that was trained on other latents (s + shift) / scale; None is not known.
 
     Args:
         trained_on: (shift, scale) in training.
@@ -28,7 +28,7 @@ def check_scaling(
     Raises:
         ValueError: with both.
     """
-    if trained_on != used_with:
+    if trained_on is not None and trained_on != used_with:
         raise ValueError(
             f"{origin} was trained with stage.semantic_shift={trained_on[0]:g} and "
             f"stage.semantic_scale={trained_on[1]:g}, but these are {used_with[0]:g} and "

@@ -1,6 +1,7 @@
 """Initial weights of a stage, from a run or from a model of any format."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,9 +17,6 @@ from wuerstchen_pl.io.contents import contents_of
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
 
-PUBLISHED_SCALING = {"semantic_shift": 1.0, "semantic_scale": 42.0}
-"""Of models that do not state theirs."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -30,6 +28,8 @@ class InitialWeights(NamedTuple):
     tensors: dict[str, Tensor]
     encoder: str | None
     """Fingerprint of the network whose latents they were trained on; None if it is not known."""
+    scaling: tuple[float, float] | None
+    """(shift, scale) of the latents that a Stage C was trained on; None if it is not known."""
     description: str
 
 
@@ -62,13 +62,12 @@ def load_initial_weights(stage: "Stage", source: str, *, allow_mismatch: bool = 
     if frozen is not None and not allow_mismatch:
         check_encoder(weights.encoder, frozen.provenance.encoder, origin)
         if stage.name == "c":
-            used_with = _scaling(stage.provenance.config or {})
-            check_scaling(_scaling(weights.config), used_with, origin)
+            check_scaling(weights.scaling, _scaling(stage.provenance.config or {}), origin)
     stage.load_state_dict(weights.tensors)
     logger.info("init_from: %s, %s", path, weights.description)
 
 
-def _scaling(config: dict[str, Any]) -> tuple[float, float]:
+def _scaling(config: Mapping[str, Any]) -> tuple[float, float]:
     """The shift and scale of a Stage C's latents, or the defaults of its constructor."""
     return config.get("semantic_shift", 0.0), config.get("semantic_scale", 1.0)
 
@@ -81,7 +80,8 @@ def _from_checkpoint(path: Path, stage: "Stage") -> InitialWeights:
     kind = "EMA" if shadow else "raw (there is no EMA yet)"
     description = f"weights: {kind}, step {content.get('global_step')}"
     tensors = {**content["state_dict"], **shadow}
-    return InitialWeights(content["stage"], tensors, encoder, description)
+    scaling = _scaling(content["stage"])
+    return InitialWeights(content["stage"], tensors, encoder, scaling, description)
 
 
 def _from_model(model: Model, path: Path, stage: "Stage") -> InitialWeights:
@@ -100,11 +100,10 @@ def _from_model(model: Model, path: Path, stage: "Stage") -> InitialWeights:
     kept = [name for name in trained if name not in parts]
     state = stage.state_dict()
     tensors = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in parts}
-    if stage.name == "c":
-        config |= PUBLISHED_SCALING
-        config |= {k: v for k, v in model.settings.items() if k in PUBLISHED_SCALING}
     for attribute, name in parts.items():
         config[attribute] = model.parts[name].config
         tensors |= {f"{attribute}.{k}": t.load() for k, t in model.parts[name].tensors.items()}
     description = f"weights: {', '.join(parts)}" + f"; new: {', '.join(kept)}" * bool(kept)
-    return InitialWeights(config, tensors, encoder_of(model, stage.name), description)
+    stated = model.settings
+    scaling = _scaling(stated) if stated.keys() >= {"semantic_shift", "semantic_scale"} else None
+    return InitialWeights(config, tensors, encoder_of(model, stage.name), scaling, description)

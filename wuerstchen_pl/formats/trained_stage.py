@@ -34,7 +34,7 @@ def load_stage(
             one is refused.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint or model, or a part is missing.
+        FileNotFoundError: if the source is missing, or one of its networks.
         ValueError: if it is damaged, contains another stage or has another hash, or if a frozen
             stage of a run has changed.
     """

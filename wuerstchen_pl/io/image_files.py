@@ -14,22 +14,9 @@ IMAGE_FORMATS = tuple(_SUFFIXES)
 IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
 """Suffixes of image files in lower case, preferred formats first."""
 OTHER_SUFFIXES = (
-    *(
-        "apng",
-        "avif",
-        "heic",
-        "heif",
-        "jxl",
-        "jp2",
-        "j2k",
-        "svg",
-        "psd",
-        "ico",
-        "tga",
-        "exr",
-        "hdr",
-    ),
-    *("dng", "cr2", "cr3", "nef", "arw", "raf", "orf", "rw2"),
+    *("apng", "avif", "heic", "heif", "ico", "j2k", "jp2", "jxl", "psd", "svg"),
+    *("exr", "hdr", "tga"),
+    *("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2"),  # raw photographs
 )
 """Suffixes of images that cannot be decoded, in lower case; they are reported, not overlooked."""
 GRID = "grid.png"

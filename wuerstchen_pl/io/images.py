@@ -110,7 +110,7 @@ def _reduced(img: Image.Image, cover: tuple[int, int] | None) -> Image.Image:
     factor = 1
     while cover and img.height >= 2 * factor * cover[0] and img.width >= 2 * factor * cover[1]:
         factor *= 2
-    return img.reduce(factor)
+    return img if factor == 1 else img.reduce(factor)
 
 
 def _plain_jpeg(img: Image.Image, data: bytes, orientation: int) -> np.ndarray | None:

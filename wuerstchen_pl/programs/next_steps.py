@@ -19,7 +19,7 @@ def describe_end(
     stage: str,
     typed: Sequence[str],
     *,
-    image_size: int,
+    caption: str,
     default_folder: Path,
     is_cached: bool = False,
 ) -> str:
@@ -29,7 +29,7 @@ def describe_end(
         run: the run's folder.
         stage: the trained stage.
         typed: the command's arguments, as Hydra reads them.
-        image_size: side of its square images in pixels.
+        caption: a caption of the training images, which the model knows.
         default_folder: the folder in which the next stage expects this run.
         is_cached: whether the run read a cache, which has the data of one stage only.
     """
@@ -38,9 +38,8 @@ def describe_end(
         plot = f", {run / PLOT}" if (run / PLOT).is_file() else ""
         lines.append(f"images: {run / 'grids'}{plot}")
     if stage in ("c", "ldm"):
-        sample = f"python -m wuerstchen_pl.sample {shlex.quote(f'model={run}')}"
-        size = f"height={image_size} width={image_size}"
-        lines.append(f'next: {sample} {size} prompt="a red heart"')
+        command = ["python", "-m", "wuerstchen_pl.sample", f"model={run}", f"prompt={caption}"]
+        lines.append(f"next: {shlex.join(command)}")
     elif any(text.startswith("stage=") for text in typed) and not is_cached:
         following = NEXT_STAGE[stage]
         shared = [text for text in typed if not OF_ONE_STAGE.match(text)]
