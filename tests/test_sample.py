@@ -188,7 +188,6 @@ def test_a_size_between_multiples_is_cropped(sample: Sample, out: Path) -> None:
 
 
 BAD = {
-    "empty prompt": (["prompt="], "contains no word"),
     "no prompt": ([], "no prompt; set prompt="),
     "emoji": (["prompt=🐸🐸"], "contains no word"),
     "not UTF-8": (["prompt=fr\udcffog"], "is not valid UTF-8"),
@@ -359,3 +358,26 @@ def test_a_model_of_unknown_size_draws_eight_multiples(cascade: Path) -> None:
     assert (pipe.image_size, pipe.default_side) == (64, 64)
     pipe.image_size = None
     assert pipe.default_side == 8 * pipe.size_multiple
+
+
+def test_the_empty_prompt_and_a_size_in_digits_are_as_in_the_pipeline(
+    cascade: Path, sample: Callable[..., int], out: Path
+) -> None:
+    few = ["sample.prior_steps=1", "sample.decoder_steps=1"]
+    assert sample("prompt=", "height=32", "width=48", "seed=5", *few) == 0
+    with Image.open(images(out)[0]) as written:
+        actual = np.asarray(written)
+    pipe = load_pipeline(str(cascade / "c"), device="cpu")
+    expected = pipe(
+        "", "32", 48.0, seed=5, prior_num_inference_steps=1, num_inference_steps=1, output_type="np"
+    )
+    np.testing.assert_allclose(actual / 255, expected.images[0], atol=0.51 / 255)
+
+
+def test_the_pipeline_refuses_sizes_and_prompts_as_the_program_does(cascade: Path) -> None:
+    pipe = load_pipeline(str(cascade / "c"), device="cpu")
+    for size in ("wide", 20.5, float("nan"), float("inf"), "", [32]):
+        with pytest.raises(ValueError, match=r"^height=.* is not a whole number of pixels"):
+            pipe("frog", size, 64)
+    with pytest.raises(ValueError, match="contains no word"):
+        pipe("...", 32, 32)

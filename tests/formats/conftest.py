@@ -39,6 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 SETTINGS = {
+    "image_size": 768.0,
     "semantic_scale": 42.0, "semantic_shift": 1.0, "resolution_multiple": 42.67,
     "latent_dim_scale": 10.67,
 }  # fmt: skip

@@ -19,6 +19,7 @@ from wuerstchen_pl.formats.lazy_tensors import (
     write_safetensors,
 )
 from wuerstchen_pl.formats.model import (
+    DECODER_SETTING,
     PART_TARGETS,
     SCALE,
     TEXT_ENCODER,
@@ -49,7 +50,9 @@ CLASSES = {
 SETTINGS = {
     "semantic_scale": "latent_mean", "semantic_shift": "latent_std",
     "resolution_multiple": "resolution_multiple", "latent_dim_scale": "latent_dim_scale",
+    "image_size": "_image_size",
 }  # fmt: skip
+"""Native name -> name in the index, of which diffusers ignores those with an underscore."""
 
 
 def matches(path: Path) -> bool:
@@ -189,7 +192,7 @@ def write(model: Model, path: Path) -> None:
                 index["tokenizer"] = CLASSES["tokenizer"]
         index["scheduler"] = CLASSES["scheduler"]
         for native, external in SETTINGS.items():
-            if native in model.settings and (external == "latent_dim_scale") == (not prefix):
+            if native in model.settings and (native == DECODER_SETTING) == (not prefix):
                 index[external] = model.settings[native]
         dump_json(path / folder / INDEX, index)
         scheduler = {"_class_name": "DDPMWuerstchenScheduler", **SCHEDULE}

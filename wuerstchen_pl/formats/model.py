@@ -18,7 +18,9 @@ from wuerstchen_pl.signatures import check_objects
 
 SHIFT = "semantic_shift"
 """The only setting that may be 0 or negative."""
-SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", "latent_dim_scale", "image_size")
+DECODER_SETTING = "latent_dim_scale"
+"""The only setting that is Stage B's, not Stage C's."""
+SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", DECODER_SETTING, "image_size")
 PARTS = ("prior_text_encoder", "prior", "text_encoder", "decoder", "vqgan", "compressor")
 SCALE = "scale_factor"
 """Stage A's tensor that other formats store in a config, or not at all."""

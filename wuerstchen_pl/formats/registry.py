@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from wuerstchen_pl.formats import FormatName, diffusers, native, run, upstream
 from wuerstchen_pl.formats.compatibility import check_encoder, encoder_of
 from wuerstchen_pl.formats.lazy_tensors import checked
-from wuerstchen_pl.formats.model import Model
+from wuerstchen_pl.formats.model import DECODER_SETTING, Model
 from wuerstchen_pl.io.atomic import atomic_folder
 
 FORMATS = {"native": native, "diffusers": diffusers, "upstream": upstream}
@@ -88,7 +88,7 @@ def read_model(
         if not allow_mismatch:
             check_encoder(encoder_of(other, "c"), encoder_of(model, "c"), f"prior={prior}")
         parts = {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
-        settings = {k: v for k, v in other.settings.items() if k != "latent_dim_scale"}
+        settings = {k: v for k, v in other.settings.items() if k != DECODER_SETTING}
         return replace(model, parts=model.parts | parts, settings=model.settings | settings)
     return model
 

@@ -114,7 +114,7 @@ class TextEncoder(nn.Module):
         return self.encode(*self.tokenizer(captions))
 
     def check(self, prompt: str) -> None:
-        """Reject a prompt that the encoder cannot interpret.
+        """Reject a prompt that the encoder cannot interpret; the empty one is of any image.
 
         Raises:
             ValueError: if it contains a control character, or no letter or digit.
@@ -122,5 +122,5 @@ class TextEncoder(nn.Module):
         shown = repr(prompt if len(prompt) <= 40 else prompt[:40] + "...")
         if any(unicodedata.category(c) == "Cc" and c not in "\t\n\r" for c in prompt):
             raise ValueError(f"prompt={shown} contains a control character; remove it")
-        if not any(c.isalnum() for c in prompt):
+        if prompt and not any(c.isalnum() for c in prompt):
             raise ValueError(f"prompt={shown} contains no word; describe the image in words")

@@ -81,8 +81,8 @@ class CascadePipeline(TextToImage):
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        height: int = 512,
-        width: int = 512,
+        height: int | None = None,
+        width: int | None = None,
         prior_num_inference_steps: int = 60,
         prior_timesteps: Sequence[float] | None = None,
         prior_guidance_scale: float = 4.0,
@@ -126,7 +126,8 @@ class CascadePipeline(TextToImage):
         Args:
             prompt: one, or a list of N; with ``seed`` or a list of generators, an image does not
                 depend on the others of its batch.
-            height: in pixels; if not a multiple of ``size_multiple``, rounded up and cropped.
+            height: in pixels, ``default_side`` if None; if not a multiple of ``size_multiple``,
+                rounded up and cropped.
             width: see ``height``.
             seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
             image_embeddings: see ``PriorSampler``, as for ``strength`` and ``mask``.
@@ -138,6 +139,7 @@ class CascadePipeline(TextToImage):
             ValueError: if an argument is invalid.
         """
         check_output_type(output_type, OUTPUT_TYPES)
+        height, width = self.size(height, width)
         padded_height, padded_width = self.padded_size_with_warning(height, width)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         num_images = count_prompts(prompts) * check_num_images(num_images_per_prompt)
@@ -185,7 +187,7 @@ class CascadePipeline(TextToImage):
         texts = Prompts(prompt or "", negative_prompt)
         output = self.decoder.sample(semantic, texts, padded_height, padded_width, decoder_params)
         if output_type != "latent":
-            output = self.decoder.decode_latents(output, int(height), int(width))
+            output = self.decoder.decode_latents(output, height, width)
         images = convert_output(output, output_type)
         return ImageOutput(images) if return_dict else images
 

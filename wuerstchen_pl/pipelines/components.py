@@ -2,13 +2,10 @@
 
 from typing import Any, TypedDict
 
-from wuerstchen_pl.formats.model import PAELLA, Model, build_network
+from wuerstchen_pl.formats.model import DECODER_SETTING, PAELLA, Model, build_network
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.sampling.decoder import DecoderSampler
 from wuerstchen_pl.sampling.prior import PriorSampler
-
-DECODER_SETTING = "latent_dim_scale"
-"""The only setting that is Stage B's, not Stage C's."""
 
 
 class Components(TypedDict):

@@ -4,6 +4,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
@@ -103,6 +104,20 @@ class TextToImage(ABC):
         side = self.image_size or _DEFAULT_MULTIPLES * self.size_multiple
         return max(1, round(side / self.size_multiple)) * self.size_multiple
 
+    def size(self, height: int | str | None, width: int | str | None) -> tuple[int, int]:
+        """Height and width in pixels, as numbers; None is ``default_side``.
+
+        Raises:
+            ValueError: if one is not a whole number.
+        """
+        return self._side("height", height), self._side("width", width)
+
+    def _side(self, key: str, value: int | str | None) -> int:
+        with suppress(TypeError, ValueError):
+            if (side := float(self.default_side if value is None else value)).is_integer():
+                return int(side)
+        raise ValueError(f"{key}={value!r} is not a whole number of pixels, such as 512; use one")
+
     @abstractmethod
     def compile(self, **options: Any) -> Self:
         """Compile the denoisers; ``options`` are those of ``torch.compile``."""
@@ -139,7 +154,7 @@ class TextToImage(ABC):
         """
         multiple = self.size_multiple
         for key, value in (("height", height), ("width", width)):
-            if value != int(value) or not multiple <= value <= MAX_SIDE:
+            if not multiple <= value <= MAX_SIDE:
                 raise ValueError(
                     f"{key}={value} is not supported; use {multiple} to {MAX_SIDE}, preferably a "
                     f"multiple of {multiple}"

@@ -16,6 +16,7 @@ from wuerstchen_pl.io.image_files import GRID
 from wuerstchen_pl.io.images import write_png
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
+from wuerstchen_pl.pipelines.duration import estimate_seconds
 from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.loading import load_pipeline
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
@@ -23,6 +24,8 @@ from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.config import SamplingConfig
 from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
 
+LONG = 120
+"""A run that is estimated to take more seconds than this says so before it starts."""
 MAX_IMAGES = 10_000
 """Upper limit of images per prompt."""
 
@@ -61,11 +64,15 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     texts, seeds = [p for p, _ in requests], [s for _, s in requests]
     for prompt in prompts:
         pipeline.prior.text_encoder.check(prompt)
-    height, width = (
-        pipeline.default_side if side is None else side for side in (cfg.height, cfg.width)
-    )
+    height, width = pipeline.size(cfg.height, cfg.width)
     pipeline.padded_size(height, width)
     log_dtype(dtype, device)
+    seconds = estimate_seconds(pipeline, len(requests), height, width, settings)
+    if seconds > LONG:
+        print(
+            f"{plural(len(requests), 'image')} of {height} x {width} px: about "
+            f"{seconds / 60:.0f} minutes on {device}"
+        )
 
     images = generate_images(
         pipeline, texts, seeds=seeds, height=height, width=width, settings=settings

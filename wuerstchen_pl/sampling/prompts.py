@@ -87,11 +87,17 @@ def encode_prompts(encoder: TextEncoder, prompts: Prompts, *, repeats: int, guid
 
     Returns:
         (N repeats, L, D), or (2 N repeats, L, D) if ``guided``.
+
+    Raises:
+        ValueError: for a prompt without words; see ``TextEncoder.check``.
     """
     num_prompts, repeats = count_prompts(prompts), check_num_images(repeats)
     embeds = prompts.embeds
     if embeds is None:
-        embeds = encode_texts(encoder, as_list(_texts(prompts)))
+        texts = as_list(_texts(prompts))
+        for text in texts:
+            encoder.check(text)
+        embeds = encode_texts(encoder, texts)
     length = embeds.shape[1] if embeds.ndim > 1 else 0
     _check_embeds(embeds, (num_prompts, length, encoder.width), "prompt_embeds")
     both = [embeds]

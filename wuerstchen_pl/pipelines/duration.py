@@ -1,0 +1,47 @@
+"""How long it will take to generate images, from a few steps at a small size."""
+
+from dataclasses import replace
+from time import perf_counter
+
+from wuerstchen_pl.diffusion.sampler import generators_from_seeds
+from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.sampling.config import SamplingConfig
+
+PROBE_MULTIPLES = 2
+"""Side of the timed images in multiples of ``size_multiple``: 256 px as published."""
+
+
+def estimate_seconds(
+    pipeline: TextToImage, num_images: int, height: int, width: int, config: SamplingConfig
+) -> float:
+    """Estimate the time of ``num_images`` images of a size, in seconds.
+
+    The time is assumed to be proportional to the number of pixels. Attention grows faster, so the
+    estimate of a large size is low.
+
+    Args:
+        pipeline: on the device to run on.
+        num_images: number of images.
+        height: in pixels.
+        width: in pixels.
+        config: sampling settings.
+    """
+    side = PROBE_MULTIPLES * pipeline.size_multiple
+
+    def seconds(prior_steps: int = 1, decoder_steps: int = 1) -> float:
+        steps = replace(
+            config, prior_steps=prior_steps, prior_timesteps=None, decoder_steps=decoder_steps
+        )
+        start = perf_counter()
+        images = pipeline.generate(
+            [""], side, side, config=steps, generator=generators_from_seeds([0])
+        )
+        images.cpu()  # waits for the device
+        return perf_counter() - start
+
+    seconds()  # the first run on a device includes its setup
+    once = seconds()
+    per_image = once
+    per_image += (len(config.prior.times) - 2) * max(0.0, seconds(prior_steps=2) - once)
+    per_image += (len(config.decoder.times) - 2) * max(0.0, seconds(decoder_steps=2) - once)
+    return num_images * per_image * height * width / side**2
