@@ -245,6 +245,11 @@ def test_a_stage_that_trains_on_images_is_refused(
         ("c", ["dtype=int8"], "dtype is 'int8'"),
         ("c", ["text=true"], "stage.train_text_encoder=true; set text=false"),
         ("b", ["text=true"], "stage=b has none"),
+        (
+            "c",
+            ["text=true", "stage.train_text_encoder=false", "data.captions.trigger=sks"],
+            "data.captions.trigger='sks' cannot change cached text embeddings; remove it, or",
+        ),
     ],
 )
 def test_what_cannot_be_cached_is_refused(

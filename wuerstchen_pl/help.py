@@ -42,14 +42,19 @@ def _nested_keys(group: str, choice: str) -> Iterator[str]:
     text = path.read_text() if path.is_file() else ""
     if "@package _global_" in text:  # its keys are not below the group's name
         return
-    bases = re.findall(r"^  - /(\w+)@_here_: (\w+)", text, re.MULTILINE)
-    texts = [Path(conf_dir(), base, f"{name}.yaml").read_text() for base, name in bases]
     values: dict[str, str] = {}
     comments: dict[str, str] = {}
-    for key, value, comment in (entry for text in (*texts, text) for entry in _entries(text)):
+    for key, value, comment in (entry for text in _with_bases(text) for entry in _entries(text)):
         values[key] = value
         comments[key] = comment or comments.get(key, "")
     yield from (f"{group}.{key}: {values[key]} {text}" for key, text in comments.items() if text)
+
+
+def _with_bases(text: str) -> Iterator[str]:
+    """The text of a choice of a group, and before it those of the choices it extends."""
+    for group, choice in re.findall(r"^  - /(\w+)@_here_: (\w+)", text, re.MULTILINE):
+        yield from _with_bases(Path(conf_dir(), group, f"{choice}.yaml").read_text())
+    yield text
 
 
 def _entries(text: str) -> Iterator[tuple[str, str, str]]:

@@ -33,6 +33,7 @@ DATA_TARGETS = frozenset(
     f"wuerstchen_pl.data.{name}"
     for name in (
         "caches.cached_dataset.CachedDataModule",
+        "loading.captions.Captions",
         "ordering.filters.Filters",
         "sources.folder.FolderSource",
         "sources.hub.HubDataset",

@@ -5,6 +5,7 @@ samples -> ``Batches`` fills buckets -> ``ImageBatchDataset`` builds the batch o
 a worker -> loader. All but the last two handle only metadata, in the main process.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport, ImageBatchDataset
+from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_stop_signals
 from wuerstchen_pl.data.loading.resources import choose_num_workers, cpu_count, fit_in_memory
 from wuerstchen_pl.data.loading.transforms import Crop
@@ -47,7 +49,7 @@ class ImageTextDataModule(L.LightningDataModule):
             one window, validation uses the held-out samples of the first window.
         num_workers: decoding processes, at most one per CPU; 0 decodes in the training process,
             None takes one for 100 images, up to 8.
-        seed: random seed of the order, the crops and the caption choices.
+        seed: random seed of the order, the crops and the captions.
         buckets: "area", "sizes" or "paper"; see ``Buckets``.
         bucket_multiple: both sides of a batch are multiples of this many pixels.
         ratios: width / height of the buckets of "area"; None uses the defaults, 1:2 to 2:1.
@@ -58,6 +60,7 @@ class ImageTextDataModule(L.LightningDataModule):
         crop_share: side of a crop relative to the largest possible one, in (0, 1]; 0.5 crops 128 px
             out of an image that covers 256.
         filters: further filters; None drops nothing.
+        captions: what training changes about captions; None changes nothing.
         shuffle_samples: minimum number of samples that are shuffled together, the window.
         max_bad_fraction: share of bad samples (of at least 1,000) or bad shards (of at least 20)
             above which the run stops with a summary.
@@ -83,6 +86,7 @@ class ImageTextDataModule(L.LightningDataModule):
         crop: Crop = "random",
         crop_share: float = 1.0,
         filters: Filters | None = None,
+        captions: Captions | None = None,
         shuffle_samples: int = 20_000,
         max_bad_fraction: float = 0.05,
         keep_decoded: bool | None = False,
@@ -123,7 +127,10 @@ class ImageTextDataModule(L.LightningDataModule):
         self.max_upscale = None if max_upscale is None else max_upscale * crop_share
         self.crop: Crop = crop
         self.crop_share = crop_share
-        self.filters = filters or Filters()
+        self.captions = captions or Captions()
+        self.filters = copy.copy(filters) or Filters()
+        if self.captions.of_uncaptioned:
+            self.filters.require_caption = False
         self.shuffle_samples = shuffle_samples
         self.max_bad_fraction = max_bad_fraction
         self.keep_decoded = keep_decoded
@@ -269,6 +276,7 @@ class ImageTextDataModule(L.LightningDataModule):
             crop=self.crop,
             keep_decoded=keep_decoded,
             crop_share=self.crop_share,
+            captions=self.captions,
         )
 
     def loader_options(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class DatasetImages:
         for spec in self.data.specs_in_order("train", alone=True):
             height, width = spec.size
             for row in spec.rows:
-                caption = row.sample.captions[0]
+                caption = self.data.captions.plain(row.sample.captions[0])
                 samples.append(CaptionedImage(caption, height, width, len(samples)))
         count = min(num_samples or len(samples), len(samples))
         return [samples[i * len(samples) // count] for i in range(count)]

@@ -5,6 +5,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -76,6 +77,11 @@ def run(cfg: DictConfig) -> None:
     device = resolve_device(cfg.device)
     use_tf32(device)  # as train does, and the cached tensors are rounded further
     data: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")
+    for key, value in data.captions.changes.items() if cfg.text else ():
+        raise ValueError(
+            f"data.captions.{key}={value!r} cannot change cached text embeddings; remove it, or "
+            "set text=false"
+        )
     encoders = Encoders(
         stage=stage,
         encoder=hydra.utils.instantiate(cfg.stage["stage_a" if stage == "b" else "stage_b"]),
@@ -118,7 +124,9 @@ def run(cfg: DictConfig) -> None:
             plural(len(missing), "shard"), missing[0],
         )  # fmt: skip
     if (folder / MANIFEST).is_file():
-        print(f"train with data=cached data.root={cfg.out}")
+        # A cache contains captions without the changes of training.
+        typed = [key for key in HydraConfig.get().overrides.task if "data.captions." in key]
+        print(" ".join([f"train with data=cached data.root={cfg.out}", *typed]))
 
 
 def check_ranges(cfg: DictConfig, stage: str) -> None:

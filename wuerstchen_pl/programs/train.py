@@ -73,7 +73,7 @@ def run(cfg: DictConfig) -> float:
         output_dir,
         stage.name,
         HydraConfig.get().overrides.task,
-        caption=data.splits.first_window["train"][0].captions[0],
+        caption=data.captions.plain(data.splits.first_window["train"][0].captions[0]),
         default_folder=Path(cfg.paths.root, cfg.name, stage.name),
         is_cached=hasattr(data, "made_with"),
     )

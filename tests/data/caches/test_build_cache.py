@@ -1,6 +1,7 @@
 """Building and reading caches, with simple sums in place of the networks."""
 
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from wuerstchen_pl.data.caches import build_cache as build_cache_module
 from wuerstchen_pl.data.caches.build_cache import build_cache
 from wuerstchen_pl.data.caches.cached_dataset import PREPROCESSING, CachedDataModule
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.sources.shards import ShardSource
 
@@ -30,6 +32,11 @@ class Sums:
         return torch.tensor([[[float(len(caption))]] for caption in captions])
 
 
+class SumsWithoutText(Sums):
+    def captions(self, captions: list[str]) -> None:
+        return None
+
+
 def module(folder: Path, **changes: Any) -> ImageTextDataModule:
     settings: dict[str, Any] = {"image_size": 32, "batch_size": 3, "bucket_multiple": 16}
     settings |= {"val_fraction": 0.0, "crop": "center", "max_bad_fraction": 1.0} | changes
@@ -40,14 +47,19 @@ def module(folder: Path, **changes: Any) -> ImageTextDataModule:
 
 
 def cached(
-    data: ImageTextDataModule, out: Path, crops: int = 1, rank: int = 0, world_size: int = 1
+    data: ImageTextDataModule,
+    out: Path,
+    crops: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    text: bool = True,
 ) -> list[str]:
     out.mkdir(exist_ok=True)
     settings = {"preprocessing": PREPROCESSING, "tensors": ["semantic"], "crops": crops}
-    settings |= {"sizes": [list(size) for size in data.sizes], "text": True, "made_with": {}}
+    settings |= {"sizes": [list(size) for size in data.sizes], "text": text, "made_with": {}}
     return build_cache(
         data,
-        Sums(),
+        Sums() if text else SumsWithoutText(),
         out,
         settings=settings,
         crops=crops,
@@ -137,6 +149,38 @@ def test_several_crops_and_captions_of_an_image_stay_together(folder: Path, tmp_
             drawn.setdefault(key, set()).add(caption)
     assert max(map(len, seen.values())) == 3
     assert drawn["3"] == {"a 3", "b 3", "another"}
+
+
+def test_captions_of_cached_latents_change_in_training(tmp_path: Path) -> None:
+    tags = {f"{i}.txt": b"a, b, c, d, e, f" for i in range(1, 9)}
+    members = {k: v for i in range(9) for k, v in sample(f"{i}", 40, 40).items()} | tags
+    write(tmp_path / "tags.tar", members | {"0.txt": b""})
+    captions = Captions(shuffle_tags=True, drop_tag_prob=0.3, trigger="sks", default="g, h")
+    data = module(tmp_path, captions=captions, batch_size=1, val_fraction=0.2)
+    cached(data, tmp_path / "out", text=False)
+    options: dict[str, Any] = {"root": str(tmp_path / "out"), "batch_size": 1}
+    from_cache, again = (CachedDataModule(**options, captions=captions) for _ in range(2))
+    from_cache.setup()
+    again.setup()
+
+    def seen(loader: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
+        return {(batch["key"][0], batch["caption"][0]) for _ in range(3) for batch in loader}
+
+    drawn = seen(from_cache.train_dataloader())
+    assert seen(again.train_dataloader()) == drawn
+    assert len({caption for _, caption in drawn}) > 14
+    for _, caption in drawn:
+        trigger, *rest = caption.split(", ")
+        assert trigger == "sks"
+        assert set(rest) <= set("abcdef") or set(rest) <= set("gh")
+    assert seen(from_cache.val_dataloader()) == seen(data.val_dataloader())
+
+
+def test_changes_of_captions_with_cached_text_are_refused(folder: Path, tmp_path: Path) -> None:
+    cached(module(folder), tmp_path / "out")
+    CachedDataModule(root=str(tmp_path / "out"), batch_size=1, captions=Captions())
+    with pytest.raises(ValueError, match=r"^captions.trigger='sks' cannot .*cache with text=false"):
+        CachedDataModule(root=str(tmp_path / "out"), batch_size=1, captions=Captions(trigger="sks"))
 
 
 def test_an_unreadable_shard_is_retried(folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.data.factories import FakeSource, shards
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.ordering.filters import Filters
 from wuerstchen_pl.data.sources.folder import FolderSource
 from wuerstchen_pl.data.sources.hub import HubDataset
@@ -197,6 +198,7 @@ def test_every_key_of_the_data_module() -> None:
         "crop": {"crop": "center"},
         "crop_share": {"crop_share": 0.5},
         "filters": {"filters": Filters(min_size=33)},
+        "captions": {"captions": Captions(trigger="sks")},
         "shuffle_samples": {"shuffle_samples": 1},
         "max_bad_fraction": {"max_bad_fraction": -1},
     }

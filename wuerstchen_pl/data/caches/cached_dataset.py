@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport, hash_uniforms
+from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.ordering.batches import BatchSpec
 from wuerstchen_pl.data.ordering.buckets import Size
 from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardGroup, ShardIndex, Split
@@ -132,10 +133,11 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
     Args:
         source: the cache.
         seed: random seed of the choice of crops and captions.
+        captions: what training changes about captions; nothing if text embeddings are cached.
     """
 
-    def __init__(self, source: CachedSource, seed: int) -> None:
-        self.source, self.seed = source, seed
+    def __init__(self, source: CachedSource, seed: int, captions: Captions) -> None:
+        self.source, self.seed, self.captions = source, seed, captions
         self.names: list[str] = source.manifest["tensors"]
         self.crops: int = source.manifest["crops"]
         self.has_text: bool = source.manifest["text"]
@@ -146,17 +148,15 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         captions, text = [], []
         for sample, epoch in spec.rows:
             file = _open_cached(str(self.source.root / sample.shard))
-            crop, caption = 0, 0
-            if epoch >= 0:
-                crop, caption = self._choices(sample, epoch)
+            crop, number, caption = self._choices(sample, epoch)
             with contents_of(self.source.root / sample.shard, "build the cache again"):
                 for name in self.names:
                     row = sample.offset + crop
                     rows[name].append(file.get_slice(f"{name}/{bucket}")[row : row + 1])
                 if self.has_text:
-                    row = int(sample.metadata["text"]) + caption
+                    row = int(sample.metadata["text"]) + number
                     text.append(file.get_slice("text")[row : row + 1])
-            captions.append(sample.captions[caption])
+            captions.append(caption)
         batch: Batch = {name: torch.cat(tensors) for name, tensors in rows.items()}
         if self.has_text:
             batch["text"] = torch.cat(text)
@@ -165,10 +165,15 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         batch["key"] = [epoch_sample.sample.key for epoch_sample in spec.rows]
         return batch, BatchReport()
 
-    def _choices(self, sample: Sample, epoch: int) -> tuple[int, int]:
-        """The indices of the crop and the caption that are drawn for an epoch."""
-        crop, caption = hash_uniforms(f"{self.seed}/{epoch}/{sample.identity}", 2)
-        return int(crop * self.crops), int(caption * len(sample.captions))
+    def _choices(self, sample: Sample, epoch: int) -> tuple[int, int, str]:
+        """The indices of the crop and the caption that are drawn for an epoch, and the caption."""
+        if epoch < 0:
+            return 0, 0, self.captions.plain(sample.captions[0])
+        name = f"{self.seed}/{epoch}/{sample.identity}"
+        crop, choice = hash_uniforms(name, 2)
+        number = int(choice * len(sample.captions))
+        caption = self.captions.augmented(sample.captions[number], name)
+        return int(crop * self.crops), number, caption
 
 
 class CachedDataModule(ImageTextDataModule):
@@ -180,8 +185,12 @@ class CachedDataModule(ImageTextDataModule):
         val_batch_size: the same for validation; None uses batch_size.
         num_workers: number of reader processes.
         seed: random seed of the order and of the choice of crops and captions.
+        captions: what training changes about captions; None changes nothing.
         shuffle_samples: minimum number of samples that are shuffled together.
         max_bad_fraction: share of bad samples or shards above which the run stops.
+
+    Raises:
+        ValueError: ``captions`` changes captions whose text embeddings are cached.
     """
 
     source: CachedSource
@@ -194,10 +203,17 @@ class CachedDataModule(ImageTextDataModule):
         val_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        captions: Captions | None = None,
         shuffle_samples: int = 20_000,
         max_bad_fraction: float = 0.05,
     ) -> None:
         source = CachedSource(root=root)
+        if captions is not None and source.manifest["text"]:
+            for key, value in captions.changes.items():
+                raise ValueError(
+                    f"captions.{key}={value!r} cannot change the cached text embeddings of "
+                    f"root={root!r}; remove it, or build the cache with text=false"
+                )
         super().__init__(
             source=source,
             image_size=1,
@@ -208,6 +224,7 @@ class CachedDataModule(ImageTextDataModule):
             buckets="sizes",
             bucket_multiple=1,
             sizes=source.sizes,
+            captions=captions,
             shuffle_samples=shuffle_samples,
             max_bad_fraction=max_bad_fraction,
         )
@@ -219,7 +236,7 @@ class CachedDataModule(ImageTextDataModule):
 
     def dataset(self) -> CachedBatchDataset:
         """The dataset that builds batches from batch specs."""
-        return CachedBatchDataset(self.source, self.seed)
+        return CachedBatchDataset(self.source, self.seed, self.captions)
 
 
 class ShardWriter:

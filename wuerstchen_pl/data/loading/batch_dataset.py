@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.loading.transforms import CENTER, Crop, crop_box, resize, salient_position
 from wuerstchen_pl.data.ordering.batches import BatchSpec
 from wuerstchen_pl.data.ordering.buckets import Size
@@ -50,17 +51,26 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
 
     Args:
         source: where the encoded images are read from.
-        seed: random seed of the crops and caption choices.
+        seed: random seed of the crops and captions.
         crop: how training images are cropped.
         keep_decoded: cache every decoded image, by its size, in this process's memory.
         crop_share: side of a crop relative to the largest possible one, in (0, 1].
+        captions: what training changes about captions.
     """
 
     def __init__(
-        self, *, source: Source, seed: int, crop: Crop, keep_decoded: bool, crop_share: float = 1.0
+        self,
+        *,
+        source: Source,
+        seed: int,
+        crop: Crop,
+        keep_decoded: bool,
+        crop_share: float = 1.0,
+        captions: Captions | None = None,
     ) -> None:
         self.source, self.seed, self.crop = source, seed, crop
         self.crop_share = crop_share
+        self.captions = captions or Captions()
         self._decoded_images: dict[tuple[str, Size], np.ndarray] | None = (
             {} if keep_decoded else None
         )
@@ -101,14 +111,13 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
                 report.bad.append(SampleError("unreadable image", f"{sample.name}: {error}"))
                 continue
             report.rows.append(number)
-            position, caption_choice = self._random_choices(sample, epoch)
+            position, caption = self._random_choices(sample, epoch)
             if epoch >= 0 and self.crop == "saliency":
                 position = salient_position(img, size)
             height, width = img.shape[:2]
             box = crop_box(height, width, size, position, self.crop_share)
             report.pixels += height * width
             report.kept += (box[2] - box[0]) * (box[3] - box[1])
-            caption = sample.captions[int(caption_choice * len(sample.captions))]
             rows.append((resize(img, box, size), caption, sample.key))
         return rows
 
@@ -122,12 +131,14 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
             self._decoded_images[key] = decoded
         return self._decoded_images[key]
 
-    def _random_choices(self, sample: Sample, epoch: int) -> tuple[tuple[float, float], float]:
-        """The (top, left) position of the crop and the caption choice, all in [0, 1)."""
+    def _random_choices(self, sample: Sample, epoch: int) -> tuple[tuple[float, float], str]:
+        """The (top, left) position of the crop, in [0, 1), and the caption."""
         if epoch < 0:
-            return CENTER, 0.0
-        top, left, caption_choice = hash_uniforms(f"{self.seed}/{epoch}/{sample.identity}", 3)
-        return (CENTER if self.crop == "center" else (top, left)), caption_choice
+            return CENTER, self.captions.plain(sample.captions[0])
+        name = f"{self.seed}/{epoch}/{sample.identity}"
+        top, left, choice = hash_uniforms(name, 3)
+        caption = self.captions.augmented(sample.captions[int(choice * len(sample.captions))], name)
+        return (CENTER if self.crop == "center" else (top, left)), caption
 
 
 def hash_uniforms(name: str, count: int) -> list[float]:

@@ -97,6 +97,8 @@ class SampleSelector:
         """The key, with its value, that drops samples for a reason of ``select``."""
         if reason == "max_upscale":
             return f"data.max_upscale={self.max_upscale} (or lower data.image_size)"
+        if reason == "no caption":
+            return "data.filters.require_caption=True (or set data.captions.default=CAPTION)"
         # "no punsafe" is the reason of the filter max_punsafe
         key = next(k for k in vars(self.filters) if k.endswith(reason.removeprefix("no ")))
         value = getattr(self.filters, key)
