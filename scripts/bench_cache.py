@@ -22,13 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from scripts.reference_models import VERSION
 from scripts.timing import Work, side_by_side, write_table
-from wuerstchen_pl.data.caches.cached_dataset import (
-    EMPTY,
-    PREPROCESSING,
-    CachedDataModule,
-    ShardWriter,
-    write_manifest,
-)
+from wuerstchen_pl.data.caches.cache_files import EMPTY, PREPROCESSING, ShardWriter, write_manifest
+from wuerstchen_pl.data.caches.cached_dataset import CachedDataModule
 from wuerstchen_pl.data.sources.source import Sample
 from wuerstchen_pl.diffusion.objective import noise_error, p2_weight
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps

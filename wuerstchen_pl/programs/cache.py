@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from wuerstchen_pl.data.caches.build_cache import build_cache
-from wuerstchen_pl.data.caches.cached_dataset import MANIFEST, PREPROCESSING
+from wuerstchen_pl.data.caches.cache_files import MANIFEST, PREPROCESSING
 from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device, use_tf32
 from wuerstchen_pl.io.images import to_float

@@ -13,7 +13,8 @@ from torch import Tensor
 from tests.data.factories import SHAPES, image, sample, write
 from wuerstchen_pl.data.caches import build_cache as build_cache_module
 from wuerstchen_pl.data.caches.build_cache import build_cache
-from wuerstchen_pl.data.caches.cached_dataset import PREPROCESSING, CachedDataModule
+from wuerstchen_pl.data.caches.cache_files import PREPROCESSING
+from wuerstchen_pl.data.caches.cached_dataset import CachedDataModule
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.ordering.filters import Filters

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from wuerstchen_pl.data.caches.cached_dataset import (
+from wuerstchen_pl.data.caches.cache_files import (
     EMPTY,
     ShardWriter,
     read_entries,
