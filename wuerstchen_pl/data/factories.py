@@ -19,13 +19,14 @@ def shards(
     *,
     urls: Urls,
     val_urls: Urls | None = None,
+    caption_lines: bool = False,
     allow_pipe: bool = False,
     download_dir: str = "downloads",
     download_gb: float = 100.0,
     val_fraction: float | None = None,
     **loading: Any,
 ) -> ImageTextDataModule:
-    """Data module of WebDataset shards; see ``ShardSource`` for the first five arguments.
+    """Data module of WebDataset shards; see ``ShardSource`` for the first six arguments.
 
     Raises:
         ValueError: both val_urls and val_fraction are set.
@@ -33,6 +34,7 @@ def shards(
     source = ShardSource(
         urls=urls,
         val_urls=val_urls,
+        caption_lines=caption_lines,
         allow_pipe=allow_pipe,
         download_dir=download_dir,
         download_gb=download_gb,
@@ -41,9 +43,10 @@ def shards(
     return ImageTextDataModule(source=source, val_fraction=held_out, **loading)
 
 
-def folder(*, root: str, **loading: Any) -> ImageTextDataModule:
-    """Data module of a folder of images; see ``FolderSource`` for ``root``."""
-    return ImageTextDataModule(source=FolderSource(root=root), **loading)
+def folder(*, root: str, caption_lines: bool = False, **loading: Any) -> ImageTextDataModule:
+    """Data module of a folder of images; see ``FolderSource`` for the first two arguments."""
+    source = FolderSource(root=root, caption_lines=caption_lines)
+    return ImageTextDataModule(source=source, **loading)
 
 
 def hf(

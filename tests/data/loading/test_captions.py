@@ -1,15 +1,17 @@
 """Changes of captions in training: trigger word, shuffled and dropped tags, default caption."""
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.data.factories import FakeSource, image
+from tests.data.factories import FakeSource, image, sample, write
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.sources.folder import FolderSource
+from wuerstchen_pl.data.sources.shards import ShardSource
 from wuerstchen_pl.data.sources.source import Source
 
 TAGS = [f"tag {i}" for i in range(6)]
@@ -154,3 +156,38 @@ def test_images_without_a_caption_get_the_default(
     data = module(source, captions=Captions(**settings), batch_size=1)
     assert {c for batch in data.train_dataloader() for c in batch["caption"]} == {caption}
     assert {c for batch in data.val_dataloader() for c in batch["caption"]} == {caption}
+
+
+def test_one_of_several_captions_is_drawn_per_epoch_and_validation_uses_the_first() -> None:
+    source = FakeSource.with_sizes({"a": 12}, captions=("one", "two", "three"))
+    data = module(source, captions=Captions(trigger="sks"), batch_size=1)
+    counts = Counter(pair.split(": ")[1] for pair in seen(data, epochs=60))
+    total = sum(counts.values())
+    assert total > 300
+    assert counts.keys() == {"sks, one", "sks, two", "sks, three"}
+    assert all(abs(number / total - 1 / 3) < 0.1 for number in counts.values())
+    assert {c for batch in data.val_dataloader() for c in batch["caption"]} == {"sks, one"}
+
+
+LINES = b"a dog\n\n  a brown \t dog \r\nanimal"
+
+
+@pytest.mark.parametrize(
+    ("caption_lines", "captions"),
+    [(False, ("a dog a brown dog animal",)), (True, ("a dog", "a brown dog", "animal"))],
+)
+def test_a_caption_file_is_one_caption_or_one_per_line(
+    tmp_path: Path, caption_lines: bool, captions: tuple[str, ...]
+) -> None:
+    members = {"a.jpg": image("a"), "a.txt": LINES} | sample("b", captions=["one", "two"])
+    for name, content in members.items():
+        (tmp_path / name).write_bytes(content)
+    write(tmp_path / "s.tar", members)
+    for other in (not caption_lines, caption_lines):  # the index of the other must not be used
+        shards = ShardSource(urls=str(tmp_path / "s.tar"), caption_lines=other)
+        found = {s.key: s.captions for s in shards.open(str(tmp_path / "s.tar")).samples}
+    assert found == {"a": captions, "b": ("one", "two")}
+    folder: Source = FolderSource(root=str(tmp_path), caption_lines=caption_lines)
+    folder = pickle.loads(pickle.dumps(folder))
+    found = {s.key: s.captions for s in folder.open(folder.groups("train")[0].shards[0]).samples}
+    assert found == {"a.jpg": captions, "b.jpg": ("one", "two")}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.data.factories import FakeSource, shards
+from tests.data.factories import FakeSource, sample, shards, write
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.ordering.filters import Filters
@@ -123,7 +123,9 @@ def test_every_key_of_shards(tmp_path: Path) -> None:
     changes: dict[str, dict[str, Any]] = {
         "urls": {"urls": str(tmp_path / "b")},
         "val_urls": {"val_urls": str(tmp_path / "b")},
+        "caption_lines": {"caption_lines": True},
     }
+    write(tmp_path / "a/lines.tar", sample("lines") | {"lines.txt": b"one\ntwo"})
     pipe = {"urls": f"pipe:cat {tmp_path / 'a/00000.tar'}"}
     refused, allowed = (
         outcome(ShardSource, lambda s: s.urls, pipe | more) for more in ({}, {"allow_pipe": True})
@@ -138,9 +140,11 @@ def test_every_key_of_a_folder(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / f"{name}.png")
-        (tmp_path / name / f"{name}.txt").write_text(name)
+        (tmp_path / name / f"{name}.txt").write_text(f"{name}\n{name}")
     base, other = ({"root": str(tmp_path / name)} for name in "ab")
-    check_keys(FolderSource, contents, base, {"root": other})
+    check_keys(
+        FolderSource, contents, base, {"root": other, "caption_lines": {"caption_lines": True}}
+    )
 
 
 def test_every_key_of_openmoji(tmp_path: Path) -> None:

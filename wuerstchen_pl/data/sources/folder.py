@@ -38,15 +38,18 @@ class FolderSource:
 
     Args:
         root: the folder.
+        caption_lines: whether each line of a caption file is a caption, of which training draws
+            one, instead of the whole file.
 
     Raises:
         ValueError: ``root`` is empty.
     """
 
-    def __init__(self, *, root: str) -> None:
+    def __init__(self, *, root: str, caption_lines: bool = False) -> None:
         if not root:
             raise ValueError("root='' is empty; use the folder of your images")
         self.root = Path(root).expanduser()
+        self.caption_lines = caption_lines
         self._rows: list[Row] | None = None
 
     def prepare(self) -> None:
@@ -126,7 +129,8 @@ class FolderSource:
         if isinstance(row, TableRow):
             return parse_captions(row.captions), row.metadata
         metadata = parse_metadata(self._content(row.metadata))
-        return file_captions(self._content(row.caption), metadata), metadata
+        caption = self._content(row.caption)
+        return file_captions(caption, metadata, by_line=self.caption_lines), metadata
 
     def _content(self, name: str | None) -> bytes | None:
         """The content of a file, if it is one that can be read."""
@@ -143,11 +147,11 @@ class FolderSource:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers read by path and do not need the rows.
-        return _folder, (str(self.root),)
+        return _folder, (str(self.root), self.caption_lines)
 
 
-def _folder(root: str) -> FolderSource:
-    return FolderSource(root=root)
+def _folder(root: str, caption_lines: bool) -> FolderSource:
+    return FolderSource(root=root, caption_lines=caption_lines)
 
 
 def row_ranges(count: int) -> list[str]:

@@ -29,12 +29,15 @@ def parse_captions(value: Any) -> tuple[str, ...]:
     return captions
 
 
-def file_captions(caption: bytes | None, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+def file_captions(
+    caption: bytes | None, metadata: Mapping[str, Any], *, by_line: bool = False
+) -> tuple[str, ...]:
     """The captions of a sample in files: ``captions`` of its metadata, or else its caption file.
 
     Args:
         caption: content of the caption file, if there is one.
         metadata: its parsed metadata.
+        by_line: whether each line of the caption file is a caption, instead of the whole file.
 
     Raises:
         UnusableSampleError: see ``parse_captions``.
@@ -43,7 +46,8 @@ def file_captions(caption: bytes | None, metadata: Mapping[str, Any]) -> tuple[s
         if captions := parse_captions(metadata.get("captions")):
             return captions
     try:
-        return parse_captions(decode_text(caption or b""))
+        text = decode_text(caption or b"")
+        return parse_captions(text.splitlines() if by_line else text)
     except ValueError as error:
         raise UnusableSampleError("caption is not UTF-8") from error
 

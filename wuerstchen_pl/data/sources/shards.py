@@ -25,6 +25,8 @@ class ShardSource:
         urls: the training shards: a tar file, a folder, a list file, a brace pattern, an http(s)
             URL, or a list of these.
         val_urls: validation shards; None holds validation samples out of ``urls``.
+        caption_lines: whether each line of a caption file is a caption, of which training draws
+            one, instead of the whole file.
         allow_pipe: allow "pipe:COMMAND", which runs the command in a shell.
         download_dir: folder for downloaded shards, and for the indexes of read-only ones.
         download_gb: size limit of that folder in gigabytes.
@@ -38,11 +40,13 @@ class ShardSource:
         *,
         urls: Urls,
         val_urls: Urls | None = None,
+        caption_lines: bool = False,
         allow_pipe: bool = False,
         download_dir: str = "downloads",
         download_gb: float = 100.0,
     ) -> None:
         self.urls: dict[Split, Urls | None] = {"train": urls, "val": val_urls}
+        self.caption_lines = caption_lines
         self.allow_pipe = allow_pipe
         self.download_cache = DownloadCache(
             folder=download_dir, keep_bytes=round(download_gb * 1e9)
@@ -72,7 +76,13 @@ class ShardSource:
                 [], [SampleError("unreachable shard", f"{shard}: {error}")], broken=True
             )
         expected = None if is_remote(shard) else manifest.expected_samples(shard)
-        return index_tar(path, shard, expected, index_dir=self.download_cache.folder / "indexes")
+        return index_tar(
+            path,
+            shard,
+            expected,
+            index_dir=self.download_cache.folder / "indexes",
+            caption_lines=self.caption_lines,
+        )
 
     def read(self, sample: Sample) -> bytes:
         """The encoded image of a sample."""

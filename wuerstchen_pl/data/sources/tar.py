@@ -37,12 +37,13 @@ def tar_writer(path: Path) -> Iterator[TarWriter]:
         yield writer
 
 
-def scan_tar(path: str, shard: str) -> ShardIndex:
+def scan_tar(path: str, shard: str, *, caption_lines: bool = False) -> ShardIndex:
     """The samples of a tar file, from all its headers.
 
     Args:
         path: path of the file.
         shard: shard name to set in its samples.
+        caption_lines: whether each line of a caption file is a caption.
 
     Raises:
         OSError: the file cannot be read; damage to its contents is reported in the result.
@@ -55,7 +56,7 @@ def scan_tar(path: str, shard: str) -> ShardIndex:
         bad = [SampleError(error.reason, f"{shard}/{error.where}") for error in unused]
         for files in groups:
             try:
-                samples.append(_sample(file.fileno(), shard, files, members))
+                samples.append(_sample(file.fileno(), shard, files, members, caption_lines))
             except UnusableSampleError as error:
                 bad.append(SampleError(str(error), f"{shard}/{files.key}"))
     bad += [SampleError(REPEATED_NAME, f"{shard}/{name}") for name in repeated]
@@ -103,7 +104,9 @@ def _read_headers(path: str, descriptor: int) -> tuple[Members, list[str], str |
     return members, repeated, None
 
 
-def _sample(descriptor: int, shard: str, files: SampleFiles, members: Members) -> Sample:
+def _sample(
+    descriptor: int, shard: str, files: SampleFiles, members: Members, caption_lines: bool
+) -> Sample:
     """The sample of these files.
 
     Raises:
@@ -113,7 +116,7 @@ def _sample(descriptor: int, shard: str, files: SampleFiles, members: Members) -
     if image is None:
         raise UnusableSampleError("no image")
     metadata = parse_metadata(_read(descriptor, metadata_file))
-    captions = file_captions(_read(descriptor, caption), metadata)
+    captions = file_captions(_read(descriptor, caption), metadata, by_line=caption_lines)
     size = size_from_metadata(metadata) or size_from_header(descriptor, image)
     if size is None:
         raise UnusableSampleError("unreadable image")

@@ -31,7 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def index_tar(
-    path: str, shard: str, expected: int | None = None, *, index_dir: Path | None = None
+    path: str,
+    shard: str,
+    expected: int | None = None,
+    *,
+    index_dir: Path | None = None,
+    caption_lines: bool = False,
 ) -> ShardIndex:
     """The samples of a tar file; damage is reported in the result, never raised.
 
@@ -40,15 +45,16 @@ def index_tar(
         shard: shard name to set in its samples.
         expected: number of samples according to the manifest.
         index_dir: folder of the index if it cannot be written beside the file.
+        caption_lines: whether each line of a caption file is a caption.
     """
     try:
         # Before the scan: a file that changes during it does not match its index.
-        state = _state(path)
+        state = _state(path) | {"caption_lines": caption_lines}
         index_paths = list(_index_paths(Path(path), index_dir))
         indexes = (_read(index_path, shard, state) for index_path in index_paths)
         opened = next((index for index in indexes if index is not None), None)
         if opened is None:
-            opened = scan_tar(path, shard)
+            opened = scan_tar(path, shard, caption_lines=caption_lines)
             if not opened.broken:
                 _write(index_paths, opened, shard, state)
     except (OSError, ValueError) as error:  # ValueError: an invalid path
