@@ -185,9 +185,9 @@ def test_a_caption_file_is_one_caption_or_one_per_line(
     write(tmp_path / "s.tar", members)
     for other in (not caption_lines, caption_lines):  # the index of the other must not be used
         shards = ShardSource(urls=str(tmp_path / "s.tar"), caption_lines=other)
-        found = {s.key: s.captions for s in shards.open(str(tmp_path / "s.tar")).samples}
-    assert found == {"a": captions, "b": ("one", "two")}
+        read = {s.key: s.captions for s in shards.open(str(tmp_path / "s.tar")).samples}
+    assert read == {"a": captions, "b": ("one", "two")}
     folder: Source = FolderSource(root=str(tmp_path), caption_lines=caption_lines)
     folder = pickle.loads(pickle.dumps(folder))
-    found = {s.key: s.captions for s in folder.open(folder.groups("train")[0].shards[0]).samples}
-    assert found == {"a.jpg": captions, "b.jpg": ("one", "two")}
+    read = {s.key: s.captions for s in folder.open(folder.groups("train")[0].shards[0]).samples}
+    assert read == {"a.jpg": captions, "b.jpg": ("one", "two")}
