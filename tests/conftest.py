@@ -17,7 +17,8 @@ from wuerstchen_pl.data import __main__ as data
 gc.freeze()
 
 NO_GRIDS = "callbacks.sample_grids=null"
-"""Rendering them takes a third of a short run."""
+NO_PLOT = "callbacks.loss_by_timestep=null"
+"""Rendering grids and plots takes half of a short run."""
 SMALL_DATA = ("data.limit=24", "data.val_fraction=0.2", "data.batch_size=4")
 SMALL_NETWORK = {
     "a": (
@@ -79,8 +80,10 @@ def small(stage: str, root: Path, steps: int = 4) -> list[str]:
         "stage.lr_schedule.decay=none",  # so that a part of a run is that of a shorter one
         "stage.optimizer.lr=1e-3",
         f"validate_every_steps={steps}",
+        f"checkpoint_every_steps={steps}",
         "logger=csv",
         NO_GRIDS,
+        NO_PLOT,
         *SMALL_DATA,
         *SMALL_NETWORK[stage],
     ]

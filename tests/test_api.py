@@ -91,7 +91,11 @@ def test_data_are_checked_built_and_cached(cascade: Path, tmp_path: Path) -> Non
         (["stage=a", "experiment=none"], ValueError, "experiment=none is unknown; choose from"),
         ([], ValueError, "stage is missing; choose stage=a or stage=b"),
         (["stage=a", "data.batch_size=many"], ValueError, "data.batch_size is 'many', and must be"),
-        (["stage=a", "init_from=/no/run"], FileNotFoundError, "/no/run does not exist"),
+        (
+            ["stage=a", "init_from=/no/run", "data.limit=4"],
+            FileNotFoundError,
+            "/no/run does not exist",
+        ),
         (["stage=a", "data.val_fraction=2.0"], ValueError, "data.val_fraction=2.0 "),
         (["stage=a", "name=[a"], ValueError, "cannot be read; write key=value"),
         ("stage=a", ValueError, "'stage=a' is a single string; give a list of key=value strings"),

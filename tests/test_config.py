@@ -288,7 +288,10 @@ WRONG_VALUES = {
     "clip.name": ("evaluate", ["metric=[clip]", "clip.name=x"]),
     "clip.weights": ("evaluate", ["metric=[clip]", "clip.weights=x"]),
     "fid_features.weights": ("evaluate", ["metric=[fid]", "fid_features.weights=x"]),
-    "callbacks.checkpoints.every_steps": ("train", ["stage=a", "callbacks.checkpoints.keep=0"]),
+    "callbacks.checkpoints.every_steps": (
+        "train",
+        ["stage=a", "callbacks.checkpoints.keep=0", "data.limit=4"],
+    ),
     "data.ratios": ("train", ["stage=a", "data.ratios=[-1]"]),
     "data.filters.max_ratio": ("train", ["stage=a", "data.filters.max_ratio=0.5"]),
 }

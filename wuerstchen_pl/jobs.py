@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from wuerstchen_pl.sweep import results_table
 
 _PACKAGE = Path(__file__).resolve().parent
 _TRACEBACKS = "HYDRA_FULL_ERROR"
+_FOR_HYDRA = re.compile(r"-|[+~]*hydra[./=]")
+"""Arguments such as ``-m`` and ``hydra.verbose=true``. Without any, a config is composed once;
+``hydra.main`` composes it twice, first to learn whether it is for a sweep."""
 
 
 def launch(
@@ -48,13 +52,20 @@ def launch(
             return run(cfg)
 
     run.__module__ = guarded.__module__ = f"{_PACKAGE.name}.{name}"  # also the job's name
-    composed = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)
+    by_hydra = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)
     if os.environ.get(_TRACEBACKS) == "1":
         with one_line_logs(), results_table():
-            composed(run)()
-    else:  # with this variable, Hydra raises composition errors instead of printing them
-        with _environment("1"), one_line_errors(), results_table():
-            composed(guarded)()
+            by_hydra(run)()
+        return
+    if not any(map(_FOR_HYDRA.match, sys.argv[1:])):
+        with one_line_errors(), composed(name, sys.argv[1:]) as cfg:
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                with one_line_warnings(), one_line_logs():
+                    run(cfg)
+                return
+    # with this variable, Hydra raises composition errors instead of printing them
+    with _environment("1"), one_line_errors(), results_table():
+        by_hydra(guarded)()
 
 
 def call(
@@ -70,23 +81,30 @@ def call(
         ValueError: with the sentence that the command line prints, for what Hydra raises.
         KeyboardInterrupt: if training was interrupted, after a checkpoint was saved.
     """
-    before = HydraConfig.instance().cfg
     try:
-        with initialize_config_dir(conf_dir(), version_base="1.3", job_name=name):
-            composed = compose(name, list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(composed)
-        cfg = copy.deepcopy(composed)
-        with read_write(cfg), open_dict(cfg):
-            del cfg["hydra"]
-        with one_line_warnings(), one_line_logs():
+        with composed(name, overrides) as cfg, one_line_warnings(), one_line_logs():
             _check_and_run(name, known_keys, read_keys, lambda: None, cfg)
-        return Path(OmegaConf.select(cfg, output_key))
+            return Path(OmegaConf.select(cfg, output_key))
     except Exit as stop:
         raise KeyboardInterrupt(stop.message) from None
     except Exception as error:
         if type(error).__module__.split(".")[0] in ("hydra", "omegaconf"):
             raise ValueError(explain(error)) from error
         raise
+
+
+@contextmanager
+def composed(name: str, overrides: Sequence[str]) -> Iterator[DictConfig]:
+    """The config of a program; within the block, ``HydraConfig`` is that of this one job."""
+    before = HydraConfig.instance().cfg
+    try:
+        with initialize_config_dir(conf_dir(), version_base="1.3", job_name=name):
+            whole = compose(name, list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(whole)
+        cfg = copy.deepcopy(whole)
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
+        yield cfg
     finally:
         HydraConfig.instance().cfg = before
 

@@ -17,6 +17,7 @@ from tests.conftest import NO_GRIDS, run_program, small
 from tests.distributed.launch import launch
 from wuerstchen_pl.checkpointing import load
 
+pytestmark = pytest.mark.slow
 STEPS, HALF = 20, 10
 TOLERANCE = 1e-5
 STAGE_OVERRIDES = {
@@ -68,15 +69,6 @@ HYBRID = [
 ONE_ACCUMULATED = ["trainer=cpu", "data.batch_size=4", "global_batch=8"]
 TWO = ["trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=4"]
 ONE = ["trainer=cpu", "data.batch_size=8"]
-
-
-@pytest.fixture(scope="module")
-def sharded_run(tmp_path_factory: pytest.TempPathFactory, cascade: Path) -> Path:
-    """A folder with Stage B trained by one process, ``one``, and by two with FSDP2, ``fsdp``."""
-    root = tmp_path_factory.mktemp("sharded")
-    assert run_program("train", arguments("b", root / "one", cascade, *ONE)) == 0
-    launch([arguments("b", root / "fsdp", cascade, *TWO, *STRATEGIES["fsdp"][0])], root)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +153,11 @@ def check_equal(runs: Path, name: str, stage: str, reference: str = "one") -> No
         assert losses_two[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), key
 
 
-def test_two_sharded_processes_train_like_one(sharded_run: Path) -> None:
-    check_equal(sharded_run, "fsdp", "b")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_two_processes_train_like_one(runs: Path, name: str, stage: str) -> None:
     check_equal(runs, name, stage)
 
 
-@pytest.mark.slow
 def test_two_nodes_that_accumulate_gradients_train_like_one_process(
     cascade: Path, tmp_path: Path
 ) -> None:
@@ -183,7 +169,6 @@ def test_two_nodes_that_accumulate_gradients_train_like_one_process(
     check_equal(tmp_path, "hybrid", "b", "one_accumulated")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", "abc")
 def test_two_sharded_processes_train_in_bfloat16_like_one(
     stage: str, cascade: Path, tmp_path: Path
@@ -208,7 +193,6 @@ def test_two_sharded_processes_train_in_bfloat16_like_one(
         assert losses_two[key] == pytest.approx(value, rel=0.02, abs=0.01), key
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", "abc")
 def test_the_comparison_detects_ten_missing_steps(runs: Path, stage: str) -> None:
     run = runs / "one/default" / stage
@@ -216,7 +200,6 @@ def test_the_comparison_detects_ten_missing_steps(runs: Path, stage: str) -> Non
     assert max_difference(half, last_checkpoint(run))[0] > 100 * TOLERANCE
 
 
-@pytest.mark.slow
 def test_only_fsdp_writes_sharded_checkpoints(runs: Path) -> None:
     is_sharded = {
         name: load.find_checkpoint(runs / name / "default/b").is_dir()
@@ -225,13 +208,12 @@ def test_only_fsdp_writes_sharded_checkpoints(runs: Path) -> None:
     assert is_sharded == {"one": False, "ddp": False, "fsdp": True, "fsdp_one_file": False}
 
 
-def test_a_sharded_run_renders_the_same_grid_as_one_process(sharded_run: Path) -> None:
-    grids = [sharded_run / n / f"default/b/grids/step{STEPS:07d}.png" for n in ("one", "fsdp")]
+def test_a_sharded_run_renders_the_same_grid_as_one_process(runs: Path) -> None:
+    grids = [runs / n / f"default/b/grids/step{STEPS:07d}.png" for n in ("one", "fsdp")]
     one, sharded = (np.asarray(Image.open(grid)).astype(int) for grid in grids)
     assert np.abs(one - sharded).max() <= 2
 
 
-@pytest.mark.slow
 def test_validation_codes_are_counted_over_all_processes(runs: Path) -> None:
     def dead_codes(name: str) -> list[str]:
         log = (runs / name / "default/a/metrics.csv").read_text().splitlines()
@@ -241,7 +223,6 @@ def test_validation_codes_are_counted_over_all_processes(runs: Path) -> None:
     assert dead_codes("one") == dead_codes("ddp") == dead_codes("fsdp")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_all_processes_end_when_the_first_cannot_write(
     strategy: str, cascade: Path, tmp_path: Path
@@ -254,9 +235,9 @@ def test_all_processes_end_when_the_first_cannot_write(
         launch([job], tmp_path)
 
 
-def test_a_missing_shard_is_an_error(sharded_run: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_is_an_error(runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "alone.ckpt"
-    shutil.copytree(load.find_checkpoint(sharded_run / "fsdp/default/b"), path)
+    shutil.copytree(load.find_checkpoint(runs / "fsdp/default/b"), path)
     shards = sorted(path.glob("*.safetensors"))
     assert len(shards) == 2
     load.read_checkpoint(path)
