@@ -1,5 +1,6 @@
 """Config validation: every shipped combination is valid, and errors name the wrong key."""
 
+import copy
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -55,9 +56,15 @@ def composed(*overrides: str, program: str = "train") -> DictConfig:
     return cfg
 
 
-@pytest.fixture
-def cfg() -> DictConfig:
+@pytest.fixture(scope="module")
+def stage_a() -> DictConfig:
     return composed("stage=a")
+
+
+@pytest.fixture
+def cfg(stage_a: DictConfig) -> DictConfig:
+    """A config of Stage A that a test may change."""
+    return copy.deepcopy(stage_a)
 
 
 # composing takes 0.1 s: the fast test varies one group at a time, with the tiny Stage C; the slow

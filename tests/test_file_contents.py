@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from wuerstchen_pl.evaluation.datasets import data_from_yaml
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.prompt_sets import read_prompts
 from wuerstchen_pl.formats import model_card, registry
-from wuerstchen_pl.formats.model import build_network
+from wuerstchen_pl.formats.model import PARTS, build_network
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.pipelines.loading import stage_of_run
 
@@ -88,9 +89,15 @@ def from_checkpoint(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def read_model(folder: Path) -> object:
+def read_model(folder: Path, *parts: str) -> object:
+    """Read a model, and build those parts of it, or else all."""
     model = registry.read_model(str(folder))
-    return [build_network(part) for part in model.parts.values()]
+    return [build_network(model.parts[name]) for name in parts or model.parts]
+
+
+def read_part(name: str, files: Path) -> object:
+    """Read the files of a part in the diffusers format, or those that text encoders share."""
+    return read_model(files / "diffusers", name if name in PARTS else "text_encoder")
 
 
 def card_of(checkpoint: Path) -> str:
@@ -125,17 +132,25 @@ KINDS = {
         **JSON,
     ),
     "manifest": Kind("native/wuerstchen_pl.json", lambda f: read_model(f / "native"), **JSON),
-    "native config": Kind("native/prior/config.json", lambda f: read_model(f / "native"), **JSON),
-    "native weights": Kind("native/prior/model.safetensors", lambda f: read_model(f / "native")),
+    "native config": Kind(
+        "native/prior/config.json", lambda f: read_model(f / "native", "prior"), **JSON
+    ),
+    "native weights": Kind(
+        "native/prior/model.safetensors", lambda f: read_model(f / "native", "prior")
+    ),
     "index of shards": Kind(
-        "sharded/prior/model.safetensors.index.json", lambda f: read_model(f / "sharded"), **JSON
+        "sharded/prior/model.safetensors.index.json",
+        lambda f: read_model(f / "sharded", "prior"),
+        **JSON,
     ),
     "model_index.json": Kind(
         "diffusers/wuerstchen/model_index.json", lambda f: read_model(f / "diffusers"), **JSON
     ),
     **{
         f"diffusers' {part}": Kind(
-            f"diffusers/{part}/{name}", lambda f: read_model(f / "diffusers"), **JSON
+            f"diffusers/{part}/{name}",
+            partial(read_part, Path(part).name),
+            **JSON,
         )
         for part, name in (
             ("wuerstchen-prior/prior", "config.json"),
@@ -148,7 +163,10 @@ KINDS = {
         )
     },
     **{
-        name: Kind(f"diffusers/wuerstchen/tokenizer/{name}", lambda f: read_model(f / "diffusers"))
+        name: Kind(
+            f"diffusers/wuerstchen/tokenizer/{name}",
+            lambda f: read_model(f / "diffusers", "text_encoder"),
+        )
         for name in ("vocab.json", "merges.txt")
     },
     "upstream": Kind(

@@ -84,7 +84,16 @@ ON_GPUS = [c for c in commands("train") if "trainer=fsdp_a100" in c]
 ON_ONE = [one for c in commands("train") if c not in ON_GPUS for one in train.for_each_stage(c)]
 
 
-@pytest.mark.parametrize("arguments", ON_ONE, ids=lambda a: " ".join(a)[:60])
+def sweeps_slow(all_arguments: list[list[str]]) -> list[Any]:
+    """Parameters of a test, of which the sweeps are slow; their keys are checked by a fast one."""
+    return [
+        pytest.param(arguments, id=" ".join(arguments)[:60], marks=[pytest.mark.slow] * is_sweep)
+        for arguments in all_arguments
+        for is_sweep in ["-m" in arguments]
+    ]
+
+
+@pytest.mark.parametrize("arguments", sweeps_slow(ON_ONE))
 def test_training_commands(arguments: list[str], cascade: Path, workdir: Path) -> None:
     stage = next(a.partition("=")[2] for a in arguments if a.startswith("stage="))
     if "hydra/sweeper=optuna" in arguments:
@@ -127,6 +136,17 @@ def test_commands_for_several_devices_have_only_used_keys(arguments: list[str]) 
     check_config(composed(*arguments), train.KNOWN_KEYS)
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_sweeps_have_only_used_keys(name: str) -> None:
+    known_keys = {"train": train, "evaluate": evaluate}[name].KNOWN_KEYS
+    sweeps = [c for c in commands(name) if "-m" in c and c not in ON_GPUS]
+    assert len(sweeps) == 2
+    for arguments in sweeps:
+        for one in swept([a for a in arguments if not a.startswith("hydra") and "(" not in a]):
+            check_config(composed(*one, program=name), known_keys)
+
+
+@pytest.mark.slow
 def test_the_papers_phases_run_with_one_command(cascade: Path, workdir: Path) -> None:
     command = next(c for c in ON_GPUS if any("paper_c_4" in a for a in c))
     shards(workdir / "tars", 2, 8)
@@ -196,9 +216,7 @@ TO_DOWNLOAD = [c for c in commands("evaluate") if "metric=[fid,is,clip,pickscore
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [c for c in commands("evaluate") if c not in TO_DOWNLOAD],
-    ids=lambda a: " ".join(a)[:60],
+    "arguments", sweeps_slow([c for c in commands("evaluate") if c not in TO_DOWNLOAD])
 )
 def test_evaluation_commands(
     arguments: list[str], cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

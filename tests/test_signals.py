@@ -48,16 +48,25 @@ def test_a_signal_ends_a_working_program_with_one_line_at_most(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("hook", ["prepare_data", "setup", "on_fit_end"])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("name", "hook"),
+    [
+        ("SIGTERM", "prepare_data"),
+        ("SIGINT", "setup"),
+        ("SIGTERM", "on_fit_end"),
+        pytest.param("SIGINT", "prepare_data", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "setup", marks=pytest.mark.slow),
+        pytest.param("SIGINT", "on_fit_end", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_stopped_outside_its_steps_can_be_requeued(
-    hook: str, signum: int, program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    name: str, hook: str, program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     arguments = [*small("a", tmp_path, steps=1), "ckpt=auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, hook, sender(signum))
-        assert program("train", *arguments) == (REQUEUE if signum == signal.SIGTERM else 130)
+        patch.setattr(Stage, hook, sender(signal.Signals[name]))
+        assert program("train", *arguments) == (REQUEUE if name == "SIGTERM" else INTERRUPTED)
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "ckpt=auto" in said

@@ -75,7 +75,12 @@ def send_signals(monkeypatch: pytest.MonkeyPatch, signals: list[int], *, step: i
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGINT", 130), ("SIGTERM", REQUEUE), ("SIGUSR1", REQUEUE)]
+    ("name", "code"),
+    [
+        ("SIGINT", 130),
+        ("SIGTERM", REQUEUE),
+        pytest.param("SIGUSR1", REQUEUE, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_the_current_step_and_the_run_resumes(
     name: str, code: int, cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -187,7 +187,10 @@ def test_spawned_workers_give_the_same_batches(sources: Callable[[str], Source],
         assert torch.equal(actual["image"], other["image"])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 6), (6, 2), (4, 3)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(4, 3), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 6), (6, 2)))],
+)
 def test_a_run_resumes_its_samples_with_another_batch_size(
     sources: Callable[[str], Source], tmp_path: Path, before: int, after: int
 ) -> None:

@@ -21,6 +21,8 @@ from wuerstchen_pl.programs.train import build_stage
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("run", "checkpoint", "native", "diffusers")
+FEW = [pytest.param(kind, marks=[] if kind == "diffusers" else pytest.mark.slow) for kind in KINDS]
+"""For long tests: those of the other kinds, which are read with less conversion, are slow."""
 Sources = Callable[[str, str], str]
 
 
@@ -97,7 +99,7 @@ def test_training_starts_with_the_same_weights_from_every_source(
     assert all(torch.equal(state[name], expected[name]) for name in names)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW)
 def test_every_source_is_evaluated_with_the_same_result(
     kind: str, runs: Path, sources: Sources, tmp_path: Path
 ) -> None:
@@ -147,7 +149,7 @@ def other(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW)
 def test_a_prior_of_another_compressor_is_refused_with_both_hashes(
     kind: str, runs: Path, other: Path, sources: Sources
 ) -> None:
@@ -168,7 +170,7 @@ def test_a_prior_of_another_compressor_is_refused_with_both_hashes(
     assert mixed.parts.keys() == set(PARTS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW)
 def test_a_prior_of_other_latents_is_refused_with_both_scalings(
     kind: str, runs: Path, sources: Sources
 ) -> None:

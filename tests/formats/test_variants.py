@@ -154,8 +154,14 @@ def commands(folder: Path, out: Path) -> Iterator[tuple[str, list[str]]]:
     yield "interpolate", [f"a={folder}", f"b={folder}", f"to={out}"]
 
 
-@pytest.mark.parametrize("variant", [(), ("variant=fp16",)])
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(
+    ("number", "variant"),
+    [
+        pytest.param(number, variant, marks=[] if number % 2 == len(variant) else pytest.mark.slow)
+        for number in range(4)
+        for variant in ((), ("variant=fp16",))
+    ],
+)
 def test_programs_read_a_folder_of_fp16_weights(
     folder: Path, tmp_path: Path, program: Program, number: int, variant: tuple[str, ...]
 ) -> None:

@@ -94,8 +94,11 @@ def test_the_sidecar_is_removed_with_the_file(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", range(12))
-@pytest.mark.parametrize("name", ["fsync", "replace", "unlink"])
+CALLS = {"fsync": 4, "replace": 3, "unlink": 2}
+"""How often an overwrite calls a function at most."""
+
+
+@pytest.mark.parametrize(("name", "call"), [(n, i) for n in CALLS for i in range(CALLS[n] + 1)])
 @pytest.mark.parametrize("has_sidecar", [True, False])
 def test_a_kill_at_any_point_of_an_overwrite_leaves_an_intact_file(
     tmp_path: Path, name: str, call: int, has_sidecar: bool
@@ -118,7 +121,7 @@ def test_a_kill_at_any_point_of_an_overwrite_leaves_an_intact_file(
         commit_checkpoint(tmp_path, 1, b"after")
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9)
+    assert status in ((0, 9) if call < CALLS[name] else (0,))
     assert atomic.is_intact(path)
     assert path.read_bytes() in ((b"before", b"after") if status else (b"after",))
 

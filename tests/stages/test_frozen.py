@@ -95,7 +95,15 @@ def before_forward(modules: list[nn.Module], hook: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"), [*((name, "auto") for name in STAGES), ("b", "fsdp"), ("c", "fsdp")]
+    ("name", "strategy"),
+    [
+        ("a", "auto"),
+        pytest.param("b", "auto", marks=pytest.mark.slow),
+        ("c", "auto"),
+        pytest.param("ldm", "auto", marks=pytest.mark.slow),
+        ("b", "fsdp"),
+        pytest.param("c", "fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_networks_compute_in_float32_except_in_grids(
     name: str, strategy: str, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -208,8 +216,13 @@ def ids(*networks: nn.Module) -> set[int]:
 @pytest.mark.parametrize(
     ("name", "cached", "strategy"),
     [
-        *((name, cached, "auto") for name in ("b", "c", "ldm") for cached in (False, True)),
+        ("b", False, "auto"),
+        ("c", True, "auto"),
         ("c", False, "fsdp"),
+        pytest.param("b", True, "auto", marks=pytest.mark.slow),
+        pytest.param("c", False, "auto", marks=pytest.mark.slow),
+        pytest.param("ldm", False, "auto", marks=pytest.mark.slow),
+        pytest.param("ldm", True, "auto", marks=pytest.mark.slow),
     ],
 )
 def test_only_the_frozen_networks_of_a_step_are_on_the_device_between_grids(

@@ -34,9 +34,9 @@ def validation_loss(stage: Stage, batch: Batch) -> float:
     ("name", "steps", "max_ratio"),
     [
         pytest.param("a", 300, 0.4, marks=pytest.mark.slow),
-        ("b", 120, 0.8),
+        pytest.param("b", 120, 0.8, marks=pytest.mark.slow),
         ("c", 150, 0.5),
-        ("ldm", 100, 0.8),
+        pytest.param("ldm", 100, 0.8, marks=pytest.mark.slow),
     ],
 )
 def test_one_batch_overfits(name: str, steps: int, max_ratio: float, batch: Batch) -> None:

@@ -172,7 +172,7 @@ def test_semantic_latents_are_noised_at_times_below_one_half(
         return corrupt(semantic, uniform, t, noise)
 
     monkeypatch.setattr(stage, "corrupt", recording_corrupt)
-    fit(stage, batch, 100)
+    fit(stage, batch, 40)
     t = torch.cat(times)
     assert 0 <= t.min() < 0.02
     assert 0.48 < t.max() < 0.5
