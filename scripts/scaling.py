@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.activation_memory import SavedBytes, saved_bytes
 from wuerstchen_pl.config import conf_dir
 from wuerstchen_pl.data.ordering.buckets import Buckets
+from wuerstchen_pl.models.meta import on_meta
 
 RECIPES = (
     "paper_a", "paper_b_512", "paper_b_1024", "paper_c_1", "paper_c_2", "paper_c_3", "paper_c_4",
@@ -62,7 +63,7 @@ def recipe_cost(name: str) -> RecipeCost:
         stage = name.split("_")[1]
         lower = {s: hydra.compose("train", [f"stage={s}", "preset=paper"]).stage for s in "ab"}
     sizes = bucket_sizes(cfg)
-    with torch.device("meta"):
+    with on_meta():
         flops = [sample_flops(stage, cfg, lower, *size) for size in sizes]
         trained = trained_networks(cfg, stage)
     weights = sum(p.numel() for net in trained for p in net.parameters())

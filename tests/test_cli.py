@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from typing import Any
 import lightning as L
 import pytest
 import yaml
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tests.conftest import small
 from tests.test_config import composed
 from wuerstchen_pl.callbacks.preemption import Preempted
 from wuerstchen_pl.cli import Command
+from wuerstchen_pl.config import conf_dir
 from wuerstchen_pl.errors import _with_full_key, explain
 from wuerstchen_pl.help import help_text
 from wuerstchen_pl.jobs import one_line_logs
@@ -124,7 +127,35 @@ def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.Monk
     assert terminal.buffer.getvalue() == b"W\\xfcrstchen\n"  # type: ignore[attr-defined]
 
 
+def test_a_command_composes_its_config_once(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    compose = Hydra.compose_config
+
+    def record(self: Hydra, config_name: str, **options: Any) -> DictConfig:
+        names.append(config_name)
+        return compose(self, config_name, **options)
+
+    monkeypatch.setattr(Hydra, "compose_config", record)
+    assert program("export", "ckpt=/no/run", "to=x") == 1
+    assert names == ["export"]
+
+
 # Sweeps
+
+
+def test_a_config_may_ask_for_a_sweep(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Without ``-m``, by ``hydra.mode`` in an experiment."""
+    shutil.copytree(conf_dir(), tmp_path / "conf")
+    sweep = {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": {"seed": "x,y"}}}}
+    text = "# @package _global_\n" + yaml.dump(sweep)
+    (tmp_path / "conf/experiment/seeds.yaml").write_text(text)
+    monkeypatch.setattr("wuerstchen_pl.jobs.conf_dir", lambda: str(tmp_path / "conf"))
+    assert program("train", "stage=a", "experiment=seeds", f"paths.root={tmp_path / 'out'}") == 1
+    assert capsys.readouterr().err.count("error: ") == 3  # two jobs and the sweep
 
 
 def finished(folder: Path) -> bool:

@@ -292,6 +292,29 @@ def test_plans_that_cannot_be_measured_are_rejected(
     assert len(list((folder / "images").glob("*.png"))) == 6
 
 
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The classes of the networks and layers that are built during a test."""
+    names: list[str] = []
+    initialize = nn.Module.__init__
+
+    def spy(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        names.append(type(module).__name__)
+        initialize(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__init__", spy)
+    return names
+
+
+def of_black_images(cascade: Path, prompts: Path, folder: Path) -> list[str]:
+    """A command of which only the weights of the judge are missing."""
+    for number in range(6):
+        Image.new("RGB", (64, 64)).save(folder / f"{number}.png")
+    right = ["metric=[fid,pickscore]", f"prompts={prompts}", f"reference={folder}"]
+    right += ["pickscore.weights=nowhere", f"output_dir={folder / 'report'}"]
+    return [*right, f"model={cascade / 'c'}", *fast(*right)]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -307,31 +330,24 @@ def test_plans_that_cannot_be_measured_are_rejected(
 )
 def test_inputs_are_checked_before_any_network_is_built(
     wrong: list[str], message: str, cascade: Path, prompts: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    built: list[str], capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
-    built: list[str] = []
-    initialize = nn.Module.__init__
-
-    def spy(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        built.append(type(module).__name__)
-        initialize(module, *args, **kwargs)
-
-    for number in range(6):
-        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
-    right = ["metric=[fid,pickscore]", f"prompts={prompts}", f"reference={tmp_path}"]
-    right += ["pickscore.weights=nowhere", f"output_dir={tmp_path / 'report'}"]
-    right += [f"model={cascade / 'c'}", *fast(*right)]
+    right = of_black_images(cascade, prompts, tmp_path)
     wrong_keys = {key.partition("=")[0] for key in wrong}
     overrides = [key for key in right if key.partition("=")[0] not in wrong_keys]
     overrides += [key.format(cascade=cascade) for key in wrong]
     if "images" in wrong_keys:
         overrides = [key for key in overrides if not key.startswith("sample.")]
-    monkeypatch.setattr(nn.Module, "__init__", spy)
     assert run_program("evaluate", overrides) == 1
     assert message in capsys.readouterr().err
     assert built == []
     assert not (tmp_path / "report").exists()
-    assert run_program("evaluate", right) == 1  # only the networks' own weights are missing
+
+
+def test_networks_are_built_once_the_inputs_are_right(
+    cascade: Path, prompts: Path, tmp_path: Path, built: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    assert run_program("evaluate", of_black_images(cascade, prompts, tmp_path)) == 1
     assert "pickscore.weights=nowhere is not a folder" in capsys.readouterr().err
     assert "RandomConvFeatures" in built
 

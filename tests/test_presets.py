@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from open_clip.model import CLIPTextCfg, _build_text_tower
 
 from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.models.meta import on_meta
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.stages.ema import EMA
 
@@ -37,7 +38,7 @@ def part_config(stage: str, preset: str, part: str) -> dict[str, Any]:
 def test_a_preset_has_the_published_number_of_parameters(
     stage: str, preset: str, part: str, count: int
 ) -> None:
-    with torch.device("meta"):
+    with on_meta():
         net = instantiate(part_config(stage, preset, part), _convert_="all")
     assert sum(p.numel() for p in net.parameters()) == count
 
@@ -45,7 +46,7 @@ def test_a_preset_has_the_published_number_of_parameters(
 def test_the_compressor_has_the_published_latent_sizes() -> None:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("train", ["stage=b", "preset=v2", "stage.compressor.backbone.weights=null"])
-    with torch.device("meta"):
+    with on_meta():
         compressor = instantiate(cfg.stage.compressor, _convert_="all")
         semantic = compressor(torch.empty(1, 3, 1024, 1024))
     assert compressor.latent_size(1024, 1024) == tuple(semantic.shape[-2:]) == (24, 24)
@@ -61,7 +62,7 @@ def test_the_third_phase_of_stage_c_has_the_papers_positions(preset: str) -> Non
         node = compose("train", ["stage=b", f"preset={preset}"]).stage.compressor
     if preset != "tiny":
         node.backbone.weights = None
-    with torch.device("meta"):
+    with on_meta():
         compressor = instantiate(node, _convert_="all")
         shapes = [compressor(torch.empty(1, 3, *size)).shape[-2:] for size in sizes]
     assert [tuple(shape) for shape in shapes] == [(24, 24), (24, 40), (40, 24)]
@@ -76,7 +77,7 @@ def test_the_text_encoders_match_clip(preset: str, model: str) -> None:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("train", ["stage=c", f"preset={preset}", "stage.text_encoder.weights=null"])
     clip = open_clip.get_model_config(model)
-    with torch.device("meta"):
+    with on_meta():
         actual = instantiate(cfg.stage.text_encoder).tower
         expected = _build_text_tower(clip["embed_dim"], CLIPTextCfg(**clip["text_cfg"]))
     shapes = {name: p.shape for name, p in expected.named_parameters() if name != "text_projection"}

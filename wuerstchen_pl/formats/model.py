@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import get_class
 from torch import nn
 
@@ -13,6 +12,7 @@ from wuerstchen_pl.checkpointing.allowed import NETWORK_TARGETS, instantiate_all
 from wuerstchen_pl.formats.lazy_tensors import LazyTensor
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.models.meta import on_meta
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.signatures import check_objects
 
@@ -149,7 +149,7 @@ def build_on_meta(config: dict[str, Any], where: str | None = None) -> nn.Module
     Raises:
         ValueError: if the config names a class outside this package, or cannot be built.
     """
-    with contents_of(where or config["_target_"]), torch.device("meta"):
+    with contents_of(where or config["_target_"]), on_meta():
         return instantiate_allowed(config)
 
 
