@@ -39,9 +39,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"signatures"},
     **{name: set() for name in ("signals", "signatures", "programs")},
     "programs.next_steps": set(),
+    "programs.base_model": PROGRAM | {"formats"},
     "programs.run_length": {"data", "distributed"},
     "programs.train": PROGRAM
     | {
+        "programs.base_model",
         "programs.next_steps",
         "programs.run_length",
         "data",
@@ -65,7 +67,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "stages",
         "formats",
     },
-    "programs.cache": PROGRAM | {"data", "models", "distributed", "checkpointing"},
+    "programs.cache": PROGRAM
+    | {"programs.base_model", "data", "models", "distributed", "checkpointing"},
     "programs.convert": PROGRAM | {"formats"},
     "programs.interpolate": PROGRAM | {"formats", "programs.convert"},
     "programs.export": PROGRAM | {"formats", "checkpointing", "programs.convert"},
@@ -110,7 +113,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"models", "diffusion", "io"},
     "distributed.strategy": {"distributed", "checkpointing"},
     "checkpointing": {"io", "signatures"},
-    "models": {"distributed.sync_batchnorm", "transfer", "io.contents"},
+    "models": {"distributed.sync_batchnorm", "transfer", "io.contents", "io.atomic"},
     "diffusion": {"transfer"},
     "data": {"batch", "io", "distributed.launch", "distributed.counters"},
     "data.sources": {"io"},

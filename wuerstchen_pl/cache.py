@@ -23,7 +23,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "device": str | None,
 }
 READ_KEYS = re.compile(
-    r"(stage|preset|data|experiment|paths|name|seed|image_size|image_size_at_\d+|bucket_multiple|require_caption)$"
+    r"(stage|preset|data|experiment|init_from|encoders|compressor|decoder|paths|name|seed|image_size|image_size_at_\d+|bucket_multiple|require_caption)$"
     r"|(data|paths)\.|stage\.(stage_[ab]|text_encoder|train_text_encoder)\b"
     r"|(out|text|crops|dtype|shard_mb|device)$"
 )

@@ -61,6 +61,7 @@ class EvaluationCallback(L.Callback):
                 "callbacks=with_evaluation generates images, which needs Stage C; use "
                 "callbacks=default for other stages"
             )
+        _ = pl_module.drawing_stage_b  # which raises if it is missing
         data = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "made_with") and self.plan.needs_data:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Image grids at the first step, at intervals and at the end, always of the same few samples."""
 
+import logging
 import time
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,8 @@ from wuerstchen_pl.data.examples import example_batch
 from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.loggers.images import log_image
 from wuerstchen_pl.stages.stage import Stage
+
+logger = logging.getLogger(__name__)
 
 
 class SampleGrids(L.Callback):
@@ -42,8 +45,10 @@ class SampleGrids(L.Callback):
         self._rows: Batch | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Mark the step of a resumed run as drawn."""
+        """Mark the step of a resumed run as drawn; say if there will be no grids."""
         self._drawn_step, self._rows = trainer.global_step or -1, None
+        if not cast(Stage, pl_module).can_draw:
+            logger.info("no grids, as Stages B and A are missing (set decoder= to have grids)")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -71,7 +76,7 @@ class SampleGrids(L.Callback):
     def _draw(self, trainer: L.Trainer, stage: Stage) -> None:
         """Draw in the trainer's precision, once per step; on all processes, for sharded weights."""
         step = trainer.global_step
-        if step == self._drawn_step:
+        if step == self._drawn_step or not stage.can_draw:
             return
         self._drawn_step, start = step, time.perf_counter()
         if self._rows is None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 STAGE_TARGETS = frozenset(
     f"wuerstchen_pl.stages.{name}" for name in ("a.StageA", "b.StageB", "c.StageC", "ldm.StageLDM")
 )
+COMPRESSOR_ONLY = "wuerstchen_pl.stages.compressor_only.CompressorOnly"
 NETWORK_TARGETS = frozenset(
     f"wuerstchen_pl.models.{name}"
     for name in (
@@ -50,7 +51,11 @@ ALLOWED_TARGETS = (
     STAGE_TARGETS
     | NETWORK_TARGETS
     | DATA_TARGETS
-    | {"wuerstchen_pl.formats.trained_stage.load_stage"}
+    | {
+        "wuerstchen_pl.formats.trained_stage.load_stage",
+        "wuerstchen_pl.formats.trained_stage.load_compressor",
+        "wuerstchen_pl.formats.pretrained.load_network",
+    }
 )
 
 

@@ -44,7 +44,7 @@ def stages_with_loss(stage: StageC | StageLDM) -> dict[str, StageWithLoss]:
     """Stages with a validation loss: ``b`` and ``c`` for Stage C, ``ldm`` for the baseline."""
     if isinstance(stage, StageLDM):
         return {"ldm": stage}
-    return {"b": stage.stage_b, "c": stage}
+    return {"b": stage.drawing_stage_b, "c": stage}
 
 
 def check_plan(plan: EvaluationPlan, inputs: EvaluationInputs) -> None:

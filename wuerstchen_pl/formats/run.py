@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STAGE_PARTS = {
     "a": {"vqgan": "vqgan"},
     "b": {"diffnext": "decoder", "compressor": "compressor", "text_encoder": "text_encoder"},
+    "compressor": {"compressor": "compressor"},
     "c": {"prior": "prior", "text_encoder": "prior_text_encoder"},
 }
 """Stage -> attribute of the network -> name of the part."""
@@ -77,6 +78,8 @@ def _settings(stage: "Stage") -> dict[str, float]:
     """The settings of a pipeline that follow from a stage's arguments and networks."""
     if stage.name == "c":
         return {"semantic_scale": stage.scaling.scale, "semantic_shift": stage.scaling.shift}
+    if stage.name == "compressor":
+        return {"resolution_multiple": stage.compressor.resolution_multiple}
     if stage.name == "b":
         pixels = stage.compressor.resolution_multiple
         scale = pixels / stage.stage_a.vqgan.factor
@@ -90,7 +93,8 @@ def _parts(stage: "Stage") -> dict[str, Part]:
     for attribute, name in STAGE_PARTS[stage.name].items():
         network: nn.Module | None = getattr(stage, attribute)
         if network is not None:
-            parts[name] = _part(name, network, config[attribute])
+            arguments = getattr(network, "arguments", None)  # of a network from a model
+            parts[name] = _part(name, network, arguments or config[attribute])
     return parts
 
 

@@ -2,17 +2,25 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from hydra.utils import get_class
 from torch import nn
 
-from wuerstchen_pl.checkpointing.allowed import stage_class
-from wuerstchen_pl.checkpointing.load import build_stage, find_checkpoint, read_checkpoint
+from wuerstchen_pl.checkpointing.allowed import COMPRESSOR_ONLY, stage_class
+from wuerstchen_pl.checkpointing.load import (
+    build_stage,
+    find_checkpoint,
+    find_frozen,
+    read_checkpoint,
+)
 from wuerstchen_pl.formats.model import PAELLA, Part, build_network
+from wuerstchen_pl.formats.pretrained import check_sha256
 from wuerstchen_pl.formats.registry import find_format, read_model, resolve_source
 from wuerstchen_pl.formats.run import STAGE_PARTS
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.models.fingerprint import network_fingerprint, weights_fingerprint
+from wuerstchen_pl.models.text import TextEncoder
 
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
@@ -22,16 +30,23 @@ FROM_MODELS = {"a": "wuerstchen_pl.stages.a.StageA", "b": "wuerstchen_pl.stages.
 
 
 def load_stage(
-    *, source: str | Path, stage: str, ema: bool = True, sha256: str | None = None
+    *,
+    source: str | Path,
+    stage: str,
+    ema: bool = True,
+    sha256: str | None = None,
+    compressor: str | None = None,
 ) -> "Stage":
     """A trained stage with its frozen stages, ready to sample.
 
     Args:
-        source: a run, a checkpoint, or for Stages A and B a model of any format or a hub id.
+        source: a run of this stage or of one that was trained with it, a checkpoint, or for Stages
+            A and B a model of any format or a hub id.
         stage: the expected stage: ``a``, ``b``, ``c`` or ``ldm``.
         ema: use the EMA weights of a run; False uses its raw weights.
         sha256: the recorded hash, of a checkpoint or of a model's weights in any format; another
             one is refused.
+        compressor: a model whose compressor Stage B uses, for a source without one.
 
     Raises:
         FileNotFoundError: if the source is missing, or one of its networks.
@@ -40,12 +55,35 @@ def load_stage(
     """
     path = _find(source, stage)
     if _is_model(path, stage):
-        trained = _from_model(path, stage, sha256)
+        trained = _from_model(path, stage, sha256, compressor)
     else:
         trained = _from_checkpoint(path, stage, ema, sha256)
     if stage in FROM_MODELS:
         trained.provenance.encoder = network_fingerprint(trained.encoding)
     return trained
+
+
+def load_compressor(*, source: str | Path, sha256: str | None = None) -> "Stage":
+    """The compressor of a run or of a model of any format, as a Stage B without its denoiser.
+
+    Args:
+        source: a run, a checkpoint, a model or a hub id.
+        sha256: the recorded hash of the compressor's weights; others are refused.
+
+    Raises:
+        FileNotFoundError: if the source is missing.
+        ValueError: if it has no compressor, is damaged or has other weights.
+    """
+    path = resolve_source(str(source))
+    part = _compressor(path)
+    network = build_network(part).float()
+    actual = weights_fingerprint([network])
+    check_sha256(path, actual, sha256)
+    stage: Stage = get_class(COMPRESSOR_ONLY)(compressor=network)
+    config = {"_target_": COMPRESSOR_ONLY, "compressor": dict(part.config)}
+    stage.record_provenance(config=config, source=atomic.Source(path=str(path), sha256=actual))
+    stage.provenance.encoder = network_fingerprint(stage.encoding)
+    return stage.eval()
 
 
 def _find(source: str | Path, stage: str) -> Path:
@@ -65,35 +103,42 @@ def _is_model(path: Path, stage: str) -> bool:
     return stage in FROM_MODELS and find_format(path) is not None
 
 
-def _check_sha256(path: Path, actual: str, recorded: str | None) -> None:
-    if recorded is not None and actual != recorded:
-        raise ValueError(
-            f"{path} had sha256 {recorded[:12]} in training, which has changed to {actual[:12]}; "
-            "restore the old weights, or train again"
-        )
-
-
 def _from_checkpoint(path: Path, name: str, ema: bool, sha256: str | None) -> "Stage":
-    _check_sha256(path, atomic.sha256(path), sha256)  # before a changed file is interpreted
+    check_sha256(path, atomic.sha256(path), sha256)  # before a changed file is interpreted
     content = read_checkpoint(path, tensors="ema" if ema else "raw")
     trained = stage_class(content["stage"]).name
-    if trained != name:
-        raise ValueError(
-            f"{path} contains stage={trained}, but stage={name} is needed; "
-            f"use a checkpoint of stage={name}"
-        )
-    return build_stage(path, content, ema=ema)
+    if trained == name:
+        return build_stage(path, content, ema=ema)
+    for frozen, recorded in content["frozen"].items():
+        if frozen in ("stage_a", "stage_b"):  # EMA weights, with which the stage was trained
+            below = find_frozen(path, frozen, recorded)
+            compressor = content["stage"][frozen].get("compressor")
+            return load_stage(source=below, stage=name, compressor=compressor)
+    raise ValueError(
+        f"{path} contains stage={trained}, but stage={name} is needed; "
+        f"use a checkpoint of stage={name}"
+    )
 
 
-def _from_model(path: Path, name: str, recorded: str | None) -> "Stage":
-    parts = read_model(str(path)).parts
+def _from_model(path: Path, name: str, recorded: str | None, compressor: str | None) -> "Stage":
+    parts = dict(read_model(str(path)).parts)
+    if name == "b" and compressor is not None and "compressor" not in parts:
+        parts |= {"compressor": _compressor(compressor)}
     _check_parts(parts, name, path)
     networks = {part: build_network(parts[part]).float() for part in _needed(parts, name)}
     sha256 = weights_fingerprint(networks.values())
-    _check_sha256(path, sha256, recorded)
-    stage = _build(parts, networks, name)
-    stage.provenance.source = atomic.Source(path=str(path), sha256=sha256)
-    return stage.eval()
+    check_sha256(path, sha256, recorded)
+    return _build(parts, networks, name, atomic.Source(path=str(path), sha256=sha256)).eval()
+
+
+def _compressor(source: str | Path) -> Part:
+    parts = read_model(str(source)).parts
+    if "compressor" not in parts:
+        raise ValueError(
+            f"compressor={source} has no compressor; use a model that has one (the published one "
+            "is in model_v2_stage_b.pt)"
+        )
+    return parts["compressor"]
 
 
 def _needed(parts: Mapping[str, Part], name: str) -> list[str]:
@@ -115,7 +160,9 @@ def _check_parts(parts: Mapping[str, Part], name: str, path: Path) -> None:
         raise ValueError(f"{path} has v1's Stage B, which can only be converted; use v2's")
 
 
-def _build(parts: Mapping[str, Part], networks: Mapping[str, nn.Module], name: str) -> "Stage":
+def _build(
+    parts: Mapping[str, Part], networks: Mapping[str, nn.Module], name: str, source: atomic.Source
+) -> "Stage":
     """Stage A or B with the networks of a model, and the config that it would have in a run."""
     arguments: dict[str, Any] = {}
     config: dict[str, Any] = {"_target_": FROM_MODELS[name]}
@@ -124,11 +171,11 @@ def _build(parts: Mapping[str, Part], networks: Mapping[str, nn.Module], name: s
             continue
         arguments[attribute], config[attribute] = networks[part], dict(parts[part].config)
         if part == "text_encoder":
-            networks[part].weights = "in the model"  # type: ignore[assignment]  # not random
+            cast(TextEncoder, networks[part]).source = source
             if (files := parts[part].tokenizer) is not None:
                 config[attribute]["tokenizer"] = str(files)
     if name == "b":
-        arguments["stage_a"] = _build(parts, networks, "a")
+        arguments["stage_a"] = _build(parts, networks, "a", source)
     stage: Stage = stage_class(config)(**arguments)
-    stage.record_provenance(config=config)
+    stage.record_provenance(config=config, source=source)
     return stage

@@ -17,9 +17,10 @@ from wuerstchen_pl.models.conditioning import (
     tile_batch,
 )
 from wuerstchen_pl.models.layers import Block, LayerNorm2d, time_embedding, xavier_init
+from wuerstchen_pl.models.pretrained import Pretrained
 
 
-class Prior(nn.Module):
+class Prior(Pretrained):
     """eps_hat = (x_t - A) / (|1 - B| + 1e-5), where A, B are the two heads of the network.
 
     Args:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.models.pretrained import Pretrained
 from wuerstchen_pl.models.tokenizer import Tokenizer
 from wuerstchen_pl.transfer import to_device
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Pretrained):
     """Captions -> text embeddings, one per token.
 
     Args:
@@ -79,6 +80,11 @@ class TextEncoder(nn.Module):
             self._load(weights)
         else:  # CLIP's std of 0.02 suits towers eight times as wide, trained on more captions
             nn.init.normal_(self.tower.token_embedding.weight, std=width**-0.5)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights were read from no file."""
+        return self.weights is None and self.source is None
 
     def _load(self, path: str) -> None:
         from open_clip.factory import load_state_dict

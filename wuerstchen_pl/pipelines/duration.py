@@ -40,8 +40,8 @@ def estimate_seconds(
         return perf_counter() - start
 
     seconds()  # the first run on a device includes its setup
-    first_step = seconds()
-    per_image = first_step
-    per_image += (len(config.prior.times) - 2) * max(0.0, seconds(prior_steps=2) - first_step)
-    per_image += (len(config.decoder.times) - 2) * max(0.0, seconds(decoder_steps=2) - first_step)
+    one_step = seconds()
+    per_image = one_step
+    per_image += (len(config.prior.times) - 2) * max(0.0, seconds(prior_steps=2) - one_step)
+    per_image += (len(config.decoder.times) - 2) * max(0.0, seconds(decoder_steps=2) - one_step)
     return num_images * per_image * height * width / side**2

@@ -82,7 +82,7 @@ def pipeline_from_stage(stage: "StageC | StageLDM") -> TextToImage:
         )
     return WuerstchenPipeline(
         prior=prior,
-        decoder=stage.stage_b.decoder_sampler(),
+        decoder=stage.drawing_stage_b.decoder_sampler(),
         compressor=stage.stage_b.compressor,
         source=source,
         image_size=image_size,

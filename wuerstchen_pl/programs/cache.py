@@ -19,6 +19,7 @@ from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.fingerprint import ImageEncoder, encoder_fingerprints
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.plural import plural
+from wuerstchen_pl.programs.base_model import use_base_model
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def run(cfg: DictConfig) -> None:
     """Encode the shards that are missing, and write the manifest once all exist."""
     stage: str = hydra.utils.get_class(cfg.stage._target_).name  # type: ignore[attr-defined]
     check_ranges(cfg, stage)
+    use_base_model(cfg)
     folder = check_output_dir(cfg.out, "out")
     device = resolve_device(cfg.device)
     use_tf32(device)  # as train does, and the cached tensors are rounded further

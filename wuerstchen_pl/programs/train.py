@@ -28,6 +28,7 @@ from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
 from wuerstchen_pl.plural import plural
+from wuerstchen_pl.programs.base_model import use_base_model
 from wuerstchen_pl.programs.next_steps import describe_end
 from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
@@ -45,6 +46,7 @@ def run(cfg: DictConfig) -> float:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
     check_ranges(cfg)
+    use_base_model(cfg)
     output_dir = check_output_dir(cfg.paths.output_dir, "paths.output_dir")
     resume = find_resume(cfg.ckpt, output_dir)
     data: ImageTextDataModule = hydra.utils.instantiate(cfg.data, _convert_="all")

@@ -86,7 +86,7 @@ class StageB(Stage):
                 f"diffnext.text_dim={diffnext.text_dim} and text_encoder disagree; "
                 "set both or neither"
             )
-        if text_encoder is not None and text_encoder.weights is None:
+        if text_encoder is not None and text_encoder.is_random:
             raise ValueError(
                 "text_encoder.weights=null leaves a frozen text encoder random; set it to CLIP's "
                 "weights"

@@ -11,6 +11,7 @@ from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.stages.b import StageB
+from wuerstchen_pl.stages.compressor_only import CompressorOnly
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
 from wuerstchen_pl.stages.stage import OptimizerFactory
@@ -21,7 +22,8 @@ class StageC(TextConditionalStage):
     """Noise prediction in the semantic latents of a trained Stage B, conditioned on text.
 
     Args:
-        stage_b: the trained Stage B, with its compressor and Stage A; frozen.
+        stage_b: the trained Stage B, with its compressor and Stage A; frozen. With its compressor
+            only, Stage C trains, but does not draw.
         prior: the denoiser.
         semantic_shift: the prior works on (s + shift) / scale, with s from the compressor.
         semantic_scale: see ``semantic_shift``.
@@ -30,12 +32,12 @@ class StageC(TextConditionalStage):
     """
 
     name: ClassVar[Literal["c"]] = "c"
-    stage_b: StageB
+    stage_b: StageB | CompressorOnly
 
     def __init__(
         self,
         *,
-        stage_b: StageB,
+        stage_b: StageB | CompressorOnly,
         prior: Prior,
         text_encoder: TextEncoder,
         train_text_encoder: bool = False,
@@ -64,6 +66,25 @@ class StageC(TextConditionalStage):
             seed=seed,
         )
         self.frozen.register("stage_b", stage_b)
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether Stages B and A are present, which turn semantic latents into images."""
+        return isinstance(self.stage_b, StageB)
+
+    @property
+    def drawing_stage_b(self) -> StageB:
+        """Stage B.
+
+        Raises:
+            ValueError: if only its compressor is present.
+        """
+        if not isinstance(self.stage_b, StageB):
+            raise ValueError(
+                "this Stage C was trained without Stages B and A; use it as prior= of a model that "
+                "has them, such as model=warp-ai/wuerstchen"
+            )
+        return self.stage_b
 
     @property
     def size_multiple(self) -> int:
@@ -96,5 +117,9 @@ class StageC(TextConditionalStage):
         seeds: Sequence[int],
         captions: Sequence[str],
     ) -> Tensor:
-        """(B, S, h, w) in the compressor's scale -> (B, 3, *size) in [0, 1], by Stages B and A."""
-        return self.stage_b.decode(semantic, size=size, seeds=seeds, captions=captions)
+        """(B, S, h, w) in the compressor's scale -> (B, 3, *size) in [0, 1], by Stages B and A.
+
+        Raises:
+            ValueError: if there is no Stage B; see ``can_draw``.
+        """
+        return self.drawing_stage_b.decode(semantic, size=size, seeds=seeds, captions=captions)

@@ -84,10 +84,14 @@ class Provenance:
 def frozen_sources(
     frozen: Mapping[str, nn.Module],
 ) -> Iterator[tuple[str, Source, str | None]]:
-    """The name, the source and the encoder of each frozen stage; see ``Provenance``."""
+    """The name, the source and the encoder of what was read from a run or a model.
+
+    These are frozen stages (see ``Provenance``), and networks (see ``Pretrained``).
+    """
     for name, part in frozen.items():
-        provenance: Provenance | None = getattr(part, "provenance", None)
-        if provenance is not None and provenance.source is not None:
+        of_network = Provenance(source=getattr(part, "source", None))
+        provenance: Provenance = getattr(part, "provenance", of_network)
+        if provenance.source is not None:
             yield name, provenance.source, provenance.encoder
 
 

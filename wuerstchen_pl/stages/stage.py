@@ -291,6 +291,11 @@ class Stage(L.LightningModule):
         """(optimizer step, micro-batch within it)."""
         return self.global_step, batch_idx % self.trainer.accumulate_grad_batches
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether ``example_grid`` is possible."""
+        return True
+
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
         """Columns of a sample grid: label -> (B, 3, H, W) in [0, 1]."""
         raise NotImplementedError

@@ -83,7 +83,7 @@ class TextConditionalStage(Stage):
                 f"prior.text_dim={prior.text_dim}, but text_encoder.width={text_encoder.width}; "
                 "set them equal"
             )
-        if not train_text_encoder and text_encoder.weights is None:
+        if not train_text_encoder and text_encoder.is_random:
             raise ValueError(
                 "text_encoder.weights=null leaves a frozen text encoder random; set it to CLIP's "
                 "weights, or set train_text_encoder=true"
