@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "programs.interpolate": PROGRAM | {"formats", "programs.convert"},
     "programs.export": PROGRAM | {"formats", "checkpointing", "programs.convert"},
     "programs.build": PROGRAM | {"data"},
-    "programs.check": PROGRAM | {"data", "train"},
+    "programs.check": PROGRAM | {"programs.base_model", "data", "train"},
     "callbacks": {
         "batch",
         "data",

@@ -34,7 +34,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "require_caption": bool,
     "image_size_at_24": int,
     "global_batch": int | None,
-    "bucket_multiple": int,
+    "bucket_multiple": int | Literal["auto"],
     "checkpoint_every_steps": int | Literal["auto"],
     "validate_every_steps": int | Literal["auto"],
     "trainer.max_steps": int | Literal["auto"],

@@ -159,11 +159,21 @@ def test_weights_of_other_networks_are_refused(moved: Path) -> None:
 # Search
 
 
-@pytest.mark.parametrize(("stage", "needed"), [("a", "c"), ("b", "a"), ("c", "b")])
+@pytest.mark.parametrize(("stage", "needed"), [("a", "b"), ("a", "c"), ("b", "c")])
 def test_another_stage_is_refused(cascade: Path, stage: str, needed: str) -> None:
     message = f"contains stage={stage}, but stage={needed} is needed"
     with pytest.raises(ValueError, match=message):
         load_stage(source=cascade / stage, stage=needed)
+
+
+@pytest.mark.parametrize(("stage", "needed"), [("b", "a"), ("c", "a"), ("c", "b")])
+def test_a_run_has_the_stages_that_it_was_trained_with(
+    cascade: Path, stage: str, needed: str
+) -> None:
+    expected, actual = (load_stage(source=cascade / s, stage=needed) for s in (needed, stage))
+    assert actual.provenance == expected.provenance
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(actual.state_dict()[name], tensor)
 
 
 def test_the_error_for_a_missing_run_tells_how_to_train_it(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import sys
 from wuerstchen_pl.cli import Command
 
 READ_KEYS = re.compile(
-    r"(stage|preset|data|experiment|paths|seed|image_size|image_size_at_\d+|bucket_multiple)$"
+    r"(stage|preset|data|experiment|init_from|encoders|compressor|decoder|paths|seed|image_size|image_size_at_\d+"
+    r"|bucket_multiple)$"
     r"|(data|paths)\.|(require_caption|full|output_dir)$"
 )
 """Keys that ``check`` reads."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from wuerstchen_pl.checkpointing.load import find_checkpoint, read_checkpoint
@@ -79,9 +80,21 @@ def _from_checkpoint(path: Path, stage: "Stage") -> InitialWeights:
         encoder = content["frozen"].get(ENCODERS.get(stage.name, ""), {}).get("encoder")
     kind = "EMA" if shadow else "raw (there is no EMA yet)"
     description = f"weights: {kind}, step {content.get('global_step')}"
-    tensors = {**content["state_dict"], **shadow}
+    tensors = _without_frozen({**content["state_dict"], **shadow}, stage)
     scaling = _scaling(content["stage"])
     return InitialWeights(content["stage"], tensors, encoder, scaling, description)
+
+
+def _without_frozen(tensors: dict[str, Tensor], stage: "Stage") -> dict[str, Tensor]:
+    """The tensors without those that the stage has as a frozen network, with the same values."""
+    frozen = {
+        f"{name}.{key}": tensor
+        for name, network in stage.frozen.present().items()
+        if any(key.startswith(f"{name}.") for key in tensors)
+        for key, tensor in network.state_dict().items()
+    }
+    is_equal = all(k in tensors and torch.equal(tensors[k], frozen[k]) for k in frozen)
+    return {k: t for k, t in tensors.items() if k not in frozen} if is_equal else tensors
 
 
 def _from_model(model: Model, path: Path, stage: "Stage") -> InitialWeights:

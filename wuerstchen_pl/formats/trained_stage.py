@@ -109,8 +109,8 @@ def _from_checkpoint(path: Path, name: str, ema: bool, sha256: str | None) -> "S
     trained = stage_class(content["stage"]).name
     if trained == name:
         return build_stage(path, content, ema=ema)
-    for frozen, recorded in content["frozen"].items():
-        if frozen in ("stage_a", "stage_b"):  # EMA weights, with which the stage was trained
+    for frozen, recorded in content["frozen"].items() if name < trained else ():
+        if frozen in ("stage_a", "stage_b"):
             below = find_frozen(path, frozen, recorded)
             compressor = content["stage"][frozen].get("compressor")
             return load_stage(source=below, stage=name, compressor=compressor)

@@ -15,32 +15,47 @@ AUTO = "auto"
 IMAGE_SIZE = 1024
 """Side in pixels of the images if the base model does not state its own: that of v2."""
 SCALING = ("semantic_shift", "semantic_scale")
+LOADERS = "wuerstchen_pl.formats.trained_stage"
 
 
 def use_base_model(cfg: DictConfig) -> None:
-    """Give the stage of a config the networks of ``init_from``; other configs do not change.
+    """Give the stage of a config the networks of ``init_from``; other presets do not change.
 
     Args:
-        cfg: the config of ``train``, in which a network that the base model completes has
+        cfg: the config of ``train``, in which a network that a model completes has
             ``_partial_: true``. It is changed.
 
     Raises:
         FileNotFoundError: if a model does not exist.
-        ValueError: for each network that is missing, with the key of a model that has it.
+        ValueError: for a network that is missing, with the key of a model that has it.
     """
     stage: str = hydra.utils.get_class(cfg.stage._target_).name  # type: ignore[attr-defined]
-    trained = [name for name in STAGE_PARTS.get(stage, {}) if _is_partial(cfg.stage.get(name))]
-    if not trained:
+    partial = [name for name in STAGE_PARTS.get(stage, {}) if _is_partial(cfg.stage.get(name))]
+    if not partial:
         return
     base = _read_base(cfg, stage)
     if cfg.image_size == AUTO:
         cfg.image_size = int(base.settings.get("image_size", IMAGE_SIZE))
+    if "resolution_multiple" in base.settings:
+        cfg.image_size_at_24 = round(24 * base.settings["resolution_multiple"])
+    if cfg.bucket_multiple == AUTO:
+        cfg.bucket_multiple = bucket_multiple(cfg.image_size)
     with open_dict(cfg):
-        for name in trained:
-            _complete(cfg, name, _part(base, "init_from", cfg.init_from, STAGE_PARTS[stage][name]))
+        for name in partial:
+            if name == "text_encoder":
+                _use_text_encoder(cfg, base)
+            else:
+                _complete(cfg, name, _arguments(base, "init_from", cfg, STAGE_PARTS[stage][name]))
+        if stage == "b":
+            cfg.stage.stage_a.source = cfg.init_from
         if stage == "c":
             _use_scaling(cfg, base.settings)
-            _use_encoders(cfg, base)
+            _use_stage_b(cfg, base)
+
+
+def bucket_multiple(image_size: int) -> int:
+    """The largest power of two that is at most an eighth of a side in pixels, 16 or more."""
+    return max(16, 1 << (image_size // 8).bit_length() - 1)
 
 
 def _is_partial(node: Any) -> bool:
@@ -55,25 +70,30 @@ def _read_base(cfg: DictConfig, stage: str) -> Model:
         )
     model = read_model(cfg.init_from)
     if stage == "c" and "prior" not in model.parts and is_hub_id(cfg.init_from):
-        decoder, cfg.init_from = cfg.init_from, f"{cfg.init_from}-prior"
+        cfg.decoder, cfg.init_from = cfg.decoder and str(cfg.decoder), f"{cfg.init_from}-prior"
         model = read_model(cfg.init_from)
-        cfg.decoder = decoder if cfg.decoder == cfg.init_from else cfg.decoder
     return model
 
 
-def _part(model: Model, key: str, source: str, part: str) -> Mapping[str, Any]:
-    """The config of a part.
+def _model_of(cfg: DictConfig, key: str, base: Model) -> Model:
+    """The model of a key, or the base model if it is null."""
+    return base if cfg[key] in (None, cfg.init_from) else read_model(cfg[key])
+
+
+def _arguments(model: Model, key: str, cfg: DictConfig, part: str) -> Mapping[str, Any]:
+    """The constructor's arguments of a part of the model of a key.
 
     Raises:
-        ValueError: if the model lacks it.
+        ValueError: if the model lacks the part.
     """
     if part not in model.parts:
+        source = cfg[key] or cfg.init_from
         raise ValueError(f"{key}={source} has no {part}; set {key} to a model that has one")
     return model.parts[part].config
 
 
 def _complete(cfg: DictConfig, name: str, base: Mapping[str, Any]) -> None:
-    """Merge the constructor's arguments of a base network with those of the config."""
+    """Merge the arguments of a base network with those of the config."""
     chosen: Any = OmegaConf.to_container(cfg.stage[name], resolve=True)
     del chosen["_partial_"]
     if chosen["_target_"] != base["_target_"]:
@@ -84,38 +104,41 @@ def _complete(cfg: DictConfig, name: str, base: Mapping[str, Any]) -> None:
     cfg.stage[name] = {**base, **chosen}
 
 
+def _use_text_encoder(cfg: DictConfig, base: Model) -> None:
+    """Read the text encoder from ``encoders``; none for a Stage B that reads no text."""
+    node = cfg.stage.text_encoder
+    if "diffnext" in cfg.stage and cfg.stage.diffnext.text_dim is None:
+        cfg.stage.text_encoder = None
+        return
+    arguments = _arguments(_model_of(cfg, "encoders", base), "encoders", cfg, node.part)
+    if cfg.stage.get("train_text_encoder", False):
+        cfg.stage.text_encoder = dict(arguments)
+    else:
+        del node["_partial_"]
+        node.source = cfg.encoders or cfg.init_from
+
+
 def _use_scaling(cfg: DictConfig, settings: Mapping[str, float]) -> None:
     for key in SCALING:
         if key in settings and f"stage.{key}" not in typed_keys():
             cfg.stage[key] = settings[key]
 
 
-def _use_encoders(cfg: DictConfig, base: Model) -> None:
-    """Check that Stage C's frozen networks exist, and do without Stage B if there is none."""
-    text_encoder = cfg.stage.text_encoder
-    if text_encoder.get("part") is not None:
-        arguments = _part(
-            _other(cfg, "encoders", base), "encoders", cfg.encoders, text_encoder.part
-        )
-        if cfg.stage.train_text_encoder:
-            cfg.stage.text_encoder = dict(arguments)
-    _part(_other(cfg, "compressor", base), "compressor", cfg.compressor, "compressor")
-    needed = {"decoder", "vqgan"}
-    has_decoder = cfg.decoder is not None and needed <= _other(cfg, "decoder", base).parts.keys()
-    if cfg.decoder not in (None, cfg.init_from) and not has_decoder:
-        raise ValueError(
-            f"decoder={cfg.decoder} has no Stages B and A; set decoder to a model that has them, "
-            "or decoder=null to train without grids"
-        )
-    if not has_decoder:
-        cfg.stage.stage_b = {
-            "_target_": "wuerstchen_pl.formats.trained_stage.load_compressor",
-            "source": cfg.compressor,
-        }
+def _use_stage_b(cfg: DictConfig, base: Model) -> None:
+    """Read Stages B and A from ``decoder``, or the compressor alone if there are none.
 
-
-def _other(cfg: DictConfig, key: str, base: Model) -> Model:
-    """The model of a key, which is the base model unless it is set."""
-    if cfg[key] is None:
-        raise ValueError(f"{key} is null; set {key} to a model")
-    return base if cfg[key] == cfg.init_from else read_model(cfg[key])
+    Raises:
+        ValueError: if there is no compressor, or ``decoder`` is set to a model without Stage B.
+    """
+    _arguments(_model_of(cfg, "compressor", base), "compressor", cfg, "compressor")
+    compressor = cfg.compressor or cfg.init_from
+    if cfg.decoder is not None:
+        if {"decoder", "vqgan"} <= _model_of(cfg, "decoder", base).parts.keys():
+            cfg.stage.stage_b.source, cfg.stage.stage_b.compressor = cfg.decoder, compressor
+            return
+        if cfg.decoder != cfg.init_from:
+            raise ValueError(
+                f"decoder={cfg.decoder} has no Stages B and A; set decoder to a model that has "
+                "them, or decoder=null to train without grids"
+            )
+    cfg.stage.stage_b = {"_target_": f"{LOADERS}.load_compressor", "source": compressor}

@@ -14,6 +14,7 @@ from wuerstchen_pl.data.histogram import plot_histograms
 from wuerstchen_pl.data.inspect import format_report, inspect_data
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir, typed_keys
+from wuerstchen_pl.programs.base_model import use_base_model
 
 UNREAD = {"stage", "trainer", "callbacks", "logger"}
 KNOWN_KEYS: Mapping[str, Any] = {
@@ -31,6 +32,7 @@ def run(cfg: DictConfig) -> float:
     check_config(
         OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in UNREAD]), KNOWN_KEYS
     )
+    use_base_model(cfg)
     output_dir = check_output_dir(cfg.output_dir)
     # pixels per semantic position, if the stage has them
     choices: Any = HydraConfig.get().runtime.choices

@@ -1,0 +1,242 @@
+"""Fine-tuning from models in published formats: what is needed, found, refused and unchanged."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from tests.conftest import SMALL_DATA, run_program
+from tests.formats.conftest import CONFIGS, SETTINGS, assert_bit_equal, random_part, tensors
+from wuerstchen_pl.checkpointing.allowed import instantiate_allowed
+from wuerstchen_pl.checkpointing.load import find_checkpoint, read_checkpoint
+from wuerstchen_pl.formats import registry
+from wuerstchen_pl.formats.lazy_tensors import in_memory
+from wuerstchen_pl.formats.model import Model, Part, with_defaults
+from wuerstchen_pl.formats.run import read_run
+from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
+
+STAGE_C, STAGE_B = ("prior", "prior_text_encoder"), ("decoder", "vqgan", "text_encoder")
+SMALL = (
+    "experiment=finetune", "data=openmoji", *SMALL_DATA, "image_size=64", "trainer.max_steps=2",
+    "trainer.accelerator=cpu", "logger=csv", "validate_every_steps=2", "checkpoint_every_steps=2",
+    "callbacks.loss_by_timestep=null", "seed=1", "callbacks.sample_grids=null",
+)  # fmt: skip
+UNCHANGED = "stage.optimizer.lr=1e-30"
+"""Below the last bit of every weight."""
+
+
+@pytest.fixture(scope="module")
+def base() -> Model:
+    """A small cascade with initialized networks."""
+    parts = {}
+    for number, (name, config) in enumerate(CONFIGS.items()):
+        torch.manual_seed(number)
+        network = instantiate_allowed(config)
+        for parameter in network.parameters():  # some are 0 when they are initialized
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.01)
+        state = network.state_dict()
+        parts[name] = Part(with_defaults(config), {k: in_memory(t) for k, t in state.items()})
+    pixels = instantiate_allowed(CONFIGS["compressor"]).resolution_multiple
+    scale = {"resolution_multiple": pixels, "latent_dim_scale": pixels / 4}
+    return Model(parts, {**SETTINGS, **scale})
+
+
+@pytest.fixture(scope="module")
+def published(base: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders and files as they are published, and one with everything."""
+    root = tmp_path_factory.mktemp("published")
+
+    def part_of(*names: str) -> Model:
+        return Model({name: base.parts[name] for name in names}, base.settings)
+
+    registry.write_model(part_of(*STAGE_C), root / "prior", "diffusers")
+    registry.write_model(part_of(*STAGE_B), root / "decoder", "diffusers")
+    registry.write_model(part_of("prior"), root / "authors", "upstream")
+    registry.write_model(part_of("decoder", "compressor"), root / "authors_b", "upstream")
+    registry.write_model(base, root / "whole", "native")
+    return root
+
+
+def finetune(published: Path, root: Path, *keys: str, stage: str = "c") -> Path:
+    """Train; sources are relative to ``published``. Returns the run's folder."""
+    arguments = [f"stage={stage}", f"paths.root={root}", *SMALL, *map(published_path, keys)]
+    arguments = [a.replace("PUBLISHED", str(published)) for a in arguments]
+    assert run_program("train", arguments) == 0
+    return root / "finetune" / stage
+
+
+def published_path(key: str) -> str:
+    """``init_from=prior`` -> ``init_from=PUBLISHED/prior``."""
+    name, _, value = key.partition("=")
+    is_source = name in ("init_from", "encoders", "compressor", "decoder") and value != "null"
+    return f"{name}=PUBLISHED/{value}" if is_source and not value.startswith("/") else key
+
+
+def equal_parts(actual: Model, expected: Model, *names: str) -> None:
+    assert_bit_equal(
+        tensors(Model({name: actual.parts[name] for name in names})),
+        tensors(Model({name: expected.parts[name] for name in names})),
+    )
+
+
+CASES = {
+    "all in one": ["init_from=whole"],
+    "as on the hub": [
+        "init_from=prior", "compressor=authors_b/model_v2_stage_b.pt", "decoder=decoder",
+    ],
+    "without a decoder": ["init_from=prior", "compressor=authors_b", "decoder=null"],
+    "the authors' files": [
+        "init_from=authors/model_v3_stage_c.pt", "encoders=prior", "compressor=authors_b",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_prior_comes_back_bit_equal_where_nothing_was_trained(
+    case: str, base: Model, published: Path, tmp_path: Path
+) -> None:
+    run = finetune(published, tmp_path, *CASES[case], UNCHANGED)
+    config = OmegaConf.load(run / "config.yaml")
+    assert (config.stage.semantic_scale, config.stage.semantic_shift) == (42.0, 1.0)
+    content = read_checkpoint(find_checkpoint(run))
+    assert {name.split(".")[0] for name in content["state_dict"]} == {"prior"}
+    equal_parts(read_run(run), base, *STAGE_C, "compressor")
+    to = tmp_path / "exported"
+    arguments = [f"ckpt={run}", f"to={to}", "format=diffusers", "license=mit"]
+    assert run_program("export", arguments) == 0
+    equal_parts(registry.read_model(str(to)), base, *STAGE_C, "compressor")
+    theirs: Any = WuerstchenPrior.from_pretrained(to / "wuerstchen-prior", subfolder="prior")
+    with torch.no_grad():
+        assert float((theirs(*inputs()) - forward(base)).abs().max()) < 1e-5
+    again = finetune(published, tmp_path / "again", f"init_from={to}", UNCHANGED)
+    equal_parts(read_run(again), base, *STAGE_C, "compressor")
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(5)
+    return (
+        torch.randn(2, 16, 3, 4, generator=rng),
+        torch.tensor([0.3, 0.8]),
+        torch.randn(2, 7, 16, generator=rng),
+    )
+
+
+def forward(model: Model) -> Tensor:
+    network = instantiate_allowed(model.parts["prior"].config)
+    network.load_state_dict({k: t.load() for k, t in model.parts["prior"].tensors.items()})
+    with torch.no_grad():
+        return network.eval()(*inputs())
+
+
+@pytest.mark.parametrize("stage", "ab")
+def test_stages_a_and_b_start_from_a_model_too(
+    stage: str, base: Model, published: Path, tmp_path: Path
+) -> None:
+    keys = ["init_from=whole", "bucket_multiple=32", UNCHANGED]
+    if stage == "a":
+        features = "wuerstchen_pl.models.perceptual.RandomFeatures"
+        keys += [
+            "stage.discriminator.width=16", "stage.discriminator.depth=3",
+            f"stage.perceptual._target_={features}",
+            "~stage.perceptual.backbone", "+stage.perceptual.widths=[4,8]",
+        ]  # fmt: skip
+    run = finetune(published, tmp_path, *keys, stage=stage)
+    parts = {"a": ("vqgan",), "b": ("decoder", "compressor", "text_encoder", "vqgan")}
+    tuned = read_run(run)
+    for part in parts[stage]:  # training updates the statistics of batch norms
+        for name, lazy in base.parts[part].tensors.items():
+            if "running" in name or "num_batches" in name:
+                tuned.parts[part].tensors[name] = lazy
+    equal_parts(tuned, base, *parts[stage])
+
+
+def test_training_changes_the_prior_alone_and_resumes_bit_for_bit(
+    base: Model, published: Path, tmp_path: Path
+) -> None:
+    keys = [*CASES["as on the hub"], "stage.optimizer.lr=1e-3"]
+    whole = finetune(published, tmp_path / "whole", *keys, "trainer.max_steps=4")
+    first = ["trainer.max_steps=2", "stage.lr_schedule.total_steps=4"]
+    half = finetune(published, tmp_path / "half", *keys, *first)
+    (half / "checkpoints/step0000002.ckpt").rename(tmp_path / "step0000002.ckpt")
+    resumed = finetune(
+        published, tmp_path / "resumed", *keys, "trainer.max_steps=4",
+        f"ckpt={tmp_path / 'step0000002.ckpt'}",
+    )  # fmt: skip
+    a, b = (read_checkpoint(find_checkpoint(run)) for run in (whole, resumed))
+    for entry in ("state_dict", "ema"):
+        left, right = (c["ema"]["shadow"] if entry == "ema" else c[entry] for c in (a, b))
+        assert_bit_equal(left, right)
+    actual = read_run(whole)
+    equal_parts(actual, base, "prior_text_encoder", "compressor", *STAGE_B)
+    changed = tensors(Model({"prior": actual.parts["prior"]}))
+    before = tensors(Model({"prior": base.parts["prior"]}))
+    assert sum(not torch.equal(changed[k], before[k]) for k in before) > len(before) / 2
+
+
+def test_a_tuned_prior_draws_with_the_published_decoder(
+    base: Model, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As do a prior that was trained with a decoder, and its model card's command."""
+    run = finetune(published, tmp_path, *CASES["without a decoder"], UNCHANGED)
+    few: dict[str, Any] = {
+        "height": 128, "width": 128, "seed": 3, "prior_num_inference_steps": 2,
+        "num_inference_steps": 2, "output_type": "pt",
+    }  # fmt: skip
+    tuned = WuerstchenPipeline.from_pretrained(published / "decoder", prior=run)
+    original = WuerstchenPipeline.from_pretrained(published / "decoder", prior=published / "prior")
+    assert torch.equal(tuned("red", **few).images, original("red", **few).images)
+    assert run_program("sample", [f"model={run}", "prompt=red"]) == 1
+    message = capsys.readouterr().err
+    assert "lacks decoder" in message
+    assert "prior=" in message
+
+
+REFUSED = {
+    "no base": ([], "init_from is not set; set it to the model"),
+    "no prior": (["init_from=decoder"], r"init_from=\S+ has no prior; set init_from to a model"),
+    "no text encoder": (
+        ["init_from=authors"], r"encoders=\S+ has no prior_text_encoder; set encoders to a model",
+    ),
+    "no compressor": (["init_from=prior"], r"compressor=\S+ has no compressor; set compressor to"),
+    "no Stage B": (
+        ["init_from=prior", "compressor=authors_b", "decoder=authors"], "has no Stages B and A",
+    ),
+    "no path": (["init_from=missing/model"], "missing/model does not exist"),
+    "no network": (["+init_from=nobody/nothing"], "nobody/nothing is not a path and could not be"),
+    "another text encoder": (
+        ["init_from=prior", "compressor=authors_b", "encoders=wide"],
+        "prior.text_dim=16, but text_encoder.width=8; set them equal",
+    ),
+    "a preset of other sizes": (
+        ["init_from=whole", "preset=tiny", "paths.stage_b=PUBLISHED/whole"], "has other networks",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_missing_is_one_sentence_with_its_key(
+    case: str,
+    published: Path,
+    base: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    keys, message = REFUSED[case]
+    if not (published / "wide").exists():
+        wide = Model(
+            {"prior_text_encoder": random_part(CONFIGS["prior_text_encoder"] | {"width": 8})}
+        )
+        registry.write_model(wide, published / "wide", "native")
+    arguments = ["stage=c", f"paths.root={tmp_path}", *SMALL, *map(published_path, keys)]
+    assert run_program("train", [a.replace("PUBLISHED", str(published)) for a in arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "finetune").exists()
