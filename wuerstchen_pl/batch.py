@@ -36,3 +36,8 @@ class Batch(TypedDict, total=False):
     """(1, L, D) float32 text embeddings of the empty caption."""
     size: tuple[int, int]
     """(H, W) in pixels of the cached images."""
+
+
+def num_unique_samples(batch: Batch) -> int:
+    """Number of samples of a validation batch; 0 if another process has the same samples."""
+    return len(batch["caption"]) if batch.get("is_unique", True) else 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.stages.conftest import STAGES, fit
+from wuerstchen_pl.batch import num_unique_samples
 from wuerstchen_pl.models.wrapping import checkpoint_activations, find_blocks
 from wuerstchen_pl.pipelines.loading import pipeline_from_stage
 from wuerstchen_pl.stages.stage import (
@@ -15,7 +16,6 @@ from wuerstchen_pl.stages.stage import (
     Stage,
     WarmupCosine,
     encode_captions,
-    num_unique_samples,
 )
 
 

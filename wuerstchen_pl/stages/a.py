@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wuerstchen_pl.batch import Batch
+from wuerstchen_pl.batch import Batch, num_unique_samples
 from wuerstchen_pl.distributed.counters import sum_counts
 from wuerstchen_pl.distributed.fsdp2 import index_copy, unsharded
 from wuerstchen_pl.models.discriminator import Discriminator
 from wuerstchen_pl.models.vqgan import VQGAN, codebook_usage
 from wuerstchen_pl.stages.ema import EMA
-from wuerstchen_pl.stages.stage import OptimizerFactory, Stage, num_unique_samples
+from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
 
 
 class StageA(Stage):

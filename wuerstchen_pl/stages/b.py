@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from wuerstchen_pl.batch import Batch, num_unique_samples
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
 from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
@@ -20,11 +21,9 @@ from wuerstchen_pl.stages.batch_rng import validation_losses
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
 from wuerstchen_pl.stages.stage import (
-    Batch,
     OptimizerFactory,
     Stage,
     encode_captions,
-    num_unique_samples,
 )
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 from wuerstchen_pl.transfer import to_device

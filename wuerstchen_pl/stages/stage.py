@@ -48,11 +48,6 @@ def encode_captions(
     return torch.where(is_empty, batch["empty_text"], text)
 
 
-def num_unique_samples(batch: Batch) -> int:
-    """Number of samples of a validation batch; 0 if another process has the same samples."""
-    return len(batch["caption"]) if batch.get("is_unique", True) else 0
-
-
 class Stage(L.LightningModule):
     """Base of the stages.
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wuerstchen_pl.batch import Batch
+from wuerstchen_pl.batch import Batch, num_unique_samples
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
 from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
@@ -26,7 +26,6 @@ from wuerstchen_pl.stages.stage import (
     OptimizerFactory,
     Stage,
     encode_captions,
-    num_unique_samples,
 )
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 from wuerstchen_pl.transfer import to_device
