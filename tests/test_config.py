@@ -18,6 +18,7 @@ from tests.conftest import small
 from wuerstchen_pl import convert, evaluate, export, sample, train
 from wuerstchen_pl.config import check_config, conf_dir, group_choices
 from wuerstchen_pl.errors import is_typo
+from wuerstchen_pl.programs import base_model
 from wuerstchen_pl.programs import train as train_program
 from wuerstchen_pl.signatures import _locate, _matches, _objects, _parameters
 
@@ -98,7 +99,7 @@ def test_the_other_programs_have_only_used_keys(program: str, known_keys: dict[s
 
 
 def test_every_key_of_train_is_used() -> None:
-    source = Path(train_program.__file__).read_text()
+    source = "".join(Path(m.__file__).read_text() for m in (train_program, base_model))
     in_program = {f"{m}" for m in re.findall(r"cfg\.(paths\.\w+|\w+)", source)}
     in_yaml = {
         m for path in CONF.rglob("*.yaml") for m in re.findall(r"\$\{([\w.]+)\}", path.read_text())
@@ -224,7 +225,7 @@ COMMAND_LINES = {
     "no stage": ([], "stage is missing; choose stage=a or stage=b or stage=c"),
     "stage d": (["stage=d"], "stage=d is unknown; choose from a, b, c"),
     "stage 1": (["stage=1"], "stage=1 is unknown; choose from a, b, c"),
-    "preset": (["stage=b", "preset=v1"], "no networks for stage=b; choose from paper, tiny, v2"),
+    "preset": (["stage=b", "preset=v1"], "no networks for stage=b; choose from base, paper, tiny, v2"),
     "experiment": (["stage=a", "experiment=x"], "experiment=x is unknown; choose from baseline_"),
     "logger": (["stage=a", "logger=null"], "logger=null is unknown; choose from csv, default"),
     "root key": (["stage=a", "sede=1"], "sede is not a key; did you mean seed?"),

@@ -110,9 +110,11 @@ def test_a_prior_comes_back_bit_equal_where_nothing_was_trained(
     arguments = [f"ckpt={run}", f"to={to}", "format=diffusers", "license=mit"]
     assert run_program("export", arguments) == 0
     equal_parts(registry.read_model(str(to)), base, *STAGE_C, "compressor")
-    theirs: Any = WuerstchenPrior.from_pretrained(to / "wuerstchen-prior", subfolder="prior")
+    diffusers_prior: Any = WuerstchenPrior.from_pretrained(
+        to / "wuerstchen-prior", subfolder="prior"
+    )
     with torch.no_grad():
-        assert float((theirs(*inputs()) - forward(base)).abs().max()) < 1e-5
+        assert float((diffusers_prior(*inputs()) - forward(base)).abs().max()) < 1e-5
     again = finetune(published, tmp_path / "again", f"init_from={to}", UNCHANGED)
     equal_parts(read_run(again), base, *STAGE_C, "compressor")
 

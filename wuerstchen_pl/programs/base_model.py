@@ -75,9 +75,9 @@ def _read_base(cfg: DictConfig, stage: str) -> Model:
     return model
 
 
-def _model_of(cfg: DictConfig, key: str, base: Model) -> Model:
-    """The model of a key, or the base model if it is null."""
-    return base if cfg[key] in (None, cfg.init_from) else read_model(cfg[key])
+def _model_of(source: str | None, cfg: DictConfig, base: Model) -> Model:
+    """The model of a source, or the base model if it is null."""
+    return base if source in (None, cfg.init_from) else read_model(str(source))
 
 
 def _arguments(model: Model, key: str, cfg: DictConfig, part: str) -> Mapping[str, Any]:
@@ -110,7 +110,7 @@ def _use_text_encoder(cfg: DictConfig, base: Model) -> None:
     if "diffnext" in cfg.stage and cfg.stage.diffnext.text_dim is None:
         cfg.stage.text_encoder = None
         return
-    arguments = _arguments(_model_of(cfg, "encoders", base), "encoders", cfg, node.part)
+    arguments = _arguments(_model_of(cfg.encoders, cfg, base), "encoders", cfg, node.part)
     if cfg.stage.get("train_text_encoder", False):
         cfg.stage.text_encoder = dict(arguments)
     else:
@@ -130,10 +130,10 @@ def _use_stage_b(cfg: DictConfig, base: Model) -> None:
     Raises:
         ValueError: if there is no compressor, or ``decoder`` is set to a model without Stage B.
     """
-    _arguments(_model_of(cfg, "compressor", base), "compressor", cfg, "compressor")
+    _arguments(_model_of(cfg.compressor, cfg, base), "compressor", cfg, "compressor")
     compressor = cfg.compressor or cfg.init_from
     if cfg.decoder is not None:
-        if {"decoder", "vqgan"} <= _model_of(cfg, "decoder", base).parts.keys():
+        if {"decoder", "vqgan"} <= _model_of(cfg.decoder, cfg, base).parts.keys():
             cfg.stage.stage_b.source, cfg.stage.stage_b.compressor = cfg.decoder, compressor
             return
         if cfg.decoder != cfg.init_from:
