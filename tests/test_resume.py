@@ -78,9 +78,14 @@ def test_the_comparison_detects_another_seed(cascade: Path, tmp_path: Path) -> N
     assert differing(whole, train("c", tmp_path / "other", cascade, "seed=1"))
 
 
-def test_the_log_of_a_resumed_run_has_each_step_once(cascade: Path, tmp_path: Path) -> None:
-    train("c", tmp_path, cascade, "trainer.max_steps=4", "trainer.log_every_n_steps=1")
-    train("c", tmp_path, cascade, "trainer.log_every_n_steps=1", "ckpt=auto")
+@pytest.mark.parametrize("saved", ["during the last step", "at the end"])
+def test_the_log_of_a_resumed_run_has_each_step_once(
+    saved: str, cascade: Path, tmp_path: Path
+) -> None:
+    every_steps = "checkpoint_every_steps=" + ("1" if saved == "during the last step" else "3")
+    more = ["trainer.log_every_n_steps=1", every_steps]
+    train("c", tmp_path, cascade, "trainer.max_steps=4", *more)
+    train("c", tmp_path, cascade, *more, "ckpt=auto")
     rows = (tmp_path / "default/c/metrics.csv").read_text().splitlines()
     steps = [int(r.split(",")[0]) for r in rows if ",train/loss," in r]
     assert steps == list(range(STEPS))

@@ -16,8 +16,6 @@ from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.stage import Batch
 
-EVERY_STEP = "checkpoint_every_steps=1"
-
 
 def command(stage: str, root: Path, cascade: Path, *overrides: str) -> list[str]:
     """A run of five steps, with grids, and validations of which none is at its end."""
@@ -46,7 +44,7 @@ def test_grids_change_no_weight(stage: str, cascade: Path, tmp_path: Path) -> No
 
 def test_grids_and_validations_are_also_at_the_ends_of_a_run(cascade: Path, tmp_path: Path) -> None:
     more = ["trainer.log_every_n_steps=1", "trainer.max_steps=4", "global_batch=8"]
-    usual = [a for a in command("c", tmp_path, cascade, EVERY_STEP) if a != NO_PLOT]
+    usual = [a for a in command("c", tmp_path, cascade) if a != NO_PLOT]
     assert run_program("train", [*usual, *more]) == 0
     assert run_program("train", [*usual, *more[::2], "ckpt=auto"]) == 0
     run = tmp_path / "default/c"

@@ -65,6 +65,16 @@ class Checkpoints(Checkpoint):
         if dist.is_initialized():  # a separate group, so that saving does not block training
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Log this step under its number.
+
+        When Lightning resumes, it counts the last step once more, since a checkpoint that was saved
+        during a step lacks it; one that was saved at the end of training has counted it.
+        """
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
