@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import small
+from tests.conftest import run_program, small
 from tests.formats.conftest import (
     CONFIGS,
     assert_bit_equal,
@@ -26,10 +26,10 @@ from wuerstchen_pl.programs.interpolate import interpolate
 Program = Callable[..., int]
 
 
-@pytest.fixture
-def exported(program: Program, cascade: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    assert program("export", f"ckpt={cascade / 'c'}", f"to={path}", "license=mit") == 0
+@pytest.fixture(scope="module")
+def exported(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "model"
+    assert run_program("export", [f"ckpt={cascade / 'c'}", f"to={path}", "license=mit"]) == 0
     return path
 
 

@@ -41,23 +41,25 @@ def models(tmp_path_factory: pytest.TempPathFactory, cascade: Path) -> dict[str,
     return {"native": root / "native", "run": root / "default/c"}
 
 
-@pytest.mark.parametrize("kind", ["native", "run"])
+COMMANDS = (
+    "sample model={model} output_dir={out} prompt=x device=cpu",
+    "evaluate model={model} output_dir={out} metric=[fid] reference={images} prompts={prompts} "
+    "device=cpu fid_features=random fid_features.widths=[2]",
+    "convert from={model} to={out}",
+)
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("command", "kind"),
     [
-        "sample model={model} output_dir={out} prompt=x device=cpu",
-        "evaluate model={model} output_dir={out} metric=[fid] reference={images} prompts={prompts} "
-        "device=cpu fid_features=random fid_features.widths=[2]",
-        "convert from={model} to={out}",
-        "export ckpt={model} to={out}",
+        *((command, kind) for command in COMMANDS for kind in ("native", "run")),
+        ("export ckpt={model} to={out}", "run"),
     ],
 )
 def test_weights_that_are_not_finite_are_named(
     command: str, kind: str, models: dict[str, Path], tmp_path: Path, program: Program,
     capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
-    if command.startswith("export") and kind == "native":
-        kind = "run"  # export reads runs only
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\n" * 4)
     images = tmp_path / "images"

@@ -248,9 +248,9 @@ def test_the_papers_protocol_has_only_used_keys() -> None:
     check_config(composed(*command, program="evaluate"), evaluate.KNOWN_KEYS)
 
 
-@pytest.fixture
-def exported(cascade: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "mine"
+@pytest.fixture(scope="module")
+def exported(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "mine"
     assert run_program("export", [f"ckpt={cascade / 'c'}", f"to={path}"]) == 0
     return path
 

@@ -18,8 +18,8 @@ from wuerstchen_pl.stages.stage import Stage
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="Linux counts the memory of a process"
 )
-WIDTH = 1024
-SIZE = 151e6
+WIDTH = 512
+SIZE = 38e6
 """Bytes of the stage's weights."""
 
 
@@ -55,7 +55,7 @@ def measure(function: Callable[[], Any]) -> tuple[Any, float, float]:
 
 @pytest.fixture(scope="module", params=["single file", "sharded"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of Stage A with 151 MB of weights."""
+    """A checkpoint of Stage A with 38 MB of weights."""
     vqgan = {
         "_target_": "wuerstchen_pl.models.vqgan.VQGAN",
         "width": WIDTH, "bottleneck_blocks": 1, "codebook_size": 16,

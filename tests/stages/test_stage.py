@@ -35,7 +35,7 @@ def validation_loss(stage: Stage, batch: Batch) -> float:
     [
         pytest.param("a", 300, 0.4, marks=pytest.mark.slow),
         pytest.param("b", 120, 0.8, marks=pytest.mark.slow),
-        ("c", 150, 0.5),
+        ("c", 60, 0.5),
         pytest.param("ldm", 100, 0.8, marks=pytest.mark.slow),
     ],
 )
