@@ -189,6 +189,7 @@ FILES: dict[str, Content] = {
     # several images of one name
     **sample("pair", **{"pair.png": image("pair 2", kind="PNG"), "pair.heic": b"x"}),
     **sample("masked", **{"masked.mask.png": image("mask", kind="PNG")}),
+    **sample("measured", **{"measured.depth.png": image("depth", kind="PNG")}),
     "numbered.1.jpg": image("numbered 1"),
     "numbered.1.txt": b"first",
     "numbered.2.jpg": image("numbered 2"),
@@ -233,7 +234,7 @@ NOT_USED = {
     "phone": "unsupported image format",
     "drawing": "unsupported image format",
     "pair": "additional image",
-    "masked.mask": "additional image",
+    "measured.depth": "additional image",
     "gone": "no image",
     "round": "no image",
     "uncaptioned": "no caption",

@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport, ImageBatchDataset
 from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_stop_signals
+from wuerstchen_pl.data.loading.masks import MaskSource, check_mask_files
+from wuerstchen_pl.data.loading.ranges import check_ranges
 from wuerstchen_pl.data.loading.resources import choose_num_workers, cpu_count, fit_in_memory
 from wuerstchen_pl.data.loading.transforms import Crop
 from wuerstchen_pl.data.ordering.batches import Batches, BatchSpec, sequential_batches
@@ -61,6 +63,7 @@ class ImageTextDataModule(L.LightningDataModule):
             out of an image that covers 256.
         filters: further filters; None drops nothing.
         captions: what training changes about captions; None changes nothing.
+        mask: which masks weight the pixels in the loss, "file" or "alpha"; see ``MaskSource``.
         shuffle_samples: minimum number of samples that are shuffled together, the window.
         max_bad_fraction: share of bad samples (of at least 1,000) or bad shards (of at least 20)
             above which the run stops with a summary.
@@ -87,27 +90,21 @@ class ImageTextDataModule(L.LightningDataModule):
         crop_share: float = 1.0,
         filters: Filters | None = None,
         captions: Captions | None = None,
+        mask: MaskSource | None = None,
         shuffle_samples: int = 20_000,
         max_bad_fraction: float = 0.05,
         keep_decoded: bool | None = False,
     ) -> None:
         super().__init__()
-        minimums = {
-            "batch_size": (batch_size, 1),
-            "val_batch_size": (val_batch_size, 1),
-            "num_workers": (num_workers, 0),
-            "shuffle_samples": (shuffle_samples, 1),
-            "max_bad_fraction": (max_bad_fraction, 0),
-        }
-        for key, (value, minimum) in minimums.items():
-            if value is not None and value < minimum:
-                raise ValueError(f"{key}={value} is out of range; use {minimum} or more")
-        if max_upscale is not None and max_upscale <= 0:
-            raise ValueError(f"max_upscale={max_upscale} is out of range; use more than 0, or null")
-        if not 0 < crop_share <= 1:
-            raise ValueError(
-                f"crop_share={crop_share} is out of range; use more than 0 and at most 1"
-            )
+        check_ranges(
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            num_workers=num_workers,
+            shuffle_samples=shuffle_samples,
+            max_bad_fraction=max_bad_fraction,
+            max_upscale=max_upscale,
+            crop_share=crop_share,
+        )
         Holdout(val_fraction)  # validates the fraction
         self.source = source
         self.batch_size = batch_size
@@ -131,6 +128,7 @@ class ImageTextDataModule(L.LightningDataModule):
         self.filters = copy.copy(filters) or Filters()
         if self.captions.of_uncaptioned:
             self.filters.require_caption = False
+        self.mask: MaskSource | None = mask
         self.shuffle_samples = shuffle_samples
         self.max_bad_fraction = max_bad_fraction
         self.keep_decoded = keep_decoded
@@ -158,6 +156,7 @@ class ImageTextDataModule(L.LightningDataModule):
                 window=self.shuffle_samples,
                 max_bad_fraction=self.max_bad_fraction,
             )
+        check_mask_files(self.mask, self.splits.first_window["train"])
         self.splits.broadcast_from_rank_zero()  # after it was opened before there was a group
 
     def teardown(self, stage: str | None = None) -> None:
@@ -277,6 +276,7 @@ class ImageTextDataModule(L.LightningDataModule):
             keep_decoded=keep_decoded,
             crop_share=self.crop_share,
             captions=self.captions,
+            mask=self.mask,
         )
 
     def loader_options(self) -> dict[str, Any]:

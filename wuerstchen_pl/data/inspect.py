@@ -3,18 +3,19 @@
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
 
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.loading.masks import decode_mask, has_mask
 from wuerstchen_pl.data.loading.resources import cpu_count
 from wuerstchen_pl.data.ordering.buckets import Size, enlargement
 from wuerstchen_pl.data.ordering.prefetch import ShardPrefetcher
 from wuerstchen_pl.data.ordering.selection import SampleSelector
-from wuerstchen_pl.data.sources.source import IGNORED, Sample, SampleError, Source, Split
+from wuerstchen_pl.data.sources.source import IGNORED, Sample, SampleError, Split
 from wuerstchen_pl.io.images import decode_image
 from wuerstchen_pl.plural import plural
 
@@ -34,6 +35,9 @@ class Inspection:
         examples: locations of the first of these, by reason.
         dropped: number of dropped samples, by filter.
         buckets: number of usable images, by (height, width).
+        masks: number of usable images with a mask, if masks are used; otherwise with a mask file.
+        uses_masks: whether masks are used.
+        weighted: number of usable images with a weight other than 1.
         cropped: share of the pixels of usable images that is cropped away.
     """
 
@@ -44,6 +48,9 @@ class Inspection:
     examples: dict[str, list[str]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     buckets: Counter[Size] = field(default_factory=Counter)
+    masks: int = 0
+    uses_masks: bool = False
+    weighted: int = 0
     cropped: float = 0.0
 
     @property
@@ -68,7 +75,7 @@ def inspect_data(module: ImageTextDataModule, split: Split = "train", *, full: b
             shards.
         full: also decode every image, instead of trusting the metadata.
     """
-    inspection, source = Inspection(), module.source
+    inspection, source = Inspection(uses_masks=module.mask is not None), module.source
     opener = ShardPrefetcher(source, keep=0, hashes=module.filters.deduplicate)
     names = [shard for group in source.groups(split) for shard in group.shards]
     selector = SampleSelector(
@@ -86,7 +93,7 @@ def inspect_data(module: ImageTextDataModule, split: Split = "train", *, full: b
             inspection.sizes += [(s.width, s.height) for s in opened.samples]
             readable = opened.samples
             if full:
-                errors = list(threads.map(lambda s: _decoding_error(source, s), readable))
+                errors = list(threads.map(lambda s: _decoding_error(module, s), readable))
                 for bad in filter(None, errors):
                     inspection.note(bad)
                 readable = [s for s, bad in zip(readable, errors, strict=True) if bad is None]
@@ -97,15 +104,20 @@ def inspect_data(module: ImageTextDataModule, split: Split = "train", *, full: b
                 else:
                     size = module.buckets.assign(result, inspection.left)
                     inspection.buckets[size] += 1
+                    inspection.weighted += sample.weight != 1
+                    with suppress(OSError):  # a bad sample of a full inspection
+                        inspection.masks += has_mask(source, sample, module.mask)
                     kept_pixels += size[0] * size[1] / enlargement(sample, size) ** 2
                     pixels += sample.width * sample.height
     inspection.cropped = 1 - kept_pixels / pixels if pixels else 0.0
     return inspection
 
 
-def _decoding_error(source: Source, sample: Sample) -> SampleError | None:
+def _decoding_error(module: ImageTextDataModule, sample: Sample) -> SampleError | None:
     try:
-        decode_image(source.read(sample))
+        data = module.source.read(sample)
+        decode_image(data)
+        decode_mask(module.source, sample, data, module.mask)
     except OSError as error:
         return SampleError("unreadable image", f"{sample.name}: {error}")
     return None
@@ -138,6 +150,11 @@ def format_report(inspection: Inspection, pixels_per_position: float | None = No
         f"{plural(inspection.left, 'image')} left, {inspection.cropped:.1%} of their pixels "
         "cropped away"
     )
+    if inspection.masks or inspection.uses_masks:
+        unused = "" if inspection.uses_masks else ", which data.mask=file uses"
+        lines.append(f"{plural(inspection.masks, 'image')} with a mask{unused}")
+    if inspection.weighted:
+        lines.append(f"{plural(inspection.weighted, 'image')} with a weight other than 1")
     for (height, width), number in sorted(inspection.buckets.items()):
         positions = ""
         if pixels_per_position is not None:

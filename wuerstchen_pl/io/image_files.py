@@ -19,6 +19,8 @@ OTHER_SUFFIXES = (
     *("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2"),  # raw photographs
 )
 """Suffixes of images that cannot be decoded, in lower case; they are reported, not overlooked."""
+MASK_SUFFIX = ".mask.png"
+"""Added to the name of an image without its suffix, it is the name of the image's mask."""
 GRID = "grid.png"
 """The overview of the images that ``sample`` writes; it is not one of them."""
 

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def decode_image(data: bytes, cover: tuple[int, int] | None = None) -> np.ndarra
         OSError: if the format is unknown, the data are damaged or truncated, the range of the
             pixels is unknown, or the image has more pixels than PIL's limit of 179 million.
     """
-    try:
+    with _as_os_error():
         img = _open(io.BytesIO(data))
         orientation = _orientation(img)
         if cover is not None:
@@ -57,6 +59,45 @@ def decode_image(data: bytes, cover: tuple[int, int] | None = None) -> np.ndarra
         if (plain := _plain_jpeg(img, data, orientation)) is not None:
             return plain
         return np.asarray(_reduced(to_rgb(img), cover))
+
+
+def decode_gray(data: bytes) -> np.ndarray:
+    """Decode a mask to upright gray, (H, W) uint8.
+
+    Raises:
+        OSError: see ``decode_image``.
+    """
+    with _as_os_error():
+        return np.asarray(to_rgb(_open(io.BytesIO(data))).convert("L"))
+
+
+def has_alpha(data: bytes) -> bool:
+    """Whether an image has transparency, from its header.
+
+    Raises:
+        OSError: the header is damaged.
+    """
+    with _as_os_error():
+        return _open(io.BytesIO(data)).has_transparency_data
+
+
+def decode_alpha(data: bytes) -> np.ndarray | None:
+    """The upright alpha channel of an image, (H, W) uint8; None if it has no transparency.
+
+    Raises:
+        OSError: see ``decode_image``.
+    """
+    with _as_os_error():
+        if not has_alpha(data):
+            return None
+        img = ImageOps.exif_transpose(_open(io.BytesIO(data)))
+        return np.asarray(img.convert("RGBA").getchannel("A"))
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
     except OSError:
         raise
     except Exception as error:  # PIL raises various types for damaged files

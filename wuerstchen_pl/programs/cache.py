@@ -141,6 +141,11 @@ def check_ranges(cfg: DictConfig, stage: str) -> None:
         raise ValueError(f"stage={stage} trains on images, not on a cache; use stage=b or stage=c")
     if "crop" not in cfg.data:
         raise ValueError("data=cached is already a cache; choose images, such as data=folder")
+    if cfg.data.get("mask") is not None:
+        raise ValueError(
+            f"data.mask={cfg.data.mask!r} needs the images; set data.mask=null, or train without a "
+            "cache"
+        )
     for key in ("crops", "shard_mb"):
         if cfg[key] < 1:
             raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")

@@ -32,7 +32,7 @@ from wuerstchen_pl.programs.base_model import use_base_model
 from wuerstchen_pl.programs.next_steps import describe_end
 from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
-from wuerstchen_pl.stages.data_checks import check_cache, check_sizes, describe_sizes
+from wuerstchen_pl.stages.data_checks import check_cache, check_mask, check_sizes, describe_sizes
 
 if TYPE_CHECKING:
     from wuerstchen_pl.data.datamodule import ImageTextDataModule
@@ -66,6 +66,7 @@ def run(cfg: DictConfig) -> float:
     check_schedule(stage.lr_schedule, cfg.trainer.max_steps)
     check_sizes(stage, data)
     check_cache(stage, data)
+    check_mask(stage, data)
     rank_zero_only(print)(describe_sizes(stage, data))
     trainer = build_trainer(cfg)
     rank_zero_only(data.prepare_data)()  # before the folder is created, in case data are missing

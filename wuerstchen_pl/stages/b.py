@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.batch import Batch, num_unique_samples
-from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
+from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight, weighted_mean
 from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
 from wuerstchen_pl.distributed.fsdp2 import unsharded
@@ -192,11 +192,12 @@ class StageB(Stage):
             return self.text_encoder(captions)
 
     def loss(
-        self, x0: Tensor, t: Tensor, noise: Tensor, semantic: Tensor, text: Tensor | None
-    ) -> Tensor:
-        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.3)."""
+        self, x0: Tensor, t: Tensor, noise: Tensor, semantic: Tensor, text: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.3); see ``noise_error``."""
         pred = self.diffnext(self.schedule.add_noise(x0, t, noise), t, semantic, text)
-        return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
+        return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise, mask)
 
     def corrupt(self, semantic: Tensor, uniform: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Zero or noise semantic latents, so that Stage B tolerates Stage C's errors.
@@ -229,9 +230,9 @@ class StageB(Stage):
         semantic = self.corrupt(semantic, uniform, semantic_t, rng.noise(semantic))
         text = encode_captions(batch, self.text, rng.uniform() < self.text_drop_prob)
         t = to_device(sample_timesteps(rng.uniform()), x0.device)
-        losses = self.loss(x0, t, rng.noise(x0), semantic, text)
+        losses = self.loss(x0, t, rng.noise(x0), semantic, text, batch.get("mask"))
         self.timestep_bins.add(t, losses)
-        loss = losses.mean()
+        loss = weighted_mean(losses, batch.get("weight"))
         self.log_means({"loss": loss})
         return loss
 
@@ -244,7 +245,7 @@ class StageB(Stage):
         semantic = self.encode(batch["image"])
 
         def loss(t: Tensor, noise: Tensor) -> Tensor:
-            return self.loss(x0, t, noise, semantic, text)
+            return self.loss(x0, t, noise, semantic, text, batch.get("mask"))
 
         return validation_losses(loss, batch["key"], x0)
 

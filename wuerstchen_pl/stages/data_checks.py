@@ -24,6 +24,19 @@ def check_sizes(stage: Stage, data: L.LightningDataModule) -> None:
             )
 
 
+def check_mask(stage: Stage, data: L.LightningDataModule) -> None:
+    """Refuse masks for Stage A, whose losses are of whole images.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if stage.name == "a" and (mask := getattr(data, "mask", None)) is not None:
+        raise ValueError(
+            f"data.mask={mask!r} has no effect on stage=a, whose losses are of whole images; set "
+            "data.mask=null"
+        )
+
+
 def check_cache(stage: Stage, data: L.LightningDataModule) -> None:
     """Refuse a cache that was made with other frozen networks than this stage's.
 

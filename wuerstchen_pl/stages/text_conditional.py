@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.batch import Batch, num_unique_samples
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
-from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight
+from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight, weighted_mean
 from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
 from wuerstchen_pl.distributed.fsdp2 import unsharded
@@ -193,10 +193,12 @@ class TextConditionalStage(Stage):
 
     # Objective
 
-    def loss(self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor) -> Tensor:
-        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.3)."""
+    def loss(
+        self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.3); see ``noise_error``."""
         pred = self.prior(self.schedule.add_noise(x0, t, noise), t, text)
-        return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise)
+        return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise, mask)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sample times, noise and caption dropout; return the loss."""
@@ -204,9 +206,9 @@ class TextConditionalStage(Stage):
         rng = self.batch_rng(len(x0), batch_idx)
         text = encode_captions(batch, self.text, rng.uniform() < self.caption_drop_prob)
         t = to_device(sample_timesteps(rng.uniform()), x0.device)
-        losses = self.loss(x0, t, rng.noise(x0), cast(Tensor, text))
+        losses = self.loss(x0, t, rng.noise(x0), cast(Tensor, text), batch.get("mask"))
         self.timestep_bins.add(t, losses)
-        loss = losses.mean()
+        loss = weighted_mean(losses, batch.get("weight"))
         self.log_means({"loss": loss})
         return loss
 
@@ -218,7 +220,7 @@ class TextConditionalStage(Stage):
         x0, text = self.latents(batch), cast(Tensor, encode_captions(batch, self.text))
 
         def loss(t: Tensor, noise: Tensor) -> Tensor:
-            return self.loss(x0, t, noise, text)
+            return self.loss(x0, t, noise, text, batch.get("mask"))
 
         return validation_losses(loss, batch["key"], x0)
 

@@ -177,6 +177,14 @@ def test_captions_of_cached_latents_change_in_training(tmp_path: Path) -> None:
     assert seen(from_cache.val_dataloader()) == seen(data.val_dataloader())
 
 
+def test_a_cache_keeps_weights(tmp_path: Path) -> None:
+    members = sample("a", 40, 40, weight=2.5) | sample("b", 40, 40)
+    write(tmp_path / "s.tar", members)
+    cached(module(tmp_path), tmp_path / "out")
+    (batch,) = read_cache(tmp_path / "out").in_order("train")
+    assert dict(zip(batch["key"], batch["weight"].tolist(), strict=True)) == {"a": 2.5, "b": 1.0}
+
+
 def test_changes_of_captions_with_cached_text_are_refused(folder: Path, tmp_path: Path) -> None:
     cached(module(folder), tmp_path / "out")
     CachedDataModule(root=str(tmp_path / "out"), batch_size=1, captions=Captions())

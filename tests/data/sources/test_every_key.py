@@ -175,7 +175,9 @@ def batches(data: ImageTextDataModule) -> object:
     data.num_workers = 0
     try:
         loaded = [*islice(data.train_dataloader(), 12), *data.val_dataloader()]
-        return workers, [(b["key"], b["caption"], b["image"].sum().item()) for b in loaded]
+        return workers, [
+            (b["key"], b["caption"], b["image"].sum().item(), "mask" in b) for b in loaded
+        ]
     finally:
         data.teardown()
 
@@ -203,6 +205,7 @@ def test_every_key_of_the_data_module() -> None:
         "crop_share": {"crop_share": 0.5},
         "filters": {"filters": Filters(min_size=33)},
         "captions": {"captions": Captions(trigger="sks")},
+        "mask": {"mask": "alpha"},
         "shuffle_samples": {"shuffle_samples": 1},
         "max_bad_fraction": {"max_bad_fraction": -1},
     }

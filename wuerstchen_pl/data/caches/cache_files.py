@@ -29,7 +29,7 @@ KEYS: Mapping[str, Any] = {
 """Types of the keys of the manifest."""
 SHARD_KEYS: Mapping[str, Any] = {"name": str, "split": Split, "bytes": int}
 """Types of the keys of each of its shards."""
-PREPROCESSING = 1  # increment when decoding or cropping changes: older caches are stale
+PREPROCESSING = 2  # increment when decoding, cropping or entries change: older caches are stale
 
 
 class ShardWriter:
@@ -61,7 +61,8 @@ class ShardWriter:
         first_text = sum(map(len, self._text))
         self._text += [] if text is None else [text]
         captions = list(sample.captions)
-        self._samples.append([sample.key, captions, size[1], size[0], row, first_text])
+        rows = row, first_text
+        self._samples.append([sample.key, captions, size[1], size[0], *rows, sample.weight])
 
     def write(self) -> None:
         """Write the file atomically."""

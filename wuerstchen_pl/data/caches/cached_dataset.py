@@ -11,6 +11,7 @@ See ``cache_files`` for the files. Batches:
     caption     list of B str
     key         list of B str
     is_unique   False if another process has the same samples
+    weight      (B,) float32, unless all weights are 1
 
 Tensors without a type are of the cache's: bfloat16 or float32.
 """
@@ -34,7 +35,7 @@ from wuerstchen_pl.data.caches.cache_files import (
     read_entries,
 )
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
-from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport, hash_uniforms
+from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport, hash_uniforms, weights_of
 from wuerstchen_pl.data.loading.captions import Captions
 from wuerstchen_pl.data.ordering.batches import BatchSpec
 from wuerstchen_pl.data.ordering.buckets import Size
@@ -109,8 +110,16 @@ class CachedSource:
 
     def _samples(self, shard: str) -> list[Sample]:
         return [
-            Sample(key, tuple(captions), width, height, shard, offset=row, metadata={"text": text})
-            for key, captions, width, height, row, text in read_entries(self.root / shard)
+            Sample(
+                key,
+                tuple(captions),
+                width,
+                height,
+                shard,
+                offset=row,
+                metadata={"text": text, "weight": weight},
+            )
+            for key, captions, width, height, row, text, weight in read_entries(self.root / shard)
         ]
 
     def read(self, sample: Sample) -> bytes:
@@ -153,7 +162,8 @@ class CachedBatchDataset(Dataset[tuple[Batch, BatchReport]]):
             batch["text"] = torch.cat(text)
             batch["empty_text"] = _empty_text(str(self.source.root / EMPTY))
         batch |= {"size": spec.size, "caption": captions, "is_unique": spec.is_unique}
-        batch["key"] = [epoch_sample.sample.key for epoch_sample in spec.rows]
+        samples = [epoch_sample.sample for epoch_sample in spec.rows]
+        batch |= {"key": [sample.key for sample in samples], **weights_of(samples)}
         return batch, BatchReport()
 
     def _choices(self, sample: Sample, epoch: int) -> tuple[int, int, str]:

@@ -6,19 +6,23 @@ A batch is a dict; all its images have the size of one bucket:
     caption    list of B str
     key        list of B str, the samples' keys
     is_unique  False if another process has the same samples, as at the end of a validation split
+    mask       (B, 1, H, W) uint8, if masks are used; 255 for images without a mask
+    weight     (B,) float32, unless all weights are 1
 
 B is the batch size, minus the number of unreadable images.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.loading.captions import Captions
+from wuerstchen_pl.data.loading.masks import MaskSource, crop_mask, decode_mask
 from wuerstchen_pl.data.loading.transforms import CENTER, Crop, crop_box, resize, salient_position
 from wuerstchen_pl.data.ordering.batches import BatchSpec
 from wuerstchen_pl.data.ordering.buckets import Size
@@ -46,6 +50,15 @@ class BatchReport:
     kept: float = 0.0
 
 
+class _Row(NamedTuple):
+    """A readable sample: its crop (H, W, 3) with its mask (H, W), and its caption."""
+
+    sample: Sample
+    image: np.ndarray
+    mask: np.ndarray | None
+    caption: str
+
+
 class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
     """Builds the batch of a ``BatchSpec``.
 
@@ -56,6 +69,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         keep_decoded: cache every decoded image, by its size, in this process's memory.
         crop_share: side of a crop relative to the largest possible one, in (0, 1].
         captions: what training changes about captions.
+        mask: where masks come from; None uses no masks.
     """
 
     def __init__(
@@ -67,11 +81,13 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         keep_decoded: bool,
         crop_share: float = 1.0,
         captions: Captions | None = None,
+        mask: MaskSource | None = None,
     ) -> None:
         self.source, self.seed, self.crop = source, seed, crop
         self.crop_share = crop_share
         self.captions = captions or Captions()
-        self._decoded_images: dict[tuple[str, Size], np.ndarray] | None = (
+        self.mask = mask
+        self._decoded: dict[tuple[str, Size], tuple[np.ndarray, np.ndarray | None]] | None = (
             {} if keep_decoded else None
         )
 
@@ -89,24 +105,30 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
             )
         height, width = spec.size
         images = torch.empty(len(rows), height, width, 3, dtype=torch.uint8)
-        for row, (image, _, _) in enumerate(rows):
-            images.numpy()[row] = image
+        for number, row in enumerate(rows):
+            images.numpy()[number] = row.image
         batch = {
             "image": images.permute(0, 3, 1, 2),
-            "caption": [caption for _, caption, _ in rows],
-            "key": [key for _, _, key in rows],
+            "caption": [row.caption for row in rows],
+            "key": [row.sample.key for row in rows],
             "is_unique": spec.is_unique,
+            **weights_of([row.sample for row in rows]),
         }
+        if self.mask is not None:
+            masks = torch.full((len(rows), 1, height, width), 255, dtype=torch.uint8)
+            for number, row in enumerate(rows):
+                if row.mask is not None:
+                    masks.numpy()[number, 0] = row.mask
+            batch["mask"] = masks
         return batch, report
 
     def _rows(
         self, size: Size, epoch_samples: tuple[EpochSample, ...], report: BatchReport
-    ) -> list[tuple[np.ndarray, str, str]]:
-        """(crop, caption, key) of each readable sample."""
+    ) -> list[_Row]:
         rows = []
         for number, (sample, epoch) in enumerate(epoch_samples):
             try:
-                img = self._decode(sample, size)
+                img, mask = self._decode(sample, size)
             except OSError as error:
                 report.bad.append(SampleError("unreadable image", f"{sample.name}: {error}"))
                 continue
@@ -118,18 +140,25 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
             box = crop_box(height, width, size, position, self.crop_share)
             report.pixels += height * width
             report.kept += (box[2] - box[0]) * (box[3] - box[1])
-            rows.append((resize(img, box, size), caption, sample.key))
+            if mask is not None:
+                mask = crop_mask(mask, (height, width), box, size)
+            rows.append(_Row(sample, resize(img, box, size), mask, caption))
         return rows
 
-    def _decode(self, sample: Sample, size: Size) -> np.ndarray:
-        height, width = (math.ceil(side / self.crop_share) for side in size)
-        if self._decoded_images is None:
-            return decode_image(self.source.read(sample), cover=(height, width))
+    def _decode(self, sample: Sample, size: Size) -> tuple[np.ndarray, np.ndarray | None]:
+        """The image of a sample, large enough for a size, and its mask."""
         key = sample.name, size
-        if key not in self._decoded_images:
-            decoded = decode_image(self.source.read(sample), cover=(height, width))
-            self._decoded_images[key] = decoded
-        return self._decoded_images[key]
+        if self._decoded is not None and key in self._decoded:
+            return self._decoded[key]
+        height, width = (math.ceil(side / self.crop_share) for side in size)
+        data = self.source.read(sample)
+        decoded = (
+            decode_image(data, cover=(height, width)),
+            decode_mask(self.source, sample, data, self.mask),
+        )
+        if self._decoded is not None:
+            self._decoded[key] = decoded
+        return decoded
 
     def _random_choices(self, sample: Sample, epoch: int) -> tuple[tuple[float, float], str]:
         """The (top, left) position of the crop, in [0, 1), and the caption."""
@@ -139,6 +168,12 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         top, left, choice = hash_uniforms(name, 3)
         caption = self.captions.augmented(sample.captions[int(choice * len(sample.captions))], name)
         return (CENTER if self.crop == "center" else (top, left)), caption
+
+
+def weights_of(samples: Sequence[Sample]) -> Batch:
+    """The entry of a batch with the weights of its samples; none if all are 1."""
+    weights = [sample.weight for sample in samples]
+    return {} if set(weights) <= {1.0} else {"weight": torch.tensor(weights)}
 
 
 def hash_uniforms(name: str, count: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from wuerstchen_pl.data.sources.metadata import (
     file_captions,
     parse_captions,
     parse_metadata,
-    parse_scores,
+    parse_numbers,
 )
 from wuerstchen_pl.data.sources.sample_files import SampleFiles
 from wuerstchen_pl.data.sources.source import (
@@ -104,25 +105,23 @@ class FolderSource:
             UnusableSampleError: it cannot be used.
         """
         path = self.root / row.image
-        try:
-            num_bytes = path.stat().st_size if path.is_file() else None
-        except OSError:  # a name that is too long
-            num_bytes = None
+        num_bytes = _num_bytes(path)
         if num_bytes is None:
             raise UnusableSampleError("no image")
         captions, metadata = self._captions(row)
         size = upright_size(str(path))
         if size is None:
             raise UnusableSampleError("unreadable image")
-        return Sample(
+        sample = Sample(
             row.image,
             captions,
             *size,
             shard,
             size=num_bytes,
             group_key=row.image,
-            metadata=parse_scores(metadata),
+            metadata=parse_numbers(metadata),
         )
+        return replace(sample, mask_size=_num_bytes(self.root / sample.mask.key) or 0)
 
     def _captions(self, row: SampleFiles | TableRow) -> tuple[tuple[str, ...], Mapping[str, Any]]:
         """The captions and the metadata of a row."""
@@ -152,6 +151,14 @@ class FolderSource:
 
 def _folder(root: str, caption_lines: bool) -> FolderSource:
     return FolderSource(root=root, caption_lines=caption_lines)
+
+
+def _num_bytes(path: Path) -> int | None:
+    """The size of a file; None if there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:  # a name that is too long
+        return None
 
 
 def row_ranges(count: int) -> list[str]:

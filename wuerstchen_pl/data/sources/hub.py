@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from wuerstchen_pl.data.sources.folder import parse_range, row_ranges
-from wuerstchen_pl.data.sources.metadata import SCORE_COLUMNS, parse_captions, parse_scores
+from wuerstchen_pl.data.sources.metadata import NUMBER_COLUMNS, parse_captions, parse_numbers
 from wuerstchen_pl.data.sources.source import (
     Sample,
     SampleError,
@@ -111,7 +111,7 @@ class HubDataset:
         key = f"{number:09d}"
         row_and_size = number, len(data)
         return Sample(
-            key, captions, *size, shard, *row_and_size, group_key=key, metadata=parse_scores(row)
+            key, captions, *size, shard, *row_and_size, group_key=key, metadata=parse_numbers(row)
         )
 
     def _bytes(self, image: Any) -> bytes | None:
@@ -163,7 +163,7 @@ class HubDataset:
         table = self._saved_table(loaded, split) if is_saved else loaded
         self._check_columns(table, datasets)
         # Other columns would be decoded too, and may refer to files and URLs.
-        metadata = [name for name in SCORE_COLUMNS if name in table.column_names]
+        metadata = [name for name in NUMBER_COLUMNS if name in table.column_names]
         table = table.select_columns([self.image_column, self.caption_column, *metadata])
         return table.cast_column(self.image_column, datasets.Image(decode=False))
 

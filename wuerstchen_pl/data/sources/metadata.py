@@ -9,8 +9,8 @@ from typing import Any
 from wuerstchen_pl.data.sources.source import UnusableSampleError
 from wuerstchen_pl.io.text_files import decode_text
 
-SCORE_COLUMNS = ("pwatermark", "punsafe", "aesthetic", "AESTHETIC_SCORE")
-"""Score columns of LAION's metadata, for filters."""
+NUMBER_COLUMNS = ("pwatermark", "punsafe", "aesthetic", "AESTHETIC_SCORE", "weight")
+"""Columns of numbers: scores of LAION's metadata, for filters, and the weight of the loss."""
 
 
 def parse_captions(value: Any) -> tuple[str, ...]:
@@ -70,15 +70,21 @@ def _is_unicode(text: str) -> bool:
     return "\0" not in text
 
 
-def parse_scores(row: Mapping[str, Any]) -> dict[str, float]:
-    """The finite scores of a metadata row, by name."""
-    scores = {}
-    for name in SCORE_COLUMNS:
+def parse_numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a metadata row, by name.
+
+    Raises:
+        UnusableSampleError: the weight is below 0.
+    """
+    numbers = {}
+    for name in NUMBER_COLUMNS:
         value = row.get(name)
         try:
             number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             continue
         if math.isfinite(number):
-            scores[name] = number
-    return scores
+            numbers[name] = number
+    if numbers.get("weight", 0) < 0:
+        raise UnusableSampleError("negative weight")
+    return numbers

@@ -3,15 +3,22 @@
 A sample is an image, its caption (``.txt`` or ``.caption``) and optionally its metadata
 (``.json``): files with the same name up to the last dot. Suffixes may be upper case. Hidden files
 are not read, as macOS writes ``._a.jpg`` beside ``a.jpg``. Of several images with one name, the
-first of ``IMAGE_SUFFIXES`` is used. As in WebDataset, ``a.mask.png`` without a caption of its own
-belongs to the sample ``a``, and is not used.
+first of ``IMAGE_SUFFIXES`` is used. ``a.mask.png`` is the mask of the sample ``a``. As in
+WebDataset, other images such as ``a.depth.png``, without a caption of their own, belong to that
+sample too, and are not used.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from wuerstchen_pl.data.sources.source import SampleError
-from wuerstchen_pl.io.image_files import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_hidden, split_suffix
+from wuerstchen_pl.io.image_files import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIX,
+    OTHER_SUFFIXES,
+    is_hidden,
+    split_suffix,
+)
 
 CAPTION_SUFFIXES = ("txt", "caption")
 METADATA_SUFFIXES = ("json",)
@@ -49,8 +56,9 @@ def group_files(names: Iterable[str]) -> tuple[list[SampleFiles], list[SampleErr
             unused.append(SampleError("hidden file", name))
     samples = []
     for key, members in groups.items():
-        images = _of_kind(members, IMAGE_SUFFIXES + OTHER_SUFFIXES)
         captions = _of_kind(members, CAPTION_SUFFIXES)
+        images = _of_kind(members, IMAGE_SUFFIXES + OTHER_SUFFIXES)
+        images = [name for name in images if captions or not _is_mask(name, groups)]
         metadata = _of_kind(members, METADATA_SUFFIXES)
         if not images:
             unused += [SampleError("no image", name) for name in captions[:1]]
@@ -69,6 +77,12 @@ def _of_kind(names: list[str], suffixes: tuple[str, ...]) -> list[str]:
     """The names with one of these suffixes, in the order of the suffixes."""
     named = [name for name in names if split_suffix(name)[1] in suffixes]
     return sorted(named, key=lambda name: suffixes.index(split_suffix(name)[1]))
+
+
+def _is_mask(name: str, groups: dict[str, list[str]]) -> bool:
+    """Whether a file is the mask of a sample."""
+    members = groups.get(name.removesuffix(MASK_SUFFIX), ()) if name.endswith(MASK_SUFFIX) else ()
+    return any(split_suffix(member)[1] in IMAGE_SUFFIXES for member in members)
 
 
 def _is_field(key: str, groups: dict[str, list[str]]) -> bool:

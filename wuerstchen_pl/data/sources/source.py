@@ -7,10 +7,12 @@ a range of rows of a folder or table. The full list of samples is never needed a
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+
+from wuerstchen_pl.io.image_files import MASK_SUFFIX, split_suffix
 
 Split = Literal["train", "val"]
 
@@ -28,7 +30,9 @@ class Sample:
         offset: byte offset of the image in the shard, or the number of its row.
         size: size of the encoded image in bytes, where known.
         group_key: samples with the same one are in the same split; usually the key.
-        metadata: scores by the names in ``SCORE_COLUMNS``, and what a source adds.
+        metadata: numbers by the names in ``NUMBER_COLUMNS``, and what a source adds.
+        mask_offset: byte offset of its mask in the shard.
+        mask_size: size of its mask file in bytes; 0 without a mask.
     """
 
     key: str
@@ -40,6 +44,13 @@ class Sample:
     size: int = 0
     group_key: str = ""
     metadata: dict[str, float] = field(default_factory=dict)
+    mask_offset: int = 0
+    mask_size: int = 0
+
+    @property
+    def weight(self) -> float:
+        """Weight of its loss in training."""
+        return self.metadata.get("weight", 1.0)
 
     @property
     def name(self) -> str:
@@ -50,6 +61,12 @@ class Sample:
     def identity(self) -> str:
         """The name without the shard's folder; seeds random choices, so data may be moved."""
         return f"{base_name(self.shard)}/{self.key}"
+
+    @property
+    def mask(self) -> "Sample":
+        """Its mask, if it has one, as what a source reads like an image."""
+        key = split_suffix(self.key)[0] + MASK_SUFFIX  # of a folder; a tar file is read by offset
+        return replace(self, key=key, offset=self.mask_offset, size=self.mask_size)
 
 
 IGNORED = frozenset({"hidden file", "additional image", "not in the table"})

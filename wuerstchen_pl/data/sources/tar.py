@@ -15,9 +15,10 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from wuerstchen_pl.data.sources.metadata import file_captions, parse_metadata, parse_scores
+from wuerstchen_pl.data.sources.metadata import file_captions, parse_metadata, parse_numbers
 from wuerstchen_pl.data.sources.sample_files import SampleFiles, group_files
 from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex, UnusableSampleError
+from wuerstchen_pl.io.image_files import MASK_SUFFIX
 from wuerstchen_pl.io.images import upright_size
 
 LONGEST_SIDE = 1_000_000
@@ -120,9 +121,18 @@ def _sample(
     size = size_from_metadata(metadata) or size_from_header(descriptor, image)
     if size is None:
         raise UnusableSampleError("unreadable image")
-    byte_range, scores = (image.offset_data, image.size), parse_scores(metadata)
+    mask = _find(members, files.key + MASK_SUFFIX)
     return Sample(
-        files.key, captions, *size, shard, *byte_range, group_key=files.key, metadata=scores
+        files.key,
+        captions,
+        *size,
+        shard,
+        offset=image.offset_data,
+        size=image.size,
+        group_key=files.key,
+        metadata=parse_numbers(metadata),
+        mask_offset=0 if mask is None else mask.offset_data,
+        mask_size=0 if mask is None else mask.size,
     )
 
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from wuerstchen_pl.data.sources.metadata import SCORE_COLUMNS
+from wuerstchen_pl.data.sources.metadata import NUMBER_COLUMNS
 from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex, name_digest
 from wuerstchen_pl.data.sources.tar import DAMAGED, LONGEST_SIDE, REPEATED_NAME, scan_tar
 from wuerstchen_pl.io.atomic import write_text
 from wuerstchen_pl.plural import plural
 
-_FORMAT = 2  # increment when ``scan_tar`` changes, so that old indexes are not used
-_NUMBERS = ("width", "height", "offset", "size")
+_FORMAT = 3  # increment when ``scan_tar`` changes, so that old indexes are not used
+_NUMBERS = ("width", "height", "offset", "size", "mask_offset", "mask_size")
 _COLUMNS = ("key", "captions", "metadata", *_NUMBERS)
 logger = logging.getLogger(__name__)
 
@@ -123,20 +123,20 @@ def _parse(content: dict[str, Any], shard: str, *, num_bytes: int) -> ShardIndex
     """
     keys, captions, metadata = (content[name] for name in ("key", "captions", "metadata"))
     numbers = np.array([content[name] for name in _NUMBERS], np.int64)
-    sides, (offsets, sizes) = numbers[:2], numbers[2:]
+    sides, offsets, sizes = numbers[:2], numbers[2::2], numbers[3::2]
     "".join(keys)  # raises if one is not a string
     "".join(chain.from_iterable(captions)).encode()
     scores = chain.from_iterable(row.values() for row in metadata)
     valid = (
         (sides > 0).all() and (sides <= LONGEST_SIDE).all(),
         (offsets >= 0).all() and (sizes >= 0).all() and (offsets <= num_bytes - sizes).all(),
-        all(map(set(SCORE_COLUMNS).issuperset, metadata)) and all(map(math.isfinite, scores)),
+        all(map(set(NUMBER_COLUMNS).issuperset, metadata)) and all(map(math.isfinite, scores)),
     )
     if not all(valid):
         raise ValueError("an index has a value out of range")
     samples = [
-        Sample(key, tuple(texts), width, height, shard, offset, size, key, scores)
-        for key, texts, scores, width, height, offset, size in zip(
+        Sample(key, tuple(texts), width, height, shard, offset, size, key, scores, *mask)
+        for key, texts, scores, width, height, offset, size, *mask in zip(
             keys, captions, metadata, *numbers.tolist(), strict=True
         )
     ]
