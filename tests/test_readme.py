@@ -70,7 +70,8 @@ def with_local_data(arguments: list[str], workdir: Path) -> list[str]:
     if "data=cached" in arguments:
         return arguments
     if "data.mask=file" in arguments:
-        (workdir / "my/images/0.mask.png").write_bytes(image("mask", kind="PNG"))
+        for i in range(6):
+            (workdir / f"my/images/{i}.mask.png").write_bytes(image("mask", kind="PNG"))
     if "data=hf" in arguments:
         datasets = pytest.importorskip("datasets", reason="extra: hf")
         images = {"image": [str(p) for p in sorted((workdir / "my/images").glob("*.jpg"))]}

@@ -113,7 +113,7 @@ def test_images_without_a_mask_count_everywhere(tmp_path: Path) -> None:
 
 def test_mask_files_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", members("alpha"))
-    with pytest.raises(ValueError, match=r"^data\.mask='file', but none of \d images has a mask; "):
+    with pytest.raises(ValueError, match=r"^data\.mask='file', but none of \d training images has"):
         module(source)
     module(source, mask="alpha")
 

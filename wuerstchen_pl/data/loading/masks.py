@@ -25,8 +25,8 @@ def check_mask_files(kind: MaskSource | None, samples: Sequence[Sample]) -> None
     """
     if kind == "file" and not any(sample.mask_size for sample in samples):
         raise ValueError(
-            f"data.mask='file', but none of {plural(len(samples), 'image')} has a mask; name that "
-            "of a.jpg a.mask.png, or set data.mask=null"
+            f"data.mask='file', but none of {plural(len(samples), 'training image')} has a mask; "
+            "save that of a.jpg as a.mask.png, or set data.mask=null"
         )
 
 

@@ -9,13 +9,13 @@ _MINIMUMS = {
 }
 
 
-def check_ranges(*, max_upscale: float | None, crop_share: float, **others: float | None) -> None:
+def check_ranges(*, max_upscale: float | None, crop_share: float, **numbers: float | None) -> None:
     """Refuse arguments of ``ImageTextDataModule`` that are out of range; None is in range.
 
     Raises:
         ValueError: naming the first one.
     """
-    for key, value in others.items():
+    for key, value in numbers.items():
         if value is not None and value < _MINIMUMS[key]:
             raise ValueError(f"{key}={value} is out of range; use {_MINIMUMS[key]} or more")
     if max_upscale is not None and max_upscale <= 0:
