@@ -99,8 +99,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "evaluation.metrics": {"models", "io"},
     "pipelines": {"sampling", "formats", "diffusion", "models", "io", "checkpointing"},
-    "formats": {"checkpointing", "models", "io", "signatures"},
+    "formats": {"adapters", "checkpointing", "models", "io", "signatures"},
+    "adapters": {"models"},
     "stages": {
+        "adapters",
         "batch",
         "sampling",
         "models",

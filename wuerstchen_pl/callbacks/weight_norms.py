@@ -39,7 +39,7 @@ class WeightNormMonitor(L.Callback):
     ) -> None:
         """Copy the weights before a step that is measured."""
         if (trainer.global_step + 1) % self.every_steps == self.every_steps // 2:
-            self._before = [p.detach().clone() for p in pl_module.parameters()]
+            self._before = [p.detach().clone() for p in _trained(pl_module)]
             group = optimizer.param_groups[0]
             self._lr, self._full_lr = group["lr"], group.get("initial_lr", group["lr"])
 
@@ -54,7 +54,7 @@ class WeightNormMonitor(L.Callback):
         """Compare the weights with their copy, and log."""
         if not self._before:
             return
-        weights, updates = [p.detach() for p in pl_module.parameters()], self._before
+        weights, updates = [p.detach() for p in _trained(pl_module)], self._before
         self._before = []
         torch._foreach_sub_(updates, weights)
         norm = _norm(weights)
@@ -76,6 +76,10 @@ class WeightNormMonitor(L.Callback):
                 "stage.optimizer.lr=%g",
                 *(at_full_rate, "lower" if at_full_rate > high else "raise", self._full_lr),
             )
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -50,7 +50,7 @@ def checkpoint_chain(path: Path) -> list[Source]:
         is_checkpoint = is_run(frozen)
         model = Source(path=str(frozen), sha256=recorded["sha256"])
         chain += checkpoint_chain(frozen) if is_checkpoint else [model]
-    return chain
+    return list({source["path"]: source for source in chain}.values())
 
 
 def render_card(sources: Sequence[Source], *, license: str | None, ema: bool) -> str:

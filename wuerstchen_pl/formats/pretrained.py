@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Literal, cast
 
+from wuerstchen_pl.checkpointing.load import find_checkpoint
 from wuerstchen_pl.formats.model import build_network
 from wuerstchen_pl.formats.registry import read_model, resolve_source
+from wuerstchen_pl.formats.run import is_run
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.fingerprint import weights_fingerprint
 from wuerstchen_pl.models.pretrained import Pretrained
@@ -28,6 +30,7 @@ def load_network(
         ValueError: if it lacks the network, is damaged or has other weights.
     """
     path = resolve_source(str(source))
+    path = find_checkpoint(path) if is_run(path) else path  # a run may be trained further
     parts = read_model(str(path)).parts
     if part not in parts:
         raise ValueError(f"{source} has no {part}; use a model that has one")

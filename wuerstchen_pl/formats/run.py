@@ -1,12 +1,14 @@
 """Read a training run as a model: the stage of a checkpoint and its frozen stages."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
+from wuerstchen_pl.adapters.adapter import Adapter
 from wuerstchen_pl.checkpointing.allowed import stage_class
 from wuerstchen_pl.checkpointing.load import (
     build_stage,
@@ -94,17 +96,22 @@ def _parts(stage: "Stage") -> dict[str, Part]:
         network: nn.Module | None = getattr(stage, attribute)
         if network is not None:
             arguments = getattr(network, "arguments", None)  # of a network from a model
-            parts[name] = _part(name, network, arguments or config[attribute])
+            adapter: Adapter | None = getattr(stage, "adapter", None) if name == "prior" else None
+            state = network.state_dict() if adapter is None else adapter.merged_state(network)
+            parts[name] = _part(name, network, state, arguments or config[attribute])
     return parts
 
 
-def _part(name: str, network: nn.Module, stage_config: dict[str, Any]) -> Part:
+def _part(
+    name: str, network: nn.Module, state: Mapping[str, Tensor], stage_config: dict[str, Any]
+) -> Part:
     config = with_defaults(drop_weight_paths(stage_config))
     tokenizer = config.get("tokenizer")
     if isinstance(network, TextEncoder):
         config |= {"tokenizer": None, "vocab_size": network.tower.vocab_size}
-    state = network.state_dict()
     if name == "vqgan":
         config["scale_factor"] = float(state["scale_factor"])
     tensors = {key: in_memory(tensor) for key, tensor in state.items()}
-    return Part(config, tensors, Path(tokenizer) if tokenizer else None, network)
+    is_merged = state.keys() != network.state_dict().keys()
+    built = None if is_merged else network
+    return Part(config, tensors, Path(tokenizer) if tokenizer else None, built)

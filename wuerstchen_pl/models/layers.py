@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning, tile_batch
 from wuerstchen_pl.models.grn import GeluGRN
+from wuerstchen_pl.models.qkv import FusedQKV, SplitQKV
 
 LAYER_NORM_EPS = 1e-6
 
@@ -158,14 +159,12 @@ class Attention(nn.Module):
             )
         self.num_heads = num_heads
         self.dropout = dropout
-        self.qkv = nn.Linear(channels, channels * 3)
+        self.qkv: FusedQKV | SplitQKV = FusedQKV(channels)
         self.out = nn.Linear(channels, channels)
 
     def project_kv(self, cond: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, C) condition -> its keys and values, (B, heads, L, C / heads) each."""
-        width = cond.shape[-1]
-        kv = F.linear(cond, self.qkv.weight[width:], self.qkv.bias[width:])
-        keys, values = kv.split(width, dim=-1)
+        keys, values = self.qkv.keys_values(cond).split(cond.shape[-1], dim=-1)
         return self._heads(keys), self._heads(values)
 
     def forward(self, x: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:

@@ -15,7 +15,8 @@ AUTO = "auto"
 IMAGE_SIZE = 1024
 """Side in pixels of the images if the base model does not state its own: that of v2."""
 SCALING = ("semantic_shift", "semantic_scale")
-LOADERS = "wuerstchen_pl.formats.trained_stage"
+LOAD_NETWORK = "wuerstchen_pl.formats.pretrained.load_network"
+LOAD_COMPRESSOR = "wuerstchen_pl.formats.trained_stage.load_compressor"
 
 
 def use_base_model(cfg: DictConfig) -> None:
@@ -93,7 +94,11 @@ def _arguments(model: Model, key: str, cfg: DictConfig, part: str) -> Mapping[st
 
 
 def _complete(cfg: DictConfig, name: str, base: Mapping[str, Any]) -> None:
-    """Merge the arguments of a base network with those of the config."""
+    """Merge the arguments of a base network with those of the config; load it for an adapter."""
+    if cfg.stage.get("adapter") is not None:  # its weights stay those of the base model
+        part = {"source": cfg.init_from, "part": name}
+        cfg.stage[name] = {"_target_": LOAD_NETWORK, **part}
+        return
     chosen: Any = OmegaConf.to_container(cfg.stage[name], resolve=True)
     del chosen["_partial_"]
     if chosen["_target_"] != base["_target_"]:
@@ -141,4 +146,4 @@ def _use_stage_b(cfg: DictConfig, base: Model) -> None:
                 f"decoder={cfg.decoder} has no Stages B and A; set decoder to a model that has "
                 "them, or decoder=null to train without grids"
             )
-    cfg.stage.stage_b = {"_target_": f"{LOADERS}.load_compressor", "source": compressor}
+    cfg.stage.stage_b = {"_target_": LOAD_COMPRESSOR, "source": compressor}

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from wuerstchen_pl.adapters.adapter import Adapter
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.objective import P2Form
 from wuerstchen_pl.models.compressor import SemanticCompressor
@@ -40,6 +41,7 @@ class StageC(TextConditionalStage):
         stage_b: StageB | CompressorOnly,
         prior: Prior,
         text_encoder: TextEncoder,
+        adapter: Adapter | None = None,
         train_text_encoder: bool = False,
         optimizer: OptimizerFactory | None = None,
         lr_schedule: Callable[[int], float] | None = None,
@@ -54,6 +56,7 @@ class StageC(TextConditionalStage):
         super().__init__(
             prior=prior,
             text_encoder=text_encoder,
+            adapter=adapter,
             train_text_encoder=train_text_encoder,
             latent_channels=stage_b.latent_channels,
             optimizer=optimizer,

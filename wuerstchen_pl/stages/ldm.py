@@ -53,6 +53,7 @@ class StageLDM(TextConditionalStage):
         super().__init__(
             prior=prior,
             text_encoder=text_encoder,
+            adapter=None,
             train_text_encoder=train_text_encoder,
             latent_channels=stage_a.latent_channels,
             optimizer=optimizer,

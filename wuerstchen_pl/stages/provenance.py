@@ -5,12 +5,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.io.atomic import Source
+
+if TYPE_CHECKING:
+    from wuerstchen_pl.stages.stage import Stage
 
 
 @dataclass
@@ -79,6 +82,12 @@ class Provenance:
                 "choose that optimizer (optimizer@stage.optimizer), or start a new run with "
                 "init_from"
             )
+
+
+def not_in_checkpoints(stage: "Stage") -> dict[str, nn.Module]:
+    """The networks of a stage by name that are frozen, or of which only an adapter is trained."""
+    has_source = {name: part for name, part in stage.named_children() if hasattr(part, "source")}
+    return {**stage.frozen.present(), **has_source}
 
 
 def frozen_sources(

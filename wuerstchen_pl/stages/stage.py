@@ -20,7 +20,7 @@ from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenModules, FrozenPrecision
 from wuerstchen_pl.stages.hyperparameters import apply_configured
 from wuerstchen_pl.stages.lr_schedule import WarmupCosine
-from wuerstchen_pl.stages.provenance import Provenance, check_weight_files
+from wuerstchen_pl.stages.provenance import Provenance, check_weight_files, not_in_checkpoints
 from wuerstchen_pl.transfer import to_device
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -123,7 +123,7 @@ class Stage(L.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer, each clipped by its own norm."""
-        return [{"params": list(self.parameters())}]
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def configure_optimizers(self) -> Any:
         """One optimizer over all weights that are not frozen, with the learning-rate schedule."""
@@ -250,7 +250,7 @@ class Stage(L.LightningModule):
         callbacks = self.trainer.checkpoint_callbacks
         folders = [Path(c.folder).parent for c in callbacks if hasattr(c, "folder")]
         run_dir = (folders or [Path(self.trainer.default_root_dir)])[0]
-        checkpoint |= self.provenance.record(self.frozen.present(), run_dir)
+        checkpoint |= self.provenance.record(not_in_checkpoints(self), run_dir)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], *, origin: str = "ckpt") -> None:
         """Refuse a checkpoint whose networks differ from this stage's; see ``check_networks``."""
@@ -265,7 +265,7 @@ class Stage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the EMA weights; refuse to resume with other networks or frozen weights."""
         self.check_checkpoint(checkpoint)
-        self.provenance.check_resume(checkpoint, self.frozen.present())
+        self.provenance.check_resume(checkpoint, not_in_checkpoints(self))
         self.ema.load_state_dict(checkpoint["ema"])
 
     # Randomness

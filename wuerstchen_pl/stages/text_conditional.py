@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from wuerstchen_pl.adapters.adapter import Adapter
 from wuerstchen_pl.batch import Batch, num_unique_samples
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight, weighted_mean
@@ -37,6 +38,8 @@ class TextConditionalStage(Stage):
     Args:
         prior: the denoiser.
         text_encoder: captions -> text embeddings.
+        adapter: trained instead of the weights of the prior, which are those of a base model; None
+            trains the prior itself.
         train_text_encoder: train it with the prior (tiny preset); False freezes it.
         latent_channels: channels of the frozen stage's latents.
         optimizer: builds an optimizer over all weights that are not frozen.
@@ -57,6 +60,7 @@ class TextConditionalStage(Stage):
         *,
         prior: Prior | UNet,
         text_encoder: TextEncoder,
+        adapter: Adapter | None,
         train_text_encoder: bool,
         latent_channels: int,
         optimizer: OptimizerFactory | None,
@@ -87,7 +91,13 @@ class TextConditionalStage(Stage):
                 "text_encoder.weights=null leaves a frozen text encoder random; set it to CLIP's "
                 "weights, or set train_text_encoder=true"
             )
-        self.prior = prior
+        self.prior, self.adapter = prior, adapter
+        if adapter is not None:
+            if not isinstance(prior, Prior) or prior.source is None:
+                raise ValueError(
+                    "adapter needs the weights of a base model; set preset=base and init_from"
+                )
+            adapter.add_to(prior)
         if train_text_encoder:
             self.add_module("text_encoder", text_encoder)
         else:

@@ -1,0 +1,128 @@
+"""Adapters in training: small trainable layers beside the frozen ones of a base model."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from wuerstchen_pl.adapters.targets import choose_layers, fuse_projections, split_projections
+from wuerstchen_pl.adapters.weights import AdapterWeights, from_tensors, merged_tensors
+
+Method = Literal["lora", "dora", "loha", "lokr"]
+DEFAULT_TARGETS = ("*.attention.*", "*.cond_mapper")
+NAME = "default"
+"""The name of the adapter in peft."""
+_TENSOR = re.compile(rf"(.+)\.((?:lora|hada|lokr)_\w+)\.{NAME}(\.weight)?")
+
+
+class Adapter:
+    """Adds an adapter to a denoiser; peft computes it.
+
+    Args:
+        method: ``lora``, ``dora``, ``loha`` or ``lokr``; see ``weights``.
+        rank: r; the number of parameters is proportional to it.
+        alpha: the change of a weight is multiplied by alpha / r; None is r.
+        dropout: probability; of the inputs for LoRA and DoRA, of ranks for the others.
+        targets: patterns of layers; see ``choose_layers``. By default attention, and the maps from
+            text to its keys and values.
+
+    Raises:
+        ImportError: if peft is not installed.
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: Method = "lora",
+        rank: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        targets: Sequence[str] = DEFAULT_TARGETS,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank={rank} is out of range; use 1 or more")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is out of range; use 0 <= dropout < 1")
+        if method not in ("lora", "dora", "loha", "lokr"):
+            raise ValueError(f"method={method!r} is unknown; use lora, dora, loha or lokr")
+        self.method, self.rank, self.dropout = method, rank, dropout
+        self.alpha = rank if alpha is None else alpha
+        self.targets = list(targets)
+
+    @property
+    def scale(self) -> float:
+        """Factor on the change of a weight."""
+        return self.alpha / self.rank
+
+    def add_to(self, network: nn.Module) -> None:
+        """Freeze a network and add the adapter, in place; its output does not change yet.
+
+        From now on, the network's state dict has the tensors of the adapter only.
+        """
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, if installed
+        from peft import inject_adapter_in_model
+
+        network.train().requires_grad_(False)  # with the dropout of the base model
+        split_projections(network)
+        inject_adapter_in_model(self._config(choose_layers(network, self.targets)), network, NAME)
+        network.register_state_dict_post_hook(_keep_adapter)
+        network.register_load_state_dict_post_hook(_ignore_base)
+
+    def _config(self, layers: Mapping[str, nn.Linear]) -> Any:
+        from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+        targets = "|".join(map(re.escape, layers))
+        if self.method in ("lora", "dora"):
+            return LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,  # type: ignore[arg-type]
+                lora_dropout=self.dropout,
+                target_modules=targets,
+                use_dora=self.method == "dora",
+            )
+        config = LoHaConfig if self.method == "loha" else LoKrConfig
+        return config(
+            r=self.rank,
+            alpha=self.alpha,  # type: ignore[arg-type]
+            rank_dropout=self.dropout,
+            target_modules=targets,
+        )
+
+    def weights(self, state: Mapping[str, Tensor]) -> AdapterWeights:
+        """The adapter's weights in the state dict of a network that has it."""
+        layers: dict[str, dict[str, Tensor]] = {}
+        for layer, name, tensor in _tensors(state):
+            layers.setdefault(layer, {})[name] = tensor
+        return {layer: from_tensors(ts, scale=self.scale) for layer, ts in layers.items()}
+
+    def merged_state(self, network: nn.Module) -> dict[str, Tensor]:
+        """The state dict of the base network with the adapter merged into it."""
+        tensors = [*network.named_parameters(), *network.named_buffers()]
+        base = {name.replace(".base_layer.", "."): t.detach() for name, t in tensors}
+        base = {name: t for name, t in base.items() if not _TENSOR.fullmatch(name)}
+        return merged_tensors(fuse_projections(base), self.weights(network.state_dict()))
+
+
+def _tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+    """(layer, tensor's name without that of the adapter, tensor)."""
+    for key, tensor in state.items():
+        if match := _TENSOR.fullmatch(key):
+            is_magnitude = match[2] == "lora_magnitude_vector"
+            yield match[1], match[2] if is_magnitude else match[2] + (match[3] or ""), tensor
+
+
+def _keep_adapter(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any]
+) -> None:
+    """Drop the tensors of the base model; a checkpoint names it by path and hash."""
+    for key in [key for key in state if key.startswith(prefix) and not _TENSOR.fullmatch(key)]:
+        del state[key]
+
+
+def _ignore_base(module: nn.Module, incompatible_keys: Any) -> None:
+    """Accept a state dict that lacks the tensors of the base model."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if _TENSOR.fullmatch(key)]
