@@ -1,7 +1,7 @@
 """Export a trained model: ``python -m wuerstchen_pl.export ckpt=outputs/demo/c to=model``."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from wuerstchen_pl.cli import Command
 from wuerstchen_pl.formats import FormatName
@@ -9,7 +9,7 @@ from wuerstchen_pl.formats import FormatName
 KNOWN_KEYS: Mapping[str, Any] = {
     "ckpt": str,
     "to": str,
-    "format": FormatName,
+    "format": FormatName | Literal["adapter"],
     "ema": bool,
     "license": str | None,
 }

@@ -11,6 +11,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "prior": str | None,
     "variant": str | None,
     "allow_mismatch": bool,
+    "lora": list[str],
     "prompt": Any,  # text, a number, or a list
     "prompts": str | None,
     "num_images_per_prompt": int,

@@ -44,6 +44,15 @@ def adaptable_layers(network: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def layer_names(network: nn.Module) -> list[str]:
+    """The names of the adaptable layers after ``split_projections``, which is not called."""
+    fused = [name for name, module in network.named_modules() if isinstance(module, FusedQKV)]
+    return [
+        *adaptable_layers(network),
+        *(f"{name}.to_{which}" for name in fused for which in "qkv"),
+    ]
+
+
 def _sliced(network: nn.Module) -> Iterator[str]:
     for name, module in network.named_modules():
         if isinstance(module, ResBlock) and module.expand.in_features > module.main_channels:

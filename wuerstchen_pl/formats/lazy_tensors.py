@@ -129,13 +129,15 @@ def read_pickle(path: Path) -> dict[str, Any]:
     )
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors one by one: a header with their byte offsets, then their data.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     # by decreasing item size, as safetensors does
     ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))

@@ -1,6 +1,7 @@
 """Generate images from text."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.pipelines.duration import estimate_seconds
 from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.loading import load_pipeline
+from wuerstchen_pl.pipelines.lora import WithAdapters
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.config import SamplingConfig
@@ -58,6 +60,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
         device=device,
         dtype=dtype,
     )
+    load_adapters(pipeline, cfg.lora)
     requests = [
         (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)
     ]
@@ -79,6 +82,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     )
     metadata: dict[str, Any] = {"model": str(cfg.model), **_sha256(pipeline)}
     metadata |= {key: cfg[key] for key in ("prior", "variant") if cfg[key] is not None}
+    metadata |= {"lora": list(cfg.lora)} if cfg.lora else {}
     metadata |= {"height": height, "width": width, "dtype": dtype_name(dtype)}
     metadata |= asdict(settings)
     grid_images: list[torch.Tensor] = []  # the only images that are kept in memory
@@ -91,6 +95,21 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     if len(grid_images) > 1:
         write_png(folder / GRID, tile(grid_images, columns=cfg.num_images_per_prompt), {})
     print(f"{plural(len(requests), 'image')} in {folder}")
+
+
+def load_adapters(pipeline: TextToImage, adapters: Sequence[str]) -> None:
+    """Load adapters, each given as its path, or as ``path:weight``.
+
+    Raises:
+        ValueError: if the model cannot have adapters, or one cannot be read.
+    """
+    for number, text in enumerate(adapters):
+        if not isinstance(pipeline, WithAdapters):
+            raise ValueError(f"lora={text} needs a cascade, but the model is a baseline; remove it")
+        path, separator, weight = text.rpartition(":")
+        is_weight = bool(separator) and re.fullmatch(r"-?\d*\.?\d+", weight) is not None
+        path, factor = (path, float(weight)) if is_weight else (text, 1.0)
+        pipeline.load_lora(path, factor, name=f"{number}: {path}")
 
 
 def _sha256(pipeline: TextToImage) -> dict[str, str]:

@@ -1,0 +1,92 @@
+"""Adapters of a pipeline's Stage C, merged into its weights."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from wuerstchen_pl.adapters.merged import MergedAdapters
+from wuerstchen_pl.formats.adapter_files import read_adapter
+from wuerstchen_pl.pipelines.cascade import CascadePipeline
+
+
+class WithAdapters(CascadePipeline):
+    """The cascade with LoRAs and their relatives.
+
+    They are merged into the weights, so that sampling takes no longer. ``save_pretrained`` saves
+    the weights as they are.
+    """
+
+    @cached_property
+    def _adapters(self) -> MergedAdapters:
+        return MergedAdapters(self.prior.prior)
+
+    @property
+    def lora_weights(self) -> dict[str, float]:
+        """The weights of the loaded adapters by name."""
+        return dict(self._adapters.weights)
+
+    def load_lora(
+        self,
+        path: str | Path,
+        weight: float = 1.0,
+        *,
+        name: str | None = None,
+        alpha: float | None = None,
+    ) -> None:
+        """Add an adapter: a file of this package, diffusers, kohya's scripts or OneTrainer.
+
+        Args:
+            path: the file, or a folder with ``pytorch_lora_weights.safetensors``.
+            weight: 1 is as trained, 0 changes nothing.
+            name: for ``set_lora_weights``; None is that of the file or folder.
+            alpha: of a file that does not state it, such as diffusers' before 2024; None is its
+                rank.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, of another model or not supported, or the name is taken.
+        """
+        adapter = read_adapter(path, self.prior.prior, alpha=alpha)
+        self._adapters.add(name or Path(path).stem, adapter, weight)
+
+    def set_lora_weights(self, weights: Mapping[str, float]) -> None:
+        """Change the weights of loaded adapters by name; the others keep theirs.
+
+        Raises:
+            ValueError: for a name that is not loaded.
+        """
+        self._adapters.set_weights(weights)
+
+    def unload_lora(self) -> None:
+        """Remove all adapters: Stage C is bit for bit as before."""
+        self._adapters.clear()
+
+    def fuse_lora(self) -> None:
+        """Make the loaded adapters a part of Stage C for good, and free the memory of its own
+        weights.
+        """
+        self._adapters.clear(keep_merged=True)
+
+    # As in diffusers
+
+    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None) -> None:
+        """``load_lora`` under diffusers' name."""
+        self.load_lora(path, name=adapter_name)
+
+    def set_adapters(self, adapter_names: str | list[str], adapter_weights: Any = 1.0) -> None:
+        """Use these adapters with these weights, and all others with 0.
+
+        Args:
+            adapter_names: one or several names.
+            adapter_weights: one for all, or a list.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        is_list = isinstance(adapter_weights, list | tuple)
+        weights = list(adapter_weights) if is_list else [adapter_weights] * len(names)
+        others = dict.fromkeys(self.lora_weights, 0.0)
+        self.set_lora_weights({**others, **dict(zip(names, weights, strict=True))})
+
+    def unload_lora_weights(self) -> None:
+        """``unload_lora`` under diffusers' name."""
+        self.unload_lora()
