@@ -25,10 +25,11 @@ FAST: dict[str, Any] = {
 }  # fmt: skip
 NAMES = {
     "save_pretrained", "push_to_hub", "from_pretrained", "components", "device", "dtype", "config",
+    "load_lora_weights", "unload_lora_weights", "set_adapters", "fuse_lora",
     "tokenizer", "encode_prompt", "set_progress_bar_config", "enable_model_cpu_offload", "to",
 }  # fmt: skip
 DIFFERENT = {
-    "scheduler", "load_lora_weights", "enable_xformers_memory_efficient_attention",
+    "scheduler", "unfuse_lora", "enable_xformers_memory_efficient_attention",
     "enable_sequential_cpu_offload", "enable_attention_slicing", "enable_vae_slicing",
     "from_pipe", "prior_pipe", "decoder_pipe",
 }  # fmt: skip

@@ -22,7 +22,7 @@ from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 
 STAGE_C, STAGE_B = ("prior", "prior_text_encoder"), ("decoder", "vqgan", "text_encoder")
 SMALL = (
-    "experiment=finetune", "data=openmoji", *SMALL_DATA, "image_size=64", "trainer.max_steps=2",
+    "data=openmoji", *SMALL_DATA, "image_size=64", "trainer.max_steps=2",
     "trainer.accelerator=cpu", "logger=csv", "validate_every_steps=2", "checkpoint_every_steps=2",
     "callbacks.loss_by_timestep=null", "seed=1", "callbacks.sample_grids=null",
 )  # fmt: skip
@@ -62,12 +62,15 @@ def published(base: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def finetune(published: Path, root: Path, *keys: str, stage: str = "c") -> Path:
+def finetune(
+    published: Path, root: Path, *keys: str, stage: str = "c", experiment: str = "finetune"
+) -> Path:
     """Train; sources are relative to ``published``. Returns the run's folder."""
-    arguments = [f"stage={stage}", f"paths.root={root}", *SMALL, *map(published_path, keys)]
+    choice = [f"stage={stage}", f"experiment={experiment}", f"paths.root={root}"]
+    arguments = [*choice, *SMALL, *map(published_path, keys)]
     arguments = [a.replace("PUBLISHED", str(published)) for a in arguments]
     assert run_program("train", arguments) == 0
-    return root / "finetune" / stage
+    return root / experiment / stage
 
 
 def published_path(key: str) -> str:
@@ -180,6 +183,56 @@ def test_training_changes_the_prior_alone_and_resumes_bit_for_bit(
     assert sum(not torch.equal(changed[k], before[k]) for k in before) > len(before) / 2
 
 
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dora", "loha", "lokr"))]
+)
+def test_an_adapter_is_all_that_changes_and_resumes_bit_for_bit(
+    method: str, base: Model, published: Path, tmp_path: Path
+) -> None:
+    keys = [*CASES["as on the hub"], "stage.optimizer.lr=0.1", f"stage.adapter.method={method}"]
+    whole = finetune(published, tmp_path / "whole", *keys, "trainer.max_steps=4", experiment="lora")
+    first = ["trainer.max_steps=2", "stage.lr_schedule.total_steps=4"]
+    half = finetune(published, tmp_path / "half", *keys, *first, experiment="lora")
+    (half / "checkpoints/step0000002.ckpt").rename(tmp_path / "step0000002.ckpt")
+    resumed = finetune(
+        published, tmp_path / "resumed", *keys, "trainer.max_steps=4",
+        f"ckpt={tmp_path / 'step0000002.ckpt'}", experiment="lora",
+    )  # fmt: skip
+    a, b = (read_checkpoint(find_checkpoint(run)) for run in (whole, resumed))
+    assert_bit_equal(a["state_dict"], b["state_dict"])
+    assert_bit_equal(a["ema"]["shadow"], b["ema"]["shadow"])
+    assert a["ema"]["shadow"].keys() == a["state_dict"].keys()
+    assert all(re.search("lora_|hada_|lokr_", name) for name in a["state_dict"])
+    run = read_run(whole)
+    equal_parts(run, base, "prior_text_encoder", "compressor", *STAGE_B)
+    changed, before = (tensors(Model({"prior": m.parts["prior"]})) for m in (run, base))
+    names = {name for name in before if not torch.equal(changed[name], before[name])}
+    assert names == {n for n in before if re.search(r"attention\.(qkv|out)\.w|cond_mapper\.w", n)}
+
+
+def test_an_exported_adapter_gives_the_images_of_its_run(published: Path, tmp_path: Path) -> None:
+    keys = [*CASES["as on the hub"], "stage.optimizer.lr=0.1"]
+    run = finetune(published, tmp_path, *keys, experiment="lora")
+    adapter = tmp_path / "adapter"
+    assert run_program("export", [f"ckpt={run}", f"to={adapter}", "format=adapter"]) == 0
+    assert sum(file.stat().st_size for file in adapter.iterdir()) < 300_000
+    few: dict[str, Any] = {
+        "height": 128, "width": 128, "seed": 3, "prior_num_inference_steps": 2,
+        "num_inference_steps": 2, "output_type": "pt",
+    }  # fmt: skip
+    tuned = WuerstchenPipeline.from_pretrained(published / "decoder", prior=run)
+    pipe = WuerstchenPipeline.from_pretrained(published / "decoder", prior=published / "prior")
+    expected, untuned = tuned("red", **few).images, pipe("red", **few).images
+    pipe.load_lora(adapter)
+    torch.testing.assert_close(pipe("red", **few).images, expected, atol=1e-3, rtol=0)
+    assert float((expected - untuned).abs().max()) > 0.01
+    pipe.unload_lora()
+    assert torch.equal(pipe("red", **few).images, untuned)
+    pipe.load_lora_weights(adapter, adapter_name="red")
+    pipe.set_adapters("red", 0.0)
+    assert torch.equal(pipe("red", **few).images, untuned)
+
+
 def test_a_tuned_prior_draws_with_the_published_decoder(
     base: Model, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -236,7 +289,8 @@ def test_what_is_missing_is_one_sentence_with_its_key(
             {"prior_text_encoder": random_part(CONFIGS["prior_text_encoder"] | {"width": 8})}
         )
         registry.write_model(wide, published / "wide", "native")
-    arguments = ["stage=c", f"paths.root={tmp_path}", *SMALL, *map(published_path, keys)]
+    choice = ["stage=c", "experiment=finetune", f"paths.root={tmp_path}"]
+    arguments = [*choice, *SMALL, *map(published_path, keys)]
     assert run_program("train", [a.replace("PUBLISHED", str(published)) for a in arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")

@@ -57,14 +57,16 @@ def load_initial_weights(stage: "Stage", source: str, *, allow_mismatch: bool = 
     else:
         weights = _from_model(read_model(str(path)), path, stage)
     origin = f"init_from={path}"
+    is_base = getattr(stage, "adapter", None) is not None  # which has these weights already
+    if not is_base:
+        checkpoint = {"stage": weights.config, "state_dict": weights.tensors}
+        stage.check_checkpoint(checkpoint, origin=origin)
     frozen: Any = stage.frozen.get(ENCODERS.get(stage.name, ""))
     if frozen is not None and not allow_mismatch:
         check_encoder(weights.encoder, frozen.provenance.encoder, origin)
         if stage.name == "c":
             check_scaling(weights.scaling, _scaling(stage.provenance.config or {}), origin)
-    if getattr(stage, "adapter", None) is None:  # else the base network was loaded with its weights
-        checkpoint = {"stage": weights.config, "state_dict": weights.tensors}
-        stage.check_checkpoint(checkpoint, origin=origin)
+    if not is_base:
         stage.load_state_dict(weights.tensors)
     logger.info("init_from: %s, %s", path, weights.description)
 
