@@ -98,7 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "distributed",
     },
     "evaluation.metrics": {"models", "io"},
-    "pipelines": {"sampling", "formats", "diffusion", "models", "io", "checkpointing"},
+    "pipelines": {"adapters", "sampling", "formats", "diffusion", "models", "io", "checkpointing"},
     "formats": {"adapters", "checkpointing", "models", "io", "signatures"},
     "adapters": {"models"},
     "stages": {

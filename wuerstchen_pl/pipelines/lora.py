@@ -84,8 +84,8 @@ class WithAdapters(CascadePipeline):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         is_list = isinstance(adapter_weights, list | tuple)
         weights = list(adapter_weights) if is_list else [adapter_weights] * len(names)
-        others = dict.fromkeys(self.lora_weights, 0.0)
-        self.set_lora_weights({**others, **dict(zip(names, weights, strict=True))})
+        unused = dict.fromkeys(self.lora_weights, 0.0)
+        self.set_lora_weights({**unused, **dict(zip(names, weights, strict=True))})
 
     def unload_lora_weights(self) -> None:
         """``unload_lora`` under diffusers' name."""
