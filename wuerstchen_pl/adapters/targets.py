@@ -73,10 +73,10 @@ def choose_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.L
     for pattern in patterns:
         if any(fnmatchcase(name, pattern) for name in layers):
             continue
-        others = [name for name, _ in network.named_modules() if fnmatchcase(name, pattern)]
-        if others:
+        unadaptable = [name for name, _ in network.named_modules() if fnmatchcase(name, pattern)]
+        if unadaptable:
             raise ValueError(
-                f"targets has {pattern!r}, which matches {others[0]}, but only linear layers can "
+                f"targets has {pattern!r}, which matches {unadaptable[0]}, but only linear layers can "
                 "have an adapter, and not those of semantic latents; choose others, such as "
                 "*.attention.*"
             )

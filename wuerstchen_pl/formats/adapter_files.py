@@ -107,20 +107,20 @@ def read_adapter(path: str | Path, prior: Prior, *, alpha: float | None = None) 
             f"lora={path} does not exist; use a .safetensors file of an adapter"
         )
     tensors, metadata = _read(file)
-    known = {name: layer for layer, name in external_names(layer_names(prior)).items()}
-    known |= {name.replace(".", "_"): layer for name, layer in known.items()}
-    found: dict[str, dict[str, Tensor]] = {}
+    layer_of = {name: layer for layer, name in external_names(layer_names(prior)).items()}
+    layer_of |= {name.replace(".", "_"): layer for name, layer in layer_of.items()}
+    by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         entry = _parse(key, file)
-        if entry.layer not in known:
+        if entry.layer not in layer_of:
             raise ValueError(
                 f"{file} has {key}, which is not of this model's Stage C; use an adapter of it"
             )
-        found.setdefault(known[entry.layer], {})[entry.kind] = tensor
-    if not found:
+        by_layer.setdefault(layer_of[entry.layer], {})[entry.kind] = tensor
+    if not by_layer:
         raise ValueError(f"{file} has no tensors of an adapter; use another file")
     alpha = alpha if alpha is not None else _stated_alpha(metadata)
-    return {layer: _layer(parts, alpha, f"{file}, {layer}") for layer, parts in found.items()}
+    return {layer: _layer(parts, alpha, f"{file}, {layer}") for layer, parts in by_layer.items()}
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
