@@ -1,6 +1,7 @@
 """Adapters: no effect at first, the same effect merged and not, for every layer they allow."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -95,3 +96,33 @@ def test_every_layer_has_the_same_effect_merged_and_not(kind: str, layer: str) -
         assert difference(with_adapter, before) > 2e-4, method
         unchanged = merged_tensors(state, weights, weight=0.0)
         assert all(torch.equal(unchanged[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "message"),
+    [
+        ("prior", "*.depthwise", "matches blocks.0.res.depthwise, but only linear layers"),
+        ("diffnext", "down.1.*.expand", "read no semantic latents can have an adapter"),
+        ("prior", "stem", "matches stem, but only linear layers"),
+        ("prior", "*.attn1.*", "matches no layer; use patterns such as"),
+    ],
+)
+def test_a_pattern_without_adaptable_layers_is_refused(
+    kind: str, pattern: str, message: str
+) -> None:
+    network = build(kind)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Adapter(targets=[*DEFAULT_TARGETS, pattern]).add_to(network)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "rank=0 is out of range"),
+        ({"dropout": 1.0}, "dropout=1.0 is out of range"),
+        ({"method": "ia3"}, "method='ia3' is unknown"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Adapter(**arguments)

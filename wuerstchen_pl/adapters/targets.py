@@ -76,11 +76,13 @@ def choose_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.L
         unadaptable = [name for name, _ in network.named_modules() if fnmatchcase(name, pattern)]
         if unadaptable:
             raise ValueError(
-                f"targets has {pattern!r}, which matches {unadaptable[0]}, but only linear layers can "
-                "have an adapter, and not those of semantic latents; choose others, such as "
-                "*.attention.*"
+                f"targets has {pattern!r}, which matches {unadaptable[0]}, but only linear layers "
+                "that read no semantic latents can have an adapter; choose such layers, for "
+                "example *.attention.*"
             )
-        raise ValueError(f"targets has {pattern!r}, which matches no layer; such as *.attention.*")
+        raise ValueError(
+            f"targets has {pattern!r}, which matches no layer; use patterns such as *.attention.*"
+        )
     return {
         name: layer
         for name, layer in layers.items()
