@@ -1,6 +1,6 @@
 """The batch contract between data modules and stages."""
 
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from torch import Tensor
 
@@ -43,5 +43,9 @@ class Batch(TypedDict, total=False):
 
 
 def num_unique_samples(batch: Batch) -> int:
-    """Number of samples of a validation batch; 0 if another process has the same samples."""
-    return len(batch["caption"]) if batch.get("is_unique", True) else 0
+    """Number of samples of a validation batch; 0 if another process has the same samples.
+
+    A float at run time: Lightning divides the sum of the counts of all processes by their number,
+    and would round integers down.
+    """
+    return cast(int, float(len(batch["caption"]) if batch.get("is_unique", True) else 0))

@@ -4,6 +4,7 @@ The processes use gloo on the CPU, with the same code as NCCL on GPUs.
 """
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import NO_GRIDS, run_program, small
+from tests.data.factories import image
 from tests.distributed.launch import launch
 from wuerstchen_pl.checkpointing import load
 
@@ -167,6 +169,34 @@ def test_two_nodes_that_accumulate_gradients_train_like_one_process(
     launch([arguments("b", tmp_path / "hybrid", cascade, *HYBRID)], tmp_path, processes=1, nodes=2)
     assert load.find_checkpoint(tmp_path / "hybrid/default/b").is_dir()
     check_equal(tmp_path, "hybrid", "b", "one_accumulated")
+
+
+def test_two_processes_train_like_one_with_masks_weights_and_changed_captions(
+    cascade: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(24):
+        (images / f"{number}.jpg").write_bytes(image(f"{number}", 70, 64))
+        (images / f"{number}.txt").write_text(f"number {number}, a, b, c")
+        (images / f"{number}.json").write_text(json.dumps({"weight": number / 8}))
+        if number % 3:
+            mask = Image.new("L", (70, 64))
+            mask.paste(255, (0, 0, 70, 2 * number))
+            mask.save(images / f"{number}.mask.png")
+    data = [f"data.root={images}", "data.mask=file", "data.num_workers=0"]
+    data += ["data.captions.shuffle_tags=true", "data.captions.drop_tag_prob=0.3"]
+
+    def command(run: str, *more: str) -> list[str]:
+        kept = [a for a in arguments("c", tmp_path / run, cascade) if "data.limit" not in a]
+        return ["data=folder", *kept, *data, *more]
+
+    assert run_program("train", command("one", *ONE)) == 0
+    assert run_program("train", command("other", *ONE, "data.mask=null")) == 0
+    launch([command("ddp", *TWO, "trainer=ddp")], tmp_path)
+    check_equal(tmp_path, "ddp", "c")
+    one, other = (last_checkpoint(tmp_path / run / "default/c") for run in ("one", "other"))
+    assert max_difference(one, other)[0] > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("stage", "abc")
