@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.loading import batch_dataset
 from wuerstchen_pl.data.sources.folder import FolderSource
-from wuerstchen_pl.evaluation.dataset_metrics import retrievals
+from wuerstchen_pl.evaluation.dataset_metrics import retrievals, validation_losses
 from wuerstchen_pl.evaluation.datasets import DatasetImages
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
@@ -73,3 +74,28 @@ def test_targets_after_an_unreadable_image_are_found(images: DatasetImages, tmp_
     assert scores["retrieval/top1"].value == 1
     assert scores["retrieval/top1"].number == NUM_IMAGES - 1
     assert scores["retrieval_shuffled/top1"].value == 0
+
+
+def test_validation_losses_get_images_and_masks_in_the_range_of_the_contract(
+    tmp_path: Path,
+) -> None:
+    for number in range(6):
+        path = tmp_path / f"{number}.png"
+        Image.new("LA", (64, 64), (0, 51 * number)).save(path)
+        path.with_suffix(".txt").write_text("a")
+    data = ImageTextDataModule(
+        source=FolderSource(root=str(tmp_path)), image_size=64, bucket_multiple=16, batch_size=2,
+        val_fraction=0.5, mask="alpha",
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+
+    class MeanOfMask(torch.nn.Linear):
+        def validation_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            torch.testing.assert_close(batch["image"][:, :1], 1 - batch["mask"])
+            means = batch["mask"].mean((1, 2, 3))[:, None]
+            return torch.full_like(means, 0.5), means
+
+    (score, *_) = validation_losses({"c": MeanOfMask(1, 1)}, data).values()  # type: ignore[dict-item]
+    levels = [int(sample.key[0]) / 5 for sample in data.splits.first_window["val"]]
+    assert score.value == pytest.approx(sum(levels) / len(levels))

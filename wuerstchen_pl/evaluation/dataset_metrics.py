@@ -205,7 +205,9 @@ def validation_losses(
         times: list[Tensor] = []
         losses: list[Tensor] = []
         for batch in tqdm(data.in_order("val", alone=True), desc=f"loss of stage {name}"):
-            batch["image"] = to_float(batch["image"].to(next(stage.parameters()).device))
+            device = next(stage.parameters()).device
+            for key in {"image", "mask"} & batch.keys():
+                batch[key] = to_float(batch[key].to(device))
             t, loss = stage.validation_losses(batch)
             times.append(t.cpu())
             losses.append(loss.float().cpu())
