@@ -99,7 +99,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("as on the hub", "the authors' files")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow) for c in CASES]
+)
 def test_a_prior_comes_back_bit_equal_where_nothing_was_trained(
     case: str, base: Model, published: Path, tmp_path: Path
 ) -> None:
