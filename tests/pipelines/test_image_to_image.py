@@ -339,7 +339,7 @@ def test_guidance_options_reach_stage_c(pipe: WuerstchenPipeline) -> None:
         ({"prompt": "a", "negative_prompt": 3}, "negative_prompt=3 is not text"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt=0 is out of range"),
         ({"prompt": "a", "prior_num_inference_steps": 2.5}, "steps=2.5 is not a positive integer"),
-        ({"prompt": "a", "height": 64.5}, "height=64.5 is not supported"),
+        ({"prompt": "a", "height": 64.5}, "height=64.5 is not a whole number of pixels"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 16, 7)}, r"have shape \(1, 16, 7\)"),
         ({"prompt": "a", "negative_prompt_embeds": torch.zeros(2, 16, 16)}, r"shape \(2, 16, 16"),
         ({"prompt": "a", "strength": 0.3}, "strength and mask need image_embeddings"),
