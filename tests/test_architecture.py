@@ -40,11 +40,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in ("signals", "signatures", "programs")},
     "programs.next_steps": set(),
     "programs.base_model": PROGRAM | {"formats"},
+    "programs.training_cache": PROGRAM | {"programs.cache", "data", "distributed", "formats"},
     "programs.run_length": {"data", "distributed"},
     "programs.train": PROGRAM
     | {
         "programs.base_model",
         "programs.next_steps",
+        "programs.training_cache",
         "programs.run_length",
         "data",
         "batch",

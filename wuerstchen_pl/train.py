@@ -23,6 +23,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "encoders": str | None,
     "compressor": str | None,
     "decoder": str | None,
+    "cache": bool,
     "activation_checkpointing": bool | Literal["auto"],
     "compile": bool,
     "check_memory": bool,

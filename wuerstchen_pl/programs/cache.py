@@ -93,18 +93,9 @@ def run(cfg: DictConfig) -> None:
     )
     data.prepare_data()
     data.setup()
-    source: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    settings = {
-        "made_with": encoders.fingerprint,
-        "preprocessing": PREPROCESSING,
-        "tensors": TENSORS[stage],
-        "sizes": [list(size) for size in data.sizes],
-        "crops": cfg.crops,
-        "text": cfg.text,
-        "dtype": cfg.dtype,
-        "shard_mb": cfg.shard_mb,
-        "data": {key: value for key, value in source.items() if key not in RUNTIME_KEYS},
-    }
+    settings = cache_settings(
+        cfg, data, encoders, crops=cfg.crops, text=cfg.text, dtype=cfg.dtype, shard_mb=cfg.shard_mb
+    )
     dist_info = DistInfo.from_env()
     with claimed(folder, key="out", settings=settings, is_owner=dist_info.rank == 0):
         missing = build_cache(
@@ -131,21 +122,48 @@ def run(cfg: DictConfig) -> None:
         print(" ".join([f"train with data=cached data.root={cfg.out}", *typed]))
 
 
+def cache_settings(
+    cfg: DictConfig,
+    data: ImageTextDataModule,
+    encoders: Encoders,
+    *,
+    crops: int,
+    text: bool,
+    dtype: str,
+    shard_mb: int,
+) -> dict[str, Any]:
+    """What the contents of a cache depend on, for its manifest.
+
+    Args:
+        cfg: with the node ``data``.
+        data: the data module of that node, already set up.
+        encoders: the frozen networks.
+        crops: number of crops of each training image.
+        text: whether text embeddings are cached.
+        dtype: of the cached tensors.
+        shard_mb: approximate size of a file in MB.
+    """
+    source: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    return {
+        "made_with": encoders.fingerprint,
+        "preprocessing": PREPROCESSING,
+        "tensors": TENSORS[encoders.stage],
+        "sizes": [list(size) for size in data.sizes],
+        "crops": crops,
+        "text": text,
+        "dtype": dtype,
+        "shard_mb": shard_mb,
+        "data": {key: value for key, value in source.items() if key not in RUNTIME_KEYS},
+    }
+
+
 def check_ranges(cfg: DictConfig, stage: str) -> None:
     """Refuse a config that cannot be cached.
 
     Raises:
         ValueError: naming the key.
     """
-    if stage not in TENSORS:
-        raise ValueError(f"stage={stage} trains on images, not on a cache; use stage=b or stage=c")
-    if "crop" not in cfg.data:
-        raise ValueError("data=cached is already a cache; choose images, such as data=folder")
-    if cfg.data.get("mask") is not None:
-        raise ValueError(
-            f"data.mask={cfg.data.mask!r} needs the images; set data.mask=null, or train without a "
-            "cache"
-        )
+    check_stage(stage, cfg.data)
     for key in ("crops", "shard_mb"):
         if cfg[key] < 1:
             raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")
@@ -155,4 +173,25 @@ def check_ranges(cfg: DictConfig, stage: str) -> None:
         raise ValueError(
             "text=true caches the output of a frozen text encoder, but "
             "stage.train_text_encoder=true; set text=false"
+        )
+
+
+def check_stage(stage: str, data: DictConfig) -> None:
+    """Refuse a stage or data that cannot be cached.
+
+    Args:
+        stage: its name.
+        data: the node of the config.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if stage not in TENSORS:
+        raise ValueError(f"stage={stage} trains on images, not on a cache; use stage=b or stage=c")
+    if "crop" not in data:
+        raise ValueError("data=cached is already a cache; choose images, such as data=folder")
+    if data.get("mask") is not None:
+        raise ValueError(
+            f"data.mask={data.mask!r} needs the images; set data.mask=null, or train without a "
+            "cache (cache=false)"
         )

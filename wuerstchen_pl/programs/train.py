@@ -31,6 +31,7 @@ from wuerstchen_pl.plural import plural
 from wuerstchen_pl.programs.base_model import use_base_model
 from wuerstchen_pl.programs.next_steps import describe_end
 from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
+from wuerstchen_pl.programs.training_cache import with_cache
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
 from wuerstchen_pl.stages.data_checks import check_cache, check_mask, check_sizes, describe_sizes
 
@@ -59,6 +60,8 @@ def run(cfg: DictConfig) -> float:
     torch.set_float32_matmul_precision("high")
 
     stage = build_stage(cfg)
+    if cfg.cache:
+        data = with_cache(cfg, stage, data)
     if cfg.activation_checkpointing is True:
         checkpoint_activations(stage)
     if cfg.compile:
@@ -78,7 +81,7 @@ def run(cfg: DictConfig) -> float:
         HydraConfig.get().overrides.task,
         caption=data.captions.plain(data.splits.first_window["train"][0].captions[0]),
         default_folder=Path(cfg.paths.root, cfg.name, stage.name),
-        is_cached=hasattr(data, "made_with"),
+        is_cached=hasattr(data, "made_with") and not cfg.cache,
     )
     rank_zero_only(print)(end)
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))

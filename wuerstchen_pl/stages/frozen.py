@@ -47,6 +47,11 @@ class FrozenModules(dict[str, nn.Module | None]):
         for module in self.present().values():
             module._apply(fn, recurse)
 
+    def to(self, device: torch.device | str) -> None:
+        """Move all networks."""
+        for module in self.present().values():
+            module.to(device)
+
     @contextmanager
     def computing(self, network: nn.Module, device: torch.device) -> Iterator[None]:
         """Move ``network`` to the device, and use ``precision`` for it within the block."""
