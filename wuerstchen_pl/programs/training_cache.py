@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from wuerstchen_pl.data.caches.build_cache import build_cache
-from wuerstchen_pl.data.caches.cached_dataset import CachedDataModule
+from wuerstchen_pl.data.caches.cached_dataset import MANIFEST, CachedDataModule
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.formats.compatibility import ENCODERS
@@ -67,7 +67,8 @@ def with_cache(cfg: DictConfig, stage: "Stage", data: ImageTextDataModule) -> Ca
     )  # fmt: skip
     folder = Path(cfg.paths.data, "cached", _digest(settings, data))
     with claimed(folder, key="paths.data", settings=settings):
-        build_cache(data, encoders, folder, settings=settings, crops=CROPS, shard_mb=SHARD_MB)
+        if not (folder / MANIFEST).is_file():
+            build_cache(data, encoders, folder, settings=settings, crops=CROPS, shard_mb=SHARD_MB)
     stage.frozen.to("cpu")
     logger.info("cache: %s", folder)
     return CachedDataModule(
