@@ -11,6 +11,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "to": str,
     "format": FormatName | Literal["adapter"],
     "ema": bool,
+    "push": str | None,
     "license": str | None,
 }
 

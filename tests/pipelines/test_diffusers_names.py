@@ -12,10 +12,9 @@ from PIL import Image
 import wuerstchen_pl
 from wuerstchen_pl import WuerstchenPipeline
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.formats import registry
+from wuerstchen_pl.formats import hub, registry
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.models.fingerprint import weights_fingerprint
-from wuerstchen_pl.pipelines import diffusers_names
 from wuerstchen_pl.pipelines.loading import pipeline_from_stage
 
 DOCS = Path(__file__).parents[2] / "docs/diffusers.md"
@@ -97,7 +96,7 @@ def test_a_model_is_pushed_to_the_hub(
             parts = registry.read_model(folder_path).parts
             uploaded["parts"] = parts.keys()
 
-    monkeypatch.setattr(diffusers_names, "HfApi", Api)
+    monkeypatch.setattr(hub, "HfApi", Api)
     assert pipe.push_to_hub("me/mine", private=True, token="t") == "https://hub/me/mine"
     assert uploaded == {"token": "t", "private": True, "parts": pipe.components.keys()}
 

@@ -19,6 +19,7 @@ from wuerstchen_pl.checkpointing.finite import check_finite
 from wuerstchen_pl.formats.key_map import key_mappings
 from wuerstchen_pl.formats.lazy_tensors import in_memory, write_safetensors
 from wuerstchen_pl.formats.model import PRIOR
+from wuerstchen_pl.formats.registry import resolve_source
 from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.models.prior import Prior
 
@@ -93,7 +94,7 @@ def read_adapter(path: str | Path, prior: Prior, *, alpha: float | None = None) 
     """Read an adapter of Stage C.
 
     Args:
-        path: the file, or a folder with ``pytorch_lora_weights.safetensors``.
+        path: the file, or a folder or hub id with ``pytorch_lora_weights.safetensors``.
         prior: the network that it is for.
         alpha: of a file that does not state it; None is the rank.
 
@@ -101,7 +102,8 @@ def read_adapter(path: str | Path, prior: Prior, *, alpha: float | None = None) 
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, of another network, or has tensors of an unknown kind.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    path = resolve_source(str(path))
+    file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"lora={path} does not exist; use a .safetensors file of an adapter"

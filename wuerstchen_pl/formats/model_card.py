@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra.utils import get_object
 from omegaconf import OmegaConf
@@ -36,10 +36,16 @@ wuerstchen_pl. License of the weights: {stated}.
 ```python
 from wuerstchen_pl import WuerstchenPipeline
 
-pipe = WuerstchenPipeline.from_pretrained("this folder")
+{load}
 pipe("a red heart", height={side}, width={side}, seed=0).images[0].save("heart.png")
 ```
 """
+LOAD = {
+    "model": 'pipe = WuerstchenPipeline.from_pretrained("this folder")',
+    "adapter": 'pipe = WuerstchenPipeline.from_pretrained("the base model")\n'
+    'pipe.load_lora("this folder")',
+}
+"""How an export is used."""
 
 
 def checkpoint_chain(path: Path) -> list[Source]:
@@ -53,19 +59,27 @@ def checkpoint_chain(path: Path) -> list[Source]:
     return list({source["path"]: source for source in chain}.values())
 
 
-def render_card(sources: Sequence[Source], *, license: str | None, ema: bool) -> str:
+def render_card(
+    sources: Sequence[Source],
+    *,
+    license: str | None,
+    ema: bool,
+    usage: Literal["model", "adapter"] = "model",
+) -> str:
     """The card in Markdown, with the front matter that hubs read.
 
     Args:
         sources: checkpoints of the stages, the last stage first; see ``checkpoint_chain``.
         license: license of the weights, as hubs spell it (``mit``).
         ema: whether the first checkpoint's EMA weights were exported.
+        usage: what was exported: the model, or the adapter alone.
     """
     rows = [_row(source, with_ema=ema or i > 0) for i, source in enumerate(sources)]
     return CARD.format(
         license=license or "other",
         stated=license or "not stated",
         rows="\n".join(rows),
+        load=LOAD[usage],
         side=_config(Path(sources[0]["path"])).get("image_size", 1024),
     )
 

@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from wuerstchen_pl.formats import FormatName
+from wuerstchen_pl.formats.hub import upload
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import Model, Part
 from wuerstchen_pl.formats.registry import write_model
@@ -133,12 +133,10 @@ class DiffusersNames(WithAdapters):
             private: whether a new repository is private; None is the account's default.
             token: a token with write access; None is that of ``hf auth login``.
         """
-        api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "model", format=format)
-            api.upload_folder(repo_id=repo_id, folder_path=f"{folder}/model")
-        return str(url)
+            model = Path(folder) / "model"
+            self.save_pretrained(model, format=format)
+            return upload(model, repo_id, private=private, token=token)
 
     def _described(self) -> Model:
         if self._model is None:

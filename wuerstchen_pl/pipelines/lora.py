@@ -37,7 +37,7 @@ class WithAdapters(CascadePipeline):
         """Add an adapter: a file of this package, diffusers, kohya's scripts or OneTrainer.
 
         Args:
-            path: the file, or a folder with ``pytorch_lora_weights.safetensors``.
+            path: the file, or a folder or hub id with ``pytorch_lora_weights.safetensors``.
             weight: 1 is as trained, 0 changes nothing.
             name: for ``set_lora_weights``; None is that of the file or folder.
             alpha: of a file that does not state it, such as diffusers' before 2024; None is its
