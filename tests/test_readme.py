@@ -68,7 +68,7 @@ def with_local_data(arguments: list[str], workdir: Path) -> list[str]:
         folder = "my/shards" if "data.urls=my/shards" in arguments else "shards"
         shards(workdir / folder, 10, 2)
     if "data=cached" in arguments:
-        return arguments
+        return [*arguments, "data.num_workers=0"]
     if "data.mask=file" in arguments:
         for i in range(6):
             (workdir / f"my/images/{i}.mask.png").write_bytes(image("mask", kind="PNG"))

@@ -25,6 +25,7 @@ SMALL = (
     "data=openmoji", *SMALL_DATA, "image_size=64", "trainer.max_steps=2",
     "trainer.accelerator=cpu", "logger=csv", "validate_every_steps=2", "checkpoint_every_steps=2",
     "callbacks.loss_by_timestep=null", "seed=1", "callbacks.sample_grids=null",
+    "data.num_workers=0",
 )  # fmt: skip
 UNCHANGED = "stage.optimizer.lr=1e-30"
 """Below the last bit of every weight."""
