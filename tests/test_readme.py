@@ -20,15 +20,29 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
 EVALUATION = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+FINETUNING = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
 
 
-def commands(name: str) -> list[list[str]]:
-    """The distinct arguments of every ``python -m wuerstchen_pl.<name>`` in the code blocks of the
-    README, docs/data.md and docs/evaluation.md."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README + DATA + EVALUATION, re.DOTALL))
+def commands(name: str, text: str = README + DATA + EVALUATION) -> list[list[str]]:
+    """The distinct arguments of every ``python -m wuerstchen_pl.<name>`` in the code blocks of
+    documents; without those that tune a model, which ``finetuning_commands`` has."""
+    return [one for one in all_commands(name, text) if not tunes(one)]
+
+
+def finetuning_commands(name: str) -> list[list[str]]:
+    """The commands of the README and docs/finetuning.md that tune a model, or use the result."""
+    return [one for one in all_commands(name, README + FINETUNING) if tunes(one)]
+
+
+def all_commands(name: str, text: str) -> list[list[str]]:
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
     lines = [shlex.split(line) for line in blocks.splitlines() if line.startswith("python -m")]
     matches = [line[3:] for line in lines if line[2] == f"wuerstchen_pl.{name}"]
     return [one for i, one in enumerate(matches) if one not in matches[:i]]
+
+
+def tunes(arguments: list[str]) -> bool:
+    return any(a.startswith("init_from=") or "style" in a for a in arguments)
 
 
 def test_the_readme_is_short_and_has_every_command() -> None:
@@ -81,6 +95,35 @@ def with_local_data(arguments: list[str], workdir: Path) -> list[str]:
         arguments = [a for a in arguments if not a.startswith("data.name=")]
         arguments.append(f"data.name={workdir / 'saved'}")
     return [*arguments, "data.num_workers=0", "data.max_upscale=null"]
+
+
+def test_the_commands_that_tune_a_model_run_one_after_the_other(
+    cascade: Path, workdir: Path
+) -> None:
+    few = ["trainer.max_steps=2", "trainer.accelerator=cpu", "callbacks.sample_grids=null"]
+    few += ["callbacks.loss_by_timestep=null", "data.val_fraction=0.2", "logger=csv"]
+    base = {"init_from": cascade / "c", "compressor": cascade / "c", "decoder": cascade / "c"}
+
+    def local(arguments: list[str]) -> list[str]:
+        pairs = [a.partition("=")[::2] for a in arguments]
+        return [f"{key}={base.get(key, value)}" for key, value in pairs]
+
+    trained, exported = finetuning_commands("train"), finetuning_commands("export")
+    sampled = finetuning_commands("sample")
+    assert [len(group) for group in (trained, exported, sampled)] == [2, 3, 2]
+    for arguments in trained:
+        arguments = with_local_data(local(arguments), workdir)
+        assert run_program("train", [*arguments, *few]) == 0
+    for number, arguments in enumerate(exported):
+        arguments = [a for a in arguments if not a.startswith("to=")]
+        to = "style" if number == 0 else str(number)
+        assert run_program("export", [*arguments, f"to=models/{to}"]) == 0
+    (workdir / "models/style").rename(workdir / "style")
+    for arguments in sampled:
+        arguments = [a.replace("outputs/mine/c", str(cascade / "c")) for a in arguments]
+        steps = ["sample.prior_steps=1", "sample.decoder_steps=1"]
+        assert run_program("sample", [*arguments, *steps]) == 0
+    assert (workdir / "style/pytorch_lora_weights.safetensors").is_file()
 
 
 ON_GPUS = [c for c in commands("train") if "trainer=fsdp_a100" in c]
