@@ -33,6 +33,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "image_size": int | Literal["auto"],
     "image_size_at_12": int,
     "require_caption": bool,
+    "sample_prompts": list[str],
     "image_size_at_24": int,
     "global_batch": int | None,
     "bucket_multiple": int | Literal["auto"],

@@ -1,5 +1,7 @@
 """Which files are images: the one list of formats, and the rules for file names."""
 
+import re
+
 _SUFFIXES = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
     "PNG": ("png",),
@@ -34,3 +36,8 @@ def split_suffix(name: str) -> tuple[str, str]:
 def is_hidden(name: str) -> bool:
     """Whether a file or one of its folders is hidden, such as macOS's ``._a.jpg``."""
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def slug(prompt: str) -> str:
+    """A prompt as an ASCII part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "prompt"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from wuerstchen_pl.distributed.launch import resolve_device
 from wuerstchen_pl.evaluation import prompt_sets
-from wuerstchen_pl.io.image_files import GRID
+from wuerstchen_pl.io.image_files import GRID, slug
 from wuerstchen_pl.io.images import write_png
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
@@ -137,11 +137,6 @@ def read_prompts(prompt: Any, prompts: str | None) -> list[str]:
         if any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"prompt={text[:40]!r} is not valid UTF-8; re-encode it as UTF-8")
     return texts
-
-
-def slug(prompt: str) -> str:
-    """A prompt as an ASCII part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "prompt"
 
 
 def tile(images: list[torch.Tensor], columns: int) -> torch.Tensor:

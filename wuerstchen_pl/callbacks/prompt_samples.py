@@ -1,0 +1,141 @@
+"""Images of fixed prompts before, during and after training, in one strip per prompt."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from PIL import Image
+from torch import Tensor
+
+from wuerstchen_pl.callbacks.grid_image import render_grid
+from wuerstchen_pl.callbacks.restored_modes import restored_modes
+from wuerstchen_pl.io.atomic import atomic_write
+from wuerstchen_pl.io.image_files import slug
+from wuerstchen_pl.io.images import to_float, write_png
+from wuerstchen_pl.loggers.images import log_image
+from wuerstchen_pl.stages.stage import Stage
+from wuerstchen_pl.stages.text_conditional import TextConditionalStage
+
+
+class PromptSamples(L.Callback):
+    """Write ``samples/00-a-red-heart/step0001000.png``, and the strip of all beside the folder.
+
+    Each prompt has the same seed at all steps, and is drawn with the EMA weights. TensorBoard and
+    Weights & Biases get the strips. Training is not affected.
+
+    Args:
+        folder: the folder to write to.
+        prompts: none by default.
+        every_steps: steps between two images; the first is before training, the last at its end.
+        size: height and width in pixels.
+        num_steps: denoising steps.
+        guidance_scale: guidance away from the empty caption.
+        seed: of the first prompt; the next has the next one.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        prompts: Sequence[str],
+        every_steps: int,
+        size: int,
+        num_steps: int = 20,
+        guidance_scale: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        if every_steps < 1 or num_steps < 1:
+            raise ValueError(
+                f"every_steps={every_steps} and num_steps={num_steps} are out of range; use 1 or "
+                "more"
+            )
+        self.prompts, self.every_steps, self.size = list(prompts), every_steps, size
+        self.num_steps, self.guidance_scale, self.seed = num_steps, guidance_scale, seed
+        names = [f"{number:02d}-{slug(prompt)}" for number, prompt in enumerate(self.prompts)]
+        self.folders = [Path(folder, name) for name in names]
+        self.seconds = 0.0  # time that training waited for images
+        self._drawn_step = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that the stage can draw prompts; mark the step of a resumed run as drawn.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        self._drawn_step = trainer.global_step or -1
+        stage = cast(Stage, pl_module)
+        if self.prompts and not (isinstance(stage, TextConditionalStage) and stage.can_draw):
+            raise ValueError(
+                f"sample_prompts={self.prompts} needs Stage C with Stages B and A (or ldm), but "
+                f"this is stage={stage.name} without them; remove it"
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Draw before the first step, after the callbacks that can refuse a run."""
+        if trainer.global_step == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Draw every ``every_steps`` steps."""
+        if trainer.global_step % self.every_steps == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last step."""
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw once per step; on all processes, for sharded weights."""
+        step = trainer.global_step
+        if not self.prompts or step == self._drawn_step:
+            return
+        self._drawn_step, start = step, time.perf_counter()
+        stage = cast(TextConditionalStage, pl_module)
+        precision = trainer.precision_plugin.val_step_context()
+        with stage.frozen.all_on(stage.device), restored_modes(stage), precision:
+            stage.eval()
+            images = self._images(stage)
+        if trainer.is_global_zero:
+            for prompt, folder, image in zip(self.prompts, self.folders, images, strict=True):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_png(folder / f"step{step:07d}.png", image, {"prompt": prompt, "step": step})
+                strip = render_strip(folder, prompt)
+                with atomic_write(folder.with_suffix(".png")) as temporary:
+                    strip.save(temporary, format="PNG")
+                log_image(trainer.loggers, f"samples/{folder.name}", strip, step)
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def _images(self, stage: TextConditionalStage) -> Tensor:
+        size = (self.size, self.size)
+        seeds = range(self.seed, self.seed + len(self.prompts))
+        with stage.ema.applied(stage):
+            semantic = stage.sample(
+                self.prompts, size=size, seeds=seeds,
+                num_steps=self.num_steps, guidance_scale=self.guidance_scale,
+            )  # fmt: skip
+            return stage.decode_semantic(semantic, size=size, seeds=seeds, captions=self.prompts)
+
+
+def render_strip(folder: Path, prompt: str) -> Image.Image:
+    """The images of a folder side by side, with their steps above and the prompt below."""
+    columns: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("step*.png")):
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        columns[f"step {int(path.stem.removeprefix('step'))}"] = to_float(pixels)[None]
+    return render_grid(columns, [prompt])
