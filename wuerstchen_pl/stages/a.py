@@ -52,6 +52,7 @@ class StageA(Stage):
     val_code_uses: Tensor
 
     TRAINING_ONLY = (*Stage.TRAINING_ONLY, "perceptual")
+    SEPARATE_LOSSES = True
     GATHER_BFLOAT16 = False  # blocks multiply their weights by gates before autocast casts them
 
     def __init__(

@@ -18,13 +18,10 @@ from wuerstchen_pl.sampling.decoder import DecoderSampler
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.batch_rng import validation_losses
+from wuerstchen_pl.stages.captions import encode_captions
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
-from wuerstchen_pl.stages.stage import (
-    OptimizerFactory,
-    Stage,
-    encode_captions,
-)
+from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 from wuerstchen_pl.transfer import to_device
 

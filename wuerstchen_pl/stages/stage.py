@@ -1,6 +1,6 @@
 """Base of all stages: frozen networks, EMA, optimizer, validation, and checkpoints."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -11,41 +11,20 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from wuerstchen_pl.batch import Batch
-from wuerstchen_pl.distributed.fsdp2 import local_shards, reshard, shard_stage, total_norm
+from wuerstchen_pl.distributed.fsdp2 import reshard, shard_stage, total_norm
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.wrapping import find_blocks
 from wuerstchen_pl.stages.batch_rng import BatchRNG, derive_seed
+from wuerstchen_pl.stages.clipping import clip, group_gradients
 from wuerstchen_pl.stages.compatibility import check_networks
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenModules, FrozenPrecision
 from wuerstchen_pl.stages.hyperparameters import apply_configured
 from wuerstchen_pl.stages.lr_schedule import WarmupCosine
 from wuerstchen_pl.stages.provenance import Provenance, check_weight_files, not_in_checkpoints
-from wuerstchen_pl.transfer import to_device
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 """Parameters or parameter groups -> optimizer."""
-
-
-def encode_captions(
-    batch: Batch,
-    encode: Callable[[Sequence[str]], Tensor | None],
-    dropped: Tensor | None = None,
-) -> Tensor | None:
-    """The text embeddings of a batch's captions, from the cache or encoded now.
-
-    Args:
-        batch: with ``caption``, and with ``text`` and ``empty_text`` if they were cached.
-        encode: captions -> (B, L, D) embeddings, or None for a stage without text.
-        dropped: (B,) bool, True replaces the caption with the empty one; None keeps all.
-    """
-    if dropped is None:
-        dropped = torch.zeros(len(batch["caption"]), dtype=torch.bool)
-    if "text" not in batch:
-        return encode(["" if d else c for c, d in zip(batch["caption"], dropped, strict=True)])
-    text = batch["text"]
-    is_empty = to_device(dropped, text.device)[:, None, None]
-    return torch.where(is_empty, batch["empty_text"], text)
 
 
 class Stage(L.LightningModule):
@@ -62,6 +41,8 @@ class Stage(L.LightningModule):
     GATHER_BFLOAT16: ClassVar[bool] = True
     """Whether FSDP gathers the blocks in bfloat16 if the precision is bf16-mixed, as autocast would
     cast their weights anyway; all other weights, such as of norms, are gathered in float32."""
+    SEPARATE_LOSSES: ClassVar[bool] = False
+    """Whether each parameter group has its own loss, and is clipped by its own norm."""
 
     def __init__(
         self,
@@ -122,7 +103,7 @@ class Stage(L.LightningModule):
     # Optimization
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the optimizer, each clipped by its own norm."""
+        """Parameter groups of the optimizer; those after the first have a ``name``."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def configure_optimizers(self) -> Any:
@@ -153,10 +134,14 @@ class Stage(L.LightningModule):
     def after_step(self, step: int) -> None:
         """Hook after optimizer step number ``step`` for other weight changes; does nothing here."""
 
+    def _gradients(self, optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+        groups = optimizer.param_groups
+        return group_gradients(groups, separate_losses=self.SEPARATE_LOSSES)
+
     def gradient_norms(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """The gradient norm of each parameter group, computed once per step."""
+        """The norm of the gradients, one for each loss; computed once per step."""
         if self._grad_norms is None:
-            self._grad_norms = [total_norm(_gradients(g)) for g in optimizer.param_groups]
+            self._grad_norms = [total_norm(g) for g in self._gradients(optimizer).values()]
         return self._grad_norms
 
     def discard_gradients(self) -> None:
@@ -170,15 +155,12 @@ class Stage(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm, and log the norms; Lightning's own clipping refuses fused optimizers."""
+        """Clip by norm, and log the norms."""
         norms, self._grad_norms = self.gradient_norms(optimizer), None
-        for group, norm in zip(optimizer.param_groups, norms, strict=True):
-            gradients = local_shards(_gradients(group))
-            if gradient_clip_val and gradients:  # none after ``discard_gradients``
-                factor = (gradient_clip_val / (norm + 1e-6)).clamp(max=1)
-                torch._foreach_mul_(gradients, factor)
-            name = "_".join(["train/grad_norm", *group.get("name", "").split()])
-            self.log(name, norm)
+        for (name, gradients), norm in zip(self._gradients(optimizer).items(), norms, strict=True):
+            if gradient_clip_val:
+                clip(gradients, norm, gradient_clip_val)
+            self.log(f"train/{name}", norm)
 
     def log_means(self, values: dict[str, Tensor]) -> None:
         """Log ``train/...``: means over the micro-batches of a step and over processes.
@@ -294,7 +276,3 @@ class Stage(L.LightningModule):
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
         """Columns of a sample grid: label -> (B, 3, H, W) in [0, 1]."""
         raise NotImplementedError
-
-
-def _gradients(group: dict[str, Any]) -> list[Tensor]:
-    return [cast(Tensor, p.grad) for p in group["params"] if p.grad is not None]

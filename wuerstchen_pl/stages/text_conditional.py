@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,10 @@ from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.stages.batch_rng import validation_losses
+from wuerstchen_pl.stages.captions import encode_captions
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
-from wuerstchen_pl.stages.stage import (
-    OptimizerFactory,
-    Stage,
-    encode_captions,
-)
+from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 from wuerstchen_pl.transfer import to_device
 
@@ -41,6 +38,7 @@ class TextConditionalStage(Stage):
         adapter: trained instead of the weights of the prior, which are those of a base model; None
             trains the prior itself.
         train_text_encoder: train it with the prior (tiny preset); False freezes it.
+        text_encoder_lr: learning rate of the trained text encoder; None is that of the optimizer.
         latent_channels: channels of the frozen stage's latents.
         optimizer: builds an optimizer over all weights that are not frozen.
         lr_schedule: step -> factor on the learning rate.
@@ -62,6 +60,7 @@ class TextConditionalStage(Stage):
         text_encoder: TextEncoder,
         adapter: Adapter | None,
         train_text_encoder: bool,
+        text_encoder_lr: float | None,
         latent_channels: int,
         optimizer: OptimizerFactory | None,
         lr_schedule: Callable[[int], float] | None,
@@ -86,6 +85,13 @@ class TextConditionalStage(Stage):
                 f"prior.text_dim={prior.text_dim}, but text_encoder.width={text_encoder.width}; "
                 "set them equal"
             )
+        if text_encoder_lr is not None and not train_text_encoder:
+            raise ValueError(
+                f"text_encoder_lr={text_encoder_lr} has no effect on a frozen text encoder; set "
+                "train_text_encoder=true or text_encoder_lr=null"
+            )
+        if text_encoder_lr is not None and text_encoder_lr <= 0:
+            raise ValueError(f"text_encoder_lr={text_encoder_lr} is out of range; use more than 0")
         if not train_text_encoder and text_encoder.is_random:
             raise ValueError(
                 "text_encoder.weights=null leaves a frozen text encoder random; set it to CLIP's "
@@ -102,7 +108,7 @@ class TextConditionalStage(Stage):
             self.add_module("text_encoder", text_encoder)
         else:
             self.frozen.register("text_encoder", text_encoder)
-        self.train_text_encoder = train_text_encoder
+        self.train_text_encoder, self.text_encoder_lr = train_text_encoder, text_encoder_lr
         self.schedule = CosineSchedule()
         self.timestep_bins = TimestepBins()
         self.p2: P2Form = p2
@@ -135,6 +141,17 @@ class TextConditionalStage(Stage):
     @abstractmethod
     def resolution_multiple(self) -> float:
         """Pixels per latent position along a side."""
+
+    # Optimization
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group for the prior or its adapter, and one for the text encoder if it is trained."""
+        if not self.train_text_encoder:
+            return super().parameter_groups()
+        encoder = [p for p in self.text_encoder.parameters() if p.requires_grad]
+        prior = [p for p in self.prior.parameters() if p.requires_grad]
+        lr = {} if self.text_encoder_lr is None else {"lr": self.text_encoder_lr}
+        return [{"params": prior}, {"params": encoder, "name": "text_encoder", **lr}]
 
     # Latents
 
