@@ -1,14 +1,15 @@
-"""Shared fixtures: a cascade of tiny networks, trained for a few steps once per session."""
+"""Shared fixtures: a cascade of tiny networks, trained for a few steps once per session.
+
+Torch is imported by the fixtures that need it: pytest-xdist's main process, which runs no test,
+imports this module before it starts the others.
+"""
 
 import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import open_clip
 import pytest
-import torch
-import torch.distributed as dist
 
 from wuerstchen_pl import cache, convert, evaluate, export, interpolate, sample, train
 from wuerstchen_pl.data import __main__ as data
@@ -131,6 +132,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def no_group() -> Iterator[None]:
     """No test inherits the process group that a trainer of an earlier one leaves behind."""
+    import torch.distributed as dist
+
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -154,6 +157,9 @@ def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a small CLIP with random weights."""
+    import open_clip
+    import torch
+
     torch.manual_seed(0)
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     vision = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8}

@@ -130,16 +130,22 @@ ON_GPUS = [c for c in commands("train") if "trainer=fsdp_a100" in c]
 ON_ONE = [one for c in commands("train") if c not in ON_GPUS for one in train.for_each_stage(c)]
 
 
-def sweeps_slow(all_arguments: list[list[str]]) -> list[Any]:
-    """Parameters of a test, of which the sweeps are slow; their keys are checked by a fast one."""
-    return [
-        pytest.param(arguments, id=" ".join(arguments)[:60], marks=[pytest.mark.slow] * is_sweep)
-        for arguments in all_arguments
-        for is_sweep in ["-m" in arguments]
-    ]
+def long_ones_slow(all_arguments: list[list[str]]) -> list[Any]:
+    """Parameters of a test, of which some are slow; a fast test checks the keys of all.
+
+    These are the sweeps, and all but the first command with a choice of data and experiment.
+    """
+    parameters, chosen = [], set()
+    for arguments in all_arguments:
+        choice = frozenset(a for a in arguments if a.startswith(("data=", "experiment=")))
+        is_slow = "-m" in arguments or (choice in chosen and len(choice) > 0)
+        chosen.add(choice)
+        marks = [pytest.mark.slow] * is_slow
+        parameters.append(pytest.param(arguments, id=" ".join(arguments)[:60], marks=marks))
+    return parameters
 
 
-@pytest.mark.parametrize("arguments", sweeps_slow(ON_ONE))
+@pytest.mark.parametrize("arguments", long_ones_slow(ON_ONE))
 def test_training_commands(arguments: list[str], cascade: Path, workdir: Path) -> None:
     stage = next(a.partition("=")[2] for a in arguments if a.startswith("stage="))
     if "hydra/sweeper=optuna" in arguments:
@@ -184,12 +190,12 @@ def test_commands_for_several_devices_have_only_used_keys(arguments: list[str]) 
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
-def test_sweeps_have_only_used_keys(name: str) -> None:
+def test_commands_have_only_used_keys(name: str) -> None:
     known_keys = {"train": train, "evaluate": evaluate}[name].KNOWN_KEYS
-    sweeps = [c for c in commands(name) if "-m" in c and c not in ON_GPUS]
-    assert len(sweeps) == 2
-    for arguments in sweeps:
-        for one in swept([a for a in arguments if not a.startswith("hydra") and "(" not in a]):
+    of_one_process = ON_ONE if name == "train" else commands(name)
+    assert sum("-m" in arguments for arguments in of_one_process) == 2
+    for arguments in of_one_process:
+        for one in swept([a for a in arguments if not re.match(r"hydra|.*[(\[]", a)]):
             check_config(composed(*one, program=name), known_keys)
 
 
@@ -263,7 +269,7 @@ TO_DOWNLOAD = [c for c in commands("evaluate") if "metric=[fid,is,clip,pickscore
 
 
 @pytest.mark.parametrize(
-    "arguments", sweeps_slow([c for c in commands("evaluate") if c not in TO_DOWNLOAD])
+    "arguments", long_ones_slow([c for c in commands("evaluate") if c not in TO_DOWNLOAD])
 )
 def test_evaluation_commands(
     arguments: list[str], cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

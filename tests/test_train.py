@@ -77,8 +77,8 @@ def send_signals(monkeypatch: pytest.MonkeyPatch, signals: list[int], *, step: i
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        ("SIGINT", 130),
         ("SIGTERM", REQUEUE),
+        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
         pytest.param("SIGUSR1", REQUEUE, marks=pytest.mark.slow),
     ],
 )
