@@ -110,7 +110,7 @@ def test_the_commands_that_tune_a_model_run_one_after_the_other(
 
     trained, exported = finetuning_commands("train"), finetuning_commands("export")
     sampled = finetuning_commands("sample")
-    assert [len(group) for group in (trained, exported, sampled)] == [2, 3, 2]
+    assert [len(group) for group in (trained, exported, sampled)] == [3, 3, 2]
     for arguments in trained:
         arguments = with_local_data(local(arguments), workdir)
         assert run_program("train", [*arguments, *few]) == 0

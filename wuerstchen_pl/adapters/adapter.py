@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -70,6 +71,23 @@ class Adapter:
         inject_adapter_in_model(self._config(choose_layers(network, self.targets)), network, NAME)
         network.register_state_dict_post_hook(_keep_adapter)
         network.register_load_state_dict_post_hook(_ignore_base)
+
+    @contextmanager
+    def disabled(self, network: nn.Module) -> Iterator[None]:
+        """Within the block the network computes what the base model does, without dropout."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        is_training = network.training
+        network.eval()
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            network.train(is_training)
+            for layer in layers:
+                layer.enable_adapters(True)
 
     def _config(self, layers: Mapping[str, nn.Linear]) -> Any:
         from peft import LoHaConfig, LoKrConfig, LoraConfig

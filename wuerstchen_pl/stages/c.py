@@ -15,6 +15,7 @@ from wuerstchen_pl.stages.b import StageB
 from wuerstchen_pl.stages.compressor_only import CompressorOnly
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
+from wuerstchen_pl.stages.preservation import PriorPreservation
 from wuerstchen_pl.stages.stage import OptimizerFactory
 from wuerstchen_pl.stages.text_conditional import TextConditionalStage
 
@@ -42,6 +43,7 @@ class StageC(TextConditionalStage):
         prior: Prior,
         text_encoder: TextEncoder,
         adapter: Adapter | None = None,
+        preservation: PriorPreservation | None = None,
         train_text_encoder: bool = False,
         text_encoder_lr: float | None = None,
         optimizer: OptimizerFactory | None = None,
@@ -58,6 +60,7 @@ class StageC(TextConditionalStage):
             prior=prior,
             text_encoder=text_encoder,
             adapter=adapter,
+            preservation=preservation,
             train_text_encoder=train_text_encoder,
             text_encoder_lr=text_encoder_lr,
             latent_channels=stage_b.latent_channels,

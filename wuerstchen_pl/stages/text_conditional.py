@@ -11,9 +11,8 @@ from wuerstchen_pl.adapters.adapter import Adapter
 from wuerstchen_pl.batch import Batch, num_unique_samples
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight, weighted_mean
-from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
+from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
-from wuerstchen_pl.distributed.fsdp2 import unsharded
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.unet import UNet
@@ -24,7 +23,9 @@ from wuerstchen_pl.stages.batch_rng import validation_losses
 from wuerstchen_pl.stages.captions import encode_captions
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
+from wuerstchen_pl.stages.preservation import PriorPreservation
 from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
+from wuerstchen_pl.stages.text_grid import text_grid
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 from wuerstchen_pl.transfer import to_device
 
@@ -37,6 +38,7 @@ class TextConditionalStage(Stage):
         text_encoder: captions -> text embeddings.
         adapter: trained instead of the weights of the prior, which are those of a base model; None
             trains the prior itself.
+        preservation: keeps the meaning of a caption while an adapter is trained; None does not.
         train_text_encoder: train it with the prior (tiny preset); False freezes it.
         text_encoder_lr: learning rate of the trained text encoder; None is that of the optimizer.
         latent_channels: channels of the frozen stage's latents.
@@ -51,6 +53,7 @@ class TextConditionalStage(Stage):
         seed: seed of the random numbers of training.
     """
 
+    TRAINING_ONLY = (*Stage.TRAINING_ONLY, "preservation")
     text_encoder: TextEncoder
 
     def __init__(
@@ -59,6 +62,7 @@ class TextConditionalStage(Stage):
         prior: Prior | UNet,
         text_encoder: TextEncoder,
         adapter: Adapter | None,
+        preservation: PriorPreservation | None,
         train_text_encoder: bool,
         text_encoder_lr: float | None,
         latent_channels: int,
@@ -104,6 +108,12 @@ class TextConditionalStage(Stage):
                     "adapter needs the weights of a base model; set preset=base and init_from"
                 )
             adapter.add_to(prior)
+        elif preservation is not None:
+            raise ValueError(
+                "preservation keeps what the model predicts without its adapter; set "
+                "experiment=dreambooth or stage.adapter, or stage.preservation=null"
+            )
+        self.preservation = preservation
         if train_text_encoder:
             self.add_module("text_encoder", text_encoder)
         else:
@@ -236,8 +246,12 @@ class TextConditionalStage(Stage):
         losses = self.loss(x0, t, rng.noise(x0), cast(Tensor, text), batch.get("mask"))
         self.timestep_bins.add(t, losses)
         loss = weighted_mean(losses, batch.get("weight"))
-        self.log_means({"loss": loss})
-        return loss
+        if self.preservation is None:
+            self.log_means({"loss": loss})
+            return loss
+        kept = self.preservation.loss(self, x0, rng)
+        self.log_means({"loss": loss, "preservation": kept})
+        return loss + kept
 
     # Validation, with EMA weights
 
@@ -257,41 +271,6 @@ class TextConditionalStage(Stage):
         batch_size = num_unique_samples(batch)
         self.log("val/loss", losses.mean(), batch_size=batch_size, sync_dist=True)
 
-    @torch.no_grad()
     def example_grid(self, batch: Batch) -> dict[str, Tensor]:
-        """Original, noised, one-step x0 prediction (EMA), samples with raw and EMA weights.
-
-        With a cache, which has no images, the first column shows the decoded latents.
-        """
-        captions, x0 = batch["caption"], self.latents(batch)
-        size = tuple(batch["image"].shape[-2:]) if "image" in batch else batch["size"]
-        seeds = range(len(x0))
-        t = torch.full((len(x0),), 0.5, device=x0.device)
-        noise = randn(x0.shape, generators_from_seeds(seeds), x0.device)
-        xt = self.schedule.add_noise(x0, t, noise)
-
-        def decoded(semantic: Tensor) -> Tensor:
-            return self.decode_semantic(
-                semantic, size=cast(tuple[int, int], size), seeds=seeds, captions=captions
-            )
-
-        def sampled() -> Tensor:
-            return decoded(
-                self.sample(captions, size=cast(tuple[int, int], size), seeds=seeds, num_steps=20)
-            )
-
-        with unsharded(self):
-            raw = sampled()
-        with self.ema.applied(self):
-            pred = self.prior(xt, t, self.text(captions))
-            with_ema = sampled()
-        denoised = self.schedule.predict_x0(xt, t, pred)
-        return {
-            "original": (
-                batch["image"] if "image" in batch else decoded(self.scaling.denormalize(x0))
-            ),
-            "noised, t=0.5": decoded(self.scaling.denormalize(xt)),
-            "one step (EMA)": decoded(self.scaling.denormalize(denoised)),
-            "sample": raw,
-            "sample (EMA)": with_ema,
-        }
+        """See ``text_grid``."""
+        return text_grid(self, batch)
