@@ -189,29 +189,37 @@ def test_training_changes_the_prior_alone_and_resumes_bit_for_bit(
     assert sum(not torch.equal(changed[k], before[k]) for k in before) > len(before) / 2
 
 
+ADAPTERS = [("c", "lora"), ("b", "lora"), ("c", "dora"), ("c", "loha"), ("c", "lokr")]
+
+
 @pytest.mark.parametrize(
-    "method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dora", "loha", "lokr"))]
+    ("stage", "method"),
+    [pytest.param(*a, marks=[pytest.mark.slow] * (i >= 2)) for i, a in enumerate(ADAPTERS)],
 )
 def test_an_adapter_is_all_that_changes_and_resumes_bit_for_bit(
-    method: str, base: Model, published: Path, tmp_path: Path
+    stage: str, method: str, base: Model, published: Path, tmp_path: Path
 ) -> None:
-    keys = [*CASES["as on the hub"], "stage.optimizer.lr=0.1", f"stage.adapter.method={method}"]
-    whole = finetune(published, tmp_path / "whole", *keys, "trainer.max_steps=4", experiment="lora")
-    first = ["trainer.max_steps=2", "stage.lr_schedule.total_steps=4"]
-    half = finetune(published, tmp_path / "half", *keys, *first, experiment="lora")
+    source = {"c": CASES["as on the hub"], "b": ["init_from=whole", "bucket_multiple=32"]}[stage]
+    keys = [*source, "stage.optimizer.lr=0.1", f"stage.adapter.method={method}"]
+
+    def run(name: str, *more: str) -> Path:
+        more = (*keys, *more)
+        return finetune(published, tmp_path / name, *more, stage=stage, experiment="lora")
+
+    whole = run("whole", "trainer.max_steps=4")
+    half = run("half", "trainer.max_steps=2", "stage.lr_schedule.total_steps=4")
     (half / "checkpoints/step0000002.ckpt").rename(tmp_path / "step0000002.ckpt")
-    resumed = finetune(
-        published, tmp_path / "resumed", *keys, "trainer.max_steps=4",
-        f"ckpt={tmp_path / 'step0000002.ckpt'}", experiment="lora",
-    )  # fmt: skip
+    resumed = run("resumed", "trainer.max_steps=4", f"ckpt={tmp_path / 'step0000002.ckpt'}")
     a, b = (read_checkpoint(find_checkpoint(run)) for run in (whole, resumed))
     assert_bit_equal(a["state_dict"], b["state_dict"])
     assert_bit_equal(a["ema"]["shadow"], b["ema"]["shadow"])
     assert a["ema"]["shadow"].keys() == a["state_dict"].keys()
     assert all(re.search("lora_|hada_|lokr_", name) for name in a["state_dict"])
-    run = read_run(whole)
-    equal_parts(run, base, "prior_text_encoder", "compressor", *STAGE_B)
-    changed, before = (tensors(Model({"prior": m.parts["prior"]})) for m in (run, base))
+    model = read_run(whole)
+    denoiser = {"c": "prior", "b": "decoder"}[stage]
+    frozen = {"c": ("prior_text_encoder", *STAGE_B), "b": ("text_encoder", "vqgan")}[stage]
+    equal_parts(model, base, "compressor", *frozen)
+    changed, before = (tensors(Model({denoiser: m.parts[denoiser]})) for m in (model, base))
     names = {name for name in before if not torch.equal(changed[name], before[name])}
     assert names == {n for n in before if re.search(r"attention\.(qkv|out)\.w|cond_mapper\.w", n)}
 

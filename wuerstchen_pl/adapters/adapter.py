@@ -58,6 +58,18 @@ class Adapter:
         """Factor on the change of a weight."""
         return self.alpha / self.rank
 
+    def add_to_base(self, network: nn.Module) -> None:
+        """``add_to`` for a network with the weights of a base model, which a checkpoint can name.
+
+        Raises:
+            ValueError: if its weights are of no model.
+        """
+        if getattr(network, "source", None) is None:
+            raise ValueError(
+                "adapter needs the weights of a base model; set preset=base and init_from"
+            )
+        self.add_to(network)
+
     def add_to(self, network: nn.Module) -> None:
         """Freeze a network and add the adapter, in place; its output does not change yet.
 

@@ -15,7 +15,7 @@ from wuerstchen_pl.models.pretrained import Pretrained
 def load_network(
     *,
     source: str | Path,
-    part: Literal["prior", "prior_text_encoder", "text_encoder"],
+    part: Literal["prior", "prior_text_encoder", "decoder", "compressor", "text_encoder"],
     sha256: str | None = None,
 ) -> Pretrained:
     """A network of a run or of a model of any format, frozen, in float32.

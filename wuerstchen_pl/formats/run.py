@@ -96,7 +96,8 @@ def _parts(stage: "Stage") -> dict[str, Part]:
         network: nn.Module | None = getattr(stage, attribute)
         if network is not None:
             arguments = getattr(network, "arguments", None)  # of a network from a model
-            adapter: Adapter | None = getattr(stage, "adapter", None) if name == "prior" else None
+            has_adapter = name in ("prior", "decoder")
+            adapter: Adapter | None = getattr(stage, "adapter", None) if has_adapter else None
             state = network.state_dict() if adapter is None else adapter.merged_state(network)
             parts[name] = _part(name, network, state, arguments or config[attribute])
     return parts

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.distributed.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.models.pretrained import Pretrained
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class SemanticCompressor(nn.Module):
+class SemanticCompressor(Pretrained):
     """Resize, normalize, backbone, 1x1 convolution, batch norm.
 
     Args:

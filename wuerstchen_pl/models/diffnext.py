@@ -24,6 +24,7 @@ from wuerstchen_pl.models.layers import (
     upsamplers,
     xavier_init,
 )
+from wuerstchen_pl.models.pretrained import Pretrained
 
 
 def match_size(semantic: Tensor, size: tuple[int, int]) -> Tensor:
@@ -100,7 +101,7 @@ class UNetLevel(nn.Module):
         return x
 
 
-class DiffNeXt(nn.Module):
+class DiffNeXt(Pretrained):
     """eps_hat = (x_t - a) / b, b = sigmoid(.) (1 - 2e) + e with e = 1e-3.
 
     Args:

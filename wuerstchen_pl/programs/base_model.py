@@ -46,7 +46,8 @@ def use_base_model(cfg: DictConfig) -> None:
             if name == "text_encoder":
                 _use_text_encoder(cfg, base)
             else:
-                _complete(cfg, name, _arguments(base, "init_from", cfg, STAGE_PARTS[stage][name]))
+                part = STAGE_PARTS[stage][name]
+                _complete(cfg, name, part, _arguments(base, "init_from", cfg, part))
         if stage == "b":
             cfg.stage.stage_a.source = cfg.init_from
         if stage == "c":
@@ -93,11 +94,10 @@ def _arguments(model: Model, key: str, cfg: DictConfig, part: str) -> Mapping[st
     return model.parts[part].config
 
 
-def _complete(cfg: DictConfig, name: str, base: Mapping[str, Any]) -> None:
+def _complete(cfg: DictConfig, name: str, part: str, base: Mapping[str, Any]) -> None:
     """Merge the arguments of a base network with those of the config; load it for an adapter."""
     if cfg.stage.get("adapter") is not None:  # its weights stay those of the base model
-        part = {"source": cfg.init_from, "part": name}
-        cfg.stage[name] = {"_target_": LOAD_NETWORK, **part}
+        cfg.stage[name] = {"_target_": LOAD_NETWORK, "source": cfg.init_from, "part": part}
         return
     chosen: Any = OmegaConf.to_container(cfg.stage[name], resolve=True)
     del chosen["_partial_"]
@@ -112,7 +112,8 @@ def _complete(cfg: DictConfig, name: str, base: Mapping[str, Any]) -> None:
 def _use_text_encoder(cfg: DictConfig, base: Model) -> None:
     """Read the text encoder from ``encoders``; none for a Stage B that reads no text."""
     node = cfg.stage.text_encoder
-    if "diffnext" in cfg.stage and cfg.stage.diffnext.text_dim is None:
+    decoder = base.parts.get("decoder")
+    if "diffnext" in cfg.stage and decoder is not None and decoder.config["text_dim"] is None:
         cfg.stage.text_encoder = None
         return
     arguments = _arguments(_model_of(cfg.encoders, cfg, base), "encoders", cfg, node.part)

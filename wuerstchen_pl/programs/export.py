@@ -8,6 +8,7 @@ from huggingface_hub import get_token
 from omegaconf import DictConfig
 
 from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.checkpointing.allowed import stage_class
 from wuerstchen_pl.formats import adapter_files, model_card
 from wuerstchen_pl.formats.hub import upload
 from wuerstchen_pl.formats.native import CARD
@@ -58,6 +59,12 @@ def export_adapter(checkpoint: Path, folder: Path, *, ema: bool, card: str) -> N
     Raises:
         ValueError: if all weights were trained, and not an adapter.
     """
+    name = stage_class(load.read_checkpoint(checkpoint, tensors="none")["stage"]).name
+    if name != "c":
+        raise ValueError(
+            f"format=adapter is for Stage C, and {checkpoint} is of stage={name}; use "
+            "format=native, which has the adapter merged"
+        )
     stage: Any = load_stage(source=checkpoint, stage="c", ema=ema)
     if stage.adapter is None:
         raise ValueError(

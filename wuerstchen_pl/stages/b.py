@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from wuerstchen_pl.adapters.adapter import Adapter
 from wuerstchen_pl.batch import Batch, num_unique_samples
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight, weighted_mean
 from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
@@ -33,6 +34,8 @@ class StageB(Stage):
         stage_a: the trained Stage A; frozen.
         diffnext: the denoiser.
         compressor: images -> semantic latents, trained with the denoiser.
+        adapter: trained instead of the denoiser and the compressor, which are those of a base
+            model; None trains them.
         text_encoder: frozen; None trains without text.
         optimizer: builds an optimizer over denoiser and compressor.
         lr_schedule: step -> factor on the learning rate.
@@ -49,6 +52,7 @@ class StageB(Stage):
 
     name = "b"
     stage_a: StageA
+    compressor: SemanticCompressor
     text_encoder: TextEncoder | None
 
     def __init__(
@@ -58,6 +62,7 @@ class StageB(Stage):
         diffnext: DiffNeXt,
         compressor: SemanticCompressor,
         text_encoder: TextEncoder | None = None,
+        adapter: Adapter | None = None,
         optimizer: OptimizerFactory | None = None,
         lr_schedule: Callable[[int], float] | None = None,
         ema: EMA | None = None,
@@ -89,8 +94,12 @@ class StageB(Stage):
             )
         self.frozen.register("stage_a", stage_a)
         self.frozen.register("text_encoder", text_encoder)
-        self.diffnext = diffnext
-        self.compressor = compressor
+        self.diffnext, self.adapter = diffnext, adapter
+        if adapter is None:
+            self.add_module("compressor", compressor)
+        else:
+            adapter.add_to_base(diffnext)
+            self.frozen.register("compressor", compressor)
         self.schedule = CosineSchedule()
         self.timestep_bins = TimestepBins()
         self.p2: P2Form = p2
@@ -217,11 +226,18 @@ class StageB(Stage):
         with self.frozen.inference(self.stage_a.encoding, self.device):
             return self.stage_a.encode(batch["image"])
 
+    def semantic(self, batch: Batch) -> Tensor:
+        """The semantic latents of a batch, with gradients if the compressor is trained."""
+        if self.adapter is None:
+            return self.encode(batch["image"])
+        with self.frozen.inference(self.compressor, self.device):
+            return self.encode(batch["image"])
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sample times, noise and conditioning dropout; return the loss."""
         x0 = self.latents(batch)
         rng = self.batch_rng(len(x0), batch_idx)
-        semantic = self.encode(batch["image"])
+        semantic = self.semantic(batch)
         uniform = to_device(rng.uniform(2), x0.device)
         semantic_t = to_device(rng.uniform() * 0.5, x0.device)
         semantic = self.corrupt(semantic, uniform, semantic_t, rng.noise(semantic))
@@ -239,7 +255,7 @@ class StageB(Stage):
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, 4) times in (0, 1), derived from ``batch["key"]``, and the losses at these times."""
         x0, text = self.latents(batch), encode_captions(batch, self.text)
-        semantic = self.encode(batch["image"])
+        semantic = self.semantic(batch)
 
         def loss(t: Tensor, noise: Tensor) -> Tensor:
             return self.loss(x0, t, noise, semantic, text, batch.get("mask"))

@@ -103,11 +103,7 @@ class TextConditionalStage(Stage):
             )
         self.prior, self.adapter = prior, adapter
         if adapter is not None:
-            if not isinstance(prior, Prior) or prior.source is None:
-                raise ValueError(
-                    "adapter needs the weights of a base model; set preset=base and init_from"
-                )
-            adapter.add_to(prior)
+            adapter.add_to_base(prior)
         elif preservation is not None:
             raise ValueError(
                 "preservation keeps what the model predicts without its adapter; set "
