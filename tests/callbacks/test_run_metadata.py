@@ -17,16 +17,17 @@ def finish(folder: Path, step: int) -> None:
     trainer: Any = SimpleNamespace(
         is_global_zero=True, global_step=step, num_devices=2, num_nodes=3
     )
-    stage: Any = SimpleNamespace(name=StageC.name, parameters=nn.Linear(3, 4).parameters)
+    network = nn.Linear(3, 4)
+    network.bias.requires_grad_(False)
+    stage: Any = SimpleNamespace(name=StageC.name, parameters=network.parameters)
     RunMetadata(folder=str(folder)).on_fit_end(trainer, stage)
 
 
 def test_a_run_is_recorded_with_its_stage_and_size(tmp_path: Path) -> None:
     finish(tmp_path / "run", 7)
     record = json.loads((tmp_path / "run/run.json").read_text())
-    assert {k: record[k] for k in ("stage", "steps", "devices", "parameters")} == {
-        "stage": "c", "steps": 7, "devices": 6, "parameters": 16,
-    }  # fmt: skip
+    expected = {"stage": "c", "steps": 7, "devices": 6, "parameters": 16, "trained_parameters": 12}
+    assert {key: record[key] for key in expected} == expected
 
 
 def test_a_failed_write_leaves_the_old_record(

@@ -51,6 +51,7 @@ class RunMetadata(L.Callback):
             "steps": trainer.global_step,
             "hours": round(self._hours(), 4),
             "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "trained_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "devices": trainer.num_devices * trainer.num_nodes,
             "hardware": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
             "threads": torch.get_num_threads(),

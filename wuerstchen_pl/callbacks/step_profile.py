@@ -63,11 +63,11 @@ def profile_step(module: L.LightningModule, batch: Batch) -> StepProfile:
 
 def _profile(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
     """Operations and saved bytes of one training step."""
-    saved: dict[int, int] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
@@ -84,8 +84,10 @@ def _profile(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
         loss = module.training_step(_cloned(batch), 0)
     for p in module.parameters():
         saved.pop(_data_ptr(p), None)
+    # only now, when the storage of weights that FSDP had gathered for a block is empty again
+    saved_bytes = sum(storage.nbytes() for storage in saved.values())
     del loss
-    return counter.number, sum(saved.values())
+    return counter.number, saved_bytes
 
 
 def first_rows(batch: Batch, number: int) -> Batch:
