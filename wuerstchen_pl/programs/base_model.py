@@ -70,16 +70,24 @@ def _read_base(cfg: DictConfig, stage: str) -> Model:
         raise ValueError(
             "init_from is not set; set it to the model to start from: a run, a model or a hub id"
         )
-    model = read_model(cfg.init_from)
+    model = _read("init_from", cfg.init_from)
     if stage == "c" and "prior" not in model.parts and is_hub_id(cfg.init_from):
         cfg.decoder, cfg.init_from = cfg.decoder and str(cfg.decoder), f"{cfg.init_from}-prior"
-        model = read_model(cfg.init_from)
+        model = _read("init_from", cfg.init_from)
     return model
 
 
-def _model_of(source: str | None, cfg: DictConfig, base: Model) -> Model:
-    """The model of a source, or the base model if it is null."""
-    return base if source in (None, cfg.init_from) else read_model(str(source))
+def _read(key: str, source: str) -> Model:
+    """Read the model of a key, which errors start with."""
+    try:
+        return read_model(source)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
+def _model_of(key: str, source: str | None, cfg: DictConfig, base: Model) -> Model:
+    """The model of a key, or the base model if it is null."""
+    return base if source in (None, cfg.init_from) else _read(key, str(source))
 
 
 def _arguments(model: Model, key: str, cfg: DictConfig, part: str) -> Mapping[str, Any]:
@@ -116,7 +124,9 @@ def _use_text_encoder(cfg: DictConfig, base: Model) -> None:
     if "diffnext" in cfg.stage and decoder is not None and decoder.config["text_dim"] is None:
         cfg.stage.text_encoder = None
         return
-    arguments = _arguments(_model_of(cfg.encoders, cfg, base), "encoders", cfg, node.part)
+    arguments = _arguments(
+        _model_of("encoders", cfg.encoders, cfg, base), "encoders", cfg, node.part
+    )
     if cfg.stage.get("train_text_encoder", False):
         cfg.stage.text_encoder = dict(arguments)
     else:
@@ -136,10 +146,10 @@ def _use_stage_b(cfg: DictConfig, base: Model) -> None:
     Raises:
         ValueError: if there is no compressor, or ``decoder`` is set to a model without Stage B.
     """
-    _arguments(_model_of(cfg.compressor, cfg, base), "compressor", cfg, "compressor")
+    _arguments(_model_of("compressor", cfg.compressor, cfg, base), "compressor", cfg, "compressor")
     compressor = cfg.compressor or cfg.init_from
     if cfg.decoder is not None:
-        if {"decoder", "vqgan"} <= _model_of(cfg.decoder, cfg, base).parts.keys():
+        if {"decoder", "vqgan"} <= _model_of("decoder", cfg.decoder, cfg, base).parts.keys():
             cfg.stage.stage_b.source, cfg.stage.stage_b.compressor = cfg.decoder, compressor
             return
         if cfg.decoder != cfg.init_from:
