@@ -76,12 +76,13 @@ def choose_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.L
         unadaptable = [name for name, _ in network.named_modules() if fnmatchcase(name, pattern)]
         if unadaptable:
             raise ValueError(
-                f"stage.adapter.targets has {pattern!r}, which matches {unadaptable[0]}, but only linear layers "
-                "that read no semantic latents can have an adapter; choose such layers, for "
-                "example *.attention.*"
+                f"stage.adapter.targets has {pattern!r}, which matches {unadaptable[0]}, but only "
+                "linear layers that read no semantic latents can have an adapter; choose such "
+                "layers, for example *.attention.*"
             )
         raise ValueError(
-            f"stage.adapter.targets has {pattern!r}, which matches no layer; use patterns such as *.attention.*"
+            f"stage.adapter.targets has {pattern!r}, which matches no layer; use patterns such as "
+            "*.attention.*"
         )
     return {
         name: layer
