@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	@echo 'Installing the package into $(VENV): two minutes and 6 GB, mostly torch.'
-	$(BIN)/pip install --quiet --editable '.[dev,sweep,compare,hf,slurm,8bit,adapters]'
+	$(BIN)/pip install --quiet --editable '.[dev,sweep,compare,hf,slurm,8bit,optimizers,adapters]'
 	@touch $@
 
 demo: setup ## train on 291 drawings, sample, evaluate: outputs/demo/index.html (15 minutes, 2 CPU cores)

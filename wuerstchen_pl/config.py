@@ -48,7 +48,7 @@ def check_config(cfg: DictConfig, known_keys: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(f"{missing[0]} is missing; set {missing[0]}=...")
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    used = {*known_keys, *_references(plain)}
+    used = {*known_keys, *(key.split(".")[0] for key in known_keys), *_references(plain)}
     for key in [*plain, *(f"paths.{name}" for name in plain.get("paths", {}))]:
         if key != "paths" and key not in used:
             raise ValueError(f"{key} is not used; remove it")

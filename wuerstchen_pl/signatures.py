@@ -5,6 +5,7 @@ argument, or one of the wrong type, is refused before anything is built.
 """
 
 import collections.abc
+import importlib.util
 import inspect
 import pydoc
 import re
@@ -60,6 +61,11 @@ def _check_object(path: str, node: dict) -> None:
     target = node["_target_"]
     function = _locate(target)
     if function is None:
+        if package := _missing_package(target):
+            raise ValueError(
+                f"{_join(path, '_target_')}={target} needs the package {package}, which is not "
+                f"installed; run pip install {package}, or fix its name"
+            )
         raise ValueError(
             f"{_join(path, '_target_')}={target} cannot be imported or called; fix its name"
         )
@@ -111,6 +117,12 @@ def _locate(target: str) -> Callable | None:
     except pydoc.ErrorDuringImport:
         return None
     return located if callable(located) else None
+
+
+def _missing_package(target: str) -> str | None:
+    """The package of a dotted name if it is not installed."""
+    package, dot, _ = str(target).partition(".")
+    return package if dot and package and importlib.util.find_spec(package) is None else None
 
 
 def _hints(function: Callable | None) -> dict[str, Any]:

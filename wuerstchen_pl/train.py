@@ -36,6 +36,8 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "sample_prompts": list[str],
     "image_size_at_24": int,
     "global_batch": int | None,
+    "adamw.lr": float,
+    "adamw.betas": list[float],
     "bucket_multiple": int | Literal["auto"],
     "checkpoint_every_steps": int | Literal["auto"],
     "validate_every_steps": int | Literal["auto"],

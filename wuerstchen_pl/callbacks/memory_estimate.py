@@ -14,6 +14,7 @@ from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.step_profile import forget_profile, profile_step_once
 from wuerstchen_pl.models.wrapping import checkpoint_activations
 from wuerstchen_pl.plural import plural
+from wuerstchen_pl.stages import schedule_free
 from wuerstchen_pl.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -27,10 +28,10 @@ class MemoryEstimate(L.Callback):
     """Report the memory that a run needs on each device, and refuse a run that cannot fit.
 
     Weights, gradients, EMA weights and the frozen networks that a step uses are counted exactly.
-    The optimizer state is two values per weight for an optimizer with betas, else one. Activations
-    are the tensors that the forward pass of the first batch saves for the backward pass, measured
-    on a few samples. Temporary buffers and validation, which also uses the other frozen networks,
-    are not included, so that a run within 10 % of the limit may still fail.
+    The optimizer state per byte is measured on a small weight. Activations are the tensors that the
+    forward pass of the first batch saves for the backward pass, measured on a few samples.
+    Temporary buffers and validation, which also uses the other frozen networks, are not included,
+    so that a run within 10 % of the limit may still fail.
 
     Args:
         refuse: False only reports.
@@ -125,7 +126,6 @@ def estimate_bytes(
     # first, as the step moves the frozen networks that it uses to the device
     activations = profile_step_once(module, batch).saved_bytes
     trainable = _bytes(p for p in module.parameters() if p.requires_grad)
-    state_copies = (2 if "betas" in optimizer.defaults else 1) * _state_bits(optimizer) / 32
     ema = getattr(module, "ema", None)
     has_ema = ema is not None and ema.device is None
     accumulates = module.trainer.accumulate_grad_batches > 1
@@ -134,15 +134,21 @@ def estimate_bytes(
         "frozen networks": _frozen_bytes(module, next(module.parameters()).device),
         # each process keeps those of sharded weights whole until the last micro-batch
         "gradients": trainable + accumulates * _sharded_bytes(module.parameters()),
-        "optimizer": round(state_copies * trainable),
+        "optimizer": round(state_bytes_per_byte(optimizer) * trainable),
         "ema": trainable if has_ema else 0,
         "activations": activations,
     }
 
 
-def _state_bits(optimizer: torch.optim.Optimizer) -> int:
-    """Bits per value of the optimizer state; 8 for bitsandbytes' 8-bit optimizers."""
-    return getattr(getattr(optimizer, "args", None), "optim_bits", 32)
+def state_bytes_per_byte(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes of an optimizer's state per byte of the weights, measured on a weight of 256 x 256."""
+    weight = nn.Parameter(torch.ones(256, 256))
+    weight.grad = torch.ones_like(weight)
+    probe = type(optimizer)([weight])  # type: ignore[call-arg]
+    schedule_free.prepare(probe)
+    probe.step()
+    state = (t for t in probe.state[weight].values() if isinstance(t, Tensor) and t.numel() > 1)
+    return _bytes(state) / weight.nbytes
 
 
 def _frozen_bytes(module: nn.Module, device: torch.device) -> int:

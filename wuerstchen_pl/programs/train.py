@@ -30,6 +30,7 @@ from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.programs.base_model import use_base_model
 from wuerstchen_pl.programs.next_steps import describe_end
+from wuerstchen_pl.programs.optimizer_checks import check_optimizer
 from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
 from wuerstchen_pl.programs.training_cache import with_cache
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
@@ -47,6 +48,7 @@ def run(cfg: DictConfig) -> float:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
     check_ranges(cfg)
+    check_optimizer(cfg, is_sharded=is_sharded(cfg))
     use_base_model(cfg)
     output_dir = check_output_dir(cfg.paths.output_dir, "paths.output_dir")
     resume = find_resume(cfg.ckpt, output_dir)
@@ -189,18 +191,9 @@ def check_ranges(cfg: DictConfig) -> None:
             f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use; "
             "use trainer.accelerator=cpu, or fix the driver"
         )
-    if is_sharded(cfg) and cfg.stage.optimizer._target_.startswith("bitsandbytes"):
-        raise ValueError(
-            "optimizer@stage.optimizer=adamw_8bit does not support sharded weights; use "
-            "trainer=ddp, or optimizer@stage.optimizer=adamw, whose state is sharded"
-        )
     for key in INTERVALS:
         if cfg[key] != AUTO and cfg[key] < 1:
             raise ValueError(f"{key}={cfg[key]} is out of range; use 1 or more")
-    if cfg.stage.optimizer.lr <= 0:
-        raise ValueError(
-            f"stage.optimizer.lr={cfg.stage.optimizer.lr} is out of range; use more than 0"
-        )
 
 
 def check_schedule(factor: Callable[[int], float], max_steps: int) -> None:

@@ -1,7 +1,7 @@
 """Base of all stages: frozen networks, EMA, optimizer, validation, and checkpoints."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -14,6 +14,7 @@ from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.distributed.fsdp2 import reshard, shard_stage, total_norm
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.wrapping import find_blocks
+from wuerstchen_pl.stages import schedule_free
 from wuerstchen_pl.stages.batch_rng import BatchRNG, derive_seed
 from wuerstchen_pl.stages.clipping import clip, group_gradients
 from wuerstchen_pl.stages.compatibility import check_networks
@@ -110,7 +111,8 @@ class Stage(L.LightningModule):
         """One optimizer over all weights that are not frozen, with the learning-rate schedule."""
         if self.optimizer_factory is None:
             raise ValueError("stage.optimizer is missing; set it to train this stage")
-        optimizer = self.optimizer_factory(self.parameter_groups())
+        with redirect_stdout(None):  # Prodigy prints that it has weight decay
+            optimizer = self.optimizer_factory(self.parameter_groups())
         # A plain function: LambdaLR saves the attributes of any other callable, and restores them.
         scheduler = LambdaLR(optimizer, lambda n: self.lr_schedule(n))
         return {
@@ -124,11 +126,13 @@ class Stage(L.LightningModule):
             configured = self.configure_optimizers()["optimizer"]
             scheduler = cast(LambdaLR, schedule.scheduler)
             apply_configured(self.trainer.optimizers[0], scheduler, configured)
+            schedule_free.prepare(self.trainer.optimizers[0])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then update the EMA; not in a batch hook, as a checkpoint could come in between."""
         super().optimizer_step(*args, **kwargs)
-        self.ema.update(self)
+        with schedule_free.averaged(self.trainer.optimizers[0]):
+            self.ema.update(self)
         self.after_step(self.global_step + 1)
 
     def after_step(self, step: int) -> None:
