@@ -42,10 +42,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "programs.base_model": PROGRAM | {"formats"},
     "programs.training_cache": PROGRAM | {"programs.cache", "data", "distributed", "formats"},
     "programs.run_length": {"data", "distributed"},
+    "programs.optimizer_checks": PROGRAM,
     "programs.train": PROGRAM
     | {
         "programs.base_model",
         "programs.next_steps",
+        "programs.optimizer_checks",
         "programs.training_cache",
         "programs.run_length",
         "data",

@@ -147,9 +147,9 @@ def test_a_killed_run_resumes_bit_for_bit(name: str, cascade: Path, tmp_path: Pa
 REFUSED = {
     "prodigy, sharded": ("prodigy", "c", ["trainer=fsdp"], "does not support sharded weights"),
     "adafactor, sharded": ("adafactor", "c", ["trainer=fsdp"], "does not support sharded weights"),
-    "average of averages": (SCHEDULE_FREE, "c", ["stage.ema.decay=0.9"], "set stage.ema.decay=0 "),
+    "mean of means": (SCHEDULE_FREE, "c", ["stage.ema.decay=0.9"], "set stage.ema.decay=0 "),
     "decay": (SCHEDULE_FREE, "c", ["stage.lr_schedule.decay=cosine"], "stage.lr_schedule.decay=n"),
-    "averaged codes": (SCHEDULE_FREE, "a", [], "averages over the restarts of Stage A's codes"),
+    "averaged codes": (SCHEDULE_FREE, "a", [], "keeps a mean of the weights, also of codes that Stage A"),
     "two networks": ("prodigy", "a", [], "Stage A trains two networks against each other"),
     "two rates": ("prodigy", "c", ["stage.text_encoder_lr=0.5"], "estimates one learning rate; se"),
     "AdamW's rate": ("lion", "c", ["adamw.lr=1"], "adamw.lr is not used; set stage.optimizer.lr"),

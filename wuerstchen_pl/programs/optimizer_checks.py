@@ -45,16 +45,17 @@ def _refuse_unread(optimizer: DictConfig) -> None:
 
 
 def _check_schedule_free(choice: str, stage: DictConfig) -> None:
-    averages = OmegaConf.select(stage, "ema.decay", default=0) > 0
+    has_ema = OmegaConf.select(stage, "ema.decay", default=0) > 0
     decays = OmegaConf.select(stage, "lr_schedule.decay", default="none") != "none"
-    if averages or decays:
+    if has_ema or decays:
         raise ValueError(
-            f"{choice} averages the weights itself, at a constant learning rate; set "
+            f"{choice} keeps a mean of the weights itself, at a constant learning rate; set "
             "stage.ema.decay=0 stage.lr_schedule.decay=none"
         )
     if "vqgan" in stage:
         raise ValueError(
-            f"{choice} averages over the restarts of Stage A's codes; use {GROUP}=adamw"
+            f"{choice} keeps a mean of the weights, also of codes that Stage A restarts; use "
+            f"{GROUP}=adamw"
         )
 
 

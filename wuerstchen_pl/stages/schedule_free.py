@@ -1,4 +1,4 @@
-"""Schedule-free optimizers (arXiv 2405.15682), which average the weights that they train.
+"""Schedule-free optimizers (arXiv 2405.15682), which keep an average of the weights they train.
 
 They compute gradients at weights y, and keep an average x to evaluate. A checkpoint has y as the
 raw weights, so that a resumed run is bit-equal, and x as the EMA weights, which everything else
