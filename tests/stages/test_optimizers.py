@@ -149,7 +149,7 @@ REFUSED = {
     "adafactor, sharded": ("adafactor", "c", ["trainer=fsdp"], "does not support sharded weights"),
     "mean of means": (SCHEDULE_FREE, "c", ["stage.ema.decay=0.9"], "set stage.ema.decay=0 "),
     "decay": (SCHEDULE_FREE, "c", ["stage.lr_schedule.decay=cosine"], "stage.lr_schedule.decay=n"),
-    "averaged codes": (SCHEDULE_FREE, "a", [], "keeps a mean of the weights, also of codes that Stage A"),
+    "averaged codes": (SCHEDULE_FREE, "a", [], "also of codes that Stage A restarts"),
     "two networks": ("prodigy", "a", [], "Stage A trains two networks against each other"),
     "two rates": ("prodigy", "c", ["stage.text_encoder_lr=0.5"], "estimates one learning rate; se"),
     "AdamW's rate": ("lion", "c", ["adamw.lr=1"], "adamw.lr is not used; set stage.optimizer.lr"),
