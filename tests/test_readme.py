@@ -97,6 +97,7 @@ def with_local_data(arguments: list[str], workdir: Path) -> list[str]:
     return [*arguments, "data.num_workers=0", "data.max_upscale=null"]
 
 
+@pytest.mark.slow
 def test_the_commands_that_tune_a_model_run_one_after_the_other(
     cascade: Path, workdir: Path
 ) -> None:
@@ -220,6 +221,11 @@ def test_the_papers_phases_run_with_one_command(cascade: Path, workdir: Path) ->
     assert run_program("train", command) == 0
     for phase in range(1, 5):
         assert (workdir / f"paper_c_{phase}/c/checkpoints/step0000002.ckpt").is_file()
+
+
+@pytest.mark.parametrize("arguments", finetuning_commands("train"), ids=lambda a: " ".join(a)[:60])
+def test_the_commands_that_tune_a_model_have_only_used_keys(arguments: list[str]) -> None:
+    check_config(composed(*arguments), train.KNOWN_KEYS)
 
 
 def test_the_papers_phases_are_one_command() -> None:
