@@ -29,6 +29,10 @@ from wuerstchen_pl.formats.run import read_run
 
 pytestmark = pytest.mark.slow
 BF16, ACCUMULATED = "trainer.precision=bf16-mixed", ["data.batch_size=2", "global_batch=8"]
+PRESERVING = [
+    "experiment=dreambooth", "stage.preservation.caption=face", "stage.preservation.weight=1000",
+]  # fmt: skip
+STAGE_B = ["stage=b", "stage.adapter.targets=['*.attention.*']"]
 FSDP, DDP = [*TWO, "trainer=fsdp"], [*TWO, "trainer=ddp"]
 
 
@@ -53,9 +57,9 @@ def arguments(root: Path, base: Path, cascade: Path, *more: str) -> list[str]:
     return [
         *kept, "experiment=lora", "name=default", "data=openmoji", f"init_from={base}",
         f"paths.data={cascade.parent / 'data'}", "image_size=64", "bucket_multiple=16", NO_GRIDS,
-        "stage.optimizer.lr=1e-2", "stage.adapter.rank=4", *more, f"checkpoint_every_steps={HALF}",
-        f"validate_every_steps={STEPS}", "trainer.log_every_n_steps=1",
-        "trainer.gradient_clip_val=0.1",
+        "cache=false", "stage.optimizer.lr=1e-2", "stage.adapter.rank=4", *more,
+        f"checkpoint_every_steps={HALF}", f"validate_every_steps={STEPS}",
+        "trainer.log_every_n_steps=1", "trainer.gradient_clip_val=0.1",
     ]  # fmt: skip
 
 
@@ -78,12 +82,16 @@ def runs(base: Path, cascade: Path, tmp_path_factory: pytest.TempPathFactory) ->
             run("fsdp_then_ddp", *DDP, from_fsdp),
             run("fsdp_accumulated", *FSDP, *ACCUMULATED),
             run("fsdp_bf16", *FSDP, BF16),
+            run("ddp_preserving", *DDP, *PRESERVING),
+            run("fsdp_preserving", *FSDP, *PRESERVING),
+            run("fsdp_b", *FSDP, *STAGE_B),
         ],
         root,
     )
     alone = {
         "one": ONE, "fsdp_then_one": [*ONE, from_fsdp], "one_accumulated": ONE_ACCUMULATED,
-        "one_bf16": [*ONE, BF16],
+        "one_bf16": [*ONE, BF16], "one_preserving": [*ONE, *PRESERVING],
+        "one_b": [*ONE, *STAGE_B],
     }  # fmt: skip
     for name, keys in alone.items():
         assert run_program("train", run(name, *keys)) == 0
@@ -92,10 +100,17 @@ def runs(base: Path, cascade: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.parametrize(
     ("name", "reference"),
-    [("ddp", "one"), ("fsdp", "one"), ("fsdp_accumulated", "one_accumulated")],
+    [
+        ("ddp", "one"),
+        ("fsdp", "one"),
+        ("fsdp_accumulated", "one_accumulated"),
+        ("ddp_preserving", "one_preserving"),
+        ("fsdp_preserving", "one_preserving"),
+        ("fsdp_b", "one_b"),
+    ],
 )
 def test_two_processes_train_an_adapter_like_one(runs: Path, name: str, reference: str) -> None:
-    check_equal(runs, name, "c", reference)
+    check_equal(runs, name, "b" if name == "fsdp_b" else "c", reference)
 
 
 @pytest.mark.parametrize("name", ["fsdp_then_one", "fsdp_then_ddp"])

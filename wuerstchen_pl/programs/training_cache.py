@@ -46,8 +46,8 @@ def with_cache(cfg: DictConfig, stage: "Stage", data: ImageTextDataModule) -> Ca
     check_stage(stage.name, cfg.data)
     if DistInfo.from_env().world_size > 1:
         raise ValueError(
-            "cache=true is not supported by torchrun and Slurm; build the cache first with python "
-            "-m wuerstchen_pl.cache, and train with data=cached"
+            "cache=true is not supported by torchrun and Slurm; set cache=false, or build the "
+            "cache first with python -m wuerstchen_pl.cache, and train with data=cached"
         )
     frozen: Mapping[str, Any] = stage.frozen
     text_encoder = frozen.get("text_encoder") if not data.captions.changes else None
