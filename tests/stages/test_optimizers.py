@@ -186,7 +186,7 @@ SHARDED = (SCHEDULE_FREE, "lion")
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(cascade: Path, tmp_path: Path) -> None:
-    """With DDP, and with FSDP where the weights may be sharded."""
+    """With DDP, and with FSDP where the weights may be sharded, resumed after half of the steps."""
 
     def arguments(run: str, name: str, *overrides: str) -> list[str]:
         usual = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
@@ -200,7 +200,8 @@ def test_two_processes_train_like_one(cascade: Path, tmp_path: Path) -> None:
 
     two = ["trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=4"]
     jobs = [arguments("ddp", name, "trainer=ddp", *two) for name in RATES]
-    jobs += [arguments("fsdp", name, "trainer=fsdp", *two) for name in SHARDED]
+    for part in ("trainer.max_steps=10", "ckpt=auto"):
+        jobs += [arguments("fsdp", name, "trainer=fsdp", *two, part) for name in SHARDED]
     launch(jobs, tmp_path)
     for name in RATES:
         one = ["trainer=cpu", "data.batch_size=8"]
