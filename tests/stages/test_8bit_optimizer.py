@@ -17,7 +17,7 @@ WIDE = ("stage.prior.width=64", "stage.prior.text_dim=64", "stage.text_encoder.w
 
 def arguments(root: Path, cascade: Path) -> list[str]:
     keys = [a for a in small("c", root, 12) if "width=" not in a and "text_dim=" not in a]
-    return [*keys, *WIDE, *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
+    return [*keys, *WIDE, "global_batch=8", *(f"paths.stage_{s}={cascade / s}" for s in "ab")]
 
 
 def train(root: Path, cascade: Path, *overrides: str) -> dict:

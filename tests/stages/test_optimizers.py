@@ -73,14 +73,23 @@ def test_the_loss_falls(name: str, batch: Batch) -> None:
 def test_the_state_has_the_documented_bytes_per_weight(
     name: str, size: float, batch: Batch
 ) -> None:
-    weights = [nn.Parameter(torch.ones(256, 256))]
-    assert 4 * state_bytes_per_byte(factory(name)(weights)) == pytest.approx(size, rel=0.05)
+    assert bytes_per_weight(factory(name)) == pytest.approx(size, rel=0.05)
     stage = stage_for(name)
     optimizer = fit(stage, batch, 1).optimizers[0]
     measured = sum(t.nbytes for t in state_tensors(optimizer))
     per_weight = measured / sum(p.numel() for p in stage.parameters() if p.grad is not None)
     # Adafactor: small weights have more rows and columns per element. Prodigy: none for zeros.
     assert 0.9 * size < per_weight < 1.05 * size or (name == "adafactor" and per_weight < 0.5)
+
+
+def test_8_bit_adamw_has_a_quarter_of_the_state_of_adamw() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra 8bit")
+    assert bytes_per_weight(torch.optim.AdamW) == pytest.approx(8)
+    assert bytes_per_weight(bitsandbytes.optim.AdamW8bit) == pytest.approx(2, rel=0.05)
+
+
+def bytes_per_weight(build: Callable[..., torch.optim.Optimizer]) -> float:
+    return 4 * state_bytes_per_byte(build([nn.Parameter(torch.ones(256, 256))]))
 
 
 def test_a_schedule_free_optimizer_is_evaluated_at_its_average(batch: Batch) -> None:
@@ -125,7 +134,7 @@ def last_checkpoint(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in RATES],
+    [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in ("adamw", *RATES)],
 )
 def test_a_killed_run_resumes_bit_for_bit(name: str, cascade: Path, tmp_path: Path) -> None:
     steps = ["global_batch=8", "trainer.gradient_clip_val=0.1"]
