@@ -69,3 +69,10 @@ def test_the_printed_commands_lead_from_stage_a_to_images(
     quick = [f"output_dir={folder}", "sample.prior_steps=1", "sample.decoder_steps=1"]
     assert run_program("sample", [*arguments, *quick]) == 0
     assert len(list(folder.glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("stage", "ab")
+def test_a_tuned_stage_has_no_next_one(stage: str) -> None:
+    typed = [f"stage={stage}", "experiment=finetune", "init_from=model", "data.root=my/images"]
+    assert describe_end(RUN, stage, typed, **USUAL) == ""
+    assert "stage=c" in describe_end(RUN, "b", ["stage=b", "data.root=my/images"], **USUAL)

@@ -40,10 +40,16 @@ def describe_end(
     if stage in ("c", "ldm"):
         command = ["python", "-m", "wuerstchen_pl.sample", f"model={run}", f"prompt={caption}"]
         lines.append(f"next: {shlex.join(command)}")
-    elif any(text.startswith("stage=") for text in typed) and not is_cached:
+    elif starts_a_cascade(typed) and not is_cached:
         following = NEXT_STAGE[stage]
         shared = [text for text in typed if not OF_ONE_STAGE.match(text)]
         elsewhere = [f"paths.stage_{stage}={run}"] if run != default_folder else []
         command = ["python", "-m", "wuerstchen_pl.train", f"stage={following}"]
         lines.append(f"next: {shlex.join([*command, *shared, *elsewhere])}")
     return "\n".join(lines)
+
+
+def starts_a_cascade(typed: Sequence[str]) -> bool:
+    """Whether the typed arguments choose a stage, and no weights to start from."""
+    keys = {text.partition("=")[0] for text in typed}
+    return "stage" in keys and "init_from" not in keys
