@@ -22,6 +22,7 @@ def command(root: Path, cascade: Path, *more: str, stage: str = "c", steps: int 
     return [*usual, "validate_every_steps=2", *paths, data, *more]
 
 
+@pytest.mark.slow
 def test_prompts_are_drawn_with_the_ema_weights_and_change_no_weight(
     cascade: Path, tmp_path: Path
 ) -> None:

@@ -100,7 +100,7 @@ CASES = {
 }  # fmt: skip
 
 
-FAST = ("as on the hub", "the authors' files")
+FAST = ("as on the hub",)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,7 @@ def test_stages_a_and_b_start_from_a_model_too(
     equal_parts(tuned, base, *parts[stage])
 
 
+@pytest.mark.slow
 def test_training_changes_the_prior_alone_and_resumes_bit_for_bit(
     base: Model, published: Path, tmp_path: Path
 ) -> None:
@@ -194,7 +195,7 @@ ADAPTERS = [("c", "lora"), ("b", "lora"), ("c", "dora"), ("c", "loha"), ("c", "l
 
 @pytest.mark.parametrize(
     ("stage", "method"),
-    [pytest.param(*a, marks=[pytest.mark.slow] * (i >= 2)) for i, a in enumerate(ADAPTERS)],
+    [pytest.param(*a, marks=[pytest.mark.slow] * (i > 0)) for i, a in enumerate(ADAPTERS)],
 )
 def test_an_adapter_is_all_that_changes_and_resumes_bit_for_bit(
     stage: str, method: str, base: Model, published: Path, tmp_path: Path

@@ -29,6 +29,7 @@ def prediction(run: Path) -> Tensor:
         return stage.prior(xt, t, stage.text([CAPTION]).expand(16, -1, -1))
 
 
+@pytest.mark.slow
 def test_a_caption_keeps_its_meaning_while_an_adapter_is_trained(
     cascade: Path, tmp_path: Path
 ) -> None:
