@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -126,3 +127,9 @@ def test_a_pattern_without_adaptable_layers_is_refused(
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Adapter(**arguments)
+
+
+def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"stage.adapter needs peft.*pip install .*\[adapters\]"):
+        Adapter().add_to(build("prior"))

@@ -30,7 +30,6 @@ class Adapter:
             text to its keys and values.
 
     Raises:
-        ImportError: if peft is not installed.
         ValueError: if an argument is out of range.
     """
 
@@ -74,9 +73,19 @@ class Adapter:
         """Freeze a network and add the adapter, in place; its output does not change yet.
 
         From now on, the network's state dict has the tensors of the adapter only.
+
+        Raises:
+            ImportError: if peft is not installed.
+            ValueError: if the targets match no layer; see ``choose_layers``.
         """
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, if installed
-        from peft import inject_adapter_in_model
+        try:
+            from peft import inject_adapter_in_model
+        except ImportError:
+            raise ImportError(
+                "stage.adapter needs peft, which is not installed; run pip install "
+                "'wuerstchen_pl[adapters]'"
+            ) from None
 
         network.train().requires_grad_(False)  # with the dropout of the base model
         split_projections(network)

@@ -120,7 +120,7 @@ def from_tensors(
         ValueError: if they are of no known kind, or one is missing.
     """
     names = set(tensors)
-    if names in ({"lora_A.weight", "lora_B.weight"}, {*LORA, "lora_magnitude_vector"}):
+    if names in (set(LORA), {*LORA, "lora_magnitude_vector"}):
         return LowRank(
             tensors["lora_A.weight"], tensors["lora_B.weight"],
             scale=scale, magnitude=tensors.get("lora_magnitude_vector"),
@@ -129,7 +129,9 @@ def from_tensors(
         return Hadamard(tensors, scale=scale)
     if names in LOKR:
         return Kronecker(tensors, scale=scale)
-    raise ValueError(f"an adapter has the tensors {', '.join(sorted(names))}, which is none known")
+    raise ValueError(
+        f"an adapter has the tensors {', '.join(sorted(names))}, which no known method has"
+    )
 
 
 LORA = ("lora_A.weight", "lora_B.weight")

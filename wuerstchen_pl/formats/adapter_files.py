@@ -78,13 +78,15 @@ def write_adapter(path: Path, adapter: AdapterWeights, *, base_sha256: str | Non
         for layer, weights in adapter.items()
         for name, tensor in weights.tensors().items()
     }
+    metadata: dict[str, str] = {}
     first = next(iter(adapter.values()))
-    is_dora = isinstance(first, LowRank) and first.magnitude is not None
-    settings = {
-        "prior.r": first.rank, "prior.lora_alpha": first.rank, "prior.use_dora": is_dora,
-        "prior.target_modules": sorted(names.values()), "prior.peft_type": "LORA",
-    }  # fmt: skip
-    metadata = {METADATA: json.dumps(settings, sort_keys=True)}
+    if isinstance(first, LowRank):  # diffusers reads no others
+        settings = {
+            "prior.r": first.rank, "prior.lora_alpha": first.rank, "prior.peft_type": "LORA",
+            "prior.use_dora": first.magnitude is not None,
+            "prior.target_modules": sorted(names.values()),
+        }  # fmt: skip
+        metadata[METADATA] = json.dumps(settings, sort_keys=True)
     metadata |= {} if base_sha256 is None else {"base_sha256": base_sha256}
     with atomic_write(path) as temporary:
         write_safetensors(temporary, tensors, metadata)
