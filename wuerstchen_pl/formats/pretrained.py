@@ -29,8 +29,7 @@ def load_network(
         FileNotFoundError: if there is no such run or model.
         ValueError: if it lacks the network, is damaged or has other weights.
     """
-    path = resolve_source(str(source))
-    path = find_checkpoint(path) if is_run(path) else path  # a run may be trained further
+    path = resolve_weights(source)
     parts = read_model(str(path)).parts
     if part not in parts:
         raise ValueError(f"{source} has no {part}; use a model that has one")
@@ -44,6 +43,16 @@ def load_network(
         **({"tokenizer": str(tokenizer)} if tokenizer else {}),
     }
     return network
+
+
+def resolve_weights(source: str | Path) -> Path:
+    """The newest checkpoint of a run, which may be trained further; other sources as they are.
+
+    Raises:
+        FileNotFoundError: if the source is missing.
+    """
+    path = resolve_source(str(source))
+    return find_checkpoint(path) if is_run(path) else path
 
 
 def check_sha256(path: Path, actual: str, recorded: str | None) -> None:

@@ -15,9 +15,9 @@ from wuerstchen_pl.checkpointing.load import (
     read_checkpoint,
 )
 from wuerstchen_pl.formats.model import PAELLA, Part, build_network
-from wuerstchen_pl.formats.pretrained import check_sha256
+from wuerstchen_pl.formats.pretrained import check_sha256, resolve_weights
 from wuerstchen_pl.formats.registry import find_format, read_model, resolve_source
-from wuerstchen_pl.formats.run import STAGE_PARTS, is_run
+from wuerstchen_pl.formats.run import STAGE_PARTS
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.models.fingerprint import network_fingerprint, weights_fingerprint
 from wuerstchen_pl.models.text import TextEncoder
@@ -74,8 +74,7 @@ def load_compressor(*, source: str | Path, sha256: str | None = None) -> "Stage"
         FileNotFoundError: if the source is missing.
         ValueError: if it has no compressor, is damaged or has other weights.
     """
-    path = resolve_source(str(source))
-    path = find_checkpoint(path) if is_run(path) else path  # a run may be trained further
+    path = resolve_weights(source)
     part = _compressor(path)
     network = build_network(part).float()
     actual = weights_fingerprint([network])
