@@ -441,6 +441,30 @@ def test_a_yaml_selects_other_data(cascade: Path, tmp_path: Path) -> None:
     assert len(sizes) > 1
 
 
+def test_retrieval_by_the_captions_of_other_data(cascade: Path, tmp_path: Path) -> None:
+    """Images of other captions are searched among the images that have these captions."""
+    (tmp_path / "other").mkdir()
+    for name, gray in (("black", 0), ("white", 255)):
+        Image.new("RGB", (64, 64), (gray, gray, gray)).save(tmp_path / f"other/{name}.png")
+        (tmp_path / f"other/{name}.txt").write_text(f"{name} square")
+    target = "wuerstchen_pl.data.factories.folder"
+    yaml = {"_target_": target, "root": str(tmp_path / "other"), "image_size": 64, "batch_size": 2}
+    yaml |= {"val_fraction": 0.0, "num_workers": 0}
+    (tmp_path / "other.yaml").write_text(json.dumps(yaml))
+    more = ["metric=[retrieval]", f"prompts={tmp_path / 'other.yaml'}"]
+    assert run_program("evaluate", [*arguments(cascade, tmp_path / "out"), *more]) == 0
+    prompts = json.loads((tmp_path / "out/images/images.json").read_text())["prompts"]
+    assert sorted(prompts) == ["black square", "white square"]
+    scores = read_scores(tmp_path / "out")
+    means = [pixels(tmp_path / f"out/images/{i:06d}-{i}.png").mean() for i in range(2)]
+    right = [
+        (mean > 127.5) == (prompt == "white square")
+        for mean, prompt in zip(means, prompts, strict=True)
+    ]
+    assert scores["retrieval/top1"]["value"] == sum(right) / 2
+    assert scores["retrieval/top1"]["chance"] == 0.5
+
+
 def test_a_yaml_without_a_data_module_is_rejected(
     cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

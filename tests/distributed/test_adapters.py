@@ -30,7 +30,7 @@ from wuerstchen_pl.formats.run import read_run
 pytestmark = pytest.mark.slow
 BF16, ACCUMULATED = "trainer.precision=bf16-mixed", ["data.batch_size=2", "global_batch=8"]
 PRESERVING = [
-    "experiment=dreambooth", "stage.preservation.caption=face", "stage.preservation.weight=1000",
+    "experiment=dreambooth", "stage.preservation.captions=[face]", "stage.preservation.weight=1000",
 ]  # fmt: skip
 STAGE_B = ["stage=b", "stage.adapter.targets=['*.attention.*']"]
 FSDP, DDP = [*TWO, "trainer=fsdp"], [*TWO, "trainer=ddp"]

@@ -141,14 +141,14 @@ def retrievals(
     reference: DatasetImages,
     pipeline: TextToImage,
 ) -> dict[str, Score]:
-    """Top-1 and top-5 retrieval of the training image whose caption an image was generated for.
+    """Top-1 and top-5 retrieval of the image whose caption an image was generated for.
 
     By average-pooled pixels and by semantic latents, each with a control of shuffled captions.
 
     Args:
-        generated: images generated for training captions.
-        targets: for each of them, the dataset index of its training image.
-        reference: the training images; images whose target is unreadable are ignored.
+        generated: images generated for captions of a dataset.
+        targets: for each of them, the dataset index of the image with its caption.
+        reference: the dataset's images; generated images whose target is unreadable are ignored.
         pipeline: its compressor computes the semantic latents.
     """
     spaces: dict[str, Callable[[Iterable[Tensor]], Tensor]] = {"": pooled_pixels}

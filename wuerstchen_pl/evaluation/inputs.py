@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wuerstchen_pl.evaluation.datasets import DatasetImages, data_from_yaml
 from wuerstchen_pl.evaluation.generation import GenerationRequest
@@ -19,6 +19,14 @@ SIDE = 64
 """Default height and width of an image in pixels."""
 
 
+class Targets(NamedTuple):
+    """For images generated for the captions of a dataset, the images of these captions."""
+
+    images: DatasetImages
+    indices: Sequence[int]
+    """For each generated image, the dataset index of its target."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationInputs:
     """Images and data, as far as a plan needs them."""
@@ -29,8 +37,8 @@ class EvaluationInputs:
     """Images to evaluate instead of generating them."""
     requests: Sequence[GenerationRequest] = ()
     """Images to generate."""
-    retrieval_targets: Sequence[int] = ()
-    """For images generated for training captions, the dataset indices of the training images."""
+    targets: Targets | None = None
+    """For retrieval; None if the prompts are not captions of a dataset."""
     reference: ImageFolder | DatasetImages | None = None
     """Images for FID and KID."""
     baselines: Sequence[ImageFolder] = ()
@@ -62,7 +70,7 @@ def read_inputs(plan: EvaluationPlan, data: "ImageTextDataModule | None") -> Eva
     """
     images: ImageFolder | None = None
     requests: list[GenerationRequest] = []
-    targets: list[int] = []
+    targets: Targets | None = None
     if plan.needs_generation:
         requests, targets = _requests(plan, data)
     elif plan.needs_images:
@@ -71,7 +79,7 @@ def read_inputs(plan: EvaluationPlan, data: "ImageTextDataModule | None") -> Eva
         data=data,
         images=images,
         requests=requests,
-        retrieval_targets=targets,
+        targets=targets,
         reference=_reference(plan, data),
         baselines=[ImageFolder(Path(path), key="baselines") for path in plan.baselines],
     )
@@ -88,20 +96,22 @@ def read_inputs(plan: EvaluationPlan, data: "ImageTextDataModule | None") -> Eva
 
 def _requests(
     plan: EvaluationPlan, data: "ImageTextDataModule | None"
-) -> tuple[list[GenerationRequest], list[int]]:
-    """The images to generate, and for captions of data the dataset indices of their images."""
+) -> tuple[list[GenerationRequest], Targets | None]:
+    """The images to generate, and for captions of a dataset the images of these captions."""
     if plan.prompts_are_data:
         source = data if plan.prompts == TRAINING_DATA else data_from_yaml(Path(plan.prompts))
         assert source is not None
-        samples = DatasetImages(source).captioned(plan.num_prompts)
+        images = DatasetImages(source)
+        samples = images.captioned(plan.num_prompts)
         requests = [
             GenerationRequest(s.caption, plan.seed + s.dataset_index, s.height, s.width)
             for s in samples
         ]
-        return requests, [s.dataset_index for s in samples]
+        return requests, Targets(images, [s.dataset_index for s in samples])
     height, width = plan.height or SIDE, plan.width or SIDE
     prompts = subsample(read_prompts(plan.prompts), plan.num_prompts, plan.seed)
-    return [GenerationRequest(p, plan.seed + i, height, width) for i, p in enumerate(prompts)], []
+    requests = [GenerationRequest(p, plan.seed + i, height, width) for i, p in enumerate(prompts)]
+    return requests, None
 
 
 def _existing_images(plan: EvaluationPlan) -> ImageFolder:

@@ -70,12 +70,10 @@ class EvaluationPlan:
             raise ValueError(f"num_prompts={self.num_prompts} is out of range; use 1 or more")
         if self.baselines and "pickscore" not in self.metric:
             raise ValueError("baselines= are compared by PickScore; add pickscore to metric=")
-        if "retrieval" in self.metric and (
-            self.prompts != TRAINING_DATA or self.images is not None
-        ):
+        if "retrieval" in self.metric and (not self.prompts_are_data or self.images is not None):
             raise ValueError(
-                "metric=retrieval needs images generated for training captions; use prompts=data "
-                "and images=null"
+                "metric=retrieval needs images generated for captions of images; use prompts=data "
+                "or the config.yaml of a run, and images=null"
             )
 
     def check_networks(self) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.evaluation import dataset_metrics, image_metrics, report
 from wuerstchen_pl.evaluation.dataset_metrics import StageWithLoss
-from wuerstchen_pl.evaluation.datasets import DatasetImages
 from wuerstchen_pl.evaluation.generation import generate_into
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.inputs import EvaluationInputs
@@ -121,9 +120,9 @@ def image_scores(
         scores |= image_metrics.win_rates(prompts, inputs.baselines, pickscores, plan.pickscore)
     if "retrieval" in plan.metric:
         assert target.pipeline is not None
-        assert inputs.data is not None
+        assert inputs.targets is not None
         scores |= dataset_metrics.retrievals(
-            images, inputs.retrieval_targets, DatasetImages(inputs.data), target.pipeline
+            images, inputs.targets.indices, inputs.targets.images, target.pipeline
         )
     return scores
 

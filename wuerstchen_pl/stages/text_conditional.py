@@ -109,6 +109,11 @@ class TextConditionalStage(Stage):
                 "preservation keeps what the model predicts without its adapter; set "
                 "experiment=dreambooth or stage.adapter, or stage.preservation=null"
             )
+        if preservation is not None and preservation.num_class_images and train_text_encoder:
+            raise ValueError(
+                "preservation.num_class_images is for a frozen text encoder; set it to 0, or "
+                "train_text_encoder=false"
+            )
         self.preservation = preservation
         if train_text_encoder:
             self.add_module("text_encoder", text_encoder)
@@ -225,6 +230,12 @@ class TextConditionalStage(Stage):
         )
 
     # Objective
+
+    def on_train_start(self) -> None:
+        """See ``Stage``; the class images of prior preservation are drawn here."""
+        super().on_train_start()
+        if self.preservation is not None:
+            self.preservation.draw_class_images(self)
 
     def loss(
         self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor, mask: Tensor | None = None
