@@ -4,9 +4,13 @@ Torch is imported by the fixtures that need it: pytest-xdist's main process, whi
 imports this module before it starts the others.
 """
 
+import atexit
 import gc
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,8 @@ from wuerstchen_pl.data import __main__ as data
 NO_GRIDS = "callbacks.sample_grids=null"
 NO_PLOT = "callbacks.loss_by_timestep=null"
 """Rendering grids and plots takes half of a short run."""
+NO_PROFILE = ("callbacks.memory_estimate=null", "callbacks.throughput=null")
+"""Profiling a step takes an eighth of a short run."""
 SMALL_DATA = ("data.limit=24", "data.val_fraction=0.2", "data.batch_size=4")
 SMALL_NETWORK = {
     "a": (
@@ -67,11 +73,20 @@ PROGRAMS = {
 }
 
 
+@lru_cache
+def rendered_data() -> str:
+    """``paths.data`` of short runs, so that drawings are rendered once and not by each run."""
+    folder = tempfile.mkdtemp(prefix="wuerstchen-data-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def small(stage: str, root: Path, steps: int = 4) -> list[str]:
     """The arguments of ``train`` for a small stage, with outputs under ``root``."""
     return [
         f"stage={stage}",
         f"paths.root={root}",
+        f"paths.data={rendered_data()}",
         f"trainer.max_steps={steps}",
         "trainer.accelerator=cpu",
         "stage.lr_schedule.warmup_steps=0",
@@ -82,6 +97,7 @@ def small(stage: str, root: Path, steps: int = 4) -> list[str]:
         "logger=csv",
         NO_GRIDS,
         NO_PLOT,
+        *NO_PROFILE,
         *SMALL_DATA,
         *SMALL_NETWORK[stage],
     ]

@@ -10,7 +10,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import 
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from tests.conftest import SMALL_DATA, run_program
+from tests.conftest import NO_PROFILE, SMALL_DATA, rendered_data, run_program
 from tests.formats.conftest import CONFIGS, SETTINGS, assert_bit_equal, random_part, tensors
 from wuerstchen_pl.checkpointing.allowed import instantiate_allowed
 from wuerstchen_pl.checkpointing.load import find_checkpoint, read_checkpoint
@@ -25,7 +25,7 @@ SMALL = (
     "data=openmoji", *SMALL_DATA, "image_size=64", "trainer.max_steps=2",
     "trainer.accelerator=cpu", "logger=csv", "validate_every_steps=2", "checkpoint_every_steps=2",
     "callbacks.loss_by_timestep=null", "seed=1", "callbacks.sample_grids=null",
-    "data.num_workers=0",
+    "data.num_workers=0", *NO_PROFILE, f"paths.data={rendered_data()}",
 )  # fmt: skip
 UNCHANGED = "stage.optimizer.lr=1e-30"
 """Below the last bit of every weight."""

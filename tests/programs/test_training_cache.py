@@ -19,7 +19,11 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
 def test_training_equals_that_on_a_cache_of_the_program(
     cascade: Path, program: Program, tmp_path: Path
 ) -> None:
-    keys = [*small("c", tmp_path, steps=3), f"paths.stage_b={cascade / 'b'}"]
+    keys = [
+        *small("c", tmp_path, steps=3),
+        f"paths.data={tmp_path / 'data'}",
+        f"paths.stage_b={cascade / 'b'}",
+    ]
     assert program("train", *keys, "cache=true") == 0
     (cache,) = (tmp_path / "data/cached").iterdir()
     reads = what_cache_reads(keys)
