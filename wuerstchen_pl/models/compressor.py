@@ -19,41 +19,60 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class SemanticCompressor(Pretrained):
-    """Resize, normalize, backbone, 1x1 convolution, batch norm.
+class ImageFeatures(nn.Module):
+    """Resize, normalize, backbone.
 
     Args:
         backbone: feature extractor with attributes ``channels`` and ``stride``.
-        latent_channels: channels of the semantic latents, 16 as published.
         resize: factor by which images are resized first (1024 px become 768 px).
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, *, backbone: "EfficientNet | ConvBackbone", latent_channels: int = 16,
-        resize: float = 0.75,
-    ) -> None:  # fmt: skip
+    def __init__(self, *, backbone: "EfficientNet | ConvBackbone", resize: float) -> None:
         super().__init__()
         self.backbone = backbone
-        self.latent_channels = latent_channels
         self.resize = resize
-        self.mapper = nn.Conv2d(backbone.channels, latent_channels, 1, bias=False)
-        self.norm = SyncBatchNorm2d(latent_channels)
         # on the CPU even under a meta-device context: no checkpoint restores these buffers
         mean, std = (torch.tensor(v, device="cpu") for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("mean", mean[:, None, None], persistent=False)
         self.register_buffer("std", std[:, None, None], persistent=False)
 
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Size in pixels of an image of (height, width) pixels after resizing."""
+        return round(height * self.resize), round(width * self.resize)
+
+    def features(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, channels, h, w), computed in ``dtype``."""
+        size = self.resized(*images.shape[-2:])
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        images = (images - self.mean.to(images)) / self.std.to(images)
+        return self.backbone(images.to(dtype).contiguous(memory_format=torch.channels_last))
+
+
+class SemanticCompressor(ImageFeatures, Pretrained):
+    """Image features, 1x1 convolution, batch norm.
+
+    Args:
+        backbone: see ``ImageFeatures``.
+        latent_channels: channels of the semantic latents, 16 as published.
+        resize: see ``ImageFeatures``.
+    """
+
+    def __init__(
+        self, *, backbone: "EfficientNet | ConvBackbone", latent_channels: int = 16,
+        resize: float = 0.75,
+    ) -> None:  # fmt: skip
+        super().__init__(backbone=backbone, resize=resize)
+        self.latent_channels = latent_channels
+        self.mapper = nn.Conv2d(backbone.channels, latent_channels, 1, bias=False)
+        self.norm = SyncBatchNorm2d(latent_channels)
+
     @property
     def resolution_multiple(self) -> float:
         """Pixels per semantic position: 42.67 as published."""
         return self.backbone.stride / self.resize
-
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Size in pixels of an image of (height, width) pixels after resizing."""
-        return round(height * self.resize), round(width * self.resize)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Size (h, w) of an image's semantic latents: 24 x 24 for 1024 px as published."""
@@ -62,11 +81,8 @@ class SemanticCompressor(Pretrained):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, latent_channels, *latent_size(H, W)) float32."""
-        size = self.resized(*images.shape[-2:])
-        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-        images = (images - self.mean.to(images)) / self.std.to(images)
-        images = images.to(self.mapper.weight.dtype).contiguous(memory_format=torch.channels_last)
-        return self.norm(self.mapper(self.backbone(images)).float())
+        features = self.features(images, self.mapper.weight.dtype)
+        return self.norm(self.mapper(features).float())
 
 
 class EfficientNet(nn.Module):

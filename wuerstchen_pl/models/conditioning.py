@@ -8,11 +8,14 @@ Dimensions: B batch, T upcoming steps, C channels of a block, L tokens, D width 
 channels of the semantic latents.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+Residuals = Mapping[int, Tensor]
+"""Number of a block -> what a ControlNet adds to its input, (B, C, H, W), or one row for all."""
 
 
 class BlockInputs(NamedTuple):
@@ -21,6 +24,7 @@ class BlockInputs(NamedTuple):
     time: Tensor  # (B, time_dim), or (T, time_dim) for T upcoming steps
     cond: Tensor | None = None  # (B, L, D) text
     semantic: Tensor | None = None  # (B, E, H, W) at the latents' resolution
+    residual: Tensor | None = None  # (B or 1, C, H, W): added to the input of the block
 
     def at_step(self, step: int) -> "BlockInputs":
         """Inputs for one of T upcoming steps, with time (1, time_dim)."""
@@ -38,6 +42,7 @@ class CachedConditioning(NamedTuple):
     keys: Tensor | None  # (B, heads, L, C / heads)
     values: Tensor | None  # likewise
     semantic_proj: Tensor | None  # (B, H, W, 4C): added to the output of the first linear layer
+    residual: Tensor | None  # (B or 1, C, H, W): added to the input of the block
 
     def at_step(self, step: int) -> "CachedConditioning":
         """Conditioning for one of T upcoming steps, with modulation (1, 2C)."""

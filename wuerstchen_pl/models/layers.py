@@ -249,7 +249,7 @@ class Block(nn.Module):
         keys, values = self.attn.project_kv(inputs.cond) if self.attn else (None, None)
         semantic_proj = None if inputs.semantic is None else self.res.semantic_proj(inputs.semantic)
         modulation = self.time.mapper(inputs.time.to(self.time.mapper.weight.dtype))
-        return CachedConditioning(modulation, keys, values, semantic_proj)
+        return CachedConditioning(modulation, keys, values, semantic_proj, inputs.residual)
 
     def forward(
         self,
@@ -263,6 +263,8 @@ class Block(nn.Module):
             if isinstance(conditioning, CachedConditioning)
             else self.cache_conditioning(conditioning)
         )
+        if cached.residual is not None:
+            x = x + tile_batch(cached.residual.to(x.dtype), x)
         x = self.time(self.res(x, skip, cached.semantic_proj), cached.modulation)
         if self.attn is None:
             return x

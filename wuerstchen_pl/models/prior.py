@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wuerstchen_pl.models.conditioning import (
     BlockInputs,
     CachedConditioning,
+    Residuals,
     cache_conditioning,
     tile_batch,
 )
@@ -71,15 +72,26 @@ class Prior(Pretrained):
             if isinstance(module, Block):
                 module.scale_residual(depth)
 
-    def inputs(self, t: Tensor, text: Tensor) -> list[BlockInputs]:
-        """(B,) or (T,) times and (B, L, D) text embeddings -> the inputs of every block."""
+    def inputs(
+        self, t: Tensor, text: Tensor, residuals: Residuals | None = None
+    ) -> list[BlockInputs]:
+        """The inputs of every block.
+
+        Args:
+            t: (B,) or (T,) times.
+            text: (B, L, D) text embeddings.
+            residuals: of a ControlNet.
+        """
         mapped = self.text_in(text.to(self.text_in.weight.dtype))
         mapped = self.text_out(F.leaky_relu(mapped, 0.2))
-        return [BlockInputs(time_embedding(t, self.time_dim), mapped)] * len(self.blocks)
+        shared, residuals = BlockInputs(time_embedding(t, self.time_dim), mapped), residuals or {}
+        return [shared._replace(residual=residuals.get(i)) for i in range(len(self.blocks))]
 
-    def cache_conditioning(self, times: Tensor, text: Tensor) -> list[CachedConditioning]:
-        """(T,) times and (B, L, D) text embeddings -> every block's cached conditioning."""
-        return cache_conditioning(self.blocks, self.inputs(times, text))
+    def cache_conditioning(
+        self, times: Tensor, text: Tensor, residuals: Residuals | None = None
+    ) -> list[CachedConditioning]:
+        """Every block's cached conditioning for (T,) times; see ``inputs``."""
+        return cache_conditioning(self.blocks, self.inputs(times, text, residuals))
 
     def predict_noise(
         self, xt: Tensor, conditioning: Sequence[BlockInputs | CachedConditioning]
@@ -94,15 +106,18 @@ class Prior(Pretrained):
         a, b = self.head(self.norm(x)).float().chunk(2, dim=1)
         return (tile_batch(xt.float(), a) - a) / ((1 - b).abs() + 1e-5)
 
-    def forward(self, xt: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def forward(
+        self, xt: Tensor, t: Tensor, text: Tensor, residuals: Residuals | None = None
+    ) -> Tensor:
         """Predict the noise.
 
         Args:
             xt: (B, C, h, w) noised latents.
             t: (B,) time in [0, 1], float32.
             text: (B, L, D) text embeddings.
+            residuals: of a ControlNet.
 
         Returns:
             (B, C, h, w) float32, as the division is inaccurate in half precision.
         """
-        return self.predict_noise(xt, self.inputs(t, text))
+        return self.predict_noise(xt, self.inputs(t, text, residuals))
