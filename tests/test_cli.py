@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.conftest import small
 from tests.test_config import composed
-from wuerstchen_pl.callbacks.preemption import Preempted
+from wuerstchen_pl.callbacks.signals import Preempted
 from wuerstchen_pl.cli import Command
 from wuerstchen_pl.config import conf_dir
 from wuerstchen_pl.errors import _with_full_key, explain

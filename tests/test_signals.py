@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 
 from tests.conftest import small
-from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, TERMINATED, Exit, StopSignals
+from wuerstchen_pl.signals import DRAW_SIGNAL, INTERRUPTED, REQUEUE, TERMINATED, Exit, StopSignals
 from wuerstchen_pl.stages.stage import Stage
 
 Program = Any
@@ -126,3 +126,12 @@ def test_usr1_stops_only_a_program_that_can_resume() -> None:
             send(signal.SIGUSR1)
         assert stop.value.code == REQUEUE
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_request_for_images_is_ignored_before_the_first_step() -> None:
+    before = signal.getsignal(DRAW_SIGNAL)
+    with StopSignals(resumable=True) as signals:
+        send(DRAW_SIGNAL)
+        signals.begin_work()
+        send(DRAW_SIGNAL)
+    assert signal.getsignal(DRAW_SIGNAL) == before

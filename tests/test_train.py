@@ -22,7 +22,7 @@ from tests.data.factories import image, shards, write
 from tests.stages.conftest import stage_b
 from tests.test_resume import differing
 from wuerstchen_pl import train
-from wuerstchen_pl.callbacks.preemption import PreemptionHandler
+from wuerstchen_pl.callbacks.signals import SignalHandler
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.io import atomic
@@ -131,7 +131,7 @@ def test_a_second_ctrl_c_exits_at_once(
 def test_signal_handlers_are_removed_after_a_run(cascade: Path, tmp_path: Path) -> None:
     assert run_program("train", arguments(cascade, tmp_path)) == 0
     handlers = [getattr(signal.getsignal(number), "__self__", None) for number in STOP_SIGNALS]
-    assert not any(isinstance(owner, PreemptionHandler) for owner in handlers)
+    assert not any(isinstance(owner, SignalHandler) for owner in handlers)
 
 
 def test_a_step_has_its_whole_global_batch_and_validation_follows_steps(

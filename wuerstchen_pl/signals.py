@@ -14,6 +14,8 @@ TERMINATED = 143
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; sent by kill, torchrun and Slurm; sent by Slurm with ``--signal=USR1@300``."""
+DRAW_SIGNAL = signal.SIGUSR2
+"""Makes a run draw its samples now; ignored before the first step, which draws them too."""
 
 
 class Exit(SystemExit):
@@ -35,13 +37,15 @@ class StopSignals:
     an exception, and cleans up.
 
     Args:
-        resumable: the program is ``train``, which can be requeued, and also stops at SIGUSR1.
+        resumable: the program is ``train``, which can be requeued, also stops at SIGUSR1, and
+            ignores ``DRAW_SIGNAL`` until it can draw.
     """
 
     def __init__(self, *, resumable: bool = False) -> None:
         code = REQUEUE if resumable else TERMINATED
         self._codes = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: code}
         self._codes |= {signal.SIGUSR1: code} if resumable else {}
+        self._ignored = (DRAW_SIGNAL,) if resumable else ()
         how_to_resume = "; the same command with ckpt=auto starts or resumes the run"
         self._advice = how_to_resume if resumable else ""
         self._working = False
@@ -52,6 +56,8 @@ class StopSignals:
         for signum in self._codes:
             if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup and a shell's & set it
                 self._previous_handlers[signum] = signal.signal(signum, self._receive)
+        for signum in self._ignored:
+            self._previous_handlers[signum] = signal.signal(signum, signal.SIG_IGN)
         return self
 
     def __exit__(

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import run_program, small
+from tests.conftest import NO_GRIDS, run_program, small
 from tests.test_resume import differing
+from tests.test_train import send_signals
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.sampling.images import to_tensor
+from wuerstchen_pl.signals import DRAW_SIGNAL
 
 PROMPTS = ["a red heart", "Frösche!"]
 
@@ -52,6 +54,28 @@ def test_prompts_are_drawn_with_the_ema_weights_and_change_no_weight(
         for column, name in zip(columns, names, strict=True):
             with Image.open(folder / name) as image:
                 assert np.array_equal(column, np.asarray(image))
+
+
+def test_a_signal_draws_after_its_step_and_changes_no_weight(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    keys = ["sample_prompts=[a frog]", "+callbacks.prompt_samples.num_steps=2", "global_batch=8"]
+    keys = [*keys, "validate_every_steps=3", "callbacks.sample_grids.num_images=2"]
+    checkpoints, drawn = [], []
+    for name, signals in (("with", [DRAW_SIGNAL]), ("without", [])):
+        usual = [a for a in command(tmp_path / name, cascade, steps=3) if a != NO_GRIDS]
+        with pytest.MonkeyPatch.context() as patch:
+            send_signals(patch, signals, step=1)
+            assert run_program("train", [*usual, *keys]) == 0
+        run = tmp_path / name / "default/c"
+        checkpoints.append(load.read_checkpoint(load.find_checkpoint(run)))
+        images = [*run.glob("grids/*.png"), *run.glob("samples/*/*.png")]
+        drawn.append(sorted(f"{path.parent.name}/{path.stem}" for path in images))
+    assert not differing(*checkpoints)
+    requested = ["00-a-frog/step0000002", "grids/step0000002"]
+    assert drawn[0] == sorted([*drawn[1], *requested])
+    assert len(drawn[1]) == 4
+    assert "SIGUSR2: drawing images after this step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keys", [["stage=a"], ["stage=b"]])

@@ -1,6 +1,5 @@
 """Images of fixed prompts before, during and after training, in one strip per prompt."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -8,12 +7,11 @@ from typing import cast
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from PIL import Image
 from torch import Tensor
 
+from wuerstchen_pl.callbacks.drawing import DrawingCallback
 from wuerstchen_pl.callbacks.grid_image import render_grid
-from wuerstchen_pl.callbacks.restored_modes import restored_modes
 from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.io.image_files import slug
 from wuerstchen_pl.io.images import to_float, write_png
@@ -22,7 +20,7 @@ from wuerstchen_pl.stages.stage import Stage
 from wuerstchen_pl.stages.text_conditional import TextConditionalStage
 
 
-class PromptSamples(L.Callback):
+class PromptSamples(DrawingCallback):
     """Write ``samples/00-a-red-heart/step0001000.png``, and the strip of all beside the folder.
 
     Each prompt has the same seed at all steps, and is drawn with the EMA weights. TensorBoard and
@@ -54,20 +52,19 @@ class PromptSamples(L.Callback):
                 f"every_steps={every_steps} and num_steps={num_steps} are out of range; use 1 or "
                 "more"
             )
-        self.prompts, self.every_steps, self.size = list(prompts), every_steps, size
+        super().__init__(every_steps=every_steps)
+        self.prompts, self.size = list(prompts), size
         self.num_steps, self.guidance_scale, self.seed = num_steps, guidance_scale, seed
         names = [f"{number:02d}-{slug(prompt)}" for number, prompt in enumerate(self.prompts)]
         self.folders = [Path(folder, name) for name in names]
-        self.seconds = 0.0  # time that training waited for images
-        self._drawn_step = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that the stage can draw prompts; mark the step of a resumed run as drawn.
+        """See ``DrawingCallback``; check that the stage can draw prompts.
 
         Raises:
             ValueError: if it cannot.
         """
-        self._drawn_step = trainer.global_step or -1
+        super().on_train_start(trainer, pl_module)
         stage = cast(Stage, pl_module)
         if self.prompts and not (isinstance(stage, TextConditionalStage) and stage.can_draw):
             raise ValueError(
@@ -75,52 +72,14 @@ class PromptSamples(L.Callback):
                 f"this is stage={stage.name} without them; remove it"
             )
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        """Draw before the first step, after the callbacks that can refuse a run."""
-        if trainer.global_step == 0:
-            self._draw(trainer, pl_module)
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        """Draw every ``every_steps`` steps."""
-        if trainer.global_step % self.every_steps == 0:
-            self._draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the last step."""
-        self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw once per step; on all processes, for sharded weights."""
-        step = trainer.global_step
-        if not self.prompts or step == self._drawn_step:
-            return
-        self._drawn_step, start = step, time.perf_counter()
-        stage = cast(TextConditionalStage, pl_module)
-        precision = trainer.precision_plugin.val_step_context()
-        with stage.frozen.all_on(stage.device), restored_modes(stage), precision:
-            stage.eval()
-            images = self._images(stage)
-        if trainer.is_global_zero:
-            for prompt, folder, image in zip(self.prompts, self.folders, images, strict=True):
-                folder.mkdir(parents=True, exist_ok=True)
-                write_png(folder / f"step{step:07d}.png", image, {"prompt": prompt, "step": step})
-                strip = render_strip(folder, prompt)
-                with atomic_write(folder.with_suffix(".png")) as temporary:
-                    strip.save(temporary, format="PNG")
-                log_image(trainer.loggers, f"samples/{folder.name}", strip, step)
-        self.seconds += time.perf_counter() - start
+    def can_draw(self, stage: Stage) -> bool:
+        """Whether there are prompts."""
+        return bool(self.prompts)
 
     @torch.no_grad()
-    def _images(self, stage: TextConditionalStage) -> Tensor:
+    def images(self, trainer: L.Trainer, stage: Stage) -> Tensor:
+        """(B, 3, H, W) in [0, 1], one per prompt."""
+        assert isinstance(stage, TextConditionalStage)
         size = (self.size, self.size)
         seeds = range(self.seed, self.seed + len(self.prompts))
         with stage.ema.applied(stage):
@@ -129,6 +88,17 @@ class PromptSamples(L.Callback):
                 num_steps=self.num_steps, guidance_scale=self.guidance_scale,
             )  # fmt: skip
             return stage.decode_semantic(semantic, size=size, seeds=seeds, captions=self.prompts)
+
+    def write(self, trainer: L.Trainer, images: Tensor) -> None:
+        """Write the images, and write and log the strips."""
+        step = trainer.global_step
+        for prompt, folder, image in zip(self.prompts, self.folders, images, strict=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(folder / f"step{step:07d}.png", image, {"prompt": prompt, "step": step})
+            strip = render_strip(folder, prompt)
+            with atomic_write(folder.with_suffix(".png")) as temporary:
+                strip.save(temporary, format="PNG")
+            log_image(trainer.loggers, f"samples/{folder.name}", strip, step)
 
 
 def render_strip(folder: Path, prompt: str) -> Image.Image:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport, ImageBatchDataset
 from wuerstchen_pl.data.loading.captions import Captions
-from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_stop_signals
+from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_signals
 from wuerstchen_pl.data.loading.masks import MaskSource, check_mask_files
 from wuerstchen_pl.data.loading.ranges import check_ranges
 from wuerstchen_pl.data.loading.resources import choose_num_workers, cpu_count, fit_in_memory
@@ -289,7 +289,7 @@ class ImageTextDataModule(L.LightningDataModule):
         # loader would otherwise draw from the global one at every epoch.
         return {
             "generator": torch.Generator().manual_seed(self.seed),
-            "worker_init_fn": ignore_stop_signals,
+            "worker_init_fn": ignore_signals,
             "num_workers": num_workers,
             "persistent_workers": num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

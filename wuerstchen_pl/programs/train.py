@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from wuerstchen_pl.callbacks.config_file import ConfigFile
-from wuerstchen_pl.callbacks.preemption import Preempted
+from wuerstchen_pl.callbacks.signals import Preempted
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.single_file import SingleFileCheckpointIO
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
@@ -119,7 +119,7 @@ def fit(
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGTERM)
         raise
-    except SystemExit:  # Lightning raises it for a Ctrl-C that PreemptionHandler did not defer
+    except SystemExit:  # Lightning raises it for a Ctrl-C that SignalHandler did not defer
         raise Exit(
             f"{output_dir} was interrupted at step {trainer.global_step}; ckpt=auto resumes from "
             "its last checkpoint",

@@ -17,12 +17,12 @@ CHECK_EVERY = 20
 other: 2 ms among two processes on CPUs, so less than 1 % of 20 batches of more than 10 ms."""
 
 
-def ignore_stop_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Let a worker survive signals to its process group, so that the run can finish its step.
 
     A worker exits with the process that started it.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
 
 
