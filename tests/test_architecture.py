@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "stages",
         "formats",
     },
-    "programs.sample": PROGRAM | {"pipelines", "sampling", "evaluation", "distributed"},
+    "programs.sample": PROGRAM | {"pipelines", "sampling", "evaluation", "distributed", "formats"},
     "programs.evaluate": PROGRAM
     | {
         "pipelines",
@@ -75,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"programs.base_model", "data", "models", "distributed", "checkpointing"},
     "programs.convert": PROGRAM | {"formats"},
     "programs.interpolate": PROGRAM | {"formats", "programs.convert"},
-    "programs.export": PROGRAM | {"formats", "checkpointing", "programs.convert"},
+    "programs.export": PROGRAM | {"adapters", "formats", "checkpointing", "programs.convert"},
     "programs.build": PROGRAM | {"data"},
     "programs.check": PROGRAM | {"programs.base_model", "data", "train"},
     "callbacks": {

@@ -13,6 +13,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "allow_mismatch": bool,
     "text_encoder": str | None,
     "prior_text_encoder": str | None,
+    "lora": list[str],
     "to": str,
     "format": FormatName,
 }

@@ -92,10 +92,10 @@ def test_every_layer_has_the_same_effect_merged_and_not(kind: str, layer: str) -
         merged = build(kind)
         weights = adapter.weights(network.state_dict())
         assert list(weights) == [layer]
-        merged.load_state_dict(merged_tensors(state, weights))
+        merged.load_state_dict(merged_tensors(state, [(weights, 1.0)]))
         assert difference(outputs(merged, kind), with_adapter) < 2e-5, method
         assert difference(with_adapter, before) > 2e-4, method
-        unchanged = merged_tensors(state, weights, weight=0.0)
+        unchanged = merged_tensors(state, [(weights, 0.0)])
         assert all(torch.equal(unchanged[name], state[name]) for name in state)
 
 

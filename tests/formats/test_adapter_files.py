@@ -11,7 +11,7 @@ from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPriorPipeline
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from wuerstchen_pl.adapters.adapter import Adapter, Method
 from wuerstchen_pl.adapters.merged import MergedAdapters
@@ -69,8 +69,16 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def output(network: Any, adapter: AdapterWeights | None = None) -> Tensor:
     if adapter is not None:
         network = copy.deepcopy(network)
-        MergedAdapters(network).add("a", adapter, 1.0)
+        MergedAdapters(networks(network)).add("a", adapter, 1.0)
     return network(*inputs())
+
+
+def networks(prior: Prior) -> nn.ModuleDict:
+    return nn.ModuleDict({"prior": prior})
+
+
+def read(path: Path, prior: Prior, alpha: float | None = None) -> AdapterWeights:
+    return read_adapter(path, networks(prior), alpha=alpha)
 
 
 def with_adapter_of_diffusers(folder: Path, *, alpha: int, dora: bool = False) -> Any:
@@ -98,7 +106,7 @@ def test_an_adapter_that_diffusers_wrote_gives_its_output(
     (name,) = (path.name for path in tmp_path.iterdir())
     assert name == FILE
     expected = output(network)
-    assert close(output(prior, read_adapter(tmp_path, prior)), expected)
+    assert close(output(prior, read(tmp_path, prior)), expected)
     assert not close(output(prior), expected)
 
 
@@ -112,10 +120,10 @@ def test_alpha_is_that_of_the_header_or_of_the_call(
     save_file(tensors, tmp_path / "stated.safetensors", {METADATA: stated})
     save_file(tensors, tmp_path / "silent.safetensors")
     expected = output(network)
-    assert close(output(prior, read_adapter(tmp_path / "stated.safetensors", prior)), expected)
+    assert close(output(prior, read(tmp_path / "stated.safetensors", prior)), expected)
     silent = tmp_path / "silent.safetensors"
-    assert close(output(prior, read_adapter(silent, prior, alpha=alpha)), expected)
-    assert close(output(prior, read_adapter(silent, prior)), expected) == (alpha == 4)
+    assert close(output(prior, read(silent, prior, alpha=alpha)), expected)
+    assert close(output(prior, read(silent, prior)), expected) == (alpha == 4)
 
 
 def random_adapter(prior: Prior, method: Method) -> tuple[AdapterWeights, Tensor]:
@@ -127,7 +135,8 @@ def random_adapter(prior: Prior, method: Method) -> tuple[AdapterWeights, Tensor
     for name, parameter in network.named_parameters():
         if parameter.requires_grad and "magnitude" not in name:
             parameter.data = torch.randn_like(parameter) * 0.2
-    return adapter.weights(network.state_dict()), output(network.eval())
+    weights = adapter.weights(networks(network).state_dict())
+    return weights, output(network.eval())
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -135,7 +144,7 @@ def test_diffusers_reads_what_was_written_here(
     method: Method, prior: Prior, folder: Path, tmp_path: Path
 ) -> None:
     weights, expected = random_adapter(prior, method)
-    write_adapter(tmp_path / FILE, weights)
+    write_adapter(tmp_path / FILE, weights, networks(prior))
     network: Any = WuerstchenPrior.from_pretrained(folder)
     pipeline = WuerstchenPriorPipeline(
         tokenizer=None, text_encoder=None, prior=network, scheduler=None
@@ -147,11 +156,11 @@ def test_diffusers_reads_what_was_written_here(
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
 def test_a_written_adapter_is_read_back(method: Method, prior: Prior, tmp_path: Path) -> None:
     weights, expected = random_adapter(prior, method)
-    write_adapter(tmp_path / FILE, weights)
-    assert close(output(prior, read_adapter(tmp_path, prior)), expected)
+    write_adapter(tmp_path / FILE, weights, networks(prior))
+    assert close(output(prior, read(tmp_path, prior)), expected)
     with_header = load_file(tmp_path / FILE)
     save_file(with_header, tmp_path / "without.safetensors")
-    assert close(output(prior, read_adapter(tmp_path / "without.safetensors", prior)), expected)
+    assert close(output(prior, read(tmp_path / "without.safetensors", prior)), expected)
 
 
 def renamed(tensors: dict[str, Tensor], layout: str, alpha: float) -> dict[str, Tensor]:
@@ -184,7 +193,7 @@ def test_other_layouts_are_read(layout: str, prior: Prior, folder: Path, tmp_pat
             parameter.data = torch.randn_like(parameter) * 0.1
     layers = {f"prior.{k}": t for k, t in get_peft_model_state_dict(network).items()}
     save_file(renamed(layers, layout, alpha), tmp_path / "lora.safetensors")
-    adapter = read_adapter(tmp_path / "lora.safetensors", prior)
+    adapter = read(tmp_path / "lora.safetensors", prior)
     assert close(output(prior, adapter), output(network.eval()))
     assert not close(output(prior), output(network))
 
@@ -224,25 +233,26 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
 def test_a_wrong_file_is_refused_by_name(case: str, prior: Prior, tmp_path: Path) -> None:
     tensors, message = BAD[case]
     save_file(tensors, tmp_path / "bad.safetensors")
-    merged = MergedAdapters(copy.deepcopy(prior))
-    before = output(merged.network)
+    network = copy.deepcopy(prior)
+    merged = MergedAdapters(networks(network))
+    before = output(network)
     with pytest.raises(ValueError, match=message) as error:
-        merged.add("bad", read_adapter(tmp_path / "bad.safetensors", prior), 1.0)
+        merged.add("bad", read(tmp_path / "bad.safetensors", prior), 1.0)
     assert case == "another size" or "bad.safetensors" in str(error.value)
-    assert torch.equal(output(merged.network), before)
+    assert torch.equal(output(network), before)
 
 
 def test_a_missing_or_damaged_file_is_named(prior: Prior, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"lora=missing does not exist"):
-        read_adapter("missing", prior)
+        read(Path("missing"), prior)
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(ValueError, match=r"cut.safetensors is damaged"):
-        read_adapter(tmp_path / "cut.safetensors", prior)
+        read(tmp_path / "cut.safetensors", prior)
 
 
 def test_weights_add_up_and_unloading_is_exact(prior: Prior) -> None:
     network = copy.deepcopy(prior)
-    merged = MergedAdapters(network)
+    merged = MergedAdapters(networks(network))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     first, expected = random_adapter(prior, "lora")
     second, _ = random_adapter(prior, "dora")

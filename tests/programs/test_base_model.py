@@ -226,9 +226,13 @@ def test_an_adapter_is_all_that_changes_and_resumes_bit_for_bit(
     assert names == {name for name in before if re.search(targets, name)}
 
 
-def test_an_exported_adapter_gives_the_images_of_its_run(published: Path, tmp_path: Path) -> None:
-    keys = [*CASES["as on the hub"], "stage.optimizer.lr=0.1"]
-    run = finetune(published, tmp_path, *keys, experiment="lora")
+@pytest.mark.parametrize("stage", ["c", pytest.param("b", marks=pytest.mark.slow)])
+def test_an_exported_adapter_gives_the_images_of_its_run(
+    stage: str, published: Path, tmp_path: Path
+) -> None:
+    source = {"c": CASES["as on the hub"], "b": ["init_from=whole", "bucket_multiple=32"]}[stage]
+    keys = [*source, "stage.optimizer.lr=0.1"]
+    run = finetune(published, tmp_path, *keys, stage=stage, experiment="lora")
     adapter = tmp_path / "adapter"
     assert run_program("export", [f"ckpt={run}", f"to={adapter}", "format=adapter"]) == 0
     assert sum(file.stat().st_size for file in adapter.iterdir()) < 300_000
@@ -236,7 +240,8 @@ def test_an_exported_adapter_gives_the_images_of_its_run(published: Path, tmp_pa
         "height": 128, "width": 128, "seed": 3, "prior_num_inference_steps": 2,
         "num_inference_steps": 2, "output_type": "pt",
     }  # fmt: skip
-    tuned = WuerstchenPipeline.from_pretrained(published / "decoder", prior=run)
+    models = {"c": (published / "decoder", run), "b": (run, published / "prior")}[stage]
+    tuned = WuerstchenPipeline.from_pretrained(models[0], prior=models[1])
     pipe = WuerstchenPipeline.from_pretrained(published / "decoder", prior=published / "prior")
     expected, untuned = tuned("red", **few).images, pipe("red", **few).images
     pipe.load_lora(adapter)

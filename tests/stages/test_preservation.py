@@ -120,5 +120,5 @@ def with_adapter(run: Path, preservation: PriorPreservation) -> Any:
 
 
 def base_prediction(tuned: Any, *inputs: Tensor) -> Tensor:
-    with torch.no_grad(), tuned.adapter.disabled(tuned.prior):
+    with torch.no_grad(), tuned.adapters["prior"].disabled(tuned.prior):
         return tuned.prior(*inputs)

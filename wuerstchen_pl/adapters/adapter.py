@@ -142,7 +142,7 @@ class Adapter:
         tensors = [*network.named_parameters(), *network.named_buffers()]
         base = {name.replace(".base_layer.", "."): t.detach() for name, t in tensors}
         base = {name: t for name, t in base.items() if not _TENSOR.fullmatch(name)}
-        return merged_tensors(fuse_projections(base), self.weights(network.state_dict()))
+        return merged_tensors(fuse_projections(base), [(self.weights(network.state_dict()), 1.0)])
 
 
 def _tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:

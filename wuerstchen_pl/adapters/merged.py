@@ -64,11 +64,6 @@ class MergedAdapters:
         keys = {weight_rows(layer)[0] for adapter in self.adapters.values() for layer in adapter}
         for key in keys & current.keys() - self._own.keys():
             self._own[key] = current[key].detach().cpu().clone()
-        base = {key: tensor.float() for key, tensor in self._own.items()}
-        total = {key: tensor.clone() for key, tensor in base.items()}
-        for name, adapter in self.adapters.items():
-            merged = merged_tensors(base, adapter, self.weights[name])
-            for key in total:
-                total[key] += merged[key] - base[key]
-        for key, tensor in total.items():
-            current[key].copy_(tensor if self.adapters else self._own[key])
+        weighted = [(adapter, self.weights[name]) for name, adapter in self.adapters.items()]
+        for key, tensor in merged_tensors(self._own, weighted).items():
+            current[key].copy_(tensor)

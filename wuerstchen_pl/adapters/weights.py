@@ -4,7 +4,7 @@ LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA (Liu et al. 2024, arXiv 2402.09353
 (Hyeon-Woo et al. 2021, arXiv 2108.06098; Yeh et al. 2023, arXiv 2309.14859).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -144,34 +144,36 @@ LOKR = tuple(
 
 @torch.no_grad()
 def merged_tensors(
-    state: Mapping[str, Tensor], adapter: AdapterWeights, weight: float = 1.0
+    state: Mapping[str, Tensor], adapters: Iterable[tuple[AdapterWeights, float]]
 ) -> dict[str, Tensor]:
-    """The tensors of a network with an adapter merged into them, in their dtype.
+    """The tensors of a network with adapters merged into them, in their dtype.
 
     Args:
         state: a network's state dict, with fused projections.
-        adapter: its layers are of that network.
-        weight: factor on the changes.
+        adapters: of that network, each with the factor on its changes, which are added up.
 
     Raises:
         ValueError: if the network lacks a layer, or it has another size.
     """
-    merged = dict(state)
-    for name, layer in adapter.items():
-        key, rows = weight_rows(name)
-        if key not in merged:
-            raise ValueError(f"the adapter has {name}, which the network lacks")
-        if merged[key] is state[key]:
-            merged[key] = state[key].clone()
-        part = merged[key].chunk(3)[rows] if rows is not None else merged[key]
-        change = layer.delta(state[key].chunk(3)[rows] if rows is not None else state[key])
-        if change.shape != part.shape:
-            raise ValueError(
-                f"the adapter's {name} is for a weight of {tuple(change.shape)}, but the network's "
-                f"has {tuple(part.shape)}; use the model that it was trained for"
-            )
-        part.copy_(part.float() + weight * change)
-    return merged
+    totals: dict[str, Tensor] = {}
+    for adapter, factor in adapters:
+        for name, layer in adapter.items():
+            key, rows = weight_rows(name)
+            if key not in state:
+                raise ValueError(f"the adapter has {name}, which the network lacks")
+            total = totals.setdefault(key, state[key].to(torch.float32, copy=True))
+            change = layer.delta(_rows(state[key], rows))
+            if change.shape != (part := _rows(total, rows)).shape:
+                raise ValueError(
+                    f"the adapter's {name} is for a weight of {tuple(change.shape)}, but the "
+                    f"network's has {tuple(part.shape)}; use the model that it was trained for"
+                )
+            part.add_(change, alpha=factor)
+    return {**state, **{key: total.to(state[key].dtype) for key, total in totals.items()}}
+
+
+def _rows(weight: Tensor, third: int | None) -> Tensor:
+    return weight if third is None else weight.chunk(3)[third]
 
 
 def weight_rows(layer: str) -> tuple[str, int | None]:

@@ -6,26 +6,23 @@ names (``lora_unet_blocks_2_attention_to_q.lora_down``) and OneTrainer's dotted 
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from wuerstchen_pl.adapters.targets import layer_names
-from wuerstchen_pl.adapters.weights import AdapterWeights, LowRank, from_tensors, weight_rows
+from wuerstchen_pl.adapters.weights import AdapterWeights, LayerAdapter, LowRank, from_tensors
 from wuerstchen_pl.checkpointing.finite import check_finite
-from wuerstchen_pl.formats.key_map import key_mappings
-from wuerstchen_pl.formats.lazy_tensors import in_memory, write_safetensors
-from wuerstchen_pl.formats.model import PRIOR
+from wuerstchen_pl.formats.adapter_names import LABELS, PREFIXES, external_names, layers_by_name
+from wuerstchen_pl.formats.lazy_tensors import LazyTensor, in_memory, write_safetensors
 from wuerstchen_pl.formats.registry import resolve_source
 from wuerstchen_pl.io.atomic import atomic_write
-from wuerstchen_pl.models.prior import Prior
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-_PREFIXES = ("prior.", "lora_prior_unet.", "lora_unet.", "lora_prior_unet_", "lora_unet_", "unet.")
 _TEXT = ("text_encoder", "lora_te")
 _OTHER_NAMES = {
     "lora_down.weight": "lora_A.weight",
@@ -49,56 +46,79 @@ _OLD = re.compile(
 
 
 class _Entry(NamedTuple):
+    part: str
+    prefix: str
     layer: str
     """In diffusers' names, or flat, with ``_`` for ``.``."""
     kind: str
 
 
-def external_names(layers: Iterable[str]) -> dict[str, str]:
-    """Layers of Stage C, such as ``blocks.0.attn.attention.qkv.to_q`` -> their diffusers names."""
-    names = {}
-    for layer in layers:
-        key, third = weight_rows(layer)
-        external = key_mappings({"_target_": PRIOR}, [key], "diffusers")[0].external
-        names[layer] = external[third or 0].removesuffix(".weight")
-    return names
+def split_weight(text: str) -> tuple[str, float]:
+    """``style.safetensors:0.8`` -> the path and the weight, which is 1 if there is none."""
+    path, separator, weight = text.rpartition(":")
+    is_weight = bool(separator) and re.fullmatch(r"-?\d*\.?\d+", weight) is not None
+    return (path, float(weight)) if is_weight else (text, 1.0)
 
 
-def write_adapter(path: Path, adapter: AdapterWeights, *, base_sha256: str | None = None) -> None:
+def write_adapter(
+    path: Path,
+    adapter: AdapterWeights,
+    networks: nn.ModuleDict,
+    *,
+    base_sha256: Mapping[str, str] | None = None,
+) -> None:
     """Write an adapter so that diffusers reads it; its scale is part of the tensors.
 
     Args:
         path: the file to write.
-        adapter: of Stage C.
-        base_sha256: hash of the weights that it was trained with.
+        adapter: its layers are those of ``networks``.
+        networks: the networks that it is for, by part of a model.
+        base_sha256: hashes of the weights that it was trained with, by part.
     """
-    names = external_names(adapter)
-    tensors = {
-        f"prior.{names[layer]}.{name}": in_memory(tensor)
-        for layer, weights in adapter.items()
-        for name, tensor in weights.tensors().items()
-    }
-    metadata: dict[str, str] = {}
-    first = next(iter(adapter.values()))
-    if isinstance(first, LowRank):  # diffusers reads no others
-        settings = {
-            "prior.r": first.rank, "prior.lora_alpha": first.rank, "prior.peft_type": "LORA",
-            "prior.use_dora": first.magnitude is not None,
-            "prior.target_modules": sorted(names.values()),
-        }  # fmt: skip
-        metadata[METADATA] = json.dumps(settings, sort_keys=True)
-    metadata |= {} if base_sha256 is None else {"base_sha256": base_sha256}
+    names = external_names(adapter, networks)
+    tensors: dict[str, LazyTensor] = {}
+    settings: dict[str, Any] = {}
+    for part in networks:
+        prefix = PREFIXES[part][0]
+        layers = {names[layer]: w for layer, w in adapter.items() if layer.startswith(f"{part}.")}
+        tensors |= {
+            f"{prefix}{name}.{kind}": in_memory(tensor)
+            for name, weights in layers.items()
+            for kind, tensor in weights.tensors().items()
+        }
+        settings |= {f"{prefix}{key}": value for key, value in _settings(layers).items()}
+    metadata = {METADATA: json.dumps(settings, sort_keys=True)} if settings else {}
+    metadata |= {f"{part}.base_sha256": sha256 for part, sha256 in (base_sha256 or {}).items()}
     with atomic_write(path) as temporary:
         write_safetensors(temporary, tensors, metadata)
 
 
-def read_adapter(path: str | Path, prior: Prior, *, alpha: float | None = None) -> AdapterWeights:
-    """Read an adapter of Stage C.
+def _settings(layers: Mapping[str, LayerAdapter]) -> dict[str, Any]:
+    """What diffusers' header states about the layers of a network."""
+    low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LowRank)}
+    if not low_rank:  # diffusers reads no others
+        return {}
+    first = next(iter(low_rank.values()))
+    others = {name: layer.rank for name, layer in low_rank.items() if layer.rank != first.rank}
+    return {
+        "r": first.rank, "lora_alpha": first.rank, "rank_pattern": others, "alpha_pattern": others,
+        "peft_type": "LORA", "use_dora": first.magnitude is not None,
+        "target_modules": sorted(low_rank),
+    }  # fmt: skip
+
+
+def read_adapter(
+    path: str | Path, networks: nn.ModuleDict, *, alpha: float | None = None
+) -> AdapterWeights:
+    """Read an adapter.
 
     Args:
         path: the file, or a folder or hub id with ``pytorch_lora_weights.safetensors``.
-        prior: the network that it is for.
+        networks: the networks that it is for, by part of a model.
         alpha: of a file that does not state it; None is the rank.
+
+    Returns:
+        Names of layers in ``networks``, such as ``prior.blocks.0.attn.attention.qkv.to_q``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -111,20 +131,27 @@ def read_adapter(path: str | Path, prior: Prior, *, alpha: float | None = None) 
             f"lora={path} does not exist; use a .safetensors file of an adapter"
         )
     tensors, metadata = _read(file)
-    layer_of = {name: layer for layer, name in external_names(layer_names(prior)).items()}
-    layer_of |= {name.replace(".", "_"): layer for name, layer in layer_of.items()}
+    names, header = layers_by_name(networks), _header(metadata)
     by_layer: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float | None] = {}
     for key, tensor in tensors.items():
         entry = _parse(key, file)
-        if entry.layer not in layer_of:
+        label = LABELS[entry.part]
+        if entry.part not in networks:
             raise ValueError(
-                f"{file} has {key}, which is not of this model's Stage C; use an adapter of it"
+                f"{file} has {key}, an adapter of {label}, which the model lacks; use another model"
             )
-        by_layer.setdefault(layer_of[entry.layer], {})[entry.kind] = tensor
+        if (layer := names.get((entry.part, entry.layer))) is None:
+            raise ValueError(
+                f"{file} has {key}, which is not of this model's {label}; use an adapter of it"
+            )
+        by_layer.setdefault(layer, {})[entry.kind] = tensor
+        alphas[layer] = _stated_alpha(header, entry) if alpha is None else alpha
     if not by_layer:
         raise ValueError(f"{file} has no tensors of an adapter; use another file")
-    alpha = alpha if alpha is not None else _stated_alpha(metadata)
-    return {layer: _layer(parts, alpha, f"{file}, {layer}") for layer, parts in by_layer.items()}
+    return {
+        layer: _layer(kinds, alphas[layer], f"{file}, {layer}") for layer, kinds in by_layer.items()
+    }
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -139,30 +166,44 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _parse(key: str, file: Path) -> _Entry:
-    """The layer and the kind of a tensor."""
+    """The network, the layer and the kind of a tensor."""
     if key.startswith(_TEXT):
         raise ValueError(
             f"{file} has {key}, an adapter of the text encoder, which is not supported; remove it"
         )
-    prefix = next((p for p in _PREFIXES if key.startswith(p)), "")
+    part, prefix = next(
+        (part, prefix)
+        for part, prefixes in PREFIXES.items()
+        for prefix in prefixes
+        if key.startswith(prefix)
+    )
     name = key.removeprefix(prefix)
     if match := _OLD.fullmatch(name):
         which = "to_out.0" if match["which"] == "to_out" else match["which"]
-        return _Entry(f"{match['layer']}.{which}", _OTHER_NAMES[match["kind"]])
+        return _Entry(part, prefix, f"{match['layer']}.{which}", _OTHER_NAMES[match["kind"]])
     if match := _TENSOR.fullmatch(name):
-        return _Entry(match["layer"], _OTHER_NAMES.get(match["kind"], match["kind"]))
+        return _Entry(part, prefix, match["layer"], _OTHER_NAMES.get(match["kind"], match["kind"]))
     raise ValueError(
         f"{file} has {key}, which is not a tensor of a known adapter; use another file"
     )
 
 
-def _stated_alpha(metadata: Mapping[str, str]) -> float | None:
-    """The alpha of diffusers' header; None if there is none."""
-    try:
-        stated = json.loads(metadata[METADATA])
-        return float(next(v for k, v in stated.items() if k.endswith("lora_alpha")))
-    except (LookupError, ValueError, TypeError, AttributeError, StopIteration):
-        return None
+def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Diffusers' header; empty if there is none."""
+    with suppress(ValueError):
+        header = json.loads(metadata.get(METADATA, "{}"))
+        return header if isinstance(header, dict) else {}
+    return {}
+
+
+def _stated_alpha(header: Mapping[str, Any], entry: _Entry) -> float | None:
+    """The alpha of a layer in diffusers' header; None if there is none."""
+    alpha: Any = header.get(f"{entry.prefix}lora_alpha")
+    pattern = header.get(f"{entry.prefix}alpha_pattern")
+    for name, value in pattern.items() if isinstance(pattern, dict) else ():
+        if f".{entry.layer}".endswith(f".{name.removeprefix('^')}"):
+            alpha = value
+    return float(alpha) if isinstance(alpha, int | float) else None
 
 
 def _layer(tensors: dict[str, Tensor], alpha: float | None, where: str) -> Any:

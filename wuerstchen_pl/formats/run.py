@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from wuerstchen_pl.adapters.adapter import Adapter
 from wuerstchen_pl.checkpointing.allowed import stage_class
 from wuerstchen_pl.checkpointing.load import (
     build_stage,
@@ -96,8 +95,7 @@ def _parts(stage: "Stage") -> dict[str, Part]:
         network: nn.Module | None = getattr(stage, attribute)
         if network is not None:
             arguments = getattr(network, "arguments", None)  # of a network from a model
-            has_adapter = name in ("prior", "decoder")
-            adapter: Adapter | None = getattr(stage, "adapter", None) if has_adapter else None
+            adapter = stage.adapters.get(attribute)
             state = network.state_dict() if adapter is None else adapter.merged_state(network)
             parts[name] = _part(name, network, state, arguments or config[attribute])
     return parts

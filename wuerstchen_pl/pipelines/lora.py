@@ -1,9 +1,11 @@
-"""Adapters of a pipeline's Stage C, merged into its weights."""
+"""Adapters of a pipeline's networks, merged into their weights."""
 
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from wuerstchen_pl.adapters.merged import MergedAdapters
 from wuerstchen_pl.formats.adapter_files import read_adapter
@@ -19,7 +21,11 @@ class WithAdapters(CascadePipeline):
 
     @cached_property
     def _adapters(self) -> MergedAdapters:
-        return MergedAdapters(self.prior.prior)
+        return MergedAdapters(self._adaptable)
+
+    @cached_property
+    def _adaptable(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"prior": self.prior.prior, "decoder": self.decoder.decoder})
 
     @property
     def lora_weights(self) -> dict[str, float]:
@@ -34,7 +40,8 @@ class WithAdapters(CascadePipeline):
         name: str | None = None,
         alpha: float | None = None,
     ) -> None:
-        """Add an adapter: a file of this package, diffusers, kohya's scripts or OneTrainer.
+        """Add an adapter of Stage C or B: a file of this package, diffusers, kohya's scripts or
+        OneTrainer.
 
         Args:
             path: the file, or a folder or hub id with ``pytorch_lora_weights.safetensors``.
@@ -47,7 +54,7 @@ class WithAdapters(CascadePipeline):
             FileNotFoundError: if there is no such file.
             ValueError: if it is damaged, of another model or not supported, or the name is taken.
         """
-        adapter = read_adapter(path, self.prior.prior, alpha=alpha)
+        adapter = read_adapter(path, self._adaptable, alpha=alpha)
         self._adapters.add(name or Path(path).stem, adapter, weight)
 
     def set_lora_weights(self, weights: Mapping[str, float]) -> None:
@@ -59,12 +66,12 @@ class WithAdapters(CascadePipeline):
         self._adapters.set_weights(weights)
 
     def unload_lora(self) -> None:
-        """Remove all adapters: Stage C is bit for bit as before."""
+        """Remove all adapters: the networks are bit for bit as before."""
         self._adapters.clear()
 
     def fuse_lora(self) -> None:
-        """Make the loaded adapters a part of Stage C for good, and free the memory of its own
-        weights.
+        """Make the loaded adapters a part of the networks for good, and free the memory of the
+        networks' own weights.
         """
         self._adapters.clear(keep_merged=True)
 

@@ -2,17 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import get_token
 from omegaconf import DictConfig
+from torch import nn
 
+from wuerstchen_pl.adapters.weights import AdapterWeights
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.allowed import stage_class
-from wuerstchen_pl.formats import adapter_files, model_card
+from wuerstchen_pl.formats import model_card
+from wuerstchen_pl.formats.adapter_files import FILE, write_adapter
 from wuerstchen_pl.formats.hub import upload
 from wuerstchen_pl.formats.native import CARD
-from wuerstchen_pl.formats.run import read_run
+from wuerstchen_pl.formats.run import STAGE_PARTS, read_run
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.io.atomic import atomic_folder
 from wuerstchen_pl.io.output_folder import claimed
@@ -54,26 +56,27 @@ def push(folder: Path, repo_id: str) -> None:
 
 
 def export_adapter(checkpoint: Path, folder: Path, *, ema: bool, card: str) -> None:
-    """Write the adapter of a checkpoint of Stage C as a file that diffusers reads, and its card.
+    """Write the adapters of a checkpoint as a file that diffusers reads, and its card.
 
     Raises:
         ValueError: if all weights were trained, and not an adapter.
     """
     name = stage_class(load.read_checkpoint(checkpoint, tensors="none")["stage"]).name
-    if name != "c":
-        raise ValueError(
-            f"format=adapter is for Stage C, and {checkpoint} is of stage={name}; use "
-            "format=native, which has the adapter merged"
-        )
-    stage: Any = load_stage(source=checkpoint, stage="c", ema=ema)
-    if stage.adapter is None:
+    stage = load_stage(source=checkpoint, stage=name, ema=ema)
+    if not stage.adapters:
         raise ValueError(
             f"format=adapter: {checkpoint} has no adapter, as all its weights were trained; use "
             "another format"
         )
-    weights = stage.adapter.weights(stage.prior.state_dict())
+    networks = nn.ModuleDict()
+    weights: AdapterWeights = {}
+    sha256: dict[str, str] = {}
+    for attribute, adapter in stage.adapters.items():
+        part, network = STAGE_PARTS[name][attribute], getattr(stage, attribute)
+        networks[part], sha256[part] = network, network.source["sha256"]
+        of_network = adapter.weights(network.state_dict())
+        weights |= {f"{part}.{layer}": tensors for layer, tensors in of_network.items()}
     with atomic_folder(folder) as temporary:
-        base = stage.prior.source["sha256"]
-        adapter_files.write_adapter(temporary / adapter_files.FILE, weights, base_sha256=base)
+        write_adapter(temporary / FILE, weights, networks, base_sha256=sha256)
         (temporary / CARD).write_text(card, encoding="utf-8")
-    print(folder / adapter_files.FILE)
+    print(folder / FILE)

@@ -1,6 +1,5 @@
 """Generate images from text."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from wuerstchen_pl.distributed.launch import resolve_device
 from wuerstchen_pl.evaluation import prompt_sets
+from wuerstchen_pl.formats.adapter_files import split_weight
 from wuerstchen_pl.io.image_files import GRID, slug
 from wuerstchen_pl.io.images import write_png
 from wuerstchen_pl.io.output_folder import claimed
@@ -106,9 +106,7 @@ def load_adapters(pipeline: TextToImage, adapters: Sequence[str]) -> None:
     for number, text in enumerate(adapters):
         if not isinstance(pipeline, WithAdapters):
             raise ValueError(f"lora={text} needs a cascade, but the model is a baseline; remove it")
-        path, separator, weight = text.rpartition(":")
-        is_weight = bool(separator) and re.fullmatch(r"-?\d*\.?\d+", weight) is not None
-        path, factor = (path, float(weight)) if is_weight else (text, 1.0)
+        path, factor = split_weight(text)
         pipeline.load_lora(path, factor, name=f"{number}: {path}")
 
 

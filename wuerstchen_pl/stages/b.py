@@ -94,11 +94,12 @@ class StageB(Stage):
             )
         self.frozen.register("stage_a", stage_a)
         self.frozen.register("text_encoder", text_encoder)
-        self.diffnext, self.adapter = diffnext, adapter
+        self.diffnext = diffnext
         if adapter is None:
             self.add_module("compressor", compressor)
         else:
             adapter.add_to_base(diffnext)
+            self.adapters["diffnext"] = adapter
             self.frozen.register("compressor", compressor)
         self.schedule = CosineSchedule()
         self.timestep_bins = TimestepBins()
@@ -228,7 +229,7 @@ class StageB(Stage):
 
     def semantic(self, batch: Batch) -> Tensor:
         """The semantic latents of a batch, with gradients if the compressor is trained."""
-        if self.adapter is None:
+        if not self.adapters:
             return self.encode(batch["image"])
         with self.frozen.inference(self.compressor, self.device):
             return self.encode(batch["image"])

@@ -68,7 +68,7 @@ class PriorPreservation:
         """Draw the class images, the same for every process and whenever a run is resumed."""
         if not self.num_class_images:
             return
-        adapter = cast(Any, stage.adapter)
+        adapter = stage.adapters["prior"]
         size = (self.image_size, self.image_size)
         batches = []
         with adapter.disabled(cast(Any, stage.prior)), stage.frozen.all_on(stage.device):
@@ -85,7 +85,7 @@ class PriorPreservation:
             x0: (B, S, h, w) latents of the training images in the denoiser's scale.
             rng: of the batch.
         """
-        prior, adapter = cast(Any, stage.prior), cast(Any, stage.adapter)
+        prior, adapter = cast(Any, stage.prior), stage.adapters["prior"]
         classes = len(self.captions)
         if self.class_images is None:
             which = (rng.uniform() * classes).long()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from wuerstchen_pl.adapters.adapter import Adapter
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.distributed.fsdp2 import reshard, shard_stage, total_norm
 from wuerstchen_pl.io.atomic import Source
@@ -60,6 +61,7 @@ class Stage(L.LightningModule):
         self.ema = ema or EMA(decay=0.0)
         self.seed = seed
         self.frozen = FrozenModules(frozen_precision)
+        self.adapters: dict[str, Adapter] = {}  # those that are trained, by network
         self.provenance = Provenance()
         self._validation = ExitStack()
         self._micro_batch_losses: list[Tensor] = []

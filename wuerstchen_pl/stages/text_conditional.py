@@ -101,9 +101,10 @@ class TextConditionalStage(Stage):
                 "text_encoder.weights=null leaves a frozen text encoder random; set it to CLIP's "
                 "weights, or set train_text_encoder=true"
             )
-        self.prior, self.adapter = prior, adapter
+        self.prior = prior
         if adapter is not None:
             adapter.add_to_base(prior)
+            self.adapters["prior"] = adapter
         elif preservation is not None:
             raise ValueError(
                 "preservation keeps what the model predicts without its adapter; set "
