@@ -99,9 +99,9 @@ def _settings(layers: Mapping[str, LayerAdapter]) -> dict[str, Any]:
     if not low_rank:  # diffusers reads no others
         return {}
     first = next(iter(low_rank.values()))
-    others = {name: layer.rank for name, layer in low_rank.items() if layer.rank != first.rank}
+    pattern = {name: layer.rank for name, layer in low_rank.items() if layer.rank != first.rank}
     return {
-        "r": first.rank, "lora_alpha": first.rank, "rank_pattern": others, "alpha_pattern": others,
+        "r": first.rank, "lora_alpha": first.rank, "rank_pattern": pattern, "alpha_pattern": pattern,
         "peft_type": "LORA", "use_dora": first.magnitude is not None,
         "target_modules": sorted(low_rank),
     }  # fmt: skip
