@@ -101,7 +101,8 @@ def _settings(layers: Mapping[str, LayerAdapter]) -> dict[str, Any]:
     first = next(iter(low_rank.values()))
     pattern = {name: layer.rank for name, layer in low_rank.items() if layer.rank != first.rank}
     return {
-        "r": first.rank, "lora_alpha": first.rank, "rank_pattern": pattern, "alpha_pattern": pattern,
+        "r": first.rank, "rank_pattern": pattern,
+        "lora_alpha": first.rank, "alpha_pattern": pattern,
         "peft_type": "LORA", "use_dora": first.magnitude is not None,
         "target_modules": sorted(low_rank),
     }  # fmt: skip
