@@ -52,6 +52,20 @@ def randn(shape: Sequence[int], generator: Generator, device: torch.device) -> T
     Raises:
         ValueError: if a list of generators has neither 1 nor B entries.
     """
+    return _random(shape, generator, device, Tensor.normal_)
+
+
+def rand(shape: Sequence[int], generator: Generator, device: torch.device) -> Tensor:
+    """Uniform float32 numbers in [0, 1) of ``shape`` (B, ...), as ``randn``."""
+    return _random(shape, generator, device, Tensor.uniform_)
+
+
+def _random(
+    shape: Sequence[int],
+    generator: Generator,
+    device: torch.device,
+    fill: Callable[..., Tensor],
+) -> Tensor:
     generators = generator if isinstance(generator, list) else [generator]
     if len(generators) not in (1, shape[0]):
         raise ValueError(
@@ -60,10 +74,10 @@ def randn(shape: Sequence[int], generator: Generator, device: torch.device) -> T
         )
     source = torch.device("cpu") if generators[0] is None else generators[0].device
     pin = (source.type, device.type) == ("cpu", "cuda")
-    noise = torch.empty(tuple(shape), device=source, pin_memory=pin)
-    for rows, g in zip(noise.chunk(len(generators)), generators, strict=True):
-        rows.normal_(generator=g)
-    return to_device(noise, device)
+    numbers = torch.empty(tuple(shape), device=source, pin_memory=pin)
+    for rows, g in zip(numbers.chunk(len(generators)), generators, strict=True):
+        fill(rows, generator=g)
+    return to_device(numbers, device)
 
 
 def ddpm_step(

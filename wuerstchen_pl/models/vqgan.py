@@ -200,6 +200,11 @@ class VQGAN(nn.Module):
                 self.scale_factor.lerp_(global_std(x), 0.01)
         return x
 
+    def nearest_tokens(self, probabilities: Tensor) -> Tensor:
+        """(B, K, h, w) probabilities of the codes -> (B, h, w) index nearest to the mean code."""
+        codes = self.quantizer.codebook.weight
+        return self.quantizer.indices(torch.einsum("bkhw,kc->bchw", probabilities.to(codes), codes))
+
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents of unit variance -> (B, 3, h f, w f), not clamped."""
         return self.decode_features(latents * self.scale_factor)
