@@ -21,6 +21,8 @@ class Batch(TypedDict, total=False):
     """(B, 3, H, W) float32 in [0, 1], RGB: uint8 divided by 255 in IEEE float32."""
     mask: Tensor
     """(B, 1, H, W) float32 in [0, 1], the weight of each pixel in the loss; with ``data.mask``."""
+    control: Tensor
+    """(B, 3, H, W) float32 in [0, 1], the control images of a ControlNet; with ``data.control``."""
     weight: Tensor
     """(B,) float32, the weight of each image in the loss of training; unless all are 1."""
     caption: list[str]

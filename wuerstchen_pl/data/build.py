@@ -22,7 +22,7 @@ from wuerstchen_pl.data.sources.source import Sample, Source, name_digest
 from wuerstchen_pl.data.sources.tar import tar_writer
 from wuerstchen_pl.data.sources.tar_index import index_path, index_tar
 from wuerstchen_pl.io.atomic import atomic_write
-from wuerstchen_pl.io.image_files import IMAGE_FORMATS, MASK_SUFFIX
+from wuerstchen_pl.io.image_files import CONTROL_SUFFIX, IMAGE_FORMATS, MASK_SUFFIX
 from wuerstchen_pl.io.images import decode_image
 
 _LOG = ".written.jsonl"
@@ -41,7 +41,7 @@ class Part:
     def content(self) -> str:
         """A hash of the samples' metadata."""
         fields = (
-            (s.key, s.captions, s.width, s.height, s.size, s.metadata, s.mask_size)
+            (s.key, s.captions, s.width, s.height, s.size, s.metadata, s.mask_size, s.control_size)
             for s in self.samples
         )
         return name_digest("\n".join(map(repr, fields))).hex()
@@ -191,8 +191,9 @@ def _write(source: Source, part: Part) -> Written:
         for index, sample in enumerate(part.samples):
             try:
                 members = _members(source.read(sample), sample)
-                if sample.mask_size:
-                    members[MASK_SUFFIX.removeprefix(".")] = source.read(sample.mask)
+                for suffix, file in (MASK_SUFFIX, sample.mask), (CONTROL_SUFFIX, sample.control):
+                    if file.size:
+                        members[suffix.removeprefix(".")] = source.read(file)
             except OSError:
                 continue
             tar.write({"__key__": f"{part.number:05d}{index:05d}", **members})

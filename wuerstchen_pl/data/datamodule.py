@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.loading.batch_dataset import Batch, BatchReport, ImageBatchDataset
 from wuerstchen_pl.data.loading.captions import Captions
+from wuerstchen_pl.data.loading.control import check_control_files
 from wuerstchen_pl.data.loading.loader import OnceLoader, ResumableLoader, ignore_signals
 from wuerstchen_pl.data.loading.masks import MaskSource, check_mask_files
 from wuerstchen_pl.data.loading.ranges import check_ranges
@@ -64,6 +65,7 @@ class ImageTextDataModule(L.LightningDataModule):
         filters: further filters; None drops nothing.
         captions: what training changes about captions; None changes nothing.
         mask: which masks weight the pixels in the loss, "file" or "alpha"; see ``MaskSource``.
+        control: read control images, ``NAME.control.png`` beside each image, for a ControlNet.
         shuffle_samples: minimum number of samples that are shuffled together, the window.
         max_bad_fraction: share of bad samples (of at least 1,000) or bad shards (of at least 20)
             above which the run stops with a summary.
@@ -91,20 +93,17 @@ class ImageTextDataModule(L.LightningDataModule):
         filters: Filters | None = None,
         captions: Captions | None = None,
         mask: MaskSource | None = None,
+        control: bool = False,
         shuffle_samples: int = 20_000,
         max_bad_fraction: float = 0.05,
         keep_decoded: bool | None = False,
     ) -> None:
         super().__init__()
         check_ranges(
-            batch_size=batch_size,
-            val_batch_size=val_batch_size,
-            num_workers=num_workers,
-            shuffle_samples=shuffle_samples,
-            max_bad_fraction=max_bad_fraction,
-            max_upscale=max_upscale,
-            crop_share=crop_share,
-        )
+            batch_size=batch_size, val_batch_size=val_batch_size, num_workers=num_workers,
+            shuffle_samples=shuffle_samples, max_bad_fraction=max_bad_fraction,
+            max_upscale=max_upscale, crop_share=crop_share,
+        )  # fmt: skip
         Holdout(val_fraction)  # validates the fraction
         self.source = source
         self.batch_size = batch_size
@@ -113,13 +112,9 @@ class ImageTextDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.buckets = Buckets(
-            policy=buckets,
-            image_size=image_size,
-            multiple=bucket_multiple,
-            ratios=ratios,
-            sizes=sizes,
-            seed=seed,
-        )
+            policy=buckets, image_size=image_size, multiple=bucket_multiple,
+            ratios=ratios, sizes=sizes, seed=seed,
+        )  # fmt: skip
         # A smaller crop is upscaled by a factor of 1 / crop_share more.
         self.max_upscale = None if max_upscale is None else max_upscale * crop_share
         self.crop: Crop = crop
@@ -129,6 +124,7 @@ class ImageTextDataModule(L.LightningDataModule):
         if self.captions.of_uncaptioned:
             self.filters.require_caption = False
         self.mask: MaskSource | None = mask
+        self.control = control
         self.shuffle_samples = shuffle_samples
         self.max_bad_fraction = max_bad_fraction
         self.keep_decoded = keep_decoded
@@ -157,6 +153,8 @@ class ImageTextDataModule(L.LightningDataModule):
                 max_bad_fraction=self.max_bad_fraction,
             )
         check_mask_files(self.mask, self.splits.first_window["train"])
+        if self.control:
+            check_control_files([s for w in self.splits.first_window.values() for s in w])
         self.splits.broadcast_from_rank_zero()  # after it was opened before there was a group
 
     def teardown(self, stage: str | None = None) -> None:
@@ -277,6 +275,7 @@ class ImageTextDataModule(L.LightningDataModule):
             crop_share=self.crop_share,
             captions=self.captions,
             mask=self.mask,
+            control=self.control,
         )
 
     def loader_options(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
+from wuerstchen_pl.data.loading.control import decode_control
 from wuerstchen_pl.data.loading.masks import decode_mask, has_mask
 from wuerstchen_pl.data.loading.resources import cpu_count
 from wuerstchen_pl.data.ordering.buckets import Size, enlargement
@@ -37,6 +38,7 @@ class Inspection:
         buckets: number of usable images, by (height, width).
         masks: number of usable images with a mask, if masks are used; otherwise with a mask file.
         uses_masks: whether masks are used.
+        controls: number of usable images with a control image.
         weighted: number of usable images with a weight other than 1.
         cropped: share of the pixels of usable images that is cropped away.
     """
@@ -50,6 +52,7 @@ class Inspection:
     buckets: Counter[Size] = field(default_factory=Counter)
     masks: int = 0
     uses_masks: bool = False
+    controls: int = 0
     weighted: int = 0
     cropped: float = 0.0
 
@@ -105,6 +108,7 @@ def inspect_data(module: ImageTextDataModule, split: Split = "train", *, full: b
                     size = module.buckets.assign(result, inspection.left)
                     inspection.buckets[size] += 1
                     inspection.weighted += sample.weight != 1
+                    inspection.controls += sample.control_size > 0
                     with suppress(OSError):  # a bad sample of a full inspection
                         inspection.masks += has_mask(source, sample, module.mask)
                     kept_pixels += size[0] * size[1] / enlargement(sample, size) ** 2
@@ -118,6 +122,8 @@ def _decoding_error(module: ImageTextDataModule, sample: Sample) -> SampleError 
         data = module.source.read(sample)
         decode_image(data)
         decode_mask(module.source, sample, data, module.mask)
+        if module.control:
+            decode_control(module.source, sample)
     except OSError as error:
         return SampleError("unreadable image", f"{sample.name}: {error}")
     return None
@@ -153,6 +159,8 @@ def format_report(inspection: Inspection, pixels_per_position: float | None = No
     if inspection.masks or inspection.uses_masks:
         unused = "" if inspection.uses_masks else ", which data.mask=file uses"
         lines.append(f"{plural(inspection.masks, 'image')} with a mask{unused}")
+    if inspection.controls:
+        lines.append(f"{plural(inspection.controls, 'image')} with a control image")
     if inspection.weighted:
         lines.append(f"{plural(inspection.weighted, 'image')} with a weight other than 1")
     for (height, width), number in sorted(inspection.buckets.items()):

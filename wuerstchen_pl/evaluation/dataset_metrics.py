@@ -206,7 +206,7 @@ def validation_losses(
         losses: list[Tensor] = []
         for batch in tqdm(data.in_order("val", alone=True), desc=f"loss of stage {name}"):
             device = next(stage.parameters()).device
-            for key in {"image", "mask"} & batch.keys():
+            for key in {"image", "mask", "control"} & batch.keys():
                 batch[key] = to_float(batch[key].to(device))
             t, loss = stage.validation_losses(batch)
             times.append(t.cpu())

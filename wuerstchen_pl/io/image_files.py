@@ -23,6 +23,8 @@ OTHER_SUFFIXES = (
 """Suffixes of images that cannot be decoded, in lower case; they are reported, not overlooked."""
 MASK_SUFFIX = ".mask.png"
 """Added to the name of an image without its suffix, it is the name of the image's mask."""
+CONTROL_SUFFIX = ".control.png"
+"""Likewise, of the image's control image, for a ControlNet."""
 GRID = "grid.png"
 """The overview of the images that ``sample`` writes; it is not one of them."""
 

@@ -190,8 +190,9 @@ def check_stage(stage: str, data: DictConfig) -> None:
         raise ValueError(f"stage={stage} trains on images, not on a cache; use stage=b or stage=c")
     if "crop" not in data:
         raise ValueError("data=cached is already a cache; choose images, such as data=folder")
-    if data.get("mask") is not None:
-        raise ValueError(
-            f"data.mask={data.mask!r} needs the images; set data.mask=null, or train without a "
-            "cache (cache=false)"
-        )
+    for key in ("mask", "control"):
+        if data.get(key):
+            raise ValueError(
+                f"data.{key}={data[key]!r} needs the images; remove it, or train without a cache "
+                "(cache=false)"
+            )

@@ -206,6 +206,7 @@ def test_every_key_of_the_data_module() -> None:
         "filters": {"filters": Filters(min_size=33)},
         "captions": {"captions": Captions(trigger="sks")},
         "mask": {"mask": "alpha"},
+        "control": {"control": True},
         "shuffle_samples": {"shuffle_samples": 1},
         "max_bad_fraction": {"max_bad_fraction": -1},
     }

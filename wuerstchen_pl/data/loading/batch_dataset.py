@@ -7,6 +7,7 @@ A batch is a dict; all its images have the size of one bucket:
     key        list of B str, the samples' keys
     is_unique  False if another process has the same samples, as at the end of a validation split
     mask       (B, 1, H, W) uint8, if masks are used; 255 for images without a mask
+    control    (B, 3, H, W) uint8, if control images are read
     weight     (B,) float32, unless all weights are 1
 
 B is the batch size, minus the number of unreadable images.
@@ -15,13 +16,14 @@ B is the batch size, minus the number of unreadable images.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from wuerstchen_pl.data.loading.captions import Captions
+from wuerstchen_pl.data.loading.control import crop_control, decode_control
 from wuerstchen_pl.data.loading.masks import MaskSource, crop_mask, decode_mask
 from wuerstchen_pl.data.loading.transforms import CENTER, Crop, crop_box, resize, salient_position
 from wuerstchen_pl.data.ordering.batches import BatchSpec
@@ -50,12 +52,19 @@ class BatchReport:
     kept: float = 0.0
 
 
-class _Row(NamedTuple):
-    """A readable sample: its crop (H, W, 3) with its mask (H, W), and its caption."""
+class _Images(NamedTuple):
+    """An image (H, W, 3) of a sample, its mask (H, W) and its control image (H, W, 3)."""
 
-    sample: Sample
     image: np.ndarray
     mask: np.ndarray | None
+    control: np.ndarray | None
+
+
+class _Row(NamedTuple):
+    """A readable sample, its crop and its caption."""
+
+    sample: Sample
+    crop: _Images
     caption: str
 
 
@@ -70,6 +79,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         crop_share: side of a crop relative to the largest possible one, in (0, 1].
         captions: what training changes about captions.
         mask: where masks come from; None uses no masks.
+        control: read control images, which every sample must have.
     """
 
     def __init__(
@@ -82,14 +92,13 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         crop_share: float = 1.0,
         captions: Captions | None = None,
         mask: MaskSource | None = None,
+        control: bool = False,
     ) -> None:
         self.source, self.seed, self.crop = source, seed, crop
         self.crop_share = crop_share
         self.captions = captions or Captions()
-        self.mask = mask
-        self._decoded: dict[tuple[str, Size], tuple[np.ndarray, np.ndarray | None]] | None = (
-            {} if keep_decoded else None
-        )
+        self.mask, self.control = mask, control
+        self._decoded: dict[tuple[str, Size], _Images] | None = {} if keep_decoded else None
 
     def __getitem__(self, spec: BatchSpec) -> tuple[Batch, BatchReport]:
         report = BatchReport()
@@ -104,11 +113,8 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
                 "inspect the data with python -m wuerstchen_pl.data check full=true"
             )
         height, width = spec.size
-        images = torch.empty(len(rows), height, width, 3, dtype=torch.uint8)
-        for number, row in enumerate(rows):
-            images.numpy()[number] = row.image
         batch = {
-            "image": images.permute(0, 3, 1, 2),
+            "image": _stacked([row.crop.image for row in rows], spec.size),
             "caption": [row.caption for row in rows],
             "key": [row.sample.key for row in rows],
             "is_unique": spec.is_unique,
@@ -117,9 +123,12 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         if self.mask is not None:
             masks = torch.full((len(rows), 1, height, width), 255, dtype=torch.uint8)
             for number, row in enumerate(rows):
-                if row.mask is not None:
-                    masks.numpy()[number, 0] = row.mask
+                if row.crop.mask is not None:
+                    masks.numpy()[number, 0] = row.crop.mask
             batch["mask"] = masks
+        if self.control:
+            controls = [cast(np.ndarray, row.crop.control) for row in rows]
+            batch["control"] = _stacked(controls, spec.size)
         return batch, report
 
     def _rows(
@@ -128,7 +137,7 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         rows = []
         for number, (sample, epoch) in enumerate(epoch_samples):
             try:
-                img, mask = self._decode(sample, size)
+                img, mask, control = self._decode(sample, size)
             except OSError as error:
                 report.bad.append(SampleError("unreadable image", f"{sample.name}: {error}"))
                 continue
@@ -140,21 +149,25 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
             box = crop_box(height, width, size, position, self.crop_share)
             report.pixels += height * width
             report.kept += (box[2] - box[0]) * (box[3] - box[1])
-            if mask is not None:
-                mask = crop_mask(mask, (height, width), box, size)
-            rows.append(_Row(sample, resize(img, box, size), mask, caption))
+            crop = _Images(
+                resize(img, box, size),
+                None if mask is None else crop_mask(mask, (height, width), box, size),
+                None if control is None else crop_control(control, (height, width), box, size),
+            )
+            rows.append(_Row(sample, crop, caption))
         return rows
 
-    def _decode(self, sample: Sample, size: Size) -> tuple[np.ndarray, np.ndarray | None]:
-        """The image of a sample, large enough for a size, and its mask."""
+    def _decode(self, sample: Sample, size: Size) -> _Images:
+        """The images of a sample, large enough for a size."""
         key = sample.name, size
         if self._decoded is not None and key in self._decoded:
             return self._decoded[key]
         height, width = (math.ceil(side / self.crop_share) for side in size)
-        data = self.source.read(sample)
-        decoded = (
-            decode_image(data, cover=(height, width)),
+        data, cover = self.source.read(sample), (height, width)
+        decoded = _Images(
+            decode_image(data, cover),
             decode_mask(self.source, sample, data, self.mask),
+            decode_control(self.source, sample, cover) if self.control else None,
         )
         if self._decoded is not None:
             self._decoded[key] = decoded
@@ -168,6 +181,14 @@ class ImageBatchDataset(Dataset[tuple[Batch, BatchReport]]):
         top, left, choice = hash_uniforms(name, 3)
         caption = self.captions.augmented(sample.captions[int(choice * len(sample.captions))], name)
         return (CENTER if self.crop == "center" else (top, left)), caption
+
+
+def _stacked(images: Sequence[np.ndarray], size: Size) -> torch.Tensor:
+    """B images (H, W, 3) uint8 of a size -> (B, 3, H, W) uint8."""
+    stacked = torch.empty(len(images), *size, 3, dtype=torch.uint8)
+    for number, image in enumerate(images):
+        stacked.numpy()[number] = image
+    return stacked.permute(0, 3, 1, 2)
 
 
 def weights_of(samples: Sequence[Sample]) -> Batch:

@@ -261,5 +261,6 @@ def sequential_batches(
 
 def _packed(row: EpochSample) -> list[Any]:
     s = row.sample
-    rest = [s.offset, s.size, s.group_key, dict(s.metadata), s.mask_offset, s.mask_size]
+    beside = [s.mask_offset, s.mask_size, s.control_offset, s.control_size]
+    rest = [s.offset, s.size, s.group_key, dict(s.metadata), *beside]
     return [row.epoch, s.key, list(s.captions), [s.width, s.height], rest]

@@ -121,7 +121,8 @@ class FolderSource:
             group_key=row.image,
             metadata=parse_numbers(metadata),
         )
-        return replace(sample, mask_size=_num_bytes(self.root / sample.mask.key) or 0)
+        mask, control = (_num_bytes(self.root / s.key) for s in (sample.mask, sample.control))
+        return replace(sample, mask_size=mask or 0, control_size=control or 0)
 
     def _captions(self, row: SampleFiles | TableRow) -> tuple[tuple[str, ...], Mapping[str, Any]]:
         """The captions and the metadata of a row."""

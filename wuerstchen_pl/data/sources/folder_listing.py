@@ -7,7 +7,13 @@ from pathlib import Path
 from wuerstchen_pl.data.sources.image_table import TABLES, TableRow, read_table
 from wuerstchen_pl.data.sources.sample_files import SampleFiles, group_files
 from wuerstchen_pl.data.sources.source import SampleError
-from wuerstchen_pl.io.image_files import IMAGE_SUFFIXES, MASK_SUFFIX, is_hidden, split_suffix
+from wuerstchen_pl.io.image_files import (
+    CONTROL_SUFFIX,
+    IMAGE_SUFFIXES,
+    MASK_SUFFIX,
+    is_hidden,
+    split_suffix,
+)
 
 Row = SampleFiles | TableRow | SampleError
 """The files of a sample, a row of a table, or something that is not used; paths begin in the root,
@@ -81,7 +87,8 @@ def _table(folder: Path, names: list[str]) -> Path | None:
 
 def _unlisted(names: list[str], listed: set[str]) -> Iterator[SampleError]:
     """The images that are not in the table."""
-    used = listed | {split_suffix(name)[0] + MASK_SUFFIX for name in listed}
+    stems = {split_suffix(name)[0] for name in listed}
+    used = listed | {stem + suffix for stem in stems for suffix in (MASK_SUFFIX, CONTROL_SUFFIX)}
     for name in names:
         if name not in used and split_suffix(name)[1] in IMAGE_SUFFIXES:
             yield SampleError("hidden file" if is_hidden(name) else "not in the table", name)

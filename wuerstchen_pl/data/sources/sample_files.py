@@ -3,9 +3,9 @@
 A sample is an image, its caption (``.txt`` or ``.caption``) and optionally its metadata
 (``.json``): files with the same name up to the last dot. Suffixes may be upper case. Hidden files
 are not read, as macOS writes ``._a.jpg`` beside ``a.jpg``. Of several images with one name, the
-first of ``IMAGE_SUFFIXES`` is used. ``a.mask.png`` is the mask of the sample ``a``. As in
-WebDataset, other images such as ``a.depth.png``, without a caption of their own, belong to that
-sample too, and are not used.
+first of ``IMAGE_SUFFIXES`` is used. ``a.mask.png`` is the mask of the sample ``a``, and
+``a.control.png`` its control image. As in WebDataset, other images such as ``a.depth.png``, without
+a caption of their own, belong to that sample too, and are not used.
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from wuerstchen_pl.data.sources.source import SampleError
 from wuerstchen_pl.io.image_files import (
+    CONTROL_SUFFIX,
     IMAGE_SUFFIXES,
     MASK_SUFFIX,
     OTHER_SUFFIXES,
@@ -58,7 +59,7 @@ def group_files(names: Iterable[str]) -> tuple[list[SampleFiles], list[SampleErr
     for key, members in groups.items():
         captions = _of_kind(members, CAPTION_SUFFIXES)
         images = _of_kind(members, IMAGE_SUFFIXES + OTHER_SUFFIXES)
-        images = [name for name in images if captions or not _is_mask(name, groups)]
+        images = [name for name in images if captions or not _is_beside(name, groups)]
         metadata = _of_kind(members, METADATA_SUFFIXES)
         if not images:
             unused += [SampleError("no image", name) for name in captions[:1]]
@@ -79,9 +80,10 @@ def _of_kind(names: list[str], suffixes: tuple[str, ...]) -> list[str]:
     return sorted(named, key=lambda name: suffixes.index(split_suffix(name)[1]))
 
 
-def _is_mask(name: str, groups: dict[str, list[str]]) -> bool:
-    """Whether a file is the mask of a sample."""
-    members = groups.get(name.removesuffix(MASK_SUFFIX), ()) if name.endswith(MASK_SUFFIX) else ()
+def _is_beside(name: str, groups: dict[str, list[str]]) -> bool:
+    """Whether a file is the mask or the control image of a sample."""
+    ends = (suffix for suffix in (MASK_SUFFIX, CONTROL_SUFFIX) if name.endswith(suffix))
+    members = [member for end in ends for member in groups.get(name.removesuffix(end), ())]
     return any(split_suffix(member)[1] in IMAGE_SUFFIXES for member in members)
 
 

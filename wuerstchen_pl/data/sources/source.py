@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from wuerstchen_pl.io.image_files import MASK_SUFFIX, split_suffix
+from wuerstchen_pl.io.image_files import CONTROL_SUFFIX, MASK_SUFFIX, split_suffix
 
 Split = Literal["train", "val"]
 
@@ -33,6 +33,8 @@ class Sample:
         metadata: numbers by the names in ``NUMBER_COLUMNS``, and what a source adds.
         mask_offset: byte offset of its mask in the shard.
         mask_size: size of its mask file in bytes; 0 without a mask.
+        control_offset: byte offset of its control image in the shard.
+        control_size: size of the file of its control image in bytes; 0 without one.
     """
 
     key: str
@@ -46,6 +48,8 @@ class Sample:
     metadata: dict[str, float] = field(default_factory=dict)
     mask_offset: int = 0
     mask_size: int = 0
+    control_offset: int = 0
+    control_size: int = 0
 
     @property
     def weight(self) -> float:
@@ -65,8 +69,16 @@ class Sample:
     @property
     def mask(self) -> "Sample":
         """Its mask, if it has one, as what a source reads like an image."""
-        key = split_suffix(self.key)[0] + MASK_SUFFIX  # of a folder; a tar file is read by offset
-        return replace(self, key=key, offset=self.mask_offset, size=self.mask_size)
+        return self._beside(MASK_SUFFIX, self.mask_offset, self.mask_size)
+
+    @property
+    def control(self) -> "Sample":
+        """Its control image, likewise."""
+        return self._beside(CONTROL_SUFFIX, self.control_offset, self.control_size)
+
+    def _beside(self, suffix: str, offset: int, size: int) -> "Sample":
+        key = split_suffix(self.key)[0] + suffix  # of a folder; a tar file is read by offset
+        return replace(self, key=key, offset=offset, size=size)
 
 
 IGNORED = frozenset({"hidden file", "additional image", "not in the table"})

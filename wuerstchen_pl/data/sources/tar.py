@@ -18,7 +18,7 @@ from webdataset.writer import TarWriter
 from wuerstchen_pl.data.sources.metadata import file_captions, parse_metadata, parse_numbers
 from wuerstchen_pl.data.sources.sample_files import SampleFiles, group_files
 from wuerstchen_pl.data.sources.source import Sample, SampleError, ShardIndex, UnusableSampleError
-from wuerstchen_pl.io.image_files import MASK_SUFFIX
+from wuerstchen_pl.io.image_files import CONTROL_SUFFIX, MASK_SUFFIX
 from wuerstchen_pl.io.images import upright_size
 
 LONGEST_SIDE = 1_000_000
@@ -121,7 +121,7 @@ def _sample(
     size = size_from_metadata(metadata) or size_from_header(descriptor, image)
     if size is None:
         raise UnusableSampleError("unreadable image")
-    mask = _find(members, files.key + MASK_SUFFIX)
+    mask, control = (_find(members, files.key + end) for end in (MASK_SUFFIX, CONTROL_SUFFIX))
     return Sample(
         files.key,
         captions,
@@ -133,6 +133,8 @@ def _sample(
         metadata=parse_numbers(metadata),
         mask_offset=0 if mask is None else mask.offset_data,
         mask_size=0 if mask is None else mask.size,
+        control_offset=0 if control is None else control.offset_data,
+        control_size=0 if control is None else control.size,
     )
 
 

@@ -24,8 +24,9 @@ from wuerstchen_pl.data.sources.tar import DAMAGED, LONGEST_SIDE, REPEATED_NAME,
 from wuerstchen_pl.io.atomic import write_text
 from wuerstchen_pl.plural import plural
 
-_FORMAT = 3  # increment when ``scan_tar`` changes, so that old indexes are not used
-_NUMBERS = ("width", "height", "offset", "size", "mask_offset", "mask_size")
+_FORMAT = 4  # increment when ``scan_tar`` changes, so that old indexes are not used
+_BESIDE = ("mask_offset", "mask_size", "control_offset", "control_size")
+_NUMBERS = ("width", "height", "offset", "size", *_BESIDE)
 _COLUMNS = ("key", "captions", "metadata", *_NUMBERS)
 logger = logging.getLogger(__name__)
 
@@ -135,8 +136,8 @@ def _parse(content: dict[str, Any], shard: str, *, num_bytes: int) -> ShardIndex
     if not all(valid):
         raise ValueError("an index has a value out of range")
     samples = [
-        Sample(key, tuple(texts), width, height, shard, offset, size, key, scores, *mask)
-        for key, texts, scores, width, height, offset, size, *mask in zip(
+        Sample(key, tuple(texts), width, height, shard, offset, size, key, scores, *beside)
+        for key, texts, scores, width, height, offset, size, *beside in zip(
             keys, captions, metadata, *numbers.tolist(), strict=True
         )
     ]
