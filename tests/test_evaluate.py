@@ -424,6 +424,14 @@ def test_validation_losses_equal_those_of_training(cascade: Path, tmp_path: Path
         number = sum(v["number"] for v in bins.values())
         assert number == 4 * scores[f"stage_{stage}/loss"]["number"]
         assert total / number == pytest.approx(logged[-1], rel=1e-4)
+    for split, suffix in (("val", ""), ("train", "_train")):
+        with (tmp_path / f"{split}_losses.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for name in (f"stage_b{suffix}/loss", f"stage_c{suffix}/loss"):
+            mean = sum(float(row[name]) for row in rows) / len(rows)
+            assert scores[name]["value"] == pytest.approx(mean, rel=1e-5)
+    assert run_program("evaluate", arguments(cascade, tmp_path, "metric=[retrieval]")) == 0
+    assert not list(tmp_path.glob("*_losses.csv"))  # of the earlier evaluation
 
 
 def test_a_yaml_selects_other_data(cascade: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from PIL import Image
 
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.metrics.score import Score, mean_score, proportion_score
-from wuerstchen_pl.evaluation.page import extreme_indices, html_page
+from wuerstchen_pl.evaluation.page import NUM_LOSSES, extreme_indices, html_page
+from wuerstchen_pl.evaluation.scored_images import ScoredImages, in_folder
 
 NUMBER = 6
 
@@ -37,7 +38,18 @@ def page(tmp_path: Path) -> str:
         Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
     images = ImageFolder(tmp_path, prompts=[f"<prompt {i}>" for i in range(NUMBER)])
     per_image = {name: s.per_sample for name, s in SCORES.items() if s.per_sample}
-    return html_page(SCORES, {"model": "m"}, images, per_image, tmp_path)
+    scored = in_folder(images, per_image, tmp_path)
+    return html_page(SCORES, {"model": "m"}, scored, [with_losses(5), with_losses(71)])
+
+
+def with_losses(number: int) -> ScoredImages:
+    """Images of which number ``i`` has a loss of ``7 * i % number``."""
+    labels = [f"{kind} {i}<" for kind in ("name", "caption", "source") for i in range(number)]
+    names, captions, sources = (labels[i * number : (i + 1) * number] for i in range(3))
+    losses = {f"loss_of_{number}": [float(7 * i % number) for i in range(number)]}
+    return ScoredImages(
+        file=f"{number}.csv", names=names, prompts=captions, sources=sources, scores=losses
+    )
 
 
 def sections(page: str) -> dict[str, str]:
@@ -49,12 +61,13 @@ def test_images_come_first_and_every_metric_is_in_one_group(page: str) -> None:
         "Images", "best by pickscore", "worst by pickscore", "best by retrieval/top1",
         "worst by retrieval/top1", "best by retrieval/top5",
         "Images and a reference", "Images and prompts", "Retrieval", "Reconstruction", "Codebook",
-        "Validation loss", "Other", "Validation loss over t",
+        "Losses", "Other", "Validation loss over t",
+        "Images by loss_of_5", "Images by loss_of_71",
     ]  # fmt: skip
     assert sections(page)["Images"].count("<figure") == NUMBER
     for name in SCORES:
         assert page.count(f"<th>{name}</th>") == (0 if "loss_t" in name else 1)
-    for title in list(sections(page))[6:]:
+    for title in list(sections(page))[6:-2]:
         assert re.match("<p>[A-Z][^<]*[.]</p>", sections(page)[title])
 
 
@@ -77,3 +90,19 @@ def test_the_plot_has_an_axis_per_stage(page: str) -> None:
     for text in ("stage b", "stage c"):
         assert f"<!-- {text} -->" in plot
     assert plot.count("<!-- t -->") == plot.count("<!-- loss -->") == 2
+
+
+@pytest.mark.parametrize("number", [5, 71])
+def test_losses_are_listed_with_their_images_highest_first(page: str, number: int) -> None:
+    """Of many images, those with the highest and the lowest losses."""
+    rows = re.findall(
+        r'src="source (\d+)&lt;".*?>([\d.]+)</td><td>caption (\d+)&lt;</td><td>name (\d+)&lt;</td>',
+        sections(page)[f"Images by loss_of_{number}"],
+    )
+    assert all(source == caption == name for source, _, caption, name in rows)
+    assert all(7 * int(name) % number == float(loss) for _, loss, _, name in rows)
+    losses = [int(loss) for _, loss, _, _ in rows]
+    expected = list(range(number))[::-1]
+    cut = [*expected[:NUM_LOSSES], *expected[-NUM_LOSSES:]]
+    assert losses == (expected if number == 5 else cut)
+    assert f"{number}.csv lists all" in page

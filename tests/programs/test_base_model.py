@@ -1,5 +1,6 @@
 """Fine-tuning from models in published formats: what is needed, found, refused and unchanged."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,13 @@ def test_what_is_missing_is_one_sentence_with_its_key(
     assert error.startswith("error: ")
     assert re.search(message, error), error
     assert not (tmp_path / "finetune").exists()
+
+
+def test_losses_are_measured_without_a_decoder(published: Path, tmp_path: Path) -> None:
+    run = finetune(published, tmp_path, *CASES["without a decoder"])
+    to = tmp_path / "evaluated"
+    arguments = [f"model={run}", f"output_dir={to}", "metric=[validation_loss]"]
+    assert run_program("evaluate", arguments) == 0
+    names = json.loads((to / "metrics.json").read_text())["metrics"].keys()
+    assert {"stage_c/loss", "stage_c_train/loss"} <= names
+    assert not any(name.startswith("stage_b") for name in names)

@@ -1,6 +1,6 @@
 """Metrics of a model on its own training and validation data."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -22,15 +22,11 @@ from wuerstchen_pl.pipelines.generate import autoencode, reconstruct
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 from wuerstchen_pl.sampling.config import SamplingConfig
-from wuerstchen_pl.stages.b import StageB
-from wuerstchen_pl.stages.text_conditional import TextConditionalStage
 
 if TYPE_CHECKING:
     from wuerstchen_pl.data.datamodule import ImageTextDataModule
     from wuerstchen_pl.data.sources.source import Split
 
-StageWithLoss = StageB | TextConditionalStage
-NUM_BINS = 10
 SPLITS: dict["Split", str] = {"val": "", "train": "_train"}
 """Split -> suffix of the stage's name in metric names."""
 
@@ -189,34 +185,3 @@ def pooled_semantic(pipeline: WuerstchenPipeline, images: Iterable[Tensor]) -> T
     latents = [pipeline.encode(image[None])[0].float().cpu() for image in images]
     pooled = [torch.nn.functional.adaptive_avg_pool2d(z, 4).flatten() for z in latents]
     return torch.stack(pooled)
-
-
-def validation_losses(
-    stages: Mapping[str, StageWithLoss], data: "ImageTextDataModule"
-) -> dict[str, Score]:
-    """Validation losses, overall and per bin of t, at fixed timesteps and noise for each image.
-
-    Args:
-        stages: name -> stage with a validation loss, in eval mode, with the weights to evaluate.
-        data: the data module, whose validation split is used.
-    """
-    scores: dict[str, Score] = {}
-    for name, stage in stages.items():
-        times: list[Tensor] = []
-        losses: list[Tensor] = []
-        for batch in tqdm(data.in_order("val", alone=True), desc=f"loss of stage {name}"):
-            device = next(stage.parameters()).device
-            for key in {"image", "mask", "control"} & batch.keys():
-                batch[key] = to_float(batch[key].to(device))
-            t, loss = stage.validation_losses(batch)
-            times.append(t.cpu())
-            losses.append(loss.float().cpu())
-        t, loss = torch.cat(times), torch.cat(losses)
-        scores[f"stage_{name}/loss"] = mean_score(loss.mean(dim=1).tolist())
-        bins = (t * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        for index in range(NUM_BINS):
-            if (in_bin := loss[bins == index]).numel():
-                center = (index + 0.5) / NUM_BINS
-                # one value per image and timestep in this bin
-                scores[f"stage_{name}/loss_t{center:.2f}"] = mean_score(in_bin.tolist(), of="times")
-    return scores

@@ -1,15 +1,13 @@
-"""The page of a report, ``index.html``: images first, then the metrics in groups."""
+"""The page of a report, ``index.html``: images, the metrics in groups, and losses per image."""
 
 import html
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.loss_plot import LOSS_AT_TIME, losses_over_time, plot_losses
 from wuerstchen_pl.evaluation.metrics.score import Score, format_interval
+from wuerstchen_pl.evaluation.scored_images import ScoredImages
 
 TITLE_KEYS = ("model", "run", "step", "images")
 """Metadata keys that form the title of the page."""
@@ -17,6 +15,8 @@ NUM_IMAGES = 32
 """Number of images at the top."""
 NUM_EXAMPLES = 8
 """Number of best and of worst images shown per metric."""
+NUM_LOSSES = 16
+"""Number of images with the highest and with the lowest losses that a table lists."""
 CONTROL = "_shuffled"
 """Part of the name of a control, by which no image is ranked."""
 GROUPS = (
@@ -49,7 +49,7 @@ GROUPS = (
         r"codebook/.*",
         "How many codes of Stage A are in use (perplexity), and how many are not (dead).",
     ),
-    ("Validation loss", r"stage_\w+/loss", "The error of the predicted noise: lower is better."),
+    ("Losses", r"stage_\w+/loss", "The error of the predicted noise: lower is better."),
     ("Other", r".*", "Metrics of no group above."),
 )
 """Title, pattern of the names, and explanation; a metric is in the first group that matches."""
@@ -65,44 +65,41 @@ td, th { padding: 2px 14px 2px 0; text-align: left } .number { text-align: right
 def html_page(
     scores: Mapping[str, Score],
     metadata: dict[str, Any],
-    images: ImageFolder | None,
-    per_image: Mapping[str, Sequence[float]],
-    folder: Path,
+    images: ScoredImages | None,
+    losses: Sequence[ScoredImages],
 ) -> str:
     """The page.
 
     Args:
         scores: all scores by name.
         metadata: what was evaluated.
-        images: the images; None if no metric needs images.
-        per_image: the values of each image, by the name of their score.
-        folder: the page's folder, to which the paths of images are relative.
+        images: the images with their scores; None if no metric needs images.
+        losses: images of the model's own data with their losses.
     """
     title = html.escape(
         " ".join(f"{k} {metadata[k]}" for k in TITLE_KEYS if metadata.get(k) is not None)
     )
     parts = [f"<h1>{title}</h1>"]
     if images is not None:
-        shown = range(min(NUM_IMAGES, len(images)))
-        count = f"The first {len(shown)} of {len(images)}." if len(images) > len(shown) else ""
-        figures = "".join(_figure(images, i, "", folder) for i in shown)
+        shown, number = range(min(NUM_IMAGES, len(images.names))), len(images.names)
+        count = f"The first {len(shown)} of {number}." if number > len(shown) else ""
+        figures = "".join(_figure(images, i, "") for i in shown)
         parts.append(f"<h2>Images</h2><p>{count}</p><div>{figures}</div>")
-        parts += _extremes(images, per_image, folder)
+        parts += _extremes(images)
     parts += _groups(scores)
+    parts += [_loss_table(split, name) for split in losses for name in split.scores]
     style = f"<meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
     return f"<!doctype html>{style}{''.join(parts)}\n"
 
 
-def _extremes(
-    images: ImageFolder, per_image: Mapping[str, Sequence[float]], folder: Path
-) -> list[str]:
+def _extremes(images: ScoredImages) -> list[str]:
     """The images with the highest and the lowest values of each score."""
     parts = []
-    for name, values in per_image.items():
+    for name, values in images.scores.items():
         if CONTROL in name:
             continue
         for label, chosen in extreme_indices(values).items():
-            figures = "".join(_figure(images, i, f"<br>{values[i]:.4g}", folder) for i in chosen)
+            figures = "".join(_figure(images, i, f"<br>{values[i]:.4g}") for i in chosen)
             if chosen:
                 parts.append(f"<h2>{label} by {html.escape(name)}</h2><div>{figures}</div>")
     return parts
@@ -124,11 +121,35 @@ def extreme_indices(values: Sequence[float]) -> dict[str, list[int]]:
     return {"best": best[:NUM_EXAMPLES], "worst": worst[:NUM_EXAMPLES]}
 
 
-def _figure(images: ImageFolder, index: int, value: str, folder: Path) -> str:
-    source = html.escape(os.path.relpath(images.paths[index], folder))
-    prompt = html.escape(images.prompts[index] if images.prompts else "")
+def _figure(images: ScoredImages, index: int, value: str) -> str:
+    source, prompt = html.escape(images.sources[index]), html.escape(images.prompts[index])
     caption = f"<figcaption>{prompt}{value}</figcaption>"
     return f'<figure><img alt="{prompt}" src="{source}">{caption}</figure>'
+
+
+def _loss_table(images: ScoredImages, name: str) -> str:
+    """The images with the highest and the lowest losses, highest first."""
+    values = images.scores[name]
+    order = sorted(range(len(values)), key=lambda index: -values[index])
+    cut = len(order) > 2 * NUM_LOSSES
+    rows = [_loss_row(images, index, values[index]) for index in order]
+    rows = [*rows[:NUM_LOSSES], "<tr><td>...</tr>", *rows[-NUM_LOSSES:]] if cut else rows
+    sentence = (
+        "The highest losses first. An image whose loss stays high is not learned, or its caption "
+        f"does not fit. {images.file} lists all."
+    )
+    head = "<tr><th></th><th>loss</th><th>caption</th><th>image</th></tr>"
+    table = f"<table>{head}{''.join(rows)}</table>"
+    return f"<h2>Images by {html.escape(name)}</h2><p>{sentence}</p>{table}"
+
+
+def _loss_row(images: ScoredImages, index: int, loss: float) -> str:
+    texts = (images.sources, images.prompts, images.names)
+    source, prompt, name = (html.escape(column[index]) for column in texts)
+    return (
+        f'<tr><td><img alt="" src="{source}"></td><td class=number>{loss:.4g}</td>'
+        f"<td>{prompt}</td><td>{name}</td></tr>"
+    )
 
 
 def _groups(scores: Mapping[str, Score]) -> list[str]:

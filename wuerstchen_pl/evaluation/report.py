@@ -1,7 +1,5 @@
-"""The report: ``metrics.json``, ``scores.csv``, ``index.html`` and a table for the terminal."""
+"""The report: ``metrics.json``, CSV files, ``index.html`` and a table for the terminal."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +10,7 @@ from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.metrics.feature_networks import RESIZE_METHOD
 from wuerstchen_pl.evaluation.metrics.score import Score, format_interval
 from wuerstchen_pl.evaluation.page import html_page
+from wuerstchen_pl.evaluation.scored_images import CSV_FILES, ScoredImages, in_folder
 from wuerstchen_pl.io.atomic import write_text
 from wuerstchen_pl.io.versions import installed_versions
 from wuerstchen_pl.plural import plural
@@ -27,6 +26,7 @@ def write_report(
     network_scores: Mapping[str, Score],
     image_scores: Mapping[str, Score],
     images: ImageFolder | None,
+    losses: Sequence[ScoredImages] = (),
 ) -> Path:
     """Write the report into a folder, and return the path of ``metrics.json``.
 
@@ -36,6 +36,7 @@ def write_report(
         network_scores: scores of the model on its own data.
         image_scores: scores of the images.
         images: the images; None if no metric needs images.
+        losses: images of the model's own data with their losses.
 
     Raises:
         OSError: if a file cannot be written; the message names it.
@@ -44,13 +45,17 @@ def write_report(
     method = {"resized_by": RESIZE_METHOD, "interval": INTERVALS, "versions": packages}
     scores = {**network_scores, **image_scores}
     numbers = {name: score_to_json(score) for name, score in scores.items()}
-    per_image = {name: score.per_sample for name, score in image_scores.items() if score.per_sample}
+    scored = None
     if images is not None:
         method["format"] = ", ".join(sorted({p.suffix[1:].upper() for p in images.paths}))
-        write_text(folder / "scores.csv", image_table(images, per_image))
-    else:
-        (folder / "scores.csv").unlink(missing_ok=True)  # of an earlier run
-    write_text(folder / "index.html", html_page(scores, metadata, images, per_image, folder))
+        per_image = {n: score.per_sample for n, score in image_scores.items() if score.per_sample}
+        scored = in_folder(images, per_image, folder)
+    tables = {table.file: table.csv() for table in (scored, *losses) if table is not None}
+    for file in CSV_FILES - tables.keys():
+        (folder / file).unlink(missing_ok=True)  # of an earlier run
+    for file, text in tables.items():
+        write_text(folder / file, text)
+    write_text(folder / "index.html", html_page(scores, metadata, scored, losses))
     content = {**metadata, **method, "metrics": numbers}
     path = folder / "metrics.json"
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -77,14 +82,3 @@ def table(scores: Mapping[str, Score]) -> str:
         f"{plural(score.number, 'image')}"
         for name, score in scores.items()
     )
-
-
-def image_table(images: ImageFolder, per_image: Mapping[str, Sequence[float]]) -> str:
-    """Per-image scores as CSV."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["file", "prompt", *per_image])
-    for index, path in enumerate(images.paths):
-        prompt = images.prompts[index] if images.prompts else ""
-        rows.writerow([path.name, prompt, *(values[index] for values in per_image.values())])
-    return text.getvalue()

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from wuerstchen_pl.distributed.launch import DistInfo
 from wuerstchen_pl.evaluation import dataset_metrics, image_metrics, report
-from wuerstchen_pl.evaluation.dataset_metrics import StageWithLoss
 from wuerstchen_pl.evaluation.generation import generate_into
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
+from wuerstchen_pl.evaluation.image_losses import StageWithLoss, image_losses
 from wuerstchen_pl.evaluation.inputs import EvaluationInputs
 from wuerstchen_pl.evaluation.metrics.distances import check_enough
 from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import SET_METRICS, EvaluationPlan
+from wuerstchen_pl.evaluation.scored_images import ScoredImages
 from wuerstchen_pl.models.fingerprint import weights_fingerprint
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.stages.c import StageC
@@ -34,16 +35,16 @@ class EvalTarget:
     pipeline: TextToImage | None = None
     """None if the plan neither generates images nor runs networks."""
     stages: Mapping[str, StageWithLoss] = field(default_factory=dict)
-    """Stages whose validation loss is measured; see ``stages_with_loss``."""
+    """Stages whose losses are measured; see ``stages_with_loss``."""
     feature_cache: dict[str, Tensor] = field(default_factory=dict)
     """Reference features of an earlier evaluation, by the network's sha256."""
 
 
 def stages_with_loss(stage: StageC | StageLDM) -> dict[str, StageWithLoss]:
-    """Stages with a validation loss: ``b`` and ``c`` for Stage C, ``ldm`` for the baseline."""
+    """Stages with a loss: ``b``, if it is present, and ``c`` for Stage C; ``ldm`` for itself."""
     if isinstance(stage, StageLDM):
         return {"ldm": stage}
-    return {"b": stage.drawing_stage_b, "c": stage}
+    return {**({"b": stage.drawing_stage_b} if stage.can_draw else {}), "c": stage}
 
 
 def check_plan(plan: EvaluationPlan, inputs: EvaluationInputs) -> None:
@@ -94,7 +95,12 @@ def evaluate(
         images = ImageFolder(folder / IMAGES, key="output_dir")
     by_images = {} if images is None else image_scores(images, plan, inputs, target)
     by_networks = network_scores(plan, inputs, target)
-    report.write_report(folder, metadata, by_networks, by_images, images)
+    losses: list[ScoredImages] = []
+    if "validation_loss" in plan.metric and target.stages:
+        assert inputs.data is not None
+        means, losses = image_losses(target.stages, inputs.data)
+        by_networks |= means
+    report.write_report(folder, metadata, by_networks, by_images, images, losses)
     return {**by_images, **by_networks}
 
 
@@ -132,16 +138,12 @@ def network_scores(
 ) -> dict[str, Score]:
     """The plan's metrics of the model on its own data."""
     scores: dict[str, Score] = {}
-    if not plan.needs_networks:
-        return scores
     pipeline, data = target.pipeline, inputs.data
-    assert pipeline is not None
-    assert data is not None
+    if pipeline is None or data is None:
+        return scores
     if "reconstruction" in plan.metric:
         scores |= dataset_metrics.reconstructions(pipeline, data, plan.settings, plan.lpips)
     if "rfid" in plan.metric:
         assert plan.fid_features is not None
         scores |= dataset_metrics.rfid(pipeline, data, plan.settings, plan.fid_features)
-    if "validation_loss" in plan.metric:
-        scores |= dataset_metrics.validation_losses(target.stages, data)
     return scores

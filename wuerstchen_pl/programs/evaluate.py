@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.evaluation import report
-from wuerstchen_pl.evaluation.dataset_metrics import StageWithLoss
 from wuerstchen_pl.evaluation.datasets import run_data
+from wuerstchen_pl.evaluation.image_losses import StageWithLoss
 from wuerstchen_pl.evaluation.inputs import read_inputs
 from wuerstchen_pl.evaluation.metrics.score import Score
 from wuerstchen_pl.evaluation.plan import NETWORK_METRICS, NETWORKS, EvaluationPlan
@@ -154,7 +154,7 @@ def build_target(
         log_dtype(dtype, device)
         metadata |= {"model": str(cfg.model), "dtype": dtype_name(dtype)}
         metadata |= {key: cfg[key] for key in ("prior", "variant") if cfg[key] is not None}
-        if pipeline.source is not None:
+        if pipeline is not None and pipeline.source is not None:
             metadata["checkpoint_sha256"] = pipeline.source["sha256"]
     return EvalTarget(metadata=metadata, pipeline=pipeline, stages=stages)
 
@@ -165,8 +165,11 @@ def _load_model(
     trained: str | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[TextToImage, dict[str, StageWithLoss]]:
-    """The pipeline, and the stages whose loss is measured; the model is read only once."""
+) -> tuple[TextToImage | None, dict[str, StageWithLoss]]:
+    """The pipeline, and the stages whose loss is measured; the model is read only once.
+
+    A Stage C without Stages B and A has no pipeline, of which losses alone need none.
+    """
     source = {"prior": cfg.prior, "variant": cfg.variant}
     if "validation_loss" not in plan.metric or trained is None or any(source.values()):
         allowed = cfg.allow_mismatch
@@ -175,6 +178,8 @@ def _load_model(
         )
         return pipeline, {}
     stage = cast(StageC | StageLDM, load_stage(source=cfg.model, stage=trained).to(device))
+    if list(plan.metric) == ["validation_loss"] and not stage.can_draw:
+        return None, stages_with_loss(stage)
     # losses are measured in float32, so a bfloat16 pipeline needs its own copy of the weights
     networks = stage if dtype == torch.float32 else copy.deepcopy(stage)
     return pipeline_from_stage(networks).to(device, dtype), stages_with_loss(stage)
