@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from wuerstchen_pl import cache, convert, evaluate, export, interpolate, sample, train
+from wuerstchen_pl import cache, convert, evaluate, export, interpolate, lora, sample, train
 from wuerstchen_pl.data import __main__ as data
 
 NO_GRIDS = "callbacks.sample_grids=null"
@@ -70,6 +70,7 @@ PROGRAMS = {
     "convert": convert,
     "export": export,
     "interpolate": interpolate,
+    "lora": lora,
 }
 
 

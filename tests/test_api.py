@@ -22,8 +22,8 @@ from wuerstchen_pl.formats import registry
 
 
 def test_there_is_a_function_for_each_program() -> None:
-    programs = {*PROGRAMS, "check_data", "build_data"} - {"data"}
-    assert set(api.__all__) == programs
+    programs = {*PROGRAMS, "check_data", "build_data", "extract_lora", "resize_lora"}
+    assert set(api.__all__) == programs - {"data", "lora"}
     assert all(inspect.getdoc(getattr(api, name)) for name in api.__all__)
 
 

@@ -19,7 +19,7 @@ ANYWHERE = ("plural",)
 # layer -> the layers that it may import besides itself
 MAY_IMPORT: dict[str, set[str]] = {
     # the commands import their programs by name, once they run
-    **{name: {"cli"} for name in ("train", "sample", "evaluate", "data.__main__")},
+    **{name: {"cli"} for name in ("train", "sample", "evaluate", "lora", "data.__main__")},
     **{name: {"cli", "formats.FormatName"} for name in ("convert", "export", "interpolate")},
     "cache": {"cli", "train"},
     "api": {
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "convert",
         "export",
         "interpolate",
+        "lora",
         "data.__main__",
     },
     "cli": {"help", "jobs", "signals"},
@@ -74,6 +75,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "programs.cache": PROGRAM
     | {"programs.base_model", "data", "models", "distributed", "checkpointing"},
     "programs.convert": PROGRAM | {"formats"},
+    "programs.extract": PROGRAM | {"adapters", "formats"},
+    "programs.resize": PROGRAM | {"adapters", "formats"},
     "programs.interpolate": PROGRAM | {"formats", "programs.convert"},
     "programs.export": PROGRAM | {"adapters", "formats", "checkpointing", "programs.convert"},
     "programs.build": PROGRAM | {"data"},

@@ -19,6 +19,8 @@ COMMANDS = {
     "convert": ["wuerstchen_pl.convert"],
     "export": ["wuerstchen_pl.export"],
     "interpolate": ["wuerstchen_pl.interpolate"],
+    "extract": ["wuerstchen_pl.lora", "extract"],
+    "resize": ["wuerstchen_pl.lora", "resize"],
     "check": ["wuerstchen_pl.data", "check"],
     "build": ["wuerstchen_pl.data", "build"],
 }
@@ -91,7 +93,7 @@ def test_what_needs_no_constructor_needs_no_torch(arguments: list[str]) -> None:
 
 
 def test_a_program_that_does_not_train_imports_neither_lightning_nor_open_clip() -> None:
-    programs = ("sample", "convert", "export", "interpolate")
+    programs = ("sample", "convert", "export", "interpolate", "extract", "resize")
     imports = "; ".join(f"import wuerstchen_pl.programs.{name}" for name in programs)
     command = [sys.executable, "-c", f"import sys; {imports}; print(*sys.modules)"]
     modules = set(subprocess.run(command, capture_output=True, text=True).stdout.split())
@@ -115,6 +117,8 @@ REQUIRED = {
     "convert": ["from=x", "to=y"],
     "export": ["ckpt=x", "to=y"],
     "interpolate": ["a=x", "b=y", "to=z"],
+    "extract": ["base=x", "tuned=y", "to=z"],
+    "resize": ["lora=x", "base=y", "to=z"],
     "build": ["from=x", "to=y"],
 }
 

@@ -15,13 +15,14 @@ from wuerstchen_pl import convert as _convert
 from wuerstchen_pl import evaluate as _evaluate
 from wuerstchen_pl import export as _export
 from wuerstchen_pl import interpolate as _interpolate
+from wuerstchen_pl import lora as _lora
 from wuerstchen_pl import sample as _sample
 from wuerstchen_pl import train as _train
 from wuerstchen_pl.data import __main__ as _data
 
 __all__ = [
-    "build_data", "cache", "check_data", "convert", "evaluate", "export", "interpolate", "sample",
-    "train",
+    "build_data", "cache", "check_data", "convert", "evaluate", "export", "extract_lora",
+    "interpolate", "resize_lora", "sample", "train",
 ]  # fmt: skip
 
 
@@ -70,6 +71,16 @@ def export(arguments: Sequence[str]) -> Path:
 def interpolate(arguments: Sequence[str]) -> Path:
     """Interpolate two models; returns the folder of the result."""
     return _interpolate.main.run(arguments, output_key="to")
+
+
+def extract_lora(arguments: Sequence[str]) -> Path:
+    """Make a LoRA of the change from a model to another; returns its folder."""
+    return _lora.COMMANDS["extract"].run(arguments, output_key="to")
+
+
+def resize_lora(arguments: Sequence[str]) -> Path:
+    """Give a LoRA another rank; returns its folder."""
+    return _lora.COMMANDS["resize"].run(arguments, output_key="to")
 
 
 def check_data(arguments: Sequence[str]) -> Path:

@@ -81,3 +81,16 @@ class Command:
 
     def _rewritten(self, arguments: Sequence[str]) -> list[str]:
         return list(arguments if self.rewrite is None else map(self.rewrite, arguments))
+
+
+def run_command(program: str, commands: Mapping[str, Command], description: str | None) -> None:
+    """Run the one of a program's commands that the first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    if name in commands:
+        del sys.argv[1]
+        commands[name]()
+    elif name in ("--help", "-h"):
+        print(description)
+    else:
+        choices = " or ".join(commands)
+        sys.exit(f"{program}: {name} is not a command; use {choices}, then key=value ...")

@@ -3,7 +3,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wuerstchen_pl.adapters.adapter import Adapter, Method
+from wuerstchen_pl.adapters.low_rank import RankLimit, resize
 from wuerstchen_pl.adapters.merged import MergedAdapters
-from wuerstchen_pl.adapters.weights import AdapterWeights
+from wuerstchen_pl.adapters.weights import AdapterWeights, LowRank
 from wuerstchen_pl.formats import registry
 from wuerstchen_pl.formats.adapter_files import FILE, METADATA, read_adapter, write_adapter
 from wuerstchen_pl.formats.lazy_tensors import in_memory
@@ -145,6 +146,21 @@ def test_diffusers_reads_what_was_written_here(
 ) -> None:
     weights, expected = random_adapter(prior, method)
     write_adapter(tmp_path / FILE, weights, networks(prior))
+    network: Any = WuerstchenPrior.from_pretrained(folder)
+    pipeline = WuerstchenPriorPipeline(
+        tokenizer=None, text_encoder=None, prior=network, scheduler=None
+    )
+    pipeline.load_lora_weights(tmp_path, weight_name=FILE)
+    assert close(output(network), expected)
+
+
+def test_ranks_may_differ_between_layers(prior: Prior, folder: Path, tmp_path: Path) -> None:
+    weights, _ = random_adapter(prior, "lora")
+    for layer in list(weights)[::3]:
+        weights[layer] = resize(cast(LowRank, weights[layer]), RankLimit(1, None))
+    expected = output(prior, weights)
+    write_adapter(tmp_path / FILE, weights, networks(prior))
+    assert close(output(prior, read(tmp_path, prior)), expected)
     network: Any = WuerstchenPrior.from_pretrained(folder)
     pipeline = WuerstchenPriorPipeline(
         tokenizer=None, text_encoder=None, prior=network, scheduler=None

@@ -162,8 +162,8 @@ def merged_tensors(
             if key not in state:
                 raise ValueError(f"the adapter has {name}, which the network lacks")
             total = totals.setdefault(key, state[key].to(torch.float32, copy=True))
-            change = layer.delta(_rows(state[key], rows))
-            if change.shape != (part := _rows(total, rows)).shape:
+            change = layer.delta(weight_part(state[key], rows))
+            if change.shape != (part := weight_part(total, rows)).shape:
                 raise ValueError(
                     f"the adapter's {name} is for a weight of {tuple(change.shape)}, but the "
                     f"network's has {tuple(part.shape)}; use the model that it was trained for"
@@ -172,7 +172,8 @@ def merged_tensors(
     return {**state, **{key: total.to(state[key].dtype) for key, total in totals.items()}}
 
 
-def _rows(weight: Tensor, third: int | None) -> Tensor:
+def weight_part(weight: Tensor, third: int | None) -> Tensor:
+    """The rows of a weight that are a layer's; see ``weight_rows``."""
     return weight if third is None else weight.chunk(3)[third]
 
 

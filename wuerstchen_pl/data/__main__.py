@@ -8,9 +8,8 @@ python -m wuerstchen_pl.data build from=my/images to=my/shards
 """
 
 import re
-import sys
 
-from wuerstchen_pl.cli import Command
+from wuerstchen_pl.cli import Command, run_command
 
 READ_KEYS = re.compile(
     r"(stage|preset|data|experiment|init_from|encoders|compressor|decoder|paths|seed|image_size|image_size_at_\d+"
@@ -26,14 +25,7 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the first argument names."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
-    if name in COMMANDS:
-        del sys.argv[1]
-        COMMANDS[name]()
-    elif name in ("--help", "-h"):
-        print(__doc__)
-    else:
-        sys.exit(f"data: {name} is not a command; use check or build, then key=value ...")
+    run_command("data", COMMANDS, __doc__)
 
 
 if __name__ == "__main__":
