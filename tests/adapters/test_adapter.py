@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.adapters.adapter import DEFAULT_TARGETS, Adapter, Method
-from wuerstchen_pl.adapters.targets import adaptable_layers, split_projections
+from wuerstchen_pl.adapters.targets import (
+    adaptable_layers,
+    fuse_projections,
+    layer_names,
+    split_projections,
+)
 from wuerstchen_pl.adapters.weights import merged_tensors
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.prior import Prior
+from wuerstchen_pl.models.text import TextEncoder
 
 METHODS: tuple[Method, ...] = ("lora", "dora", "loha", "lokr")
 PRIOR: dict[str, Any] = {"width": 16, "depth": 2, "num_heads": 2, "text_dim": 8, "dropout": 0.0}
@@ -23,8 +29,14 @@ DIFFNEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
+TEXT: dict[str, Any] = {"width": 16, "depth": 2, "num_heads": 2, "context_length": 8}
+CAPTIONS = ["red apple", "a green frog on a leaf"]
+
+
 def build(kind: str) -> nn.Module:
     torch.manual_seed(0)
+    if kind == "text":
+        return TextEncoder(**TEXT).eval()
     network = Prior(**PRIOR) if kind == "prior" else DiffNeXt(**DIFFNEXT)
     with torch.no_grad():
         for parameter in network.parameters():  # some are 0 when they are initialized
@@ -35,6 +47,8 @@ def build(kind: str) -> nn.Module:
 
 def outputs(network: Any, kind: str) -> tuple[Tensor, Tensor]:
     """The output, and that with cached conditioning, as in sampling."""
+    if kind == "text":
+        return network(CAPTIONS), network(CAPTIONS[:1])
     rng = torch.Generator().manual_seed(1)
     t = torch.tensor([0.4, 0.4])
     text = torch.randn(2, 5, 8, generator=rng)
@@ -62,15 +76,30 @@ def layers_of(kind: str) -> list[str]:
     return list(adaptable_layers(network))
 
 
-CASES = [(kind, layer) for kind in ("prior", "diffnext") for layer in layers_of(kind)]
+KINDS = ("prior", "diffnext", "text")
+CASES = [(kind, layer) for kind in KINDS for layer in layers_of(kind)]
 
 
 def difference(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_split_projections_compute_the_same_with_the_same_weights(kind: str) -> None:
+    network = build(kind)
+    before, state = outputs(network, kind), copy.deepcopy(network.state_dict())
+    names = layer_names(network)
+    split_projections(network)
+    assert difference(outputs(network, kind), before) < 1e-6
+    assert sorted(adaptable_layers(network)) == sorted(names)
+    fused = fuse_projections(network.state_dict())
+    assert fused.keys() == state.keys()
+    assert all(torch.equal(fused[name], state[name]) for name in state)
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["prior", "diffnext"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_new_adapter_changes_nothing(kind: str, method: Method) -> None:
     network = build(kind)

@@ -231,7 +231,8 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "no adapter": ({"weight": torch.zeros(1)}, "has weight, which is not a tensor of a known"),
     "nothing": ({}, "has no tensors of an adapter"),
     "text": (
-        {"text_encoder.layers.0.lora_A.weight": torch.zeros(1)}, "an adapter of the text encoder",
+        {"text_encoder.layers.0.lora_A.weight": torch.zeros(1)},
+        "an adapter of Stage C's text encoder, which the model lacks",
     ),
     "not finite": ({"prior.blocks.1.mapper.lora_A.weight": torch.tensor([float("nan")])}, "finite"),
     "OneTrainer's DoRA": (

@@ -19,6 +19,7 @@ NETWORKS = {
     "decoder": ("decoder", [*ATTENTION, "mapper", "channelwise.4", "clip_mapper"]),
 }
 """Prefix in a file -> diffusers' network, and the layers with an adapter."""
+TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 @pytest.fixture
@@ -41,6 +42,14 @@ def add_adapter(network: nn.Module, targets: list[str]) -> dict[str, Tensor]:
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter) * 0.1
     return get_peft_model_state_dict(network)
+
+
+@torch.no_grad()
+def text_outputs(pipe: Any, reference: Any) -> tuple[Tensor, Tensor]:
+    encoder = pipe.prior.text_encoder
+    ids, mask = encoder.tokenizer(["a red heart", "frog"])
+    expected = reference.prior_text_encoder(ids, attention_mask=mask.long()).last_hidden_state
+    return encoder.encode(ids, mask), expected
 
 
 @torch.no_grad()
@@ -81,3 +90,30 @@ def test_a_file_changes_the_networks_that_it_names_as_peft_does(
     pipe.unload_lora()
     after = outputs(pipe, reference)
     assert all(torch.equal(after[name][0], before[name][0]) for name in before)
+
+
+def text_key(key: str, layout: str) -> str:
+    """The name of a tensor in a file, from that in transformers 5."""
+    name, kind = key.split(".lora_")
+    which = {"A.weight": "down.weight", "B.weight": "up.weight"}[kind]
+    if layout == "kohya":
+        return f"lora_te_text_model_{name.replace('.', '_')}.lora_{which}"
+    if layout == "OneTrainer":
+        return f"lora_prior_te.text_model.{name}.lora_{which}"
+    return f"text_encoder.{'text_model.' * (layout == 'diffusers')}{key}"
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "transformers 5", "kohya", "OneTrainer"])
+def test_text_encoders_have_the_adapters_of_all_layouts(
+    layout: str, pipe: WuerstchenPipeline, reference: Any, tmp_path: Path
+) -> None:
+    before = text_outputs(pipe, reference)[0]
+    added = add_adapter(reference.prior_text_encoder, TEXT)
+    assert len(added) == 2 * 6 * 2  # matrices, layers of a block, blocks
+    save_file({text_key(key, layout): t for key, t in added.items()}, tmp_path / FILE)
+    pipe.load_lora(tmp_path / FILE)
+    actual, expected = text_outputs(pipe, reference)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert float((actual - before).abs().max()) > 0.01
+    pipe.unload_lora()
+    assert torch.equal(text_outputs(pipe, reference)[0], before)

@@ -1,4 +1,4 @@
-"""The layers of a denoiser that can have an adapter, and their choice by patterns."""
+"""The layers of a network that can have an adapter, and their choice by patterns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -6,27 +6,33 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from wuerstchen_pl.adapters.weights import weight_rows
 from wuerstchen_pl.models.layers import Attention, ResBlock
 from wuerstchen_pl.models.qkv import FusedQKV, SplitQKV
+from wuerstchen_pl.models.text_attention import SplitAttention
 
 
 def split_projections(network: nn.Module) -> None:
     """Give queries, keys and values a layer each, in place."""
-    for module in network.modules():
+    for module in list(network.modules()):
         if isinstance(module, Attention) and isinstance(module.qkv, FusedQKV):
-            module.qkv = SplitQKV(module.qkv)
+            module.qkv = SplitQKV(module.qkv.weight, module.qkv.bias)
+        for name, child in module.named_children():
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(module, name, SplitAttention(child))
 
 
 def fuse_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of the network before ``split_projections``."""
     fused = {}
     for name, tensor in state.items():
-        before, _, kind = name.rpartition(".qkv.to_q.")
-        if before:
-            parts = [state[f"{before}.qkv.to_{which}.{kind}"] for which in "qkv"]
-            fused[f"{before}.qkv.{kind}"] = torch.cat(parts)
-        elif ".qkv.to_" not in name:
+        layer, _, kind = name.rpartition(".")
+        key, third = weight_rows(layer)
+        if third is None:
             fused[name] = tensor
+        elif third == 0:
+            parts = [state[f"{layer.removesuffix('q')}{which}.{kind}"] for which in "qkv"]
+            fused[key.removesuffix("weight") + kind] = torch.cat(parts)
     return fused
 
 
@@ -46,11 +52,13 @@ def adaptable_layers(network: nn.Module) -> dict[str, nn.Linear]:
 
 def layer_names(network: nn.Module) -> list[str]:
     """The names of the adaptable layers after ``split_projections``, which is not called."""
-    fused = [name for name, module in network.named_modules() if isinstance(module, FusedQKV)]
-    return [
-        *adaptable_layers(network),
-        *(f"{name}.to_{which}" for name in fused for which in "qkv"),
-    ]
+    names = list(adaptable_layers(network))
+    for name, module in network.named_modules():
+        if isinstance(module, FusedQKV):
+            names += [f"{name}.to_{which}" for which in "qkv"]
+        elif isinstance(module, nn.MultiheadAttention):
+            names += [f"{name}.in_proj.to_{which}" for which in "qkv"] + [f"{name}.out_proj"]
+    return names
 
 
 def _sliced(network: nn.Module) -> Iterator[str]:

@@ -4,6 +4,7 @@ LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA (Liu et al. 2024, arXiv 2402.09353
 (Hyeon-Woo et al. 2021, arXiv 2108.06098; Yeh et al. 2023, arXiv 2309.14859).
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -179,7 +180,10 @@ def weight_part(weight: Tensor, third: int | None) -> Tensor:
 
 def weight_rows(layer: str) -> tuple[str, int | None]:
     """The name of a layer's weight, and for a projection which third of the fused one's rows."""
-    for third, name in enumerate((".to_q", ".to_k", ".to_v")):
-        if layer.endswith(f".qkv{name}"):
-            return f"{layer.removesuffix(name)}.weight", third
+    if match := _PROJECTION.fullmatch(layer):
+        return f"{match[1]}.{_FUSED[match[2]]}weight", "qkv".index(match[3])
     return f"{layer}.weight", None
+
+
+_PROJECTION = re.compile(r"(.+)\.(qkv|in_proj)\.to_([qkv])")
+_FUSED = {"qkv": "qkv.", "in_proj": "in_proj_"}  # the latter in nn.MultiheadAttention

@@ -23,7 +23,6 @@ from wuerstchen_pl.io.atomic import atomic_write
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-_TEXT = ("text_encoder", "lora_te")
 _OTHER_NAMES = {
     "lora_down.weight": "lora_A.weight",
     "lora_up.weight": "lora_B.weight",
@@ -168,10 +167,6 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _parse(key: str, file: Path) -> _Entry:
     """The network, the layer and the kind of a tensor."""
-    if key.startswith(_TEXT):
-        raise ValueError(
-            f"{file} has {key}, an adapter of the text encoder, which is not supported; remove it"
-        )
     part, prefix = next(
         (part, prefix)
         for part, prefixes in PREFIXES.items()

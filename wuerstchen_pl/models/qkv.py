@@ -21,12 +21,13 @@ class SplitQKV(nn.Module):
     """The same as three layers, of which each can have an adapter.
 
     Args:
-        fused: its weights are shared, not copied.
+        weight: (3C, C) of the matrix product, which is shared, not copied.
+        bias: (3C,) likewise.
     """
 
-    def __init__(self, fused: FusedQKV) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.to_q, self.to_k, self.to_v = map(_linear, fused.weight.chunk(3), fused.bias.chunk(3))
+        self.to_q, self.to_k, self.to_v = map(shared_linear, weight.chunk(3), bias.chunk(3))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> queries, keys and values, (..., 3C)."""
@@ -37,7 +38,8 @@ class SplitQKV(nn.Module):
         return torch.cat([self.to_k(cond), self.to_v(cond)], dim=-1)
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def shared_linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer whose parameters share the memory of these."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
     return layer

@@ -25,7 +25,13 @@ class WithAdapters(CascadePipeline):
 
     @cached_property
     def _adaptable(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"prior": self.prior.prior, "decoder": self.decoder.decoder})
+        return nn.ModuleDict(
+            {
+                "prior": self.prior.prior,
+                "prior_text_encoder": self.prior.text_encoder,
+                "decoder": self.decoder.decoder,
+            }
+        )
 
     @property
     def lora_weights(self) -> dict[str, float]:
@@ -40,8 +46,9 @@ class WithAdapters(CascadePipeline):
         name: str | None = None,
         alpha: float | None = None,
     ) -> None:
-        """Add an adapter of Stage C or B: a file of this package, diffusers, kohya's scripts or
-        OneTrainer.
+        """Add an adapter of Stage C, its text encoder or Stage B.
+
+        Read are files of this package, diffusers, kohya's scripts and OneTrainer.
 
         Args:
             path: the file, or a folder or hub id with ``pytorch_lora_weights.safetensors``.
