@@ -49,7 +49,7 @@ def composed(*overrides: str, program: str = "train") -> DictConfig:
     with open_dict(cfg):
         del cfg["hydra"]
     for key in OmegaConf.missing_keys(cfg):
-        mandatory = {"weights", "urls", "root", "name", "sources", "captions"}
+        mandatory = {"weights", "urls", "root", "name", "sources", "captions", "text"}
         mandatory |= {"from", "to", "ckpt"} if program != "train" else set()
         name = key.rpartition(".")[2]
         assert name in mandatory, f"{key} has no default"

@@ -12,6 +12,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "variant": str | None,
     "allow_mismatch": bool,
     "lora": list[str],
+    "words": list[str],
     "prompt": Any,  # text, a number, or a list
     "prompts": str | None,
     "num_images_per_prompt": int,

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import Tensor
 
 from tests.conftest import NO_PROFILE, SMALL_DATA, rendered_data, run_program
@@ -253,6 +255,75 @@ def test_an_exported_adapter_gives_the_images_of_its_run(
     pipe.load_lora_weights(adapter, adapter_name="red")
     pipe.set_adapters("red", 0.0)
     assert torch.equal(pipe("red", **few).images, untuned)
+
+
+WORD = ["stage.words.text='<rex>'", "stage.words.init=face", "stage.words.num_vectors=2"]
+TRIGGER = "data.captions.trigger='<rex>'"
+
+
+@pytest.mark.parametrize("stage", ["c", pytest.param("b", marks=pytest.mark.slow)])
+def test_a_word_is_all_that_changes_and_resumes_bit_for_bit(
+    stage: str, base: Model, published: Path, tmp_path: Path
+) -> None:
+    source = {"c": CASES["as on the hub"], "b": ["init_from=whole", "bucket_multiple=32"]}[stage]
+    keys = [*source, *WORD, TRIGGER, "stage.optimizer.lr=0.1"]
+
+    def run(name: str, *more: str) -> Path:
+        more = (*keys, *more)
+        return finetune(published, tmp_path / name, *more, stage=stage, experiment="token")
+
+    whole = run("whole", "trainer.max_steps=4")
+    half = run("half", "trainer.max_steps=2", "stage.lr_schedule.total_steps=4")
+    (half / "checkpoints/step0000002.ckpt").rename(tmp_path / "step0000002.ckpt")
+    resumed = run("resumed", "trainer.max_steps=4", f"ckpt={tmp_path / 'step0000002.ckpt'}")
+    a, b = (read_checkpoint(find_checkpoint(run)) for run in (whole, resumed))
+    assert_bit_equal(a["state_dict"], b["state_dict"])
+    assert_bit_equal(a["ema"]["shadow"], b["ema"]["shadow"])
+    assert a["ema"]["shadow"].keys() == a["state_dict"].keys() == {"words.0.vectors"}
+    assert len(a["optimizer_states"][0]["state"]) == 1
+    model = read_run(whole)
+    equal_parts(model, base, *(STAGE_C if stage == "c" else ()), *STAGE_B, "compressor")
+    encoder: Any = model.parts[{"c": "prior_text_encoder", "b": "text_encoder"}[stage]].network
+    face = encoder.tower.token_embedding.weight[encoder.tokenizer.encode("face")]
+    vectors = encoder.words[0].vectors.detach()
+    assert bool((vectors != face).all())
+    assert torch.equal(vectors, a["ema"]["shadow"]["words.0.vectors"])
+
+
+def test_an_exported_word_gives_the_images_of_its_run(published: Path, tmp_path: Path) -> None:
+    keys = [*CASES["as on the hub"], *WORD, TRIGGER]
+    keys += ["stage.optimizer.lr=3", "stage.lr_schedule.warmup_steps=0"]
+    run, word = finetune(published, tmp_path, *keys, experiment="token"), tmp_path / "word"
+    assert run_program("export", [f"ckpt={run}", f"to={word}", "format=words"]) == 0
+    names = {"learned_embeds.safetensors", "rex.safetensors", "README.md"}
+    assert {file.name for file in word.iterdir()} == names
+    few: dict[str, Any] = {
+        "height": 128, "width": 128, "seed": 3, "prior_num_inference_steps": 2,
+        "num_inference_steps": 2, "output_type": "pt",
+    }  # fmt: skip
+    prompt = "red <rex>"
+    learned = WuerstchenPipeline.from_pretrained(published / "decoder", prior=run)
+    assert learned.words == ["<rex>"]
+    pipe = WuerstchenPipeline.from_pretrained(published / "decoder", prior=published / "prior")
+    expected, without = learned(prompt, **few).images, pipe(prompt, **few).images
+    assert float((expected - without).abs().max()) > 0.01
+    for path in (word, word / "rex.safetensors"):
+        pipe.load_words(path)
+        assert torch.equal(pipe(prompt, **few).images, expected)
+        assert torch.equal(pipe.encode_prompt(prompt)[0], learned.encode_prompt(prompt)[0])
+        pipe.unload_words()
+        assert torch.equal(pipe(prompt, **few).images, without)
+    model = [f"model={published / 'decoder'}", f"prior={published / 'prior'}", "height=128"]
+    fast = ["width=128", "sample.prior_steps=2", "sample.decoder_steps=2", "seed=3"]
+    sample = [*model, *fast, f"prompt={prompt}", f"output_dir={tmp_path / 'images'}"]
+    assert run_program("sample", [*sample, f"words=[{word}]"]) == 0
+    (file,) = (tmp_path / "images").glob("*.png")
+    with Image.open(file) as image:
+        assert json.loads(image.text["words"]) == [str(word)]  # type: ignore[attr-defined]
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    assert float((pixels - expected[0]).abs().max()) < 0.01
+    with pytest.warns(UserWarning, match="cannot store the word '<rex>' of the prior_text_encoder"):
+        assert run_program("export", [f"ckpt={run}", f"to={tmp_path / 'model'}"]) == 0
 
 
 def test_a_tuned_prior_draws_with_the_published_decoder(

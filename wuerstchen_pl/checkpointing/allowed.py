@@ -54,6 +54,7 @@ ALLOWED_TARGETS = (
     | {
         "wuerstchen_pl.formats.trained_stage.load_stage",
         "wuerstchen_pl.adapters.adapter.Adapter",
+        "wuerstchen_pl.adapters.words.NewWords",
         "wuerstchen_pl.formats.trained_stage.load_compressor",
         "wuerstchen_pl.formats.pretrained.load_network",
     }

@@ -44,6 +44,8 @@ LOAD = {
     "model": 'pipe = WuerstchenPipeline.from_pretrained("this folder")',
     "adapter": 'pipe = WuerstchenPipeline.from_pretrained("the base model")\n'
     'pipe.load_lora("this folder")',
+    "words": 'pipe = WuerstchenPipeline.from_pretrained("the base model")\n'
+    'pipe.load_words("this folder")',
 }
 """How an export is used."""
 
@@ -64,7 +66,7 @@ def render_card(
     *,
     license: str | None,
     ema: bool,
-    usage: Literal["model", "adapter"] = "model",
+    usage: Literal["model", "adapter", "words"] = "model",
 ) -> str:
     """The card in Markdown, with the front matter that hubs read.
 
@@ -72,7 +74,7 @@ def render_card(
         sources: checkpoints of the stages, the last stage first; see ``checkpoint_chain``.
         license: license of the weights, as hubs spell it (``mit``).
         ema: whether the first checkpoint's EMA weights were exported.
-        usage: what was exported: the model, or the adapter alone.
+        usage: what was exported: the model, the adapter alone, or new words.
     """
     rows = [_row(source, with_ema=ema or i > 0) for i, source in enumerate(sources)]
     return CARD.format(

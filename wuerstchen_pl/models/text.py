@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.models.pretrained import Pretrained
 from wuerstchen_pl.models.tokenizer import Tokenizer
+from wuerstchen_pl.models.words import Word, embed
 from wuerstchen_pl.transfer import to_device
 
 
@@ -64,6 +65,7 @@ class TextEncoder(Pretrained):
         self.num_heads = num_heads
         self.context_length = context_length
         self.weights = weights
+        self.words: tuple[Word, ...] = ()
         self.tokenizer = Tokenizer(context_length=context_length, folder=tokenizer)
         self.tower = TextTransformer(
             context_length=context_length,
@@ -98,6 +100,28 @@ class TextEncoder(Pretrained):
                 raise ValueError(f"weights={path} lacks {missing[0]}; give an open_clip checkpoint")
             self.tower.load_state_dict({key: state[key] for key in expected})
 
+    def set_words(self, words: Sequence[Word]) -> None:
+        """Read new words as their own vectors; earlier new words are removed.
+
+        The vectors are not weights of the encoder: they are not in its state dict.
+
+        Raises:
+            ValueError: if vectors have another width than D, or see ``Tokenizer.set_words``; then
+                nothing changes.
+        """
+        rows = self.tower.token_embedding.num_embeddings
+        ids: list[tuple[str, range]] = []
+        for word in words:
+            number, width = word.vectors.shape
+            if width != self.width:
+                raise ValueError(
+                    f"the vectors of {word.text!r} have a width of {width}, but the text encoder's "
+                    f"is {self.width}; use a word of this text encoder"
+                )
+            ids.append((word.text, range(rows, rows := rows + number)))
+        self.tokenizer.set_words(ids)
+        self.words = tuple(words)
+
     def cut_off(self, caption: str) -> str:
         """The truncated end of a caption that is too long, or an empty string."""
         return self.tokenizer.decode(self.tokenizer.encode(caption)[self.context_length - 2 :])
@@ -107,7 +131,7 @@ class TextEncoder(Pretrained):
         tower, length = self.tower, ids.shape[1]
         device = tower.token_embedding.weight.device
         ids, mask = to_device(ids, device), to_device(mask, device)
-        x = tower.token_embedding(ids) + tower.positional_embedding[:length]
+        x = embed(ids, tower.token_embedding, self.words) + tower.positional_embedding[:length]
         masked = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
         masked = masked | ~mask[:, None, :]
         bias = torch.zeros(masked.shape, dtype=x.dtype, device=device)

@@ -4,7 +4,9 @@ import copy
 import functools
 import json
 import unicodedata
+from collections import ChainMap
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,14 +71,63 @@ class Tokenizer:
             pad = _pad_token(Path(folder)) or END
         added = [token for token in added if token not in (START, END)]
         self._unsplit = {token: token for token in added}
-        self._forget()
         words = "|".join([*(re.escape(token) for token in added), WORDS])
         special = f"{re.escape(START)}|{re.escape(END)}"
         self.bpe.pat = re.compile(words)
-        self._special, self._words = re.compile(f"({special})"), re.compile(f"{special}|{words}")
+        self._special = re.compile(f"({special})")
+        self._vocabulary = re.compile(f"{special}|{words}")
+        self._decoder = self.bpe.decoder
+        self.set_words([])
         self.start, self.end = self.bpe.encoder[START], self.bpe.encoder[END]
         self.pad = self.bpe.encoder[pad]
         self.size = 1 + max(self.bpe.encoder.values())
+
+    def set_words(self, words: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Encode new words, in upper or lower case, as these ids; earlier new words are removed.
+
+        Raises:
+            ValueError: if a word appears twice, is a token of the vocabulary, or has white space;
+                then nothing changes.
+        """
+        new: dict[str, list[int]] = {}
+        for word, ids in words:
+            if not word or WHITE_SPACE.search(word):
+                raise ValueError(f"{word!r} is not one word; remove its white space")
+            if _clean(word) in new:
+                raise ValueError(f"the word {word!r} appears twice; remove one of them")
+            if self._is_token(word):
+                raise ValueError(
+                    f"the word {word!r} is a token of the vocabulary already; use another one, "
+                    f"such as <{word}>"
+                )
+            new[_clean(word)] = list(ids)
+        # the longest first, and not the start of a longer word of letters
+        by_length = sorted(new, key=len, reverse=True)
+        patterns = [re.escape(word) + r"(?!\p{L})" * word[-1].isalnum() for word in by_length]
+        self._words = re.compile("|".join([*patterns, self._vocabulary.pattern]))
+        self._new_ids = new
+        self._forget()
+        shown = {i: "" for ids in new.values() for i in ids}
+        shown |= {ids[-1]: self._bytes(word) for word, ids in new.items()}
+        self.bpe.decoder = ChainMap(shown, self._decoder)
+
+    def _is_token(self, word: str) -> bool:
+        """Whether the vocabulary has a word as one token."""
+        parts = self._vocabulary.findall(_clean(word))
+        return len(parts) == 1 and len(self.bpe.encode(parts[0])) == 1
+
+    def _bytes(self, word: str) -> str:
+        """A word in the characters that the vocabulary has for bytes."""
+        return "".join(self.bpe.byte_encoder[byte] for byte in word.encode()) + "</w>"
+
+    def has_word(self, word: str, caption: str) -> bool:
+        """Whether a caption has a new word, before the length at which it is truncated."""
+        return self._new_ids[_clean(word)][-1] in self([caption])[0]
+
+    def matching(self, pattern: str) -> list[int]:
+        """The tokens of the vocabulary that match a pattern such as ``*cat*``; see ``fnmatch``."""
+        ids = self._decoder.keys() - {self.start, self.end}
+        return sorted(i for i in ids if fnmatchcase(self.decode([i]), pattern.lower()))
 
     def encode(self, caption: str) -> list[int]:
         """All tokens of a caption, without the start and end tokens that ``__call__`` adds."""
@@ -99,7 +150,7 @@ class Tokenizer:
 
     def _forget(self) -> None:
         """Empty the caches of words, this one and open_clip's, which is not bounded."""
-        self._ids_by_word: dict[str, list[int]] = {}
+        self._ids_by_word: dict[str, list[int]] = dict(self._new_ids)
         self.bpe.cache = self._unsplit.copy()
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -15,11 +15,11 @@ from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import Model, Part
 from wuerstchen_pl.formats.registry import write_model
 from wuerstchen_pl.models.tokenizer import Tokenizer
-from wuerstchen_pl.pipelines.lora import WithAdapters
+from wuerstchen_pl.pipelines.words import WithWords
 from wuerstchen_pl.sampling.prompts import Prompts, encode_prompts
 
 
-class DiffusersNames(WithAdapters):
+class DiffusersNames(WithWords):
     """The cascade with the attributes and methods that diffusers' users know."""
 
     _model: Model | None = None

@@ -37,6 +37,13 @@ def write(model: Model, path: Path, format: FormatName) -> None:
                 f"format=upstream cannot store {' and '.join(omitted)}: left out", stacklevel=2
             )
         model = replace(model, parts={k: v for k, v in model.parts.items() if k not in omitted})
+    for name, part in model.parts.items():
+        for word in getattr(part.network, "words", ()):
+            warnings.warn(
+                f"format={format} cannot store the word {word.text!r} of the {name}: left out; "
+                "export format=words writes it",
+                stacklevel=2,
+            )
     registry.write_model(model, path, format)
     for name, part in model.parts.items():
         types = {str(t.dtype).removeprefix("torch.") for t in part.tensors.values()}

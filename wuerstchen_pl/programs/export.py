@@ -16,6 +16,7 @@ from wuerstchen_pl.formats.hub import upload
 from wuerstchen_pl.formats.native import CARD
 from wuerstchen_pl.formats.run import STAGE_PARTS, read_run
 from wuerstchen_pl.formats.trained_stage import load_stage
+from wuerstchen_pl.formats.word_files import write_words
 from wuerstchen_pl.io.atomic import atomic_folder
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.plural import plural
@@ -31,10 +32,12 @@ def run(cfg: DictConfig) -> None:
             model_card.checkpoint_chain(path),
             license=cfg.license,
             ema=cfg.ema,
-            usage="adapter" if cfg.format == "adapter" else "model",
+            usage=cfg.format if cfg.format in ("adapter", "words") else "model",
         )
         if cfg.format == "adapter":
             export_adapter(path, folder, ema=cfg.ema, card=card)
+        elif cfg.format == "words":
+            export_words(path, folder, ema=cfg.ema, card=card)
         else:
             write(replace(read_run(path, ema=cfg.ema), card=card), folder, cfg.format)
     if cfg.push is not None:
@@ -80,3 +83,22 @@ def export_adapter(checkpoint: Path, folder: Path, *, ema: bool, card: str) -> N
         write_adapter(temporary / FILE, weights, networks, base_sha256=sha256)
         (temporary / CARD).write_text(card, encoding="utf-8")
     print(folder / FILE)
+
+
+def export_words(checkpoint: Path, folder: Path, *, ema: bool, card: str) -> None:
+    """Write the words that a checkpoint learned, as diffusers and OneTrainer do, and their card.
+
+    Raises:
+        ValueError: if it learned none.
+    """
+    name = stage_class(load.read_checkpoint(checkpoint, tensors="none")["stage"]).name
+    stage = load_stage(source=checkpoint, stage=name, ema=ema)
+    if stage.words is None:
+        raise ValueError(
+            f"format=words: {checkpoint} learned no words, which experiment=token does; use "
+            "another format"
+        )
+    with atomic_folder(folder) as temporary:
+        files = write_words(temporary, stage.words, "clip_g" if name == "c" else "clip_h")
+        (temporary / CARD).write_text(card, encoding="utf-8")
+    print(*(folder / file.name for file in files), sep="\n")

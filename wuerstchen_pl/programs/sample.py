@@ -22,6 +22,7 @@ from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.loading import load_pipeline
 from wuerstchen_pl.pipelines.lora import WithAdapters
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
+from wuerstchen_pl.pipelines.words import WithWords
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.config import SamplingConfig
 from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
@@ -61,6 +62,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
         dtype=dtype,
     )
     load_adapters(pipeline, cfg.lora)
+    load_words(pipeline, cfg.words)
     requests = [
         (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)
     ]
@@ -82,7 +84,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     )
     metadata: dict[str, Any] = {"model": str(cfg.model), **_sha256(pipeline)}
     metadata |= {key: cfg[key] for key in ("prior", "variant") if cfg[key] is not None}
-    metadata |= {"lora": list(cfg.lora)} if cfg.lora else {}
+    metadata |= {key: list(cfg[key]) for key in ("lora", "words") if cfg[key]}
     metadata |= {"height": height, "width": width, "dtype": dtype_name(dtype)}
     metadata |= asdict(settings)
     grid_images: list[torch.Tensor] = []  # the only images that are kept in memory
@@ -108,6 +110,20 @@ def load_adapters(pipeline: TextToImage, adapters: Sequence[str]) -> None:
             raise ValueError(f"lora={text} needs a cascade, but the model is a baseline; remove it")
         path, factor = split_weight(text)
         pipeline.load_lora(path, factor, name=f"{number}: {path}")
+
+
+def load_words(pipeline: TextToImage, paths: Sequence[str]) -> None:
+    """Load new words.
+
+    Raises:
+        ValueError: if the model cannot have new words, or a file cannot be read.
+    """
+    for path in paths:
+        if not isinstance(pipeline, WithWords):
+            raise ValueError(
+                f"words={path} needs a cascade, but the model is a baseline; remove it"
+            )
+        pipeline.load_words(path)
 
 
 def _sha256(pipeline: TextToImage) -> dict[str, str]:

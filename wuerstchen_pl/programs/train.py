@@ -34,7 +34,13 @@ from wuerstchen_pl.programs.optimizer_checks import check_optimizer
 from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
 from wuerstchen_pl.programs.training_cache import with_cache
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
-from wuerstchen_pl.stages.data_checks import check_cache, check_mask, check_sizes, describe_sizes
+from wuerstchen_pl.stages.data_checks import (
+    check_cache,
+    check_mask,
+    check_sizes,
+    check_words,
+    describe_sizes,
+)
 
 if TYPE_CHECKING:
     from wuerstchen_pl.data.datamodule import ImageTextDataModule
@@ -104,7 +110,10 @@ def fit(
     """
     first_batch = Event()
     trainer.callbacks.append(  # type: ignore[attr-defined]
-        LambdaCallback(on_train_batch_start=lambda *_: first_batch.set())
+        LambdaCallback(
+            on_fit_start=lambda *_: check_words(stage, data),
+            on_train_batch_start=lambda *_: first_batch.set(),
+        )
     )
     try:
         trainer.fit(stage, data, ckpt_path=resume, weights_only=True)
@@ -262,6 +271,7 @@ def _silence_lightning() -> None:
         "You are trying to `self",
         "treespec",
         "It is recommended to use `self",
+        "in eval mode at the start",  # base models of new words, without dropout
         "Grad strides do not match bucket",
         "is smaller than the logging interval",  # batches of an epoch; steps are logged
     ):

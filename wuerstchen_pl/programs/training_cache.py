@@ -31,8 +31,8 @@ def with_cache(cfg: DictConfig, stage: "Stage", data: ImageTextDataModule) -> Ca
 
     The cache has a folder of its own under ``paths.data``, named by a hash of the networks, the
     config of the data, and the samples; so a later run with the same ones uses it again. It has 4
-    crops of each image, and the text embeddings if the text encoder is frozen and the captions are
-    used as they are.
+    crops of each image, and the text embeddings if they do not change: the text encoder is frozen,
+    no new word is trained, and the captions are used as they are.
 
     Args:
         cfg: the config of ``train``.
@@ -50,7 +50,8 @@ def with_cache(cfg: DictConfig, stage: "Stage", data: ImageTextDataModule) -> Ca
             "cache first with python -m wuerstchen_pl.cache, and train with data=cached"
         )
     frozen: Mapping[str, Any] = stage.frozen
-    text_encoder = frozen.get("text_encoder") if not data.captions.changes else None
+    text_changes = data.captions.changes or stage.words is not None
+    text_encoder = None if text_changes else frozen.get("text_encoder")
     device = resolve_device(None)
     encoders = Encoders(
         stage=stage.name,

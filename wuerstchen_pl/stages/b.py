@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.adapters.adapter import Adapter
+from wuerstchen_pl.adapters.words import NewWords
 from wuerstchen_pl.batch import Batch, num_unique_samples
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight, weighted_mean
 from wuerstchen_pl.diffusion.sampler import SamplerName, generators_from_seeds, randn
@@ -23,6 +24,7 @@ from wuerstchen_pl.stages.captions import encode_captions
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
 from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
+from wuerstchen_pl.stages.textual_inversion import learn_words
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 from wuerstchen_pl.transfer import to_device
 
@@ -34,9 +36,9 @@ class StageB(Stage):
         stage_a: the trained Stage A; frozen.
         diffnext: the denoiser.
         compressor: images -> semantic latents, trained with the denoiser.
-        adapter: trained instead of the denoiser and the compressor, which are those of a base
-            model; None trains them.
         text_encoder: frozen; None trains without text.
+        adapter: trained instead of denoiser and compressor, which are those of a base model.
+        words: likewise, new words of the text encoder.
         optimizer: builds an optimizer over denoiser and compressor.
         lr_schedule: step -> factor on the learning rate.
         ema: moving average of the trainable weights.
@@ -63,6 +65,7 @@ class StageB(Stage):
         compressor: SemanticCompressor,
         text_encoder: TextEncoder | None = None,
         adapter: Adapter | None = None,
+        words: NewWords | None = None,
         optimizer: OptimizerFactory | None = None,
         lr_schedule: Callable[[int], float] | None = None,
         ema: EMA | None = None,
@@ -95,17 +98,18 @@ class StageB(Stage):
         self.frozen.register("stage_a", stage_a)
         self.frozen.register("text_encoder", text_encoder)
         self.diffnext = diffnext
-        if adapter is None:
-            self.add_module("compressor", compressor)
-        else:
+        if adapter is not None:
             adapter.add_to_base(diffnext)
             self.adapters["diffnext"] = adapter
+        if words is not None:
+            learn_words(self, words, "diffnext")
+        if adapter is None and words is None:
+            self.add_module("compressor", compressor)
+        else:
             self.frozen.register("compressor", compressor)
-        self.schedule = CosineSchedule()
-        self.timestep_bins = TimestepBins()
+        self.schedule, self.timestep_bins = CosineSchedule(), TimestepBins()
         self.p2: P2Form = p2
-        self.semantic_drop_prob = semantic_drop_prob
-        self.semantic_noise_prob = semantic_noise_prob
+        self.semantic_drop_prob, self.semantic_noise_prob = semantic_drop_prob, semantic_noise_prob
         self.text_drop_prob = text_drop_prob
 
     @property
@@ -195,7 +199,7 @@ class StageB(Stage):
         """Captions -> (B, L, D) embeddings, or None for a Stage B without text."""
         if self.text_encoder is None:
             return None
-        with self.frozen.inference(self.text_encoder, self.device):
+        with self.frozen.computing(self.text_encoder, self.device):
             return self.text_encoder(captions)
 
     def loss(
@@ -229,7 +233,7 @@ class StageB(Stage):
 
     def semantic(self, batch: Batch) -> Tensor:
         """The semantic latents of a batch, with gradients if the compressor is trained."""
-        if not self.adapters:
+        if "compressor" not in self.frozen:
             return self.encode(batch["image"])
         with self.frozen.inference(self.compressor, self.device):
             return self.encode(batch["image"])

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from wuerstchen_pl.adapters.adapter import Adapter
+from wuerstchen_pl.adapters.words import NewWords
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.objective import P2Form
 from wuerstchen_pl.models.compressor import SemanticCompressor
@@ -43,6 +44,7 @@ class StageC(TextConditionalStage):
         prior: Prior,
         text_encoder: TextEncoder,
         adapter: Adapter | None = None,
+        words: NewWords | None = None,
         preservation: PriorPreservation | None = None,
         train_text_encoder: bool = False,
         text_encoder_lr: float | None = None,
@@ -60,6 +62,7 @@ class StageC(TextConditionalStage):
             prior=prior,
             text_encoder=text_encoder,
             adapter=adapter,
+            words=words,
             preservation=preservation,
             train_text_encoder=train_text_encoder,
             text_encoder_lr=text_encoder_lr,

@@ -46,6 +46,11 @@ def check_cache(stage: Stage, data: L.LightningDataModule) -> None:
     made_with: dict[str, str] | None = getattr(data, "made_with", None)
     if made_with is None:
         return
+    if "text_encoder" in made_with and stage.words is not None:
+        raise ValueError(
+            "data.root is a cache with text embeddings, which words that are trained would not "
+            "change; make it with text=false"
+        )
     current = {"stage": stage.name}
     frozen: Mapping[str, Any] = stage.frozen  # of types that depend on the stage
     encoder = frozen.get("stage_b" if stage.name == "c" else "stage_a")
@@ -58,6 +63,25 @@ def check_cache(stage: Stage, data: L.LightningDataModule) -> None:
                 f"data.root is a cache made with {name} {value[:12]}, but this run has "
                 f"{current.get(name, 'none')[:12]}; make it again with python -m "
                 f"wuerstchen_pl.cache, or use the {name} that it was made with"
+            )
+
+
+def check_words(stage: Stage, data: L.LightningDataModule) -> None:
+    """Refuse new words that no caption of the training images has.
+
+    Raises:
+        ValueError: naming the first such word.
+    """
+    captions = [
+        data.captions.plain(caption)  # type: ignore[attr-defined]
+        for sample in data.splits.first_window["train"]  # type: ignore[attr-defined]
+        for caption in sample.captions
+    ]
+    for word in stage.words or ():
+        if not any(stage.text_encoder.tokenizer.has_word(word.text, c) for c in captions):
+            raise ValueError(
+                f"no caption has the word {word.text!r} of stage.words.text, so that nothing could "
+                f"be learned; add it to the captions, or set data.captions.trigger={word.text!r}"
             )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from wuerstchen_pl.adapters.adapter import Adapter
+from wuerstchen_pl.adapters.words import NewWords
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.distributed.fsdp2 import reshard, shard_stage, total_norm
 from wuerstchen_pl.io.atomic import Source
@@ -62,6 +63,7 @@ class Stage(L.LightningModule):
         self.seed = seed
         self.frozen = FrozenModules(frozen_precision)
         self.adapters: dict[str, Adapter] = {}  # those that are trained, by network
+        self.words: NewWords | None = None
         self.provenance = Provenance()
         self._validation = ExitStack()
         self._micro_batch_losses: list[Tensor] = []

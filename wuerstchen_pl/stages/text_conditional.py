@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.adapters.adapter import Adapter
+from wuerstchen_pl.adapters.words import NewWords
 from wuerstchen_pl.batch import Batch, num_unique_samples
 from wuerstchen_pl.diffusion.latent_scaling import LatentScaling
 from wuerstchen_pl.diffusion.objective import P2Form, noise_error, p2_weight, weighted_mean
@@ -26,6 +27,7 @@ from wuerstchen_pl.stages.frozen import FrozenPrecision
 from wuerstchen_pl.stages.preservation import PriorPreservation
 from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
 from wuerstchen_pl.stages.text_grid import text_grid
+from wuerstchen_pl.stages.textual_inversion import learn_words
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 from wuerstchen_pl.transfer import to_device
 
@@ -38,6 +40,7 @@ class TextConditionalStage(Stage):
         text_encoder: captions -> text embeddings.
         adapter: trained instead of the weights of the prior, which are those of a base model; None
             trains the prior itself.
+        words: trained instead of the networks, which are those of a base model; None trains them.
         preservation: keeps the meaning of a caption while an adapter is trained; None does not.
         train_text_encoder: train it with the prior (tiny preset); False freezes it.
         text_encoder_lr: learning rate of the trained text encoder; None is that of the optimizer.
@@ -62,6 +65,7 @@ class TextConditionalStage(Stage):
         prior: Prior | UNet,
         text_encoder: TextEncoder,
         adapter: Adapter | None,
+        words: NewWords | None,
         preservation: PriorPreservation | None,
         train_text_encoder: bool,
         text_encoder_lr: float | None,
@@ -120,6 +124,8 @@ class TextConditionalStage(Stage):
             self.add_module("text_encoder", text_encoder)
         else:
             self.frozen.register("text_encoder", text_encoder)
+        if words is not None:
+            learn_words(self, words, "prior")
         self.train_text_encoder, self.text_encoder_lr = train_text_encoder, text_encoder_lr
         self.schedule = CosineSchedule()
         self.timestep_bins = TimestepBins()
@@ -179,10 +185,10 @@ class TextConditionalStage(Stage):
             return self.encode(batch["image"])
 
     def text(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> (B, L, D) embeddings, with gradients if the text encoder is trained."""
+        """Captions -> (B, L, D) embeddings, with gradients if the text encoder or words learn."""
         if self.train_text_encoder:
             return self.text_encoder(captions)
-        with self.frozen.inference(self.text_encoder, self.device):
+        with self.frozen.computing(self.text_encoder, self.device):
             return self.text_encoder(captions)
 
     @torch.no_grad()
