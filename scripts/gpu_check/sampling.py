@@ -18,7 +18,7 @@ from wuerstchen_pl.formats.config_map import from_diffusers
 from wuerstchen_pl.formats.key_map import from_external, key_mappings
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import DIFFNEXT, PRIOR, SCALE, VQGAN, with_defaults
-from wuerstchen_pl.sampling.decoder import DecoderSampler
+from wuerstchen_pl.sampling.latent_decoder import LatentDecoderSampler
 from wuerstchen_pl.sampling.prior import PriorSampler
 
 STEPS = {"Stage C step (SDPA)": 60, "Stage B step": 12, "Stage A decoding": 1}
@@ -64,7 +64,7 @@ def build_pair(size: Size) -> tuple[reference_models.Networks, WuerstchenPipelin
             prior=PriorSampler(
                 prior=prior, text_encoder=synthetic.build_text_encoder(prior.text_dim)
             ),
-            decoder=DecoderSampler(
+            decoder=LatentDecoderSampler(
                 decoder=decoder, vqgan=vqgan,
                 text_encoder=synthetic.build_text_encoder(decoder.text_dim),
             ),

@@ -28,7 +28,7 @@ from scripts import reference_models
 from wuerstchen_pl import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenPipeline
 from wuerstchen_pl.formats import registry
 from wuerstchen_pl.models.tokenizer import Tokenizer, write_vocabulary
-from wuerstchen_pl.sampling.decoder import DecoderSampler
+from wuerstchen_pl.sampling.latent_decoder import LatentDecoderSampler
 from wuerstchen_pl.sampling.prior import PriorSampler
 
 TOLERANCE = 1e-4
@@ -235,7 +235,7 @@ def test_arguments_have_diffusers_names_order_and_defaults(
     for their, our in (
         (type(reference), WuerstchenPipeline),
         (type(reference.prior_pipe), PriorSampler),
-        (type(reference.decoder_pipe), DecoderSampler),
+        (type(reference.decoder_pipe), LatentDecoderSampler),
     ):
         expected, actual = (
             {

@@ -16,7 +16,7 @@ from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.sampling.config import DenoiseConfig
-from wuerstchen_pl.sampling.decoder import DecoderSampler
+from wuerstchen_pl.sampling.latent_decoder import LatentDecoderSampler
 from wuerstchen_pl.sampling.loop import NEGATIVE, TEXT, DenoiseParams, StepState, denoise
 from wuerstchen_pl.sampling.prior import PriorSampler
 
@@ -122,7 +122,7 @@ def test_guidance_has_no_effect_on_a_network_without_conditioning(rows: int) -> 
     )  # fmt: skip
     randomize(net)
     vqgan = VQGAN(width=16, bottleneck_blocks=1, codebook_size=16)
-    sampler = DecoderSampler(decoder=net.eval(), vqgan=vqgan.eval(), latent_dim_scale=4)
+    sampler = LatentDecoderSampler(decoder=net.eval(), vqgan=vqgan.eval(), latent_dim_scale=4)
     results = [
         sampler(
             torch.randn(rows, 16, 2, 2, generator=torch.Generator().manual_seed(0)),

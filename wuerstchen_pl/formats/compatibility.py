@@ -1,6 +1,6 @@
 """Whether a network was trained on the latents that it is used with."""
 
-from wuerstchen_pl.formats.model import Model, build_network
+from wuerstchen_pl.formats.model import PAELLA, V1_SCALING, Model, build_network
 from wuerstchen_pl.models.fingerprint import network_fingerprint
 
 ENCODERS = {"b": "stage_a", "c": "stage_b", "ldm": "stage_a"}
@@ -52,4 +52,26 @@ def check_encoder(trained_on: str | None, used_with: str | None, origin: str) ->
             f"{origin} was trained on latents of an encoder of sha256 {trained_on[:12]}, but is "
             f"used with one of {used_with[:12]}; use the encoder that it was trained with, or set "
             "allow_mismatch=true"
+        )
+
+
+def check_version(prior: Model, cascade: Model, origin: str) -> None:
+    """Refuse a published prior of one version with Stage B of the other.
+
+    Args:
+        prior: has Stage C, without the compressor that it was trained with.
+        cascade: the model that it is used with.
+        origin: see ``check_encoder``.
+
+    Raises:
+        ValueError: with both versions.
+    """
+    if "compressor" in prior.parts or "decoder" not in cascade.parts:
+        return
+    prior_version = 1 if V1_SCALING.items() <= prior.settings.items() else 2
+    version = 1 if cascade.parts["decoder"].config["_target_"] == PAELLA else 2
+    if prior_version != version:
+        raise ValueError(
+            f"{origin} is a prior of version {prior_version}, but the model has Stage B of version "
+            f"{version}; use both of one version, or set allow_mismatch=true"
         )

@@ -21,6 +21,8 @@ SHIFT = "semantic_shift"
 DECODER_SETTING = "latent_dim_scale"
 """The only setting that is Stage B's, not Stage C's."""
 SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", DECODER_SETTING, "image_size")
+V1_SCALING = {"semantic_scale": 1.0, SHIFT: 0.0}
+"""Version 1's prior works on the compressor's latents as they are."""
 PARTS = ("prior_text_encoder", "prior", "text_encoder", "decoder", "vqgan", "compressor")
 SCALE = "scale_factor"
 """Stage A's tensor that other formats store in a config, or not at all."""

@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from wuerstchen_pl.formats import FormatName, diffusers, native, run, upstream
-from wuerstchen_pl.formats.compatibility import check_encoder, encoder_of
+from wuerstchen_pl.formats.compatibility import check_encoder, check_version, encoder_of
 from wuerstchen_pl.formats.lazy_tensors import checked
 from wuerstchen_pl.formats.model import DECODER_SETTING, Model
 from wuerstchen_pl.io.atomic import atomic_folder
@@ -87,6 +87,7 @@ def read_model(
             raise ValueError(f"prior={prior} has no Stage C; use a model that has one")
         if not allow_mismatch:
             check_encoder(encoder_of(other, "c"), encoder_of(model, "c"), f"prior={prior}")
+            check_version(other, model, f"prior={prior}")
         parts = {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
         settings = {k: v for k, v in other.settings.items() if k != DECODER_SETTING}
         return replace(model, parts=model.parts | parts, settings=model.settings | settings)

@@ -16,6 +16,7 @@ from wuerstchen_pl.formats.lazy_tensors import in_memory, read_pickle
 from wuerstchen_pl.formats.model import (
     PAELLA,
     SCALE,
+    V1_SCALING,
     Model,
     Part,
     build_on_meta,
@@ -24,9 +25,9 @@ from wuerstchen_pl.formats.model import (
     validate_settings,
 )
 
-STAGE_A, STAGE_B, STAGE_B_V1, STAGE_C = (
-    "vqgan_f4_v1_500k.pt", "model_v2_stage_b.pt", "model_stage_b.pt", "model_v3_stage_c.pt",
-)  # fmt: skip
+STAGE_A, STAGE_B, STAGE_C = "vqgan_f4_v1_500k.pt", "model_v2_stage_b.pt", "model_v3_stage_c.pt"
+STAGE_B_V1, STAGE_C_V1 = "model_stage_b.pt", "model_stage_c.pt"
+FILES = (STAGE_A, STAGE_B, STAGE_B_V1, STAGE_C, STAGE_C_V1)
 CONFIG = "wuerstchen_pl"
 """Key of the native arguments in pickles that are written here."""
 PARTS = {
@@ -44,7 +45,7 @@ def matches(path: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [folder / n for n in (STAGE_A, STAGE_B, STAGE_B_V1, STAGE_C) if (folder / n).is_file()]
+    return [folder / name for name in FILES if (folder / name).is_file()]
 
 
 def read(path: Path) -> Model:
@@ -53,12 +54,16 @@ def read(path: Path) -> Model:
     Raises:
         ValueError: if a file is damaged, contains more than tensors, or does not match.
     """
-    if path.is_dir() and {STAGE_B, STAGE_B_V1} <= {file.name for file in _files(path)}:
-        raise ValueError(
-            f"{path} contains two versions of Stage B, {STAGE_B} and {STAGE_B_V1}; remove one"
-        )
-    model = Model()
-    for file in [path] if path.is_file() else _files(path):
+    files = [path] if path.is_file() else _files(path)
+    names = {file.name for file in files}
+    for stage, both in (("B", {STAGE_B, STAGE_B_V1}), ("C", {STAGE_C, STAGE_C_V1})):
+        if both <= names:
+            raise ValueError(
+                f"{path} contains two versions of Stage {stage}, {' and '.join(sorted(both))}; "
+                "remove one"
+            )
+    model = Model(settings=dict(V1_SCALING) if STAGE_C_V1 in names else {})
+    for file in files:
         content = read_pickle(file)
         parts, configs = _parts_of(content, file), content.get(CONFIG, {})
         if not isinstance(configs, dict):
@@ -70,6 +75,11 @@ def read(path: Path) -> Model:
             where = f"{file}, {entry}"
             model.parts[part] = _read_part(content[entry], part, configs.get(part), where)
         model.settings |= validate_settings(configs.get("settings", {}), str(file))
+    if {STAGE_B_V1, STAGE_C} <= names and not model.settings:
+        raise ValueError(
+            f"{path} contains files of both versions, {STAGE_B_V1} and {STAGE_C}; use {STAGE_C_V1} "
+            f"or {STAGE_B}"
+        )
     return model
 
 
@@ -117,11 +127,12 @@ def write(model: Model, path: Path) -> None:
         raise ValueError(
             "the upstream code has no Stage B without text (text_dim=null); use format=native"
         )
-    is_v1 = decoder is not None and decoder.config["_target_"] == PAELLA
+    has_tokens = decoder is not None and decoder.config["_target_"] == PAELLA
+    is_v1 = has_tokens or V1_SCALING.items() <= model.settings.items()
     for name, parts in (
         (STAGE_A, ("vqgan",)),
-        (STAGE_B_V1 if is_v1 else STAGE_B, ("decoder", "compressor")),
-        (STAGE_C, ("prior",)),
+        (STAGE_B_V1 if has_tokens else STAGE_B, ("decoder", "compressor")),
+        (STAGE_C_V1 if is_v1 else STAGE_C, ("prior",)),
     ):
         content: dict[str, Any] = {}
         configs: dict[str, Any] = {"settings": model.settings}

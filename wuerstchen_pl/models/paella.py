@@ -119,6 +119,7 @@ class Paella(nn.Module):
             lengths = f"{widths=}, {num_blocks=} and {num_heads=} differ in length"
             raise ValueError(f"{lengths}; give one entry of each per level")
         self.codebook_size, self.patch_size = codebook_size, patch_size
+        self.semantic_channels = semantic_channels
         self.cond_dim, self.text_dim, self.time_dim = cond_dim, text_dim, time_dim
         self.text_mapper = nn.Linear(text_dim, cond_dim) if text_dim is not None else None
         self.semantic_mapper = nn.Linear(semantic_channels, cond_dim)

@@ -1,11 +1,26 @@
 """Build a pipeline's components from a model on disk."""
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
-from wuerstchen_pl.formats.model import DECODER_SETTING, PAELLA, Model, build_network
+from wuerstchen_pl.formats.model import (
+    DECODER_SETTING,
+    DIFFNEXT,
+    PAELLA,
+    Model,
+    build_network,
+)
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.sampling.decoder import DecoderSampler
+from wuerstchen_pl.sampling.latent_decoder import LatentDecoderSampler
 from wuerstchen_pl.sampling.prior import PriorSampler
+from wuerstchen_pl.sampling.token_decoder import TokenDecoderSampler
+
+DECODER_SAMPLERS: dict[str, Callable[..., DecoderSampler]] = {
+    DIFFNEXT: LatentDecoderSampler,
+    PAELLA: TokenDecoderSampler,
+}
+"""Stage B's network -> its sampler."""
 
 
 class Components(TypedDict):
@@ -29,11 +44,9 @@ def build_components(model: Model, where: str) -> Components:
         ValueError: if Stage B cannot generate images, or a text encoder does not fit its stage.
     """
     needed = {"prior", "prior_text_encoder", "decoder", "vqgan"}
-    if (decoder := model.parts.get("decoder")) is not None:
-        if decoder.config["_target_"] == PAELLA:
-            raise ValueError(f"{where} has v1's Stage B, which can only be converted; use v2's")
-        if decoder.config["text_dim"] is not None:
-            needed.add("text_encoder")
+    decoder = model.parts.get("decoder")
+    if decoder is not None and decoder.config["text_dim"] is not None:
+        needed.add("text_encoder")
     if missing := sorted(needed - model.parts.keys()):
         raise FileNotFoundError(
             f"{where} lacks {', '.join(missing)}; use a complete cascade, such as Stage C's run, "
@@ -53,7 +66,7 @@ def build_components(model: Model, where: str) -> Components:
         "prior": PriorSampler(
             prior=nets["prior"], text_encoder=nets["prior_text_encoder"], **settings
         ),
-        "decoder": DecoderSampler(
+        "decoder": DECODER_SAMPLERS[model.parts["decoder"].config["_target_"]](
             decoder=nets["decoder"],
             vqgan=nets["vqgan"],
             text_encoder=nets.get("text_encoder"),

@@ -26,9 +26,18 @@ class DenoiseConfig:
     """Decreasing, from the start to 0."""
     guidance: Guidance
     method: SamplerName = "ddpm"
+    temperature: tuple[float, float] | None = None
+    """At the first and at the last step, of version 1's Stage B; None is its default."""
 
     def __post_init__(self) -> None:
         check_sampler(self.method)
+        if self.temperature is not None and not (
+            len(self.temperature) == 2 and min(self.temperature) > 0
+        ):
+            raise ValueError(
+                f"temperature={self.temperature} is invalid; use two positive numbers, such as "
+                "[1.0, 0.6]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,8 @@ class SamplingConfig:
     """Denoising steps of Stage B (paper: 12)."""
     decoder_guidance_scale: float = 0.0
     """Guidance toward the semantic latents; values up to 1 turn it off."""
+    decoder_temperature: Sequence[float] | None = None
+    """Of version 1's Stage B at the first and at the last step; None is (1, 0.6)."""
     sampler: SamplerName = "ddpm"
     """``ddpm`` or ``ddim``, in both stages."""
     batch_size: int = 16
@@ -89,10 +100,12 @@ class SamplingConfig:
     @cached_property
     def decoder(self) -> DenoiseConfig:
         """Denoising of Stage B."""
+        temperature: Any = self.decoder_temperature and tuple(self.decoder_temperature)
         return DenoiseConfig(
             times=timesteps(self.decoder_steps),
             guidance=Guidance(scale=self.decoder_guidance_scale),
             method=self.sampler,
+            temperature=temperature,
         )
 
 

@@ -1,6 +1,7 @@
 """Semantic latents to images with Stage B and Stage A (arXiv 2306.00637, sections 3.1, 3.2)."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -13,9 +14,8 @@ from wuerstchen_pl.diffusion.sampler import (
     SamplerName,
     resolve_generator,
 )
-from wuerstchen_pl.diffusion.schedule import CosineSchedule
-from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
 from wuerstchen_pl.models.diffnext import DiffNeXt
+from wuerstchen_pl.models.paella import Paella
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.plural import plural
@@ -29,24 +29,23 @@ from wuerstchen_pl.sampling.images import (
     check_output_type,
     convert_output,
 )
-from wuerstchen_pl.sampling.initial_latents import initial_noise
 from wuerstchen_pl.sampling.loop import (
     NEGATIVE,
     TEXT,
     DenoiseParams,
     LegacyCallback,
+    PredictNoise,
     StepCallback,
     StepState,
-    denoise,
 )
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, encode_prompts
 
 
-class DecoderSampler(StepState):
-    """Samples images from semantic latents.
+class DecoderSampler(StepState, ABC):
+    """Samples images from semantic latents; a subclass generates Stage A's latents.
 
     Args:
-        decoder: Stage B's denoiser.
+        decoder: Stage B's network.
         vqgan: Stage A.
         text_encoder: for a Stage B that reads text.
         latent_dim_scale: Stage A latents per semantic position, along a side (v1, v2: 10.67).
@@ -57,6 +56,7 @@ class DecoderSampler(StepState):
     """
 
     part = "decoder"
+    predict: PredictNoise
     CALLBACK_INPUTS = (
         "latents", "text_encoder_hidden_states", "negative_prompt_embeds", "image_embeddings",
     )  # fmt: skip
@@ -64,7 +64,7 @@ class DecoderSampler(StepState):
     def __init__(
         self,
         *,
-        decoder: DiffNeXt,
+        decoder: DiffNeXt | Paella,
         vqgan: VQGAN,
         text_encoder: TextEncoder | None = None,
         latent_dim_scale: float = 10.67,
@@ -77,14 +77,12 @@ class DecoderSampler(StepState):
             )
         self.decoder, self.vqgan, self.text_encoder = decoder, vqgan, text_encoder
         self.latent_dim_scale = latent_dim_scale
-        self.schedule = CosineSchedule()
         self.placement = placement or DevicePlacement()
-        self.predict_noise = decoder.predict_noise
         self.decode = vqgan.decode
 
     def compile(self, **options: Any) -> None:
-        """Compile the denoiser and Stage A's decoder; ``options`` are ``torch.compile``'s."""
-        self.predict_noise = torch.compile(self.predict_noise, **options)
+        """Compile the network and Stage A's decoder; ``options`` are ``torch.compile``'s."""
+        self.predict = torch.compile(self.predict, **options)
         self.decode = torch.compile(self.decode, **options)
 
     @torch.no_grad()
@@ -109,6 +107,7 @@ class DecoderSampler(StepState):
         sampler: SamplerName = "ddpm",
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        temperature: tuple[float, float] | None = None,
         callback: LegacyCallback | None = None,
         callback_steps: int = 1,
         progress: bool = True,
@@ -125,7 +124,8 @@ class DecoderSampler(StepState):
             negative_prompt: one, or one per prompt; empty if not given.
             num_images_per_prompt: images for each of the N.
             generator: one for the whole batch, or a list with one per image.
-            latents: (B, C, H / 4, W / 4) noise to start from.
+            latents: what to start from: noise (B, C, H / 4, W / 4), or for version 1's Stage B
+                tokens (B, H / 4, W / 4).
             output_type: ``pil``, ``np``, ``pt``, or ``latent`` for Stage A's latents.
             return_dict: False returns only the images.
             callback_on_step_end: called after each step as (pipeline, step, time, tensors); returns
@@ -136,6 +136,7 @@ class DecoderSampler(StepState):
             sampler: ``ddpm`` or ``ddim``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: see ``guidance_rescale``.
+            temperature: of version 1's Stage B at the first and at the last step.
             callback: diffusers' deprecated callback (step, time, latents).
             callback_steps: steps between two calls of ``callback``.
             progress: show a progress bar.
@@ -154,6 +155,7 @@ class DecoderSampler(StepState):
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
+            temperature=temperature,
             sampler=sampler,
             generator=resolve_generator(seed, generator, len(semantic)),
             callback_on_step_end=callback_on_step_end,
@@ -189,7 +191,7 @@ class DecoderSampler(StepState):
             height: in pixels.
             width: in pixels.
             params: parameters of the denoising loop.
-            latents: (B, C, H, W) noise to start from.
+            latents: what to start from; see ``__call__``.
 
         Returns:
             (B, C, H, W).
@@ -204,9 +206,7 @@ class DecoderSampler(StepState):
             tensors[TEXT] = text
             if guided:
                 tensors[NEGATIVE] = text[len(semantic) :]
-        shape = (len(semantic), self.decoder.latent_channels, *self.latent_grid(height, width))
-        noise = initial_noise(shape, latents, params.generator, semantic.device)
-        return self._denoise(noise, tensors, params)
+        return self._generate(self.latent_grid(height, width), tensors, params, latents)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
@@ -214,31 +214,26 @@ class DecoderSampler(StepState):
         with self.placement.on_device(self.vqgan):
             return center_crop(self.decode(latents).clamp(0, 1), height, width)
 
-    def _denoise(self, noise: Tensor, tensors: dict[str, Tensor], params: DenoiseParams) -> Tensor:
-        """Stage A's latents at the last time."""
-        steps = torch.tensor(params.config.times[:-1], device=noise.device)
-        # cached conditioning takes 0.5 GB per image at 1024 px in bfloat16
-        prepare = self.decoder.inputs if self.placement.offload else self.decoder.cache_conditioning
+    @abstractmethod
+    def _generate(
+        self,
+        grid: tuple[int, int],
+        tensors: dict[str, Tensor],
+        params: DenoiseParams,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """Stage A's latents of size ``grid``, from conditioning tensors by name.
 
-        def cache_conditioning(
-            tensors: Mapping[str, Tensor],
-        ) -> list[CachedConditioning] | list[BlockInputs]:
-            semantic = tensors["image_embeddings"]
-            if params.config.guidance.on:
-                semantic = torch.cat([semantic, torch.zeros_like(semantic)])
-            text = tensors.get(TEXT)
-            return prepare(steps, semantic, text, (noise.shape[-2], noise.shape[-1]))
+        Raises:
+            ValueError: if ``params`` or ``latents`` are for the other kind of Stage B.
+        """
 
-        with self.placement.on_device(self.decoder):
-            return denoise(
-                self.predict_noise,
-                cache_conditioning,
-                noise,
-                tensors,
-                params,
-                sampler=self,
-                schedule=self.schedule,
-            )
+    def guided_semantic(self, tensors: Mapping[str, Tensor], params: DenoiseParams) -> Tensor:
+        """The semantic latents, with zeros as the unconditional ones if ``params`` guide."""
+        semantic = tensors["image_embeddings"]
+        if not params.config.guidance.on:
+            return semantic
+        return torch.cat([semantic, torch.zeros_like(semantic)])
 
     def size(self, h: int, w: int) -> tuple[int, int]:
         """Size (height, width) in pixels of the image that has (h, w) semantic latents."""

@@ -18,6 +18,7 @@ def denoise_params(
     guidance_scale: float,
     guidance_rescale: float,
     guidance_interval: tuple[float, float],
+    temperature: tuple[float, float] | None = None,
     sampler: SamplerName,
     generator: Generator,
     callback_on_step_end: StepCallback | None,
@@ -39,6 +40,7 @@ def denoise_params(
                 scale=guidance_scale, rescale=guidance_rescale, interval=guidance_interval
             ),
             method=sampler,
+            temperature=temperature,
         ),
         generator=generator,
         callback=with_legacy_callback(callback_on_step_end, callback, callback_steps),

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wuerstchen_pl.diffusion.sampler import Generator, sample
+from wuerstchen_pl.diffusion.sampler import Denoiser, Generator, sample
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
 from wuerstchen_pl.models.conditioning import BlockInputs, CachedConditioning
 from wuerstchen_pl.sampling.config import DenoiseConfig
@@ -92,6 +93,33 @@ class StepState:
         return self._interrupt
 
 
+class Solver(Protocol):
+    """Follows the times of a run with a denoiser; see ``diffusion.sampler.sample``."""
+
+    def __call__(
+        self,
+        denoise: Denoiser,
+        x: Tensor,
+        /,
+        *,
+        on_step: Callable[[int, Tensor], Tensor],
+        interrupted: Callable[[], bool],
+    ) -> Tensor:
+        """X at the first time -> at the last."""
+
+
+def continuous_solver(params: DenoiseParams, schedule: CosineSchedule) -> Solver:
+    """DDPM or DDIM steps in continuous latents."""
+    config = params.config
+    return partial(
+        sample,
+        times=config.times,
+        generator=params.generator,
+        schedule=schedule,
+        method=config.method,
+    )
+
+
 def denoise(
     predict_noise: PredictNoise,
     cache_conditioning: Callable[[Mapping[str, Tensor]], Conditioning],
@@ -100,7 +128,7 @@ def denoise(
     params: DenoiseParams,
     *,
     sampler: StepState,
-    schedule: CosineSchedule,
+    solver: Solver,
     latents_hook: Callable[[Tensor, float], Tensor] = lambda x, t: x,
 ) -> Tensor:
     """Denoise latents along ``params.config.times``.
@@ -113,7 +141,7 @@ def denoise(
         tensors: conditioning tensors by name, which a callback may read and replace.
         params: times, guidance, generator, callback.
         sampler: the sampler that is passed to the callback.
-        schedule: the noise schedule.
+        solver: takes the steps.
         latents_hook: latents and their time -> latents for the next step.
 
     Returns:
@@ -151,16 +179,7 @@ def denoise(
 
     label = params.progress_label
     with tqdm(total=len(times) - 1, desc=label, disable=label is None) as bar:
-        result = sample(
-            predict,
-            latents,
-            times,
-            params.generator,
-            schedule=schedule,
-            method=params.config.method,
-            on_step=after_step,
-            interrupted=lambda: sampler.interrupt,
-        )
+        result = solver(predict, latents, on_step=after_step, interrupted=lambda: sampler.interrupt)
     if not bool(result.isfinite().all()):
         raise ValueError(
             f"the {sampler.part} computed latents that are not finite in {latents.dtype}; use "

@@ -36,6 +36,7 @@ from wuerstchen_pl.sampling.loop import (
     LegacyCallback,
     StepCallback,
     StepState,
+    continuous_solver,
     denoise,
 )
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, count_prompts, encode_prompts
@@ -262,7 +263,8 @@ class PriorSampler(StepState):
         with self.placement.on_device(self.prior):
             return denoise(
                 self.predict_noise, cache_conditioning, x, tensors, params,
-                sampler=self, schedule=self.schedule, latents_hook=keep_unmasked,
+                sampler=self, solver=continuous_solver(params, self.schedule),
+                latents_hook=keep_unmasked,
             )  # fmt: skip
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:

@@ -16,8 +16,8 @@ from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.plural import plural
-from wuerstchen_pl.sampling.decoder import DecoderSampler
 from wuerstchen_pl.sampling.device import DevicePlacement
+from wuerstchen_pl.sampling.latent_decoder import LatentDecoderSampler
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.batch_rng import validation_losses
 from wuerstchen_pl.stages.captions import encode_captions
@@ -176,10 +176,10 @@ class StageB(Stage):
             progress=False,
         ).images
 
-    def decoder_sampler(self) -> DecoderSampler:
+    def decoder_sampler(self) -> LatentDecoderSampler:
         """The sampler that uses this stage's weights and Stage A's."""
         vqgan = self.stage_a.vqgan
-        return DecoderSampler(
+        return LatentDecoderSampler(
             decoder=self.diffnext,
             vqgan=vqgan,
             text_encoder=self.text_encoder,
