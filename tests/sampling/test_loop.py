@@ -17,7 +17,14 @@ from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.sampling.config import DenoiseConfig
 from wuerstchen_pl.sampling.latent_decoder import LatentDecoderSampler
-from wuerstchen_pl.sampling.loop import NEGATIVE, TEXT, DenoiseParams, StepState, denoise
+from wuerstchen_pl.sampling.loop import (
+    NEGATIVE,
+    TEXT,
+    DenoiseParams,
+    StepState,
+    continuous_solver,
+    denoise,
+)
 from wuerstchen_pl.sampling.prior import PriorSampler
 
 SCHEDULE = CosineSchedule()
@@ -173,7 +180,7 @@ class Run(StepState):
         )
         return denoise(
             predict, cache, self.latents, self.tensors, params,
-            sampler=self, schedule=SCHEDULE, **options,
+            sampler=self, solver=continuous_solver(params, SCHEDULE), **options,
         )  # fmt: skip
 
 

@@ -56,11 +56,10 @@ def read(path: Path) -> Model:
     """
     files = [path] if path.is_file() else _files(path)
     names = {file.name for file in files}
-    for stage, both in (("B", {STAGE_B, STAGE_B_V1}), ("C", {STAGE_C, STAGE_C_V1})):
-        if both <= names:
+    for stage, v2, v1 in (("B", STAGE_B, STAGE_B_V1), ("C", STAGE_C, STAGE_C_V1)):
+        if {v2, v1} <= names:
             raise ValueError(
-                f"{path} contains two versions of Stage {stage}, {' and '.join(sorted(both))}; "
-                "remove one"
+                f"{path} contains two versions of Stage {stage}, {v2} and {v1}; remove one"
             )
     model = Model(settings=dict(V1_SCALING) if STAGE_C_V1 in names else {})
     for file in files:
