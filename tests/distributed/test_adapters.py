@@ -1,4 +1,4 @@
-"""Adapters that two processes train: like one process, resumed bit for bit, and exported."""
+"""Adapters and words that two processes train: like one process, resumed bit for bit, exported."""
 
 from pathlib import Path
 
@@ -33,6 +33,10 @@ PRESERVING = [
     "experiment=dreambooth", "stage.preservation.captions=[face]", "stage.preservation.weight=1000",
 ]  # fmt: skip
 STAGE_B = ["stage=b", "stage.adapter.targets=['*.attention.*']"]
+WORDS = [
+    "experiment=token", "stage.words.text='<rex>'", "data.captions.trigger='<rex>'",
+    "stage.words.num_vectors=3",
+]  # fmt: skip
 FSDP, DDP = [*TWO, "trainer=fsdp"], [*TWO, "trainer=ddp"]
 
 
@@ -53,11 +57,12 @@ def base(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(root: Path, base: Path, cascade: Path, *more: str) -> list[str]:
     left_out = ("stage.prior", "stage.text_encoder", "stage.optimizer", "validate", "data.batch")
+    adapter = [] if "experiment=token" in more else ["stage.adapter.rank=4"]
     kept = [a for a in small("c", root, STEPS) if not a.startswith((*left_out, NO_GRIDS))]
     return [
         *kept, "experiment=lora", "name=default", "data=openmoji", f"init_from={base}",
         f"paths.data={cascade.parent / 'data'}", "image_size=64", "bucket_multiple=16", NO_GRIDS,
-        "cache=false", "stage.optimizer.lr=1e-2", "stage.adapter.rank=4", *more,
+        "cache=false", "stage.optimizer.lr=1e-2", *adapter, *more,
         f"checkpoint_every_steps={HALF}", f"validate_every_steps={STEPS}",
         "trainer.log_every_n_steps=1", "trainer.gradient_clip_val=0.1",
     ]  # fmt: skip
@@ -85,13 +90,15 @@ def runs(base: Path, cascade: Path, tmp_path_factory: pytest.TempPathFactory) ->
             run("ddp_preserving", *DDP, *PRESERVING),
             run("fsdp_preserving", *FSDP, *PRESERVING),
             run("fsdp_b", *FSDP, *STAGE_B),
+            run("ddp_words", *DDP, *WORDS),
+            run("fsdp_words", *FSDP, *WORDS),
         ],
         root,
     )
     alone = {
         "one": ONE, "fsdp_then_one": [*ONE, from_fsdp], "one_accumulated": ONE_ACCUMULATED,
         "one_bf16": [*ONE, BF16], "one_preserving": [*ONE, *PRESERVING],
-        "one_b": [*ONE, *STAGE_B],
+        "one_b": [*ONE, *STAGE_B], "one_words": [*ONE, *WORDS],
     }  # fmt: skip
     for name, keys in alone.items():
         assert run_program("train", run(name, *keys)) == 0
@@ -107,9 +114,11 @@ def runs(base: Path, cascade: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ("ddp_preserving", "one_preserving"),
         ("fsdp_preserving", "one_preserving"),
         ("fsdp_b", "one_b"),
+        ("ddp_words", "one_words"),
+        ("fsdp_words", "one_words"),
     ],
 )
-def test_two_processes_train_an_adapter_like_one(runs: Path, name: str, reference: str) -> None:
+def test_two_processes_train_like_one(runs: Path, name: str, reference: str) -> None:
     check_equal(runs, name, "b" if name == "fsdp_b" else "c", reference)
 
 

@@ -10,6 +10,7 @@ from wuerstchen_pl.distributed.sync_batchnorm import SyncBatchNorm2d, convert_sy
 from wuerstchen_pl.models.compressor import ConvBackbone, SemanticCompressor
 from wuerstchen_pl.models.fingerprint import encoder_fingerprints, network_fingerprint
 from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.models.words import Word
 
 
 def compressor(**changes: float) -> SemanticCompressor:
@@ -42,10 +43,11 @@ def test_a_network_that_computes_something_else_has_another_fingerprint(change: 
     assert network_fingerprint(one) != network_fingerprint(other)
 
 
-def test_a_text_encoders_fingerprint_depends_on_its_heads_and_tokens() -> None:
-    def fingerprint(heads: int = 2, same_tokens: bool = True) -> str:
+def test_a_text_encoders_fingerprint_depends_on_its_heads_tokens_and_words() -> None:
+    def fingerprint(heads: int = 2, same_tokens: bool = True, word: float | None = None) -> str:
         torch.manual_seed(0)
         text = TextEncoder(width=16, depth=1, num_heads=heads)
+        text.set_words([] if word is None else [Word("<rex>", torch.full((1, 16), word))])
         if not same_tokens:
             encode = text.tokenizer.encode
             text.tokenizer.encode = lambda caption: encode(caption.swapcase()[:9])
@@ -53,7 +55,9 @@ def test_a_text_encoders_fingerprint_depends_on_its_heads_and_tokens() -> None:
         return encoder_fingerprints("c", encoder=stage, text_encoder=text)["text_encoder"]
 
     assert fingerprint() == fingerprint()
-    assert len({fingerprint(), fingerprint(heads=4), fingerprint(same_tokens=False)}) == 3
+    changed = [fingerprint(heads=4), fingerprint(same_tokens=False)]
+    changed += [fingerprint(word=1.0), fingerprint(word=2.0)]
+    assert len({fingerprint(), *changed}) == 5
 
 
 def test_a_synchronized_batch_norm_has_the_fingerprint_of_a_plain_one() -> None:

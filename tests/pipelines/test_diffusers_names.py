@@ -25,6 +25,7 @@ FAST: dict[str, Any] = {
 NAMES = {
     "save_pretrained", "push_to_hub", "from_pretrained", "components", "device", "dtype", "config",
     "load_lora_weights", "unload_lora_weights", "set_adapters", "fuse_lora",
+    "load_textual_inversion", "unload_textual_inversion",
     "tokenizer", "encode_prompt", "set_progress_bar_config", "enable_model_cpu_offload", "to",
 }  # fmt: skip
 DIFFERENT = {

@@ -45,10 +45,22 @@ def test_an_export_is_uploaded_if_there_is_a_token(
         assert printed.endswith("https://hub/me/mine\n")
 
 
-def test_an_adapter_is_exported_only_of_a_run_that_has_one(
-    cascade: Path, program: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("adapter", "has no adapter, as all its weights were trained"),
+        ("words", "learned no words, which experiment=token does"),
+    ],
+)
+def test_what_a_run_added_is_exported_only_of_a_run_that_has_it(
+    format: str,
+    message: str,
+    cascade: Path,
+    program: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    keys = [f"ckpt={cascade / 'c'}", f"to={tmp_path / 'adapter'}", "format=adapter"]
+    keys = [f"ckpt={cascade / 'c'}", f"to={tmp_path / 'export'}", f"format={format}"]
     assert program("export", *keys) == 1
-    assert "has no adapter, as all its weights were trained" in capsys.readouterr().err
-    assert not (tmp_path / "adapter").exists()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()

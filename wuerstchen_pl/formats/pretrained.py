@@ -34,7 +34,7 @@ def load_network(
     if part not in parts:
         raise ValueError(f"{source} has no {part}; use a model that has one")
     network = cast(Pretrained, build_network(parts[part]).float())
-    actual = weights_fingerprint([network])
+    actual = weights_fingerprint([network, *getattr(network, "words", ())])
     check_sha256(path, actual, sha256)
     network.source = Source(path=str(path), sha256=actual)
     tokenizer = parts[part].tokenizer

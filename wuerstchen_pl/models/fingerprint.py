@@ -40,7 +40,9 @@ def encoder_fingerprints(
     fingerprints = {"stage": stage, "encoder": network_fingerprint(encoder.encoding)}
     if text_encoder is not None:
         tokens = text_encoder.tokenizer([_PROBE])[0].tolist()
-        fingerprints["text_encoder"] = network_fingerprint(text_encoder, extra=str(tokens))
+        words = {word.text: weights_fingerprint([word]) for word in text_encoder.words}
+        extra = f"{tokens}{words or ''}"
+        fingerprints["text_encoder"] = network_fingerprint(text_encoder, extra=extra)
     return fingerprints
 
 
