@@ -42,7 +42,7 @@ def all_commands(name: str, text: str) -> list[list[str]]:
 
 
 def tunes(arguments: list[str]) -> bool:
-    return any(a.startswith("init_from=") or "style" in a for a in arguments)
+    return any(a.startswith("init_from=") or "style" in a or "rex" in a for a in arguments)
 
 
 def test_the_readme_is_short_and_has_every_command() -> None:
@@ -111,20 +111,22 @@ def test_the_commands_that_tune_a_model_run_one_after_the_other(
 
     trained, exported = finetuning_commands("train"), finetuning_commands("export")
     sampled = finetuning_commands("sample")
-    assert [len(group) for group in (trained, exported, sampled)] == [3, 3, 2]
+    assert [len(group) for group in (trained, exported, sampled)] == [4, 4, 3]
     for arguments in trained:
         arguments = with_local_data(local(arguments), workdir)
         assert run_program("train", [*arguments, *few]) == 0
     for number, arguments in enumerate(exported):
-        arguments = [a for a in arguments if not a.startswith("to=")]
-        to = "style" if number == 0 else str(number)
-        assert run_program("export", [*arguments, f"to=models/{to}"]) == 0
-    (workdir / "models/style").rename(workdir / "style")
+        to = next(a for a in arguments if a.startswith("to="))
+        arguments = [a for a in arguments if a != to]
+        assert run_program("export", [*arguments, f"to=models/{number}"]) == 0
+        if not (workdir / to[3:]).exists():
+            (workdir / "models" / str(number)).rename(workdir / to[3:])
     for arguments in sampled:
         arguments = [a.replace("outputs/mine/c", str(cascade / "c")) for a in arguments]
         steps = ["sample.prior_steps=1", "sample.decoder_steps=1"]
         assert run_program("sample", [*arguments, *steps]) == 0
     assert (workdir / "style/pytorch_lora_weights.safetensors").is_file()
+    assert (workdir / "rex/learned_embeds.safetensors").is_file()
 
 
 ON_GPUS = [c for c in commands("train") if "trainer=fsdp_a100" in c]

@@ -205,6 +205,7 @@ BAD = {
     "sampler": (["prompt=a", "sample.sampler=euler"], "sampler is 'euler', and must be"),
     "key": (["prompt=a", "sample.steps=3"], "sample.steps is not a key"),
     "no model": (["model=/no/such", "prompt=a"], "/no/such does not exist; train Stage C first"),
+    "no words": (["words=[/no/such]", "prompt=a"], "words=/no/such does not exist"),
     "no prompts": (["prompts=/no/such.txt"], "prompts=/no/such.txt is not a file"),
 }  # fmt: skip
 

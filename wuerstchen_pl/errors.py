@@ -72,7 +72,7 @@ def _explain_composition(error: BaseException) -> str | None:
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override!r} cannot be read; write key=value, and quote a value with any of "
-            ",=:[]{}() twice: 'key=\"a,b\"'"
+            ",=:[]{}()<> twice: 'key=\"a,b\"'"
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")

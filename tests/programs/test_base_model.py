@@ -326,6 +326,46 @@ def test_an_exported_word_gives_the_images_of_its_run(published: Path, tmp_path:
         assert run_program("export", [f"ckpt={run}", f"to={tmp_path / 'model'}"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([], "no caption has the word '<rex>' of stage.words.text"),
+        (["data.captions.trigger='my <rex> '", "stage.words.text=zqzq"], "no caption has the word"),
+        (
+            ["stage.words.text=face", TRIGGER],
+            "the word 'face' is a token of the vocabulary",
+        ),
+        (["stage.words.text=[aqz,AQZ]", TRIGGER], "the word 'AQZ' appears twice; remove one"),
+        (["stage.words.init=*zzzzzz*", TRIGGER], "stage.words.init='[*]zzzzzz[*]' has no token"),
+        (["stage.words.text=???"], "stage.words.text is missing; set"),
+    ],
+)
+def test_a_word_that_cannot_be_learned_is_refused(
+    keys: list[str], message: str, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    choice = ["stage=c", "experiment=token", f"paths.root={tmp_path}", *CASES["without a decoder"]]
+    arguments = [published_path(key) for key in [*choice, *SMALL, *WORD, *keys]]
+    assert run_program("train", [a.replace("PUBLISHED", str(published)) for a in arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(f"error: .*{message}", error), error
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_with_a_word_that_a_run_learned(
+    published: Path, tmp_path: Path
+) -> None:
+    keys = [*CASES["as on the hub"], TRIGGER]
+    learned = finetune(published, tmp_path, *keys, *WORD, experiment="token")
+    keys = [f"init_from={learned}", *CASES["as on the hub"][1:], TRIGGER]
+    adapted = finetune(published, tmp_path, *keys, experiment="lora")
+    first, second = (
+        WuerstchenPipeline.from_pretrained(published / "decoder", prior=run)
+        for run in (learned, adapted)
+    )
+    assert second.words == ["<rex>"]
+    assert torch.equal(first.encode_prompt("a <rex>")[0], second.encode_prompt("a <rex>")[0])
+
+
 def test_a_tuned_prior_draws_with_the_published_decoder(
     base: Model, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,5 +1,6 @@
 """Textual inversion: the vectors of new words get the exact gradient, and nothing else changes."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.stages.b import StageB
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.captions import encode_captions
+from wuerstchen_pl.stages.data_checks import check_cache
 from wuerstchen_pl.stages.stage import Batch, Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in eval mode")
@@ -194,6 +196,12 @@ def test_what_no_word_can_be_trained_with_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+def test_a_cache_with_text_embeddings_is_refused() -> None:
+    cache: Any = SimpleNamespace(made_with={"text_encoder": "a"})
+    with pytest.raises(ValueError, match="is a cache with text embeddings"):
+        check_cache(learning_c(), cache)
 
 
 def test_a_stage_b_without_text_is_refused() -> None:
