@@ -134,7 +134,7 @@ def test_every_layer_has_the_same_effect_merged_and_not(kind: str, layer: str) -
         ("prior", "*.depthwise", "matches blocks.0.res.depthwise, but only "),
         ("diffnext", "down.1.*expand", "read no semantic latents can have an adapter"),
         ("prior", "stem", "matches stem, but only "),
-        ("prior", "*.attn1.*", "matches no layer; use patterns such as"),
+        ("prior", "*.attn1.*", "matches no layer; use patterns of names such as"),
     ],
 )
 def test_a_pattern_without_adaptable_layers_is_refused(

@@ -32,6 +32,7 @@ BF16, ACCUMULATED = "trainer.precision=bf16-mixed", ["data.batch_size=2", "globa
 PRESERVING = [
     "experiment=dreambooth", "stage.preservation.captions=[face]", "stage.preservation.weight=1000",
 ]  # fmt: skip
+TEXT = ["text_adapter@stage.text_adapter=lora", "stage.text_adapter.rank=4"]
 STAGE_B = ["stage=b", "stage.adapter.targets=['*.attention.*']"]
 WORDS = [
     "experiment=token", "stage.words.text='<rex>'", "data.captions.trigger='<rex>'",
@@ -92,13 +93,14 @@ def runs(base: Path, cascade: Path, tmp_path_factory: pytest.TempPathFactory) ->
             run("fsdp_b", *FSDP, *STAGE_B),
             run("ddp_words", *DDP, *WORDS),
             run("fsdp_words", *FSDP, *WORDS),
+            run("fsdp_text", *FSDP, *TEXT),
         ],
         root,
     )
     alone = {
         "one": ONE, "fsdp_then_one": [*ONE, from_fsdp], "one_accumulated": ONE_ACCUMULATED,
         "one_bf16": [*ONE, BF16], "one_preserving": [*ONE, *PRESERVING],
-        "one_b": [*ONE, *STAGE_B], "one_words": [*ONE, *WORDS],
+        "one_b": [*ONE, *STAGE_B], "one_words": [*ONE, *WORDS], "one_text": [*ONE, *TEXT],
     }  # fmt: skip
     for name, keys in alone.items():
         assert run_program("train", run(name, *keys)) == 0
@@ -116,6 +118,7 @@ def runs(base: Path, cascade: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ("fsdp_b", "one_b"),
         ("ddp_words", "one_words"),
         ("fsdp_words", "one_words"),
+        ("fsdp_text", "one_text"),
     ],
 )
 def test_two_processes_train_like_one(runs: Path, name: str, reference: str) -> None:

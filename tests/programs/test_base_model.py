@@ -193,18 +193,29 @@ def test_training_changes_the_prior_alone_and_resumes_bit_for_bit(
     assert sum(not torch.equal(changed[k], before[k]) for k in before) > len(before) / 2
 
 
-ADAPTERS = [("c", "lora"), ("b", "lora"), ("c", "dora"), ("c", "loha"), ("c", "lokr")]
+SOURCES = {"c": CASES["as on the hub"], "b": ["init_from=whole", "bucket_multiple=32"]}
+WITH_TEXT = ["text_adapter@stage.text_adapter=lora", "stage.text_encoder_lr=0.05"]
+PRIOR = r"prior\..*(attention\.(qkv|out)|cond_mapper)\.w"
+TEXT = r"prior_text_encoder.*attn\.(in_proj_|out_proj\.)w"
+ADAPTERS: dict[str, tuple[str, list[str], str]] = {
+    "c": ("c", [], PRIOR),
+    "text too": ("c", WITH_TEXT, f"{PRIOR}|{TEXT}"),
+    "text alone": ("c", [*WITH_TEXT, "stage.adapter=null"], TEXT),
+    "b": ("b", [], r"decoder.*attention\.(qkv|out)\.w"),
+    **{m: ("c", [f"stage.adapter.method={m}"], PRIOR) for m in ("dora", "loha", "lokr")},
+}
+"""Stage, keys and the names of the tensors that change."""
 
 
 @pytest.mark.parametrize(
-    ("stage", "method"),
-    [pytest.param(*a, marks=[pytest.mark.slow] * (i > 0)) for i, a in enumerate(ADAPTERS)],
+    "case",
+    [pytest.param(c, marks=[] if c in ("c", "text alone") else pytest.mark.slow) for c in ADAPTERS],
 )
 def test_an_adapter_is_all_that_changes_and_resumes_bit_for_bit(
-    stage: str, method: str, base: Model, published: Path, tmp_path: Path
+    case: str, base: Model, published: Path, tmp_path: Path
 ) -> None:
-    source = {"c": CASES["as on the hub"], "b": ["init_from=whole", "bucket_multiple=32"]}[stage]
-    keys = [*source, "stage.optimizer.lr=0.1", f"stage.adapter.method={method}"]
+    stage, chosen, targets = ADAPTERS[case]
+    keys = [*SOURCES[stage], "stage.optimizer.lr=0.1", *chosen]
 
     def run(name: str, *more: str) -> Path:
         more = (*keys, *more)
@@ -219,22 +230,20 @@ def test_an_adapter_is_all_that_changes_and_resumes_bit_for_bit(
     assert_bit_equal(a["ema"]["shadow"], b["ema"]["shadow"])
     assert a["ema"]["shadow"].keys() == a["state_dict"].keys()
     assert all(re.search("lora_|hada_|lokr_", name) for name in a["state_dict"])
-    model = read_run(whole)
-    denoiser = {"c": "prior", "b": "decoder"}[stage]
-    frozen = {"c": ("prior_text_encoder", *STAGE_B), "b": ("text_encoder", "vqgan")}[stage]
-    equal_parts(model, base, "compressor", *frozen)
-    changed, before = (tensors(Model({denoiser: m.parts[denoiser]})) for m in (model, base))
-    names = {name for name in before if not torch.equal(changed[name], before[name])}
-    targets = r"attention\.(qkv|out)\.w" + r"|cond_mapper\.w" * (stage == "c")
-    assert names == {name for name in before if re.search(targets, name)}
+    changed, before = tensors(read_run(whole)), tensors(base)
+    names = {name for name in changed if not torch.equal(changed[name], before[name])}
+    assert names == {name for name in changed if re.search(targets, name)}
 
 
-@pytest.mark.parametrize("stage", ["c", pytest.param("b", marks=pytest.mark.slow)])
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("b", "text too", "text alone")]
+
+
+@pytest.mark.parametrize("case", ["c", *SLOW])
 def test_an_exported_adapter_gives_the_images_of_its_run(
-    stage: str, published: Path, tmp_path: Path
+    case: str, published: Path, tmp_path: Path
 ) -> None:
-    source = {"c": CASES["as on the hub"], "b": ["init_from=whole", "bucket_multiple=32"]}[stage]
-    keys = [*source, "stage.optimizer.lr=0.1"]
+    stage, chosen, _ = ADAPTERS[case]
+    keys = [*SOURCES[stage], "stage.optimizer.lr=0.1", *chosen]
     run = finetune(published, tmp_path, *keys, stage=stage, experiment="lora")
     adapter = tmp_path / "adapter"
     assert run_program("export", [f"ckpt={run}", f"to={adapter}", "format=adapter"]) == 0

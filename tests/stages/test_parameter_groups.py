@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from tests.stages.conftest import STAGES, fit, stage_a
+from wuerstchen_pl.adapters.adapter import Adapter
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.learning_rate import LearningRate
+from wuerstchen_pl.models.prior import Prior
+from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.stages.stage import Stage
 
 CLIPPED = {"gradient_clip_val": 0.01}
@@ -61,6 +64,40 @@ def test_the_schedule_scales_both_rates_and_both_are_logged(batch: Batch) -> Non
     }
 
 
+def of_base(network: Any) -> Any:
+    network.source = {"path": "base", "sha256": "0"}
+    for parameter in network.parameters():  # some are 0 when they are initialized
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return network
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode")
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_adapter_of_the_text_encoder_has_its_own_learning_rate(
+    alone: bool, batch: Batch
+) -> None:
+    torch.manual_seed(0)
+    prior = of_base(Prior(width=32, depth=2, num_heads=2, text_dim=16, dropout=0.1))
+    text = of_base(TextEncoder(width=16, depth=1, num_heads=2, context_length=8))
+    stage = STAGES["c"](
+        prior=prior, text_encoder=text, train_text_encoder=False, text_encoder_lr=1e-4,
+        text_adapter=Adapter(rank=2, targets=["*.attn.*"]),
+        adapter=None if alone else Adapter(rank=2), lr_schedule=lambda n: 1.0,
+    )  # fmt: skip
+    before = {n: p.detach().clone() for n, p in stage.named_parameters()}
+    fit(stage, batch, 1)
+    updates = {
+        name: float((parameter.detach() - before[name]).abs().max())
+        for name, parameter in stage.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
+    trained = {name for name in before if "lora_B" in name}  # A has gradients once B is not 0
+    assert updates.keys() == trained
+    assert any(name.startswith("prior.") for name in trained) is not alone
+    for name, update in updates.items():  # of Adam's first step
+        assert update == pytest.approx(3e-3 if name.startswith("prior.") else 1e-4, rel=1e-3)
+
+
 def test_a_group_with_a_loss_of_its_own_is_clipped_by_its_own_norm(batch: Batch) -> None:
     """With SGD, the update is the clipped gradient."""
 
@@ -82,7 +119,11 @@ def test_a_group_with_a_loss_of_its_own_is_clipped_by_its_own_norm(batch: Batch)
         ({"text_encoder_lr": 0.0}, r"text_encoder_lr=0\.0 is out of range"),
         (
             {"text_encoder_lr": 1e-5, "train_text_encoder": False},
-            "has no effect on a frozen text encoder; set train_text_encoder=true or",
+            "has no effect on a frozen text encoder; set train_text_encoder=true, text_adapter or",
+        ),
+        (
+            {"text_adapter": Adapter(targets=["*.attn.*"])},
+            "set train_text_encoder=false or text_adapter=null",
         ),
     ],
 )

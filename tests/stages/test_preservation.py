@@ -72,22 +72,26 @@ def test_captions_must_be_set_and_need_an_adapter(
     )
 
 
-def test_class_images_are_those_of_the_base_model(cascade: Path) -> None:
+@pytest.mark.parametrize("text_too", [False, True])
+def test_class_images_are_those_of_the_base_model(text_too: bool, cascade: Path) -> None:
     base: Any = load_stage(source=cascade / "c", stage="c")
     captions, seeds = [CAPTION, "red heart", CAPTION], [0, 1, 2]
     expected = base.sample(captions, size=(64, 64), seeds=seeds)
     preservation = PriorPreservation(captions=captions[:2], num_class_images=3, image_size=64)
-    tuned = with_adapter(cascade / "c", preservation)
+    tuned = with_adapter(cascade / "c", preservation, text_too)
     preservation.draw_class_images(tuned)
     assert preservation.class_images is not None
     torch.testing.assert_close(preservation.class_images, base.scaling.normalize(expected))
     assert not torch.allclose(tuned.sample(captions, size=(64, 64), seeds=seeds), expected)
 
 
-def test_the_loss_is_that_of_class_images_with_their_captions(cascade: Path) -> None:
+@pytest.mark.parametrize("text_too", [False, True])
+def test_the_loss_is_that_of_class_images_with_their_captions(
+    text_too: bool, cascade: Path
+) -> None:
     captions = [CAPTION, "red heart"]
     preservation = PriorPreservation(captions=captions, num_class_images=2, image_size=64, weight=3)
-    tuned = with_adapter(cascade / "c", preservation)
+    tuned = with_adapter(cascade / "c", preservation, text_too)
     preservation.draw_class_images(tuned)
     images = preservation.class_images
     assert images is not None
@@ -98,22 +102,25 @@ def test_the_loss_is_that_of_class_images_with_their_captions(cascade: Path) -> 
     t = sample_timesteps(rng.uniform())
     xt = tuned.schedule.add_noise(images[which], t, rng.noise(images[which]))
     text = tuned.text([captions[which]])
-    change = tuned.prior(xt, t, text) - base_prediction(tuned, xt, t, text)
+    base_text = load_stage(source=cascade / "c", stage="c").text([captions[which]])
+    assert torch.equal(text, base_text) == (not text_too)
+    change = tuned.prior(xt, t, text) - base_prediction(tuned, xt, t, base_text)
     assert change.abs().max() > 0
     expected = 3 * p2_weight(tuned.schedule, t, tuned.p2) * change.square().mean()
     torch.testing.assert_close(loss, expected.squeeze())
 
 
-def with_adapter(run: Path, preservation: PriorPreservation) -> Any:
-    """Stage C of a run with an adapter that changes it."""
+def with_adapter(run: Path, preservation: PriorPreservation, text_too: bool) -> Any:
+    """Stage C of a run with an adapter that changes it, and one of its text encoder."""
     tuned = StageC(
         stage_b=load_compressor(source=run),
         prior=cast(Prior, load_network(source=run, part="prior")),
         text_encoder=cast(TextEncoder, load_network(source=run, part="prior_text_encoder")),
         adapter=Adapter(rank=2),
+        text_adapter=Adapter(rank=2, targets=["*.attn.*"]) if text_too else None,
         preservation=preservation,
     )
-    for name, parameter in tuned.prior.named_parameters():
+    for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
     return tuned.eval()

@@ -187,6 +187,11 @@ def test_a_word_and_an_adapter_are_trained_together(batch: Batch) -> None:
     ("build", "options", "message"),
     [
         (learning_c, {"train_text_encoder": True}, "words need a frozen text encoder"),
+        (
+            learning_c,
+            {"text_adapter": Adapter(rank=2, targets=["*.attn.*"])},
+            "set train_text_encoder=false and text_adapter=null",
+        ),
         (learning_c, {"prior": Prior(width=32, depth=1, num_heads=2, text_dim=16)}, "base model"),
         (learning_b, {"text_encoder": None}, "text_dim=16 and text_encoder disagree"),
     ],

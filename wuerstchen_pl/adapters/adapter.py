@@ -19,7 +19,7 @@ _TENSOR = re.compile(rf"(.+)\.((?:lora|hada|lokr)_\w+)\.{NAME}(\.weight)?")
 
 
 class Adapter:
-    """Adds an adapter to a denoiser; peft computes it.
+    """Adds an adapter to a network; peft computes it.
 
     Args:
         method: ``lora``, ``dora``, ``loha`` or ``lokr``; see ``weights``.
@@ -57,7 +57,7 @@ class Adapter:
         """Factor on the change of a weight."""
         return self.alpha / self.rank
 
-    def add_to_base(self, network: nn.Module) -> None:
+    def add_to_base(self, network: nn.Module, key: str = "stage.adapter") -> None:
         """``add_to`` for a network with the weights of a base model, which a checkpoint can name.
 
         Raises:
@@ -65,14 +65,18 @@ class Adapter:
         """
         if getattr(network, "source", None) is None:
             raise ValueError(
-                "adapter needs the weights of a base model; set preset=base and init_from"
+                f"{key} needs the weights of a base model; set preset=base and init_from"
             )
-        self.add_to(network)
+        self.add_to(network, key)
 
-    def add_to(self, network: nn.Module) -> None:
+    def add_to(self, network: nn.Module, key: str = "stage.adapter") -> None:
         """Freeze a network and add the adapter, in place; its output does not change yet.
 
         From now on, the network's state dict has the tensors of the adapter only.
+
+        Args:
+            network: without an adapter.
+            key: of this adapter, for messages.
 
         Raises:
             ImportError: if peft is not installed.
@@ -83,13 +87,14 @@ class Adapter:
             from peft import inject_adapter_in_model
         except ImportError:
             raise ImportError(
-                "stage.adapter needs peft, which is not installed; run pip install "
+                f"{key} needs peft, which is not installed; run pip install "
                 "'wuerstchen_pl[adapters]'"
             ) from None
 
         network.train().requires_grad_(False)  # with the dropout of the base model
         split_projections(network)
-        inject_adapter_in_model(self._config(choose_layers(network, self.targets)), network, NAME)
+        layers = choose_layers(network, self.targets, key)
+        inject_adapter_in_model(self._config(layers), network, NAME)
         network.register_state_dict_post_hook(_keep_adapter)
         network.register_load_state_dict_post_hook(_ignore_base)
 

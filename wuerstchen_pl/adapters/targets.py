@@ -67,12 +67,13 @@ def _sliced(network: nn.Module) -> Iterator[str]:
             yield f"{name}.expand"
 
 
-def choose_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
+def choose_layers(network: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Linear]:
     """The adaptable layers whose names match one of the patterns, such as ``*.attention.*``.
 
     Args:
         network: after ``split_projections``.
         patterns: as for ``fnmatch``, of names such as ``blocks.0.attn.attention.qkv.to_q``.
+        key: of the adapter, for messages.
 
     Raises:
         ValueError: if a pattern matches no layer, or none that can have an adapter.
@@ -84,13 +85,13 @@ def choose_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.L
         unadaptable = [name for name, _ in network.named_modules() if fnmatchcase(name, pattern)]
         if unadaptable:
             raise ValueError(
-                f"stage.adapter.targets has {pattern!r}, which matches {unadaptable[0]}, but only "
-                "linear layers that read no semantic latents can have an adapter; choose such "
-                "layers, for example *.attention.*"
+                f"{key}.targets has {pattern!r}, which matches {unadaptable[0]}, but only linear "
+                "layers that read no semantic latents can have an adapter; choose such layers, for "
+                f"example {next(iter(layers))}"
             )
         raise ValueError(
-            f"stage.adapter.targets has {pattern!r}, which matches no layer; use patterns such as "
-            "*.attention.*"
+            f"{key}.targets has {pattern!r}, which matches no layer; use patterns of names such as "
+            f"{next(iter(layers))}"
         )
     return {
         name: layer

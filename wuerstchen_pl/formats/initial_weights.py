@@ -68,7 +68,7 @@ def load_initial_weights(stage: "Stage", source: str, *, allow_mismatch: bool = 
             check_scaling(weights.scaling, _scaling(stage.provenance.config or {}), origin)
     if not is_base:
         stage.load_state_dict(weights.tensors)
-    logger.info("init_from: %s, %s", path, weights.description)
+    logger.info("init_from: %s, %s", path, "base model" if is_base else weights.description)
 
 
 def _scaling(config: Mapping[str, Any]) -> tuple[float, float]:
@@ -102,11 +102,15 @@ def _without_frozen(tensors: dict[str, Tensor], stage: "Stage") -> dict[str, Ten
 
 def _from_model(model: Model, path: Path, stage: "Stage") -> InitialWeights:
     trained = dict(stage.named_children())
-    parts = {a: part for a, part in STAGE_PARTS.get(stage.name, {}).items() if a in trained}
-    if not parts:
+    if stage.name not in STAGE_PARTS:
         raise ValueError(
             f"init_from={path} is a model, and no format has stage={stage.name}; use a run"
         )
+    parts = {
+        attribute: part
+        for attribute, part in STAGE_PARTS[stage.name].items()
+        if attribute in trained and attribute not in stage.adapters  # these have their weights
+    }
     if missing := [part for part in parts.values() if part not in model.parts]:
         raise ValueError(
             f"init_from={path} lacks {' and '.join(missing)}, which stage={stage.name} trains; add "

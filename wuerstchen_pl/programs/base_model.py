@@ -104,7 +104,8 @@ def _arguments(model: Model, key: str, cfg: DictConfig, part: str) -> Mapping[st
 
 def _complete(cfg: DictConfig, name: str, part: str, base: Mapping[str, Any]) -> None:
     """Merge the arguments of a base network with those of the config, or load it as it is."""
-    if any(cfg.stage.get(key) is not None for key in ("adapter", "words")):  # its weights stay
+    kept = ("adapter", "text_adapter", "words")  # with one of them, its weights stay
+    if any(cfg.stage.get(key) is not None for key in kept):
         cfg.stage[name] = {"_target_": LOAD_NETWORK, "source": cfg.init_from, "part": part}
         return
     chosen: Any = OmegaConf.to_container(cfg.stage[name], resolve=True)

@@ -271,7 +271,7 @@ def _silence_lightning() -> None:
         "You are trying to `self",
         "treespec",
         "It is recommended to use `self",
-        "in eval mode at the start",  # base models of new words, without dropout
+        "in eval mode at the start",  # frozen base models, without dropout
         "Grad strides do not match bucket",
         "is smaller than the logging interval",  # batches of an epoch; steps are logged
     ):

@@ -41,7 +41,7 @@ def check_networks(
     differing = [name for name in names if expected.get(name) != actual.get(name)]
     if not differing:
         return
-    networks = {name.partition(".")[0] for name in differing} | {"adapter"}
+    networks = {name.partition(".")[0] for name in differing} | {"adapter", "text_adapter"}
     new = dict(_values({k: v for k, v in (config or {}).items() if k in networks}, "stage"))
     old = dict(_values({k: v for k, v in checkpoint["stage"].items() if k in networks}, "stage"))
     if keys := sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key)):

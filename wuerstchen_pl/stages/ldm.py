@@ -55,6 +55,7 @@ class StageLDM(TextConditionalStage):
             prior=prior,
             text_encoder=text_encoder,
             adapter=None,
+            text_adapter=None,
             words=None,
             preservation=None,
             train_text_encoder=train_text_encoder,

@@ -4,9 +4,10 @@ DreamBooth (Ruiz et al. 2022, arXiv 2208.12242) trains on images of the class th
 drew. Here the base model's own prediction is the target, which also needs no such images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -68,10 +69,9 @@ class PriorPreservation:
         """Draw the class images, the same for every process and whenever a run is resumed."""
         if not self.num_class_images:
             return
-        adapter = stage.adapters["prior"]
         size = (self.image_size, self.image_size)
         batches = []
-        with adapter.disabled(cast(Any, stage.prior)), stage.frozen.all_on(stage.device):
+        with _base_model(stage), stage.frozen.all_on(stage.device):
             for seeds in torch.arange(self.num_class_images).split(BATCH_SIZE):
                 captions = [self.captions[seed % len(self.captions)] for seed in seeds]
                 batches.append(stage.sample(captions, size=size, seeds=seeds.tolist()))
@@ -85,7 +85,6 @@ class PriorPreservation:
             x0: (B, S, h, w) latents of the training images in the denoiser's scale.
             rng: of the batch.
         """
-        prior, adapter = cast(Any, stage.prior), stage.adapters["prior"]
         classes = len(self.captions)
         if self.class_images is None:
             which = (rng.uniform() * classes).long()
@@ -95,18 +94,32 @@ class PriorPreservation:
         text = self._text(stage, which)
         t = to_device(sample_timesteps(rng.uniform()), x0.device)
         xt = stage.schedule.add_noise(x0, t, rng.noise(x0))
-        with torch.no_grad(), adapter.disabled(prior):
-            target = prior(xt, t, text)
-        errors = noise_error(prior(xt, t, text), target)
+        with torch.no_grad(), _base_model(stage):
+            target = stage.prior(xt, t, text)
+        if "text_encoder" in stage.adapters:
+            text = stage.text([self.captions[i] for i in which.tolist()])
+        errors = noise_error(stage.prior(xt, t, text), target)
         return self.weight * (p2_weight(stage.schedule, t, stage.p2) * errors).mean()
 
     def _text(self, stage: "TextConditionalStage", which: Tensor) -> Tensor:
-        """(B, L, D) embeddings of captions; computed once unless the text encoder is trained."""
-        if stage.train_text_encoder:
+        """(B, L, D) embeddings of captions by the base model, or by a text encoder all of whose
+        weights are trained; those of the base model are computed once.
+        """
+        if stage.trains_text and "text_encoder" not in stage.adapters:
             return stage.text([self.captions[i] for i in which.tolist()]).detach()
         if self._embeddings is None:
-            self._embeddings = torch.cat([stage.text([caption]) for caption in self.captions])
+            with torch.no_grad(), _base_model(stage):
+                self._embeddings = torch.cat([stage.text([caption]) for caption in self.captions])
         return self._embeddings[which.to(self._embeddings.device)]
+
+
+@contextmanager
+def _base_model(stage: "TextConditionalStage") -> Iterator[None]:
+    """Within the block, the networks of a stage compute what the base model does."""
+    with ExitStack() as adapters:
+        for name, adapter in stage.adapters.items():
+            adapters.enter_context(adapter.disabled(getattr(stage, name)))
+        yield
 
 
 def _read(path: str) -> list[str]:

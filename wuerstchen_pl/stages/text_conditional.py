@@ -17,15 +17,16 @@ from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.unet import UNet
-from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.stages.batch_rng import validation_losses
 from wuerstchen_pl.stages.captions import encode_captions
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
+from wuerstchen_pl.stages.frozen_base import freeze_base
 from wuerstchen_pl.stages.preservation import PriorPreservation
 from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
+from wuerstchen_pl.stages.text_checks import check_text_networks
 from wuerstchen_pl.stages.text_grid import text_grid
 from wuerstchen_pl.stages.textual_inversion import learn_words
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
@@ -40,10 +41,13 @@ class TextConditionalStage(Stage):
         text_encoder: captions -> text embeddings.
         adapter: trained instead of the weights of the prior, which are those of a base model; None
             trains the prior itself.
+        text_adapter: trained with the adapter of the prior, or alone if that is None; None leaves
+            the text encoder as it is.
         words: trained instead of the networks, which are those of a base model; None trains them.
         preservation: keeps the meaning of a caption while an adapter is trained; None does not.
         train_text_encoder: train it with the prior (tiny preset); False freezes it.
-        text_encoder_lr: learning rate of the trained text encoder; None is that of the optimizer.
+        text_encoder_lr: learning rate of the text encoder or its adapter; None is that of the
+            optimizer.
         latent_channels: channels of the frozen stage's latents.
         optimizer: builds an optimizer over all weights that are not frozen.
         lr_schedule: step -> factor on the learning rate.
@@ -65,6 +69,7 @@ class TextConditionalStage(Stage):
         prior: Prior | UNet,
         text_encoder: TextEncoder,
         adapter: Adapter | None,
+        text_adapter: Adapter | None,
         words: NewWords | None,
         preservation: PriorPreservation | None,
         train_text_encoder: bool,
@@ -83,32 +88,16 @@ class TextConditionalStage(Stage):
             optimizer=optimizer, lr_schedule=lr_schedule, ema=ema, seed=seed,
             frozen_precision=frozen_precision,
         )  # fmt: skip
-        if prior.latent_channels != latent_channels:
-            raise ValueError(
-                f"prior.latent_channels={prior.latent_channels}, but the frozen stage has latents "
-                f"of {plural(latent_channels, 'channel')}; set them equal"
-            )
-        if prior.text_dim != text_encoder.width:
-            raise ValueError(
-                f"prior.text_dim={prior.text_dim}, but text_encoder.width={text_encoder.width}; "
-                "set them equal"
-            )
-        if text_encoder_lr is not None and not train_text_encoder:
-            raise ValueError(
-                f"text_encoder_lr={text_encoder_lr} has no effect on a frozen text encoder; set "
-                "train_text_encoder=true or text_encoder_lr=null"
-            )
-        if text_encoder_lr is not None and text_encoder_lr <= 0:
-            raise ValueError(f"text_encoder_lr={text_encoder_lr} is out of range; use more than 0")
-        if not train_text_encoder and text_encoder.is_random:
-            raise ValueError(
-                "text_encoder.weights=null leaves a frozen text encoder random; set it to CLIP's "
-                "weights, or set train_text_encoder=true"
-            )
+        check_text_networks(
+            prior, text_encoder, latent_channels=latent_channels, text_adapter=text_adapter,
+            train_text_encoder=train_text_encoder, text_encoder_lr=text_encoder_lr,
+        )  # fmt: skip
         self.prior = prior
         if adapter is not None:
             adapter.add_to_base(prior)
             self.adapters["prior"] = adapter
+        elif text_adapter is not None:
+            freeze_base(self, "prior")
         elif preservation is not None:
             raise ValueError(
                 "preservation keeps what the model predicts without its adapter; set "
@@ -120,13 +109,17 @@ class TextConditionalStage(Stage):
                 "train_text_encoder=false"
             )
         self.preservation = preservation
-        if train_text_encoder:
+        if text_adapter is not None:
+            text_adapter.add_to_base(text_encoder, "stage.text_adapter")
+            self.adapters["text_encoder"] = text_adapter
+        self.trains_text = train_text_encoder or text_adapter is not None
+        if self.trains_text:
             self.add_module("text_encoder", text_encoder)
         else:
             self.frozen.register("text_encoder", text_encoder)
         if words is not None:
             learn_words(self, words, "prior")
-        self.train_text_encoder, self.text_encoder_lr = train_text_encoder, text_encoder_lr
+        self.text_encoder_lr = text_encoder_lr
         self.schedule = CosineSchedule()
         self.timestep_bins = TimestepBins()
         self.p2: P2Form = p2
@@ -163,13 +156,14 @@ class TextConditionalStage(Stage):
     # Optimization
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group for the prior or its adapter, and one for the text encoder if it is trained."""
-        if not self.train_text_encoder:
+        """One group for the prior or its adapter, and one for the text encoder or its adapter."""
+        if not self.trains_text:
             return super().parameter_groups()
         encoder = [p for p in self.text_encoder.parameters() if p.requires_grad]
         prior = [p for p in self.prior.parameters() if p.requires_grad]
         lr = {} if self.text_encoder_lr is None else {"lr": self.text_encoder_lr}
-        return [{"params": prior}, {"params": encoder, "name": "text_encoder", **lr}]
+        text = {"params": encoder, "name": "text_encoder", **lr}
+        return [{"params": prior}, text] if prior else [text]
 
     # Latents
 
@@ -186,7 +180,7 @@ class TextConditionalStage(Stage):
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (B, L, D) embeddings, with gradients if the text encoder or words learn."""
-        if self.train_text_encoder:
+        if self.trains_text:
             return self.text_encoder(captions)
         with self.frozen.computing(self.text_encoder, self.device):
             return self.text_encoder(captions)
