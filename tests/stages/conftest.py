@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from wuerstchen_pl.models.compressor import ConvBackbone, SemanticCompressor
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.discriminator import Discriminator
+from wuerstchen_pl.models.paella import Paella
 from wuerstchen_pl.models.perceptual import RandomFeatures
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
@@ -18,6 +19,7 @@ from wuerstchen_pl.models.unet import UNet
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.b import StageB
+from wuerstchen_pl.stages.b_tokens import TokenStageB
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.ldm import StageLDM
@@ -59,6 +61,19 @@ def stage_b(**options: object) -> StageB:
     )
 
 
+def token_stage_b(**options: object) -> TokenStageB:
+    frozen = stage_a()
+    torch.manual_seed(0)
+    paella = Paella(
+        codebook_size=16, token_dim=8, widths=[16, 24], num_blocks=[1, 1], num_heads=[2, 2],
+        cond_dim=8, dropout=0.0,
+    )  # fmt: skip
+    return TokenStageB(
+        compressor=SemanticCompressor(backbone=ConvBackbone(width=4, depth=3)),
+        **{"stage_a": frozen, "paella": paella, **training(3e-3), **options},  # type: ignore[arg-type]
+    )
+
+
 def stage_c(**options: object) -> StageC:
     frozen = stage_b()
     torch.manual_seed(0)
@@ -84,7 +99,7 @@ def stage_ldm(**options: object) -> StageLDM:
     )
 
 
-STAGES = {"a": stage_a, "b": stage_b, "c": stage_c, "ldm": stage_ldm}
+STAGES = {"a": stage_a, "b": stage_b, "b_tokens": token_stage_b, "c": stage_c, "ldm": stage_ldm}
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def validation_loss(stage: Stage, batch: Batch) -> float:
     [
         pytest.param("a", 300, 0.4, marks=pytest.mark.slow),
         pytest.param("b", 120, 0.8, marks=pytest.mark.slow),
+        pytest.param("b_tokens", 120, 0.8, marks=pytest.mark.slow),
         ("c", 60, 0.5),
         pytest.param("ldm", 100, 0.8, marks=pytest.mark.slow),
     ],

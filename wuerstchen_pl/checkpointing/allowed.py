@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
 
 STAGE_TARGETS = frozenset(
-    f"wuerstchen_pl.stages.{name}" for name in ("a.StageA", "b.StageB", "c.StageC", "ldm.StageLDM")
+    f"wuerstchen_pl.stages.{name}"
+    for name in ("a.StageA", "b.StageB", "b_tokens.TokenStageB", "c.StageC", "ldm.StageLDM")
 )
 COMPRESSOR_ONLY = "wuerstchen_pl.stages.compressor_only.CompressorOnly"
 NETWORK_TARGETS = frozenset(

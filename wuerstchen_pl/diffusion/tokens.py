@@ -47,17 +47,20 @@ def is_replaced(uniform: Tensor, t: Tensor) -> Tensor:
     return uniform <= expand_like(t, uniform)
 
 
-def token_weights(replaced: Tensor, t: Tensor) -> Tensor:
-    """Weights of the tokens in the loss, whose sum is 1 in each sample.
+def token_weights(replaced: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Weights of the tokens in the loss, whose sum is 1 in each sample, or 0 if all are masked.
 
     A token that was not replaced, and is easy to predict at small t, has less weight.
 
     Args:
         replaced: (B, H, W), see ``is_replaced``.
         t: (B,).
+        mask: (B, 1, H', W') in [0, 1], at the size of the images; see ``objective.noise_error``.
     """
     weights = 1 - KEPT_WEIGHT * (1 - replaced.float()) * (1 - expand_like(t, replaced))
-    return weights / weights.sum(dim=(1, 2), keepdim=True)
+    if mask is not None:
+        weights = weights * F.interpolate(mask.float(), weights.shape[-2:], mode="area")[:, 0]
+    return weights / weights.sum(dim=(1, 2), keepdim=True).clamp_min(1e-6)
 
 
 def token_error(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ from wuerstchen_pl.evaluation.dataset_metrics import SPLITS
 from wuerstchen_pl.evaluation.metrics.score import Score, mean_score
 from wuerstchen_pl.evaluation.scored_images import ScoredImages, thumbnail
 from wuerstchen_pl.io.images import to_float
-from wuerstchen_pl.stages.b import StageB
+from wuerstchen_pl.stages.decoder_stage import DecoderStage
 from wuerstchen_pl.stages.text_conditional import TextConditionalStage
 
 if TYPE_CHECKING:
     from wuerstchen_pl.data.datamodule import ImageTextDataModule
     from wuerstchen_pl.data.sources.source import Split
 
-StageWithLoss = StageB | TextConditionalStage
+StageWithLoss = DecoderStage | TextConditionalStage
 NUM_BINS = 10
 MAX_TRAINING_IMAGES = 1000
 

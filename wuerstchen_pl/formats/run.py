@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 STAGE_PARTS = {
     "a": {"vqgan": "vqgan"},
-    "b": {"diffnext": "decoder", "compressor": "compressor", "text_encoder": "text_encoder"},
+    "b": {
+        "diffnext": "decoder",
+        "paella": "decoder",  # of version 1
+        "compressor": "compressor",
+        "text_encoder": "text_encoder",
+    },
     "compressor": {"compressor": "compressor"},
     "c": {"prior": "prior", "text_encoder": "prior_text_encoder"},
 }
@@ -92,7 +97,7 @@ def _parts(stage: "Stage") -> dict[str, Part]:
     config = stage.provenance.config or {}
     parts = {}
     for attribute, name in STAGE_PARTS[stage.name].items():
-        network: nn.Module | None = getattr(stage, attribute)
+        network: nn.Module | None = getattr(stage, attribute, None)
         if network is not None:
             arguments = getattr(network, "arguments", None)  # of a network from a model
             adapter = stage.adapters.get(attribute)

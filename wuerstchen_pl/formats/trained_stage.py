@@ -1,5 +1,6 @@
 """A trained stage, from a run or from a model of any format."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +15,7 @@ from wuerstchen_pl.checkpointing.load import (
     find_frozen,
     read_checkpoint,
 )
-from wuerstchen_pl.formats.model import PAELLA, Part, build_network
+from wuerstchen_pl.formats.model import DIFFNEXT, PAELLA, VQGAN, Part, build_network
 from wuerstchen_pl.formats.pretrained import check_sha256, resolve_weights
 from wuerstchen_pl.formats.registry import find_format, read_model, resolve_source
 from wuerstchen_pl.formats.run import STAGE_PARTS
@@ -25,8 +26,14 @@ from wuerstchen_pl.models.text import TextEncoder
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
 
-FROM_MODELS = {"a": "wuerstchen_pl.stages.a.StageA", "b": "wuerstchen_pl.stages.b.StageB"}
+FROM_MODELS = ("a", "b")
 """The stages that other stages use frozen, which are built from models too."""
+TARGETS = {
+    VQGAN: "wuerstchen_pl.stages.a.StageA",
+    DIFFNEXT: "wuerstchen_pl.stages.b.StageB",
+    PAELLA: "wuerstchen_pl.stages.b_tokens.TokenStageB",
+}
+"""The network that decodes -> the stage that it is of."""
 
 
 def load_stage(
@@ -156,8 +163,6 @@ def _check_parts(parts: Mapping[str, Part], name: str, path: Path) -> None:
             f"{path} lacks {' and '.join(missing)}, which a frozen Stage {name.upper()} needs; add "
             "missing parts with python -m wuerstchen_pl.convert, or use another model"
         )
-    if name == "b" and parts["decoder"].config["_target_"] == PAELLA:
-        raise ValueError(f"{path} has v1's Stage B, which can only be converted; use v2's")
 
 
 def _build(
@@ -165,9 +170,11 @@ def _build(
 ) -> "Stage":
     """Stage A or B with the networks of a model, and the config that it would have in a run."""
     arguments: dict[str, Any] = {}
-    config: dict[str, Any] = {"_target_": FROM_MODELS[name]}
+    decoder = parts["vqgan" if name == "a" else "decoder"].config["_target_"]
+    config: dict[str, Any] = {"_target_": TARGETS[decoder]}
+    expected = inspect.signature(stage_class(config)).parameters
     for attribute, part in STAGE_PARTS[name].items():
-        if part not in networks:
+        if part not in networks or attribute not in expected:
             continue
         arguments[attribute], config[attribute] = networks[part], dict(parts[part].config)
         if part == "text_encoder":

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from wuerstchen_pl.models.layers import Block
+from wuerstchen_pl.models.paella import PaellaBlock
 from wuerstchen_pl.models.vqgan import ScaledResBlock
 
-BLOCKS = (Block, ScaledResBlock)
+BLOCKS = (Block, PaellaBlock, ScaledResBlock)
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:

@@ -12,8 +12,8 @@ from wuerstchen_pl.diffusion.objective import P2Form
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
-from wuerstchen_pl.stages.b import StageB
 from wuerstchen_pl.stages.compressor_only import CompressorOnly
+from wuerstchen_pl.stages.decoder_stage import DecoderStage
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
 from wuerstchen_pl.stages.preservation import PriorPreservation
@@ -35,12 +35,12 @@ class StageC(TextConditionalStage):
     """
 
     name: ClassVar[Literal["c"]] = "c"
-    stage_b: StageB | CompressorOnly
+    stage_b: DecoderStage | CompressorOnly
 
     def __init__(
         self,
         *,
-        stage_b: StageB | CompressorOnly,
+        stage_b: DecoderStage | CompressorOnly,
         prior: Prior,
         text_encoder: TextEncoder,
         adapter: Adapter | None = None,
@@ -83,16 +83,16 @@ class StageC(TextConditionalStage):
     @property
     def can_draw(self) -> bool:
         """Whether Stages B and A are present, which turn semantic latents into images."""
-        return isinstance(self.stage_b, StageB)
+        return isinstance(self.stage_b, DecoderStage)
 
     @property
-    def drawing_stage_b(self) -> StageB:
+    def drawing_stage_b(self) -> DecoderStage:
         """Stage B.
 
         Raises:
             ValueError: if only its compressor is present.
         """
-        if not isinstance(self.stage_b, StageB):
+        if not isinstance(self.stage_b, DecoderStage):
             raise ValueError(
                 "this Stage C was trained without Stages B and A; use it as prior= of a model that "
                 "has them, such as model=warp-ai/wuerstchen"
