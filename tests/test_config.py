@@ -225,7 +225,7 @@ COMMAND_LINES = {
     "no stage": ([], "stage is missing; choose stage=a or stage=b or stage=c"),
     "stage d": (["stage=d"], "stage=d is unknown; choose from a, b, c"),
     "stage 1": (["stage=1"], "stage=1 is unknown; choose from a, b, c"),
-    "preset": (["stage=b", "preset=v1"], "no networks for stage=b; choose from base, paper"),
+    "preset": (["stage=ldm", "preset=v1"], "no networks for stage=ldm; choose from paper, tiny"),
     "experiment": (["stage=a", "experiment=x"], "experiment=x is unknown; choose from baseline_"),
     "logger": (["stage=a", "logger=null"], "logger=null is unknown; choose from csv, default"),
     "root key": (["stage=a", "sede=1"], "sede is not a key; did you mean seed?"),

@@ -68,6 +68,7 @@ def token_stage_b(**options: object) -> TokenStageB:
         codebook_size=16, token_dim=8, widths=[16, 24], num_blocks=[1, 1], num_heads=[2, 2],
         cond_dim=8, dropout=0.0,
     )  # fmt: skip
+    torch.nn.init.normal_(paella.head.weight, std=0.1)  # else all tokens are equally likely
     return TokenStageB(
         compressor=SemanticCompressor(backbone=ConvBackbone(width=4, depth=3)),
         **{"stage_a": frozen, "paella": paella, **training(3e-3), **options},  # type: ignore[arg-type]

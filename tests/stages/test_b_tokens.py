@@ -38,10 +38,10 @@ def test_tokens_are_those_of_stage_a_from_images_and_from_cached_latents(batch: 
     vqgan = stage.stage_a.vqgan
     vqgan.scale_factor.fill_(0.4)
     expected = vqgan.quantizer.indices(vqgan.features(batch["image"]))
-    assert torch.equal(stage.target(batch), expected)
+    assert torch.equal(stage.latents(batch), expected)
     cached: Any = {**batch, "latents": stage.stage_a.encode(batch["image"])}
     del cached["image"]
-    assert torch.equal(stage.target(cached), expected)
+    assert torch.equal(stage.latents(cached), expected)
 
 
 def test_validation_replaces_the_share_of_its_times(
@@ -71,7 +71,7 @@ def test_validation_replaces_the_share_of_its_times(
 def test_masked_tokens_do_not_count(batch: Batch) -> None:
     stage = token_stage_b().eval()
     torch.nn.init.normal_(stage.paella.head.weight)
-    tokens, semantic = stage.target(batch), stage.encode(batch["image"])
+    tokens, semantic = stage.latents(batch), stage.encode(batch["image"])
     t, uniform = torch.full((4,), 0.5), torch.rand(4, 2, *tokens.shape[1:])
     mask = torch.zeros(4, 1, 32, 32)
     mask[..., :16] = 1
@@ -90,7 +90,7 @@ def test_a_perfect_classifier_reconstructs_the_tokens(
     batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = token_stage_b().eval()
-    tokens = stage.target(batch)
+    tokens = stage.latents(batch)
 
     def perfect(noised: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         one_hot = torch.nn.functional.one_hot(tokens, 16).permute(0, 3, 1, 2)

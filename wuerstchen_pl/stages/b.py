@@ -106,7 +106,7 @@ class StageB(DecoderStage):
         pred = self.diffnext(self.schedule.add_noise(x0, t, noise), t, semantic, text)
         return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise, mask)
 
-    def target(self, batch: Batch) -> Tensor:
+    def latents(self, batch: Batch) -> Tensor:
         """Stage A's latents of a batch, from the cache or encoded now."""
         if "latents" in batch:
             return batch["latents"]
@@ -115,22 +115,22 @@ class StageB(DecoderStage):
 
     def training_losses(
         self,
-        target: Tensor,
+        latents: Tensor,
         semantic: Tensor,
         text: Tensor | None,
         rng: BatchRNG,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Random times and the losses of the samples at these, (B,) each."""
-        t = to_device(sample_timesteps(rng.uniform()), target.device)
-        return t, self.loss(target, t, rng.noise(target), semantic, text, mask)
+        t = to_device(sample_timesteps(rng.uniform()), latents.device)
+        return t, self.loss(latents, t, rng.noise(latents), semantic, text, mask)
 
     # Validation, with EMA weights
 
     @torch.no_grad()
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, 4) times in (0, 1), derived from ``batch["key"]``, and the losses at these times."""
-        x0, text = self.target(batch), encode_captions(batch, self.text)
+        x0, text = self.latents(batch), encode_captions(batch, self.text)
         semantic = self.semantic(batch)
 
         def loss(t: Tensor, noise: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class StageB(DecoderStage):
         """Original, noised, one-step x0 prediction (EMA), samples with raw and EMA weights."""
         images, captions = batch["image"], batch["caption"]
         rows, size = len(images), (images.shape[-2], images.shape[-1])
-        x0 = self.target(batch)
+        x0 = self.latents(batch)
         t = torch.full((rows,), 0.5, device=x0.device)
         noise = randn(x0.shape, generators_from_seeds(range(rows)), x0.device)
         xt = self.schedule.add_noise(x0, t, noise)

@@ -121,7 +121,7 @@ class TokenStageB(DecoderStage):
         logits = self.paella(replace_tokens(tokens, replacements, where, t), t, semantic, text)
         return token_error(logits, tokens, token_weights(is_replaced(where, t), t, mask))
 
-    def target(self, batch: Batch) -> Tensor:
+    def latents(self, batch: Batch) -> Tensor:
         """Stage A's tokens (B, H, W) of a batch, from cached latents or encoded now."""
         with self.frozen.inference(self.stage_a.encoding, self.device):
             vqgan = self.stage_a.vqgan
@@ -131,23 +131,23 @@ class TokenStageB(DecoderStage):
 
     def training_losses(
         self,
-        target: Tensor,
+        latents: Tensor,
         semantic: Tensor,
         text: Tensor | None,
         rng: BatchRNG,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Random times and the losses of the samples at these, (B,) each."""
-        t = to_device(sample_token_times(rng.uniform()), target.device)
-        uniform = to_device(rng.uniform(2, *target.shape[1:]), target.device)
-        return t, self.loss(target, t, uniform, semantic, text, mask)
+        t = to_device(sample_token_times(rng.uniform()), latents.device)
+        uniform = to_device(rng.uniform(2, *latents.shape[1:]), latents.device)
+        return t, self.loss(latents, t, uniform, semantic, text, mask)
 
     # Validation, with EMA weights
 
     @torch.no_grad()
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, 4) times in (0, 1), derived from ``batch["key"]``, and the losses at these times."""
-        tokens, text = self.target(batch), encode_captions(batch, self.text)
+        tokens, text = self.latents(batch), encode_captions(batch, self.text)
         semantic = self.semantic(batch)
         shaped = semantic.new_empty((len(tokens), 2, *tokens.shape[1:]), dtype=torch.float32)
 
@@ -162,7 +162,7 @@ class TokenStageB(DecoderStage):
         """Original, replaced tokens, the likeliest ones (EMA), samples with raw and EMA weights."""
         images, captions = batch["image"], batch["caption"]
         rows, size = len(images), (images.shape[-2], images.shape[-1])
-        tokens, quantizer = self.target(batch), self.stage_a.vqgan.quantizer
+        tokens, quantizer = self.latents(batch), self.stage_a.vqgan.quantizer
         t = torch.full((rows,), 0.5, device=tokens.device)
         shape, generators = (rows, 2, *tokens.shape[1:]), generators_from_seeds(range(rows))
         where, which = rand(shape, generators, tokens.device).unbind(dim=1)

@@ -223,13 +223,13 @@ class DecoderStage(Stage):
             return self.encode(batch["image"])
 
     @abstractmethod
-    def target(self, batch: Batch) -> Tensor:
-        """What is denoised, (B, ..., h, w), from the cache or encoded now."""
+    def latents(self, batch: Batch) -> Tensor:
+        """What is denoised, Stage A's latents (B, C, H, W) or tokens (B, H, W)."""
 
     @abstractmethod
     def training_losses(
         self,
-        target: Tensor,
+        latents: Tensor,
         semantic: Tensor,
         text: Tensor | None,
         rng: BatchRNG,
@@ -243,14 +243,14 @@ class DecoderStage(Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sample times, noise and conditioning dropout; return the loss."""
-        target = self.target(batch)
-        rng = self.batch_rng(len(target), batch_idx)
+        latents = self.latents(batch)
+        rng = self.batch_rng(len(latents), batch_idx)
         semantic = self.semantic(batch)
-        uniform = to_device(rng.uniform(2), target.device)
-        semantic_t = to_device(rng.uniform() * 0.5, target.device)
+        uniform = to_device(rng.uniform(2), latents.device)
+        semantic_t = to_device(rng.uniform() * 0.5, latents.device)
         semantic = self.corrupt(semantic, uniform, semantic_t, rng.noise(semantic))
         text = encode_captions(batch, self.text, rng.uniform() < self.text_drop_prob)
-        t, losses = self.training_losses(target, semantic, text, rng, batch.get("mask"))
+        t, losses = self.training_losses(latents, semantic, text, rng, batch.get("mask"))
         self.timestep_bins.add(t, losses)
         loss = weighted_mean(losses, batch.get("weight"))
         self.log_means({"loss": loss})
