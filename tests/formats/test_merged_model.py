@@ -43,15 +43,16 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("format", ["native", "diffusers"])
+@pytest.mark.parametrize("format", ["native", "diffusers", "upstream"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_merged_weights_are_those_of_a_pipeline(
     format: FormatName, dtype: torch.dtype, program: Callable[..., int], loras: Path, tmp_path: Path
 ) -> None:
     model = random_model(dtype)
     registry.write_model(model, tmp_path / "model", "native")
-    source = tmp_path / format
-    registry.write_model(model, source, format)
+    source = tmp_path / "source"
+    kept = {k: p for k, p in model.parts.items() if format != "upstream" or "text" not in k}
+    registry.write_model(Model(kept, model.settings), source, format)
     adapters = [f"{loras / 'both.safetensors'}:0.5", f"{loras / 'dora.safetensors'}:-0.7"]
     keys = [f"from={source}", f"to={tmp_path / 'merged'}", f"lora=[{','.join(adapters)}]"]
     assert program("convert", *keys) == 0

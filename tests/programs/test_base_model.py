@@ -248,6 +248,10 @@ def test_an_exported_adapter_gives_the_images_of_its_run(
     adapter = tmp_path / "adapter"
     assert run_program("export", [f"ckpt={run}", f"to={adapter}", "format=adapter"]) == 0
     assert sum(file.stat().st_size for file in adapter.iterdir()) < 300_000
+    merged = [f"from={published / 'whole'}", f"lora=[{adapter}]", f"to={tmp_path / 'merged'}"]
+    assert run_program("convert", merged) == 0
+    converted, expected_model = registry.read_model(str(tmp_path / "merged")), read_run(run)
+    equal_parts(converted, expected_model, *expected_model.parts)
     few: dict[str, Any] = {
         "height": 128, "width": 128, "seed": 3, "prior_num_inference_steps": 2,
         "num_inference_steps": 2, "output_type": "pt",
