@@ -1,5 +1,7 @@
 """DDPM and DDIM steps, generators and time grids against their closed forms."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def test_a_ddpm_step_adds_no_noise_at_time_zero_only() -> None:
     assert (quiet[1] != noisy[1]).all()
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", get_args(SamplerName))
 def test_a_perfect_denoiser_recovers_the_data(method: str) -> None:
     x0 = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     rngs = generators_from_seeds([1, 2, 3])
@@ -158,7 +160,7 @@ def test_numbers_of_steps_that_are_not_positive_integers_are_rejected(steps: flo
         timesteps(steps)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])  # the others remember a step
 def test_a_run_in_two_parts_equals_one_run(method: SamplerName) -> None:
     """The first part ends at the time at which the second begins, or is interrupted there."""
     times, x = timesteps(6), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Sampling: from noise to latents with a denoiser, by DDPM or DDIM steps.
+"""Sampling: from noise to latents with a denoiser, by DDPM, DDIM or DPM-Solver++ steps.
 
 A denoiser is any callable (x_t, i) -> the noise predicted at the i-th time. With one generator per
 image, an image does not depend on the others in its batch.
@@ -6,17 +6,22 @@ image, an image does not depend on the others in its batch.
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from wuerstchen_pl.diffusion.dpm_solver import DPMSolver
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, expand_like
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.transfer import to_device
 
 Denoiser = Callable[[Tensor, int], Tensor]
-SamplerName = Literal["ddpm", "ddim"]
+SamplerName = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"]
+"""The last two are DPM-Solver++, as an ODE and as an SDE."""
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(x_t, t, t_next, predicted noise) -> x at t_next."""
 Generator = torch.Generator | list[torch.Generator] | None
 """One for the whole batch, one per image, or None for torch's default."""
 
@@ -126,7 +131,38 @@ def check_sampler(method: str) -> None:
         ValueError: if ``method`` is not a ``SamplerName``.
     """
     if method not in get_args(SamplerName):
-        raise ValueError(f"sampler={method!r} is unknown; use 'ddpm' or 'ddim'")
+        choices = ", ".join(get_args(SamplerName))
+        raise ValueError(f"sampler={method!r} is unknown; choose from {choices}")
+
+
+def make_step(method: SamplerName, schedule: CosineSchedule, generator: Generator) -> Step:
+    """The step of a sampler for one run; DPM-Solver++ remembers the step before.
+
+    Args:
+        method: name of the sampler.
+        schedule: the noise process.
+        generator: for the noise of ``ddpm`` and ``dpmpp_2m_sde``.
+
+    Raises:
+        ValueError: if ``method`` is unknown.
+    """
+    check_sampler(method)
+
+    def noise(x: Tensor) -> Tensor:
+        return randn(x.shape, generator, x.device)
+
+    def ddpm(x: Tensor, t: Tensor, t_next: Tensor, pred: Tensor) -> Tensor:
+        return ddpm_step(schedule, x, t, t_next, pred, noise(x))
+
+    match method:
+        case "ddpm":
+            return ddpm
+        case "ddim":
+            return partial(ddim_step, schedule)
+        case "dpmpp_2m":
+            return DPMSolver(schedule)
+        case "dpmpp_2m_sde":
+            return DPMSolver(schedule, noise)
 
 
 def resolve_timesteps(num_steps: int, times: Sequence[float] | None) -> list[float]:
@@ -166,9 +202,9 @@ def sample(
         denoise: the denoiser, guided or not.
         x: (B, C, h, w) latents at ``times[0]``.
         times: decreasing times in [0, 1], usually to 0.
-        generator: for the noise of DDPM steps.
+        generator: for the noise of random steps.
         schedule: the noise process.
-        method: ``ddpm`` or ``ddim``.
+        method: name of the sampler.
         on_step: called after step i with i and x at ``times[i + 1]``; returns x for the next step.
         interrupted: called after each step; True stops the loop.
 
@@ -178,14 +214,10 @@ def sample(
     Raises:
         ValueError: if ``method`` is unknown.
     """
-    check_sampler(method)
+    step = make_step(method, schedule, generator)
     for i, pair in enumerate(itertools.pairwise(times)):
         t, t_next = (torch.full((len(x),), value, device=x.device) for value in pair)
-        pred = denoise(x, i)
-        if method == "ddpm":
-            x = ddpm_step(schedule, x, t, t_next, pred, randn(x.shape, generator, x.device))
-        else:
-            x = ddim_step(schedule, x, t, t_next, pred)
+        x = step(x, t, t_next, denoise(x, i))
         if on_step is not None:
             x = on_step(i, x)
         if interrupted():

@@ -29,6 +29,11 @@ class CosineSchedule:
         f = torch.cos((t.float() + self.s) / (1 + self.s) * (math.pi / 2)).square()
         return (f / start).clamp(self.min_alpha_bar, self.max_alpha_bar)
 
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        """(B,) time in [0, 1] -> (B,) log of signal over noise, in amplitude."""
+        alpha_bar = self.alpha_bar(t)
+        return 0.5 * (alpha_bar / (1 - alpha_bar)).log()
+
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Sample x_t ~ q(x_t | x_0) (Ho et al. 2020, arXiv 2006.11239, Eq. 4).
 

@@ -65,7 +65,7 @@ class SamplingConfig:
     decoder_temperature: Sequence[float] | None = None
     """Of version 1's Stage B at the first and at the last step; None is (1, 0.6)."""
     sampler: SamplerName = "ddpm"
-    """``ddpm`` or ``ddim``, in both stages."""
+    """``ddpm``, ``ddim``, ``dpmpp_2m`` or ``dpmpp_2m_sde``, in both stages."""
     batch_size: int = 16
     """Images per batch; it affects speed but not the images."""
 

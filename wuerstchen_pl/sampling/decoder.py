@@ -133,7 +133,7 @@ class DecoderSampler(StepState, ABC):
             callback_on_step_end_tensor_inputs: names of the tensors passed to it.
             size: (height, width) in pixels; that of the semantic latents if not given.
             seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
-            sampler: ``ddpm`` or ``ddim``.
+            sampler: ``ddpm``, ``ddim``, ``dpmpp_2m`` or ``dpmpp_2m_sde``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: see ``guidance_rescale``.
             temperature: of version 1's Stage B at the first and at the last step.

@@ -148,7 +148,7 @@ class PriorSampler(StepState):
                 the tensors that it changed.
             callback_on_step_end_tensor_inputs: names of the tensors passed to it.
             seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
-            sampler: ``ddpm`` or ``ddim``.
+            sampler: ``ddpm``, ``ddim``, ``dpmpp_2m`` or ``dpmpp_2m_sde``.
             guidance_rescale: see ``diffusion.guidance.Guidance``.
             guidance_interval: see ``guidance_rescale``.
             image_embeddings: (B, S, h, w) or (1, S, h, w) semantic latents to start from, noised to

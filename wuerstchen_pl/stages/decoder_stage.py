@@ -163,7 +163,7 @@ class DecoderStage(Stage):
             captions: one per image, for a Stage B with text; None uses the empty caption.
             num_steps: steps; None is ``NUM_STEPS``.
             guidance_scale: guidance toward the semantic latents; 1 or less disables it (paper: 4).
-            method: ``ddpm`` or ``ddim``; tokens are sampled alike.
+            method: name of the sampler, unless tokens are sampled.
 
         Returns:
             (B, 3, H, W) in [0, 1].

@@ -204,7 +204,7 @@ class TextConditionalStage(Stage):
             seeds: one per image.
             num_steps: denoising steps (paper: 60).
             guidance_scale: guidance away from the empty caption; 1 or less disables it (paper: 4).
-            method: ``ddpm`` or ``ddim``.
+            method: name of the sampler.
 
         Returns:
             (B, S, h, w) in the frozen stage's scale, for ``decode_semantic``.
