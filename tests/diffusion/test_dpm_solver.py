@@ -29,7 +29,7 @@ class Exact(CosineSchedule):
 SCHEDULE = Exact()
 
 
-def moments(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def amplitudes(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Signal and noise amplitudes, and the standard deviation of x_t, for N(MEAN, STD^2) data."""
     alpha_bar = SCHEDULE.alpha_bar(t)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), (alpha_bar * STD**2 + 1 - alpha_bar).sqrt()
@@ -37,14 +37,14 @@ def moments(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def best_prediction(xt: Tensor, t: Tensor) -> Tensor:
     """The noise that a perfect network predicts for Gaussian data."""
-    alpha, sigma, std = moments(t)
+    alpha, sigma, std = amplitudes(t)
     return sigma * (xt - alpha * MEAN) / std**2
 
 
 def flow(x: Tensor, start: float, end: float) -> Tensor:
     """The exact solution of the probability-flow ODE: x stays at the same quantile."""
-    alpha, _, std = moments(torch.tensor(start))
-    alpha_end, _, std_end = moments(torch.tensor(end))
+    alpha, _, std = amplitudes(torch.tensor(start))
+    alpha_end, _, std_end = amplitudes(torch.tensor(end))
     return alpha_end * MEAN + std_end * (x - alpha * MEAN) / std
 
 
