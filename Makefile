@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full test test-all lint format bench gpu-prepare gpu-check
+.PHONY: help setup demo demo-full demo-finetuning test test-all lint format bench gpu-prepare gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ demo: setup ## train on 291 drawings, sample, evaluate: outputs/demo/index.html 
 
 demo-full: setup ## the same on all 1,659 drawings, with larger networks
 	$(BIN)/python -m scripts.demo --experiment openmoji
+
+demo-finetuning: setup ## after demo: tune its model on 20 line drawings, and on 20 vehicles
+	$(BIN)/python -m scripts.demo_finetuning
 
 # Each process computes with one thread: two that use all cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder

@@ -41,7 +41,7 @@ def main() -> None:
         raise SystemExit(f"{BASE} is missing; run make demo first")
     start = time.monotonic()
     write_all_images()
-    style, objects = ["banana", "turtle", "doughnut"], ["banana", "tractor", "ambulance"]
+    style, objects = ["dog", "banana", "turtle"], ["dog", "tractor", "ambulance"]
     tune("line-art", "lora", "line-art", style)
     longer, captions = "trainer.max_steps=2000", f"stage.preservation.captions={ROOT}/captions.txt"
     kept = [captions, "stage.preservation.num_class_images=256"]
@@ -81,7 +81,7 @@ def write_all_images() -> None:
 
 
 def tune(name: str, experiment: str, images: str, prompts: list[str], *more: str) -> None:
-    """Train an adapter, unless it is there."""
+    """Train an adapter of the demo's model on a folder of images."""
     run(
         "train", "stage=c", f"experiment={experiment}", f"init_from={BASE}",
         f"data.root={ROOT}/{images}", f"name=finetuning/{name}",
