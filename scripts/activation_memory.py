@@ -4,17 +4,13 @@ The networks run on tensors without data on a pretended GPU, in bfloat16 autocas
 that flash attention saves.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
+from wuerstchen_pl.models.fake_cuda import DEVICE, FakeCUDA, FlashAttention, fake_cuda
 from wuerstchen_pl.models.wrapping import checkpoint_activations
 
 Build = Callable[[], tuple[list[nn.Module], Callable[[int], Any]]]
@@ -36,9 +32,9 @@ def saved_bytes(build: Build) -> SavedBytes:
 def _per_sample(build: Build, *, checkpoint: bool) -> float:
     with torch.device("meta"):
         networks, forward = build()
-    with _pretended_gpu(), torch.device("cuda"):
+    with fake_cuda(FakeCUDA()), FlashAttention(), DEVICE, torch.autocast("cuda", torch.bfloat16):
         for network in networks:
-            network.to_empty(device="cuda")
+            network.to_empty(device=DEVICE)
             if checkpoint:
                 checkpoint_activations(network)
         weights = {p.untyped_storage()._cdata for net in networks for p in net.parameters()}
@@ -58,34 +54,3 @@ def _saved(forward: Callable[[int], Any], batch_size: int, weights: set[int]) ->
         output = forward(batch_size)
     del output
     return sum(s.nbytes() for address, s in storages.items() if address not in weights)
-
-
-@contextmanager
-def _pretended_gpu() -> Iterator[None]:
-    with (
-        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
-        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.autocast("cuda", torch.bfloat16),
-        _FlashAttention(),
-    ):
-        yield
-
-
-class _FlashAttention(TorchFunctionMode):
-    """Replaces attention, which a pretended GPU would compute with all of its scores in memory."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _Attend.apply(*(x.to(torch.bfloat16) for x in args[:3]))
-        return func(*args, **kwargs or {})
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q[..., 0].float())  # and the sums of exponentials
-        return out

@@ -2,22 +2,19 @@
 
 import traceback
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
 import wuerstchen_pl
+from wuerstchen_pl.models.fake_cuda import DEVICE, FakeCUDA, is_on
 
 PACKAGE = str(Path(wuerstchen_pl.__file__).parent)
 aten: Any = torch.ops.aten
@@ -36,8 +33,8 @@ def reads_values(func: Any, args: tuple) -> bool:
     return func in READS_VALUES or any(m is not None and m.dtype == torch.bool for m in masks)
 
 
-class Synchronizations(TorchDispatchMode):
-    """Computes on the host as usual; CUDA tensors are fake: they have no values.
+class Synchronizations(FakeCUDA):
+    """Counts the operations for which the host waits.
 
     Attributes:
         lines: ``file.py:line operation`` -> number of times that the host waits there.
@@ -48,33 +45,25 @@ class Synchronizations(TorchDispatchMode):
         self.lines: Counter[str] = Counter()
         self._pinned: list[torch.UntypedStorage] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        inputs = tree_leaves((args, kwargs))
-        if not any(_is_on("cuda", value) for value in inputs):
-            return self._on_host(func, args, kwargs)
+    def on_device(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if reads_values(func, args):
             self._count(func)
             return _made_up(func, *args, **kwargs)
-        out = func(*args, **kwargs)
+        inputs, out = tree_leaves((args, kwargs)), super().on_device(func, args, kwargs)
         if self._waits_for_copy(func, [*inputs, *tree_leaves(out)], args, kwargs):
             self._count(func)
         return out
 
-    def _on_host(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        copies = func is aten._pin_memory.default
-        pins = kwargs.pop("pin_memory", False) or copies  # would need a driver
-        with unset_fake_temporarily():
-            out = args[0].clone() if copies else func(*args, **kwargs)
+    def on_host(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        pins = kwargs.get("pin_memory") or func is aten._pin_memory.default
+        out = super().on_host(func, args, kwargs)
         if pins:
             self._pinned.append(out.untyped_storage())
         return out
 
     def _waits_for_copy(self, func: Any, values: list, args: tuple, kwargs: dict) -> bool:
         """Whether an operation copies between host and device, unless from pinned memory."""
-        on_host = [v for v in values if isinstance(v, Tensor) and _is_on("cpu", v)]
+        on_host = [v for v in values if isinstance(v, Tensor) and is_on("cpu", v)]
         if func in (aten._to_copy.default, aten.copy_.default):
             non_blocking = kwargs.get("non_blocking") or args[2:] == (True,)
             return bool(on_host) and not (non_blocking and all(map(self._is_pinned, on_host)))
@@ -92,11 +81,6 @@ class Synchronizations(TorchDispatchMode):
         self.lines[f"{Path(caller.filename).name}:{caller.lineno} {func}"] += 1
 
 
-def _is_on(kind: str, value: Any) -> bool:
-    device = value.device if isinstance(value, Tensor) else value
-    return isinstance(device, torch.device) and device.type == kind
-
-
 def _made_up(func: Any, x: Tensor, _: Any = None, minlength: int = 0) -> Any:
     """A result for an operation that reads values: 1, or no indices."""
     if func is aten._local_scalar_dense.default:
@@ -109,19 +93,6 @@ def _made_up(func: Any, x: Tensor, _: Any = None, minlength: int = 0) -> Any:
     if func is aten.index.Tensor:
         return x[:0]
     raise NotImplementedError(f"{func} waits for the device")
-
-
-@contextmanager
-def fake_cuda() -> Iterator[Synchronizations]:
-    """Within the block, operations on the device ``cuda:0`` are pretended and counted."""
-    counter = Synchronizations()
-    with (
-        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
-        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        counter,
-    ):
-        yield counter
 
 
 class _FakeAccelerator(CPUAccelerator):
@@ -138,7 +109,7 @@ class FakeCUDAStrategy(SingleDeviceStrategy):
     def __init__(self, precision: str) -> None:
         mixed = precision == "bf16-mixed"
         super().__init__(
-            torch.device("cuda:0"),
+            DEVICE,
             accelerator=_FakeAccelerator(),
             precision_plugin=MixedPrecision("bf16-mixed", "cuda") if mixed else Precision(),
         )

@@ -44,9 +44,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "programs.training_cache": PROGRAM | {"programs.cache", "data", "distributed", "formats"},
     "programs.run_length": {"data", "distributed"},
     "programs.optimizer_checks": PROGRAM,
+    "programs.memory_table": {"callbacks"},
+    "programs.dry_run": PROGRAM
+    | {"programs.base_model", "programs.memory_table", "batch", "callbacks", "models", "stages"},
     "programs.train": PROGRAM
     | {
         "programs.base_model",
+        "programs.dry_run",
         "programs.next_steps",
         "programs.optimizer_checks",
         "programs.training_cache",

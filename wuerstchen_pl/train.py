@@ -27,6 +27,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "activation_checkpointing": bool | Literal["auto"],
     "compile": bool,
     "check_memory": bool,
+    "dry_run": bool,
     "paths.output_dir": str,
     # used in interpolations; a stage or an override need not use all of them
     "name": str,

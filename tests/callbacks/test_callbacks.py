@@ -456,7 +456,7 @@ def test_ema_weights_in_host_memory_are_suggested_with_rare_updates(
     """Every update copies all weights; the average has the same time constant."""
     module = LinearStage()
     module.ema = ema
-    assert memory_estimate._ema_on_host(module).split() == [f"stage.ema.{o}" for o in overrides]
+    assert memory_estimate.ema_on_host(module).split() == [f"stage.ema.{o}" for o in overrides]
 
 
 def test_first_rows_of_a_cached_batch_slice_only_per_sample_keys() -> None:

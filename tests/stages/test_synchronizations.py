@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from tests.fake_cuda import FakeCUDAStrategy, Synchronizations, fake_cuda, reads_values
+from tests.fake_cuda import FakeCUDAStrategy, Synchronizations, reads_values
 from tests.stages.conftest import STAGES, fit
 from tests.test_config import composed
 from wuerstchen_pl.callbacks.step_profile import StepProfile
+from wuerstchen_pl.models.fake_cuda import fake_cuda
 from wuerstchen_pl.stages.stage import Batch
 
 AT_INTERVALS = (
@@ -49,7 +50,7 @@ def waiting_lines(name: str, batch: Batch, precision: str) -> Counter[str]:
     profile = mock.patch(
         "wuerstchen_pl.callbacks.throughput.profile_step_once", return_value=StepProfile(1, 1, 1)
     )
-    with fake_cuda() as counter, profile:
+    with fake_cuda(Synchronizations()) as counter, profile:
         pinned: Any = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
         lines = LinesPerStep(counter)
         trainer = L.Trainer(
@@ -131,6 +132,6 @@ PASSES: dict[str, Callable[[Tensor], object]] = {
     ids=[*(f"{name} waits" for name in WAITS), *(f"{name} passes" for name in PASSES)],
 )
 def test_the_counter_finds_what_waits(operation: Callable[[Tensor], object], waits: int) -> None:
-    with fake_cuda() as counter:
+    with fake_cuda(Synchronizations()) as counter:
         operation(torch.ones(3, device="cuda:0"))
     assert sum(counter.lines.values()) == waits

@@ -80,9 +80,8 @@ class MemoryEstimate(L.Callback):
             raise ValueError(
                 f"training needs about {total / GB:.1f} GB on each device, most of it for "
                 f"{largest}, and {available / GB:.1f} GB are available; set "
-                f"{_fitting_batch(trainer, batch, max_rows)}"
-                f"activation_checkpointing=true, {_ema_on_host(pl_module)}or trainer=fsdp, or "
-                "check_memory=false to try it"
+                f"{_how_to_fit(trainer, pl_module, batch, max_rows)} or trainer=fsdp, or "
+                "check_memory=false to try it; dry_run=true lists what fits"
             )
 
 
@@ -95,27 +94,41 @@ def _on_any_process(trainer: L.Trainer, condition: bool) -> bool:
     return bool(trainer.strategy.reduce(value, reduce_op="max"))
 
 
-def _fitting_batch(trainer: L.Trainer, batch: Batch, max_rows: int) -> str:
-    """Overrides for the largest batch that fits with the same global batch; empty if none does."""
+def _how_to_fit(trainer: L.Trainer, module: L.LightningModule, batch: Batch, max_rows: int) -> str:
+    """Overrides that take less memory."""
     # not the length of the batch, which may lack unreadable samples
     data = getattr(trainer, "datamodule", None)
     rows = getattr(data, "batch_size", len(batch["caption"]))
     rows_per_step = rows * trainer.accumulate_grad_batches
+    smaller = smaller_batch(rows, rows_per_step, max_rows, trainer.world_size)
+    choices = (smaller, "activation_checkpointing=true", ema_on_host(module))
+    return ", ".join(filter(None, choices))
+
+
+def smaller_batch(rows: int, rows_per_step: int, max_rows: int, processes: int = 1) -> str:
+    """Overrides for the largest batch that fits with the same optimizer step; empty if none does.
+
+    Args:
+        rows: samples of the batch on each process.
+        rows_per_step: samples of an optimizer step on each process.
+        max_rows: samples that fit.
+        processes: number of processes.
+    """
     fitting = [n for n in range(1, min(max_rows, rows) + 1) if rows_per_step % n == 0]
     if not fitting:
         return ""
-    return f"data.batch_size={fitting[-1]} global_batch={rows_per_step * trainer.world_size}, "
+    return f"data.batch_size={fitting[-1]} global_batch={rows_per_step * processes}"
 
 
-def _ema_on_host(module: L.LightningModule) -> str:
+def ema_on_host(module: L.LightningModule) -> str:
     """Overrides that keep the EMA weights in host memory; updates are rare, as each copies all."""
     ema = getattr(module, "ema", None)
     if ema is None or ema.device is not None:
         return ""
-    overrides = "stage.ema.device=cpu "
+    overrides = "stage.ema.device=cpu"
     if ema.every_steps < HOST_EMA_STEPS:
         decay = ema.decay ** (HOST_EMA_STEPS / ema.every_steps)
-        overrides += f"stage.ema.every_steps={HOST_EMA_STEPS} stage.ema.decay={decay:.3g} "
+        overrides += f" stage.ema.every_steps={HOST_EMA_STEPS} stage.ema.decay={decay:.3g}"
     return overrides
 
 

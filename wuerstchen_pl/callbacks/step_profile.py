@@ -67,7 +67,7 @@ def _profile(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage
+        saved[storage._cdata] = storage  # kept, so that no other gets its address
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
@@ -83,7 +83,7 @@ def _profile(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
     ):
         loss = module.training_step(_cloned(batch), 0)
     for p in module.parameters():
-        saved.pop(_data_ptr(p), None)
+        saved.pop(_storage(p)._cdata, None)
     # only now, when the storage of weights that FSDP had gathered for a block is empty again
     saved_bytes = sum(storage.nbytes() for storage in saved.values())
     del loss
@@ -142,6 +142,5 @@ def _without_side_effects(module: L.LightningModule) -> Iterator[None]:
             module.reset_step_losses()
 
 
-def _data_ptr(tensor: Tensor) -> int:
-    local = getattr(tensor, "to_local", lambda: tensor)()
-    return local.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return getattr(tensor, "to_local", lambda: tensor)().untyped_storage()

@@ -12,7 +12,7 @@ from wuerstchen_pl.checkpointing.allowed import NETWORK_TARGETS, instantiate_all
 from wuerstchen_pl.formats.lazy_tensors import LazyTensor
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.io.contents import contents_of
-from wuerstchen_pl.models.meta import on_meta
+from wuerstchen_pl.models.meta import is_building_on_meta, on_meta
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.signatures import check_objects
 
@@ -156,11 +156,15 @@ def build_on_meta(config: dict[str, Any], where: str | None = None) -> nn.Module
 
 
 def build_network(part: Part) -> nn.Module:
-    """The network of a part with its weights, in their stored dtype; built unless it exists."""
+    """The network of a part with its weights, in their stored dtype; built unless it exists.
+
+    Within ``on_meta`` no weights are read.
+    """
     if part.network is not None:
         return part.network.eval().requires_grad_(False)
     net = build_on_meta({**part.config, **_tokenizer(part)})
-    net.load_state_dict({k: lazy.load() for k, lazy in part.tensors.items()}, assign=True)
+    if not is_building_on_meta():
+        net.load_state_dict({k: lazy.load() for k, lazy in part.tensors.items()}, assign=True)
     return net.eval().requires_grad_(False)
 
 

@@ -113,7 +113,7 @@ def _part(
     tokenizer = config.get("tokenizer")
     if isinstance(network, TextEncoder):
         config |= {"tokenizer": None, "vocab_size": network.tower.vocab_size}
-    if name == "vqgan":
+    if name == "vqgan" and not state["scale_factor"].is_meta:
         config["scale_factor"] = float(state["scale_factor"])
     tensors = {key: in_memory(tensor) for key, tensor in state.items()}
     is_merged = state.keys() != network.state_dict().keys()

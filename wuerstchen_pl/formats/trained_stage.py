@@ -16,11 +16,12 @@ from wuerstchen_pl.checkpointing.load import (
     read_checkpoint,
 )
 from wuerstchen_pl.formats.model import DIFFNEXT, PAELLA, VQGAN, Part, build_network
-from wuerstchen_pl.formats.pretrained import check_sha256, resolve_weights
+from wuerstchen_pl.formats.pretrained import check_sha256, checked_source, resolve_weights
 from wuerstchen_pl.formats.registry import find_format, read_model, resolve_source
 from wuerstchen_pl.formats.run import STAGE_PARTS
 from wuerstchen_pl.io import atomic
-from wuerstchen_pl.models.fingerprint import network_fingerprint, weights_fingerprint
+from wuerstchen_pl.models.fingerprint import network_fingerprint
+from wuerstchen_pl.models.meta import is_building_on_meta
 from wuerstchen_pl.models.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def load_stage(
     else:
         trained = _from_checkpoint(path, stage, ema, sha256)
     if stage in FROM_MODELS:
-        trained.provenance.encoder = network_fingerprint(trained.encoding)
+        _record_encoder(trained)
     return trained
 
 
@@ -84,13 +85,17 @@ def load_compressor(*, source: str | Path, sha256: str | None = None) -> "Stage"
     path = resolve_weights(source)
     part = _compressor(path)
     network = build_network(part).float()
-    actual = weights_fingerprint([network])
-    check_sha256(path, actual, sha256)
+    checked = checked_source(path, [network], sha256)
     stage: Stage = get_class(COMPRESSOR_ONLY)(compressor=network)
     config = {"_target_": COMPRESSOR_ONLY, "compressor": dict(part.config)}
-    stage.record_provenance(config=config, source=atomic.Source(path=str(path), sha256=actual))
-    stage.provenance.encoder = network_fingerprint(stage.encoding)
+    stage.record_provenance(config=config, source=checked)
+    _record_encoder(stage)
     return stage.eval()
+
+
+def _record_encoder(stage: "Stage") -> None:
+    if not is_building_on_meta():
+        stage.provenance.encoder = network_fingerprint(stage.encoding)
 
 
 def _find(source: str | Path, stage: str) -> Path:
@@ -133,9 +138,7 @@ def _from_model(path: Path, name: str, recorded: str | None, compressor: str | N
         parts |= {"compressor": _compressor(compressor)}
     _check_parts(parts, name, path)
     networks = {part: build_network(parts[part]).float() for part in _needed(parts, name)}
-    sha256 = weights_fingerprint(networks.values())
-    check_sha256(path, sha256, recorded)
-    return _build(parts, networks, name, atomic.Source(path=str(path), sha256=sha256)).eval()
+    return _build(parts, networks, name, checked_source(path, networks.values(), recorded)).eval()
 
 
 def _compressor(source: str | Path) -> Part:

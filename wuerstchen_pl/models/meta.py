@@ -21,6 +21,11 @@ def on_meta() -> Iterator[None]:
         yield
 
 
+def is_building_on_meta() -> bool:
+    """Whether this is within ``on_meta``, where networks are built without reading weights."""
+    return torch.get_default_device().type == "meta"
+
+
 class _NoInitialization(TorchFunctionMode):
     """Skips initializers, which change a tensor and return it.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.models.meta import is_building_on_meta
 from wuerstchen_pl.models.pretrained import Pretrained
 from wuerstchen_pl.models.tokenizer import Tokenizer
 from wuerstchen_pl.models.words import Word, embed
@@ -78,7 +79,7 @@ class TextEncoder(Pretrained):
             output_dim=None,
             no_causal_mask=True,  # ``encode`` makes a causal mask that also masks padding
         )
-        if weights is not None:
+        if weights is not None and not is_building_on_meta():
             self._load(weights)
         else:  # CLIP's std of 0.02 suits towers eight times as wide, trained on more captions
             nn.init.normal_(self.tower.token_embedding.weight, std=width**-0.5)

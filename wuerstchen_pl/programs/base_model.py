@@ -30,10 +30,10 @@ def use_base_model(cfg: DictConfig) -> None:
         FileNotFoundError: if a model does not exist.
         ValueError: for a network that is missing, with the key of a model that has it.
     """
-    stage: str = hydra.utils.get_class(cfg.stage._target_).name  # type: ignore[attr-defined]
-    partial = [name for name in STAGE_PARTS.get(stage, {}) if _is_partial(cfg.stage.get(name))]
+    partial = networks_of_base_model(cfg)
     if not partial:
         return
+    stage = stage_name(cfg)
     base = _read_base(cfg, stage)
     if cfg.image_size == AUTO:
         cfg.image_size = int(base.settings.get("image_size", IMAGE_SIZE))
@@ -53,6 +53,17 @@ def use_base_model(cfg: DictConfig) -> None:
         if stage == "c":
             _use_scaling(cfg, base.settings)
             _use_stage_b(cfg, base)
+
+
+def networks_of_base_model(cfg: DictConfig) -> list[str]:
+    """The networks of a stage that ``init_from`` completes; none unless ``preset=base``."""
+    parts = STAGE_PARTS.get(stage_name(cfg), {})
+    return [name for name in parts if _is_partial(cfg.stage.get(name))]
+
+
+def stage_name(cfg: DictConfig) -> str:
+    """The stage of a config: ``a``, ``b``, ``c`` or ``ldm``."""
+    return hydra.utils.get_class(cfg.stage._target_).name  # type: ignore[attr-defined]
 
 
 def bucket_multiple(image_size: int) -> int:

@@ -29,6 +29,7 @@ from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.programs.base_model import use_base_model
+from wuerstchen_pl.programs.dry_run import describe_memory
 from wuerstchen_pl.programs.next_steps import describe_end
 from wuerstchen_pl.programs.optimizer_checks import check_optimizer
 from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
@@ -55,6 +56,10 @@ def run(cfg: DictConfig) -> float:
         cfg.paths.output_dir = HydraConfig.get().runtime.output_dir
     check_ranges(cfg)
     check_optimizer(cfg, is_sharded=is_sharded(cfg))
+    if cfg.dry_run:
+        _silence_lightning()
+        rank_zero_only(print)(describe_memory(cfg))
+        return float("nan")
     use_base_model(cfg)
     output_dir = check_output_dir(cfg.paths.output_dir, "paths.output_dir")
     resume = find_resume(cfg.ckpt, output_dir)
@@ -195,7 +200,8 @@ def check_ranges(cfg: DictConfig) -> None:
             f"trainer.precision={precision} overflows or mixes types in these networks; use "
             "bf16-mixed or 32-true"
         )
-    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+    needs_gpu = cfg.trainer.accelerator in ("gpu", "cuda") and not cfg.dry_run
+    if needs_gpu and not torch.cuda.is_available():
         raise ValueError(
             f"trainer.accelerator={cfg.trainer.accelerator} finds no GPU that torch can use; "
             "use trainer.accelerator=cpu, or fix the driver"
