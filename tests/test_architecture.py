@@ -41,12 +41,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in ("signals", "signatures", "programs")},
     "programs.next_steps": set(),
     "programs.base_model": PROGRAM | {"formats"},
-    "programs.training_cache": PROGRAM | {"programs.cache", "data", "distributed", "formats"},
+    "programs.training_cache": PROGRAM
+    | {"programs.cache", "data", "distributed", "formats", "models"},
     "programs.run_length": {"data", "distributed"},
     "programs.optimizer_checks": PROGRAM,
     "programs.memory_table": {"callbacks"},
     "programs.dry_run": PROGRAM
-    | {"programs.base_model", "programs.memory_table", "batch", "callbacks", "models", "stages"},
+    | {
+        "programs.base_model",
+        "programs.memory_table",
+        "programs.training_cache",
+        "batch",
+        "callbacks",
+        "models",
+        "stages",
+    },
     "programs.train": PROGRAM
     | {
         "programs.base_model",

@@ -45,6 +45,7 @@ CASES = {
     "dora": ("lora", ["cache=false", "stage.adapter.method=dora", "trainer.precision=bf16-mixed"]),
     "cached": ("lora", ["activation_checkpointing=true", "stage.ema.device=cpu"]),
     "dreambooth": ("dreambooth", ["stage.preservation.captions=[a]"]),
+    "word": ("token", ["stage.words.text='<rex>'", "data.captions.trigger='<rex>'"]),
 }
 
 
@@ -81,7 +82,8 @@ def test_neither_is_a_weight_read_nor_a_file_written(
         monkeypatch.setattr(*place, pytest.fail)
     source = model if kind == "model" else cascade / "c"
     keys = [a for a in command(tmp_path, source) if not a.startswith("trainer.accelerator")]
-    assert run_program("train", [*keys, "trainer=gpu", "dry_run=true"]) == 0
+    more = ["trainer=gpu", "stage.adapter.rank=1", "dry_run=true"]
+    assert run_program("train", [*keys, *more]) == 0
     assert not list(tmp_path.iterdir())
     title, header, *rows, sentence = capsys.readouterr().out.splitlines()
     assert "trainer.precision=bf16-mixed" in title
@@ -94,7 +96,9 @@ def test_neither_is_a_weight_read_nor_a_file_written(
     assert sentence == "This run fits 8, 12, 16, 24 and 80 GB as it is."
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.parametrize(
+    "method", ["dora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "loha", "lokr"))]
+)
 def test_settings_need_less_and_less(method: Method, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="a setting is its optimizer")
     adapter_keys = [f"stage.adapter.method={method}", "stage.adapter.rank=2"]

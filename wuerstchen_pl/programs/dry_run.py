@@ -25,6 +25,7 @@ from wuerstchen_pl.models.meta import on_meta
 from wuerstchen_pl.models.wrapping import checkpoint_activations
 from wuerstchen_pl.programs.base_model import networks_of_base_model, stage_name, use_base_model
 from wuerstchen_pl.programs.memory_table import Setting, advice, memory_table
+from wuerstchen_pl.programs.training_cache import cached_text_encoder
 from wuerstchen_pl.stages.data_checks import check_sizes
 
 if TYPE_CHECKING:
@@ -64,10 +65,11 @@ def describe_memory(cfg: DictConfig) -> str:
 
 
 def variants(cfg: DictConfig) -> list[Variant]:
-    """The run; and for a base model its other kind, full tuning or an adapter, adapters last."""
+    """The run; and of a base model its other kind, full tuning or an adapter, adapters last."""
     own = Variant("this run", "", cfg, advised=True)
     stage = stage_name(cfg)
-    if not networks_of_base_model(cfg) or stage not in ("b", "c"):
+    trains_words = cfg.stage.get("words") is not None
+    if not networks_of_base_model(cfg) or stage not in ("b", "c") or trains_words:
         return [own]
     other = copy.deepcopy(cfg)
     with open_dict(other):
@@ -96,15 +98,16 @@ def settings_of(variant: Variant) -> Iterator[Setting]:
 
         if cfg.activation_checkpointing is True:
             checkpoint_activations(stage)
-        yield setting(label)
+        plain = setting(label)
+        yield plain
         if cfg.activation_checkpointing is not True:
             checkpoint_activations(stage)
             forget_profile(stage)
             override = "activation_checkpointing=true"  # which auto chooses itself
             is_auto = cfg.activation_checkpointing == "auto"
             yield setting(f"+ {override}", "" if is_auto else override)
-        if cfg.stage.get("adapter") is not None:  # what is trained is small
-            return
+        if plain.state["gradients"] < 0.1 * plain.state["weights"]:
+            return  # the rest would save little
         if override := ema_on_host(stage):
             stage.ema.device = "cpu"
             yield setting("+ stage.ema.device=cpu", override)
@@ -155,8 +158,8 @@ def _batch(cfg: DictConfig, stage: "Stage", data: "ImageTextDataModule") -> Batc
         vqgan = stage.stage_a.vqgan
         size = (height // vqgan.factor, width // vqgan.factor)
         batch["latents"] = tensor(vqgan.latent_channels, *size)
-    text: Any = stage.frozen.get("text_encoder")
-    if is_cached and text is not None and not data.captions.changes:
+    text = cached_text_encoder(stage, data) if is_cached else None
+    if text is not None:
         batch["text"] = tensor(text.context_length, text.width)
         batch["empty_text"] = tensor(text.context_length, text.width, rows=1)
     if getattr(data, "mask", None) is not None:

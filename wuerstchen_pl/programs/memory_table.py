@@ -36,7 +36,7 @@ class Setting:
     def largest_batch(self, card: float) -> int:
         """The number of samples that fit on a GPU of ``card`` GB; 0 if none does."""
         left = USABLE * card * GB - sum(self.state.values()) - self.activations
-        return max(0, int(left / self.per_sample))
+        return max(0, int(left / max(1.0, self.per_sample)))
 
 
 def memory_table(settings: Sequence[Setting]) -> str:

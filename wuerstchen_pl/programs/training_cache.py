@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -16,6 +16,7 @@ from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.formats.compatibility import ENCODERS
 from wuerstchen_pl.io.output_folder import claimed
+from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.programs.cache import Encoders, cache_settings, check_stage
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def with_cache(cfg: DictConfig, stage: "Stage", data: ImageTextDataModule) -> Ca
             "cache first with python -m wuerstchen_pl.cache, and train with data=cached"
         )
     frozen: Mapping[str, Any] = stage.frozen
-    text_changes = data.captions.changes or stage.words is not None
-    text_encoder = None if text_changes else frozen.get("text_encoder")
+    text_encoder = cached_text_encoder(stage, data)
     device = resolve_device(None)
     encoders = Encoders(
         stage=stage.name,
@@ -82,6 +82,12 @@ def with_cache(cfg: DictConfig, stage: "Stage", data: ImageTextDataModule) -> Ca
         shuffle_samples=cfg.data.shuffle_samples,
         max_bad_fraction=cfg.data.max_bad_fraction,
     )
+
+
+def cached_text_encoder(stage: "Stage", data: ImageTextDataModule) -> TextEncoder | None:
+    """The text encoder whose embeddings a cache has; None if they change during training."""
+    changes = data.captions.changes or stage.words is not None
+    return None if changes else cast("TextEncoder | None", stage.frozen.get("text_encoder"))
 
 
 def _digest(settings: Mapping[str, Any], data: ImageTextDataModule) -> str:
