@@ -64,10 +64,10 @@ def test_the_row_of_the_run_is_what_the_run_reports(
 
     monkeypatch.setattr(memory_estimate, "estimate_bytes", recording)
     assert run_program("train", arguments) == 0
-    own, *_ = settings(*arguments)["this run"]
+    row, *_ = settings(*arguments)["this run"]
     for name in ("weights", "gradients", "optimizer", "ema"):
-        assert own.state[name] == reported[name], name
-    activations = own.activations + 4 * own.per_sample
+        assert row.state[name] == reported[name], name
+    activations = row.activations + 4 * row.per_sample
     assert activations == pytest.approx(reported["activations"], rel=0.1)  # by flash attention
 
 
@@ -78,8 +78,8 @@ def test_neither_is_a_weight_read_nor_a_file_written(
 ) -> None:  # fmt: skip
     """For a GPU that this machine need not have."""
     pytest.importorskip("bitsandbytes", reason="a setting is its optimizer")
-    for place in ((lazy_tensors, "check_finite"), (load, "check_finite")):
-        monkeypatch.setattr(*place, pytest.fail)
+    for function in ((lazy_tensors, "check_finite"), (load, "check_finite")):
+        monkeypatch.setattr(*function, pytest.fail)
     source = model if kind == "model" else cascade / "c"
     keys = [a for a in command(tmp_path, source) if not a.startswith("trainer.accelerator")]
     more = ["trainer=gpu", "stage.adapter.rank=1", "dry_run=true"]

@@ -66,19 +66,19 @@ def describe_memory(cfg: DictConfig) -> str:
 
 def variants(cfg: DictConfig) -> list[Variant]:
     """The run; and of a base model its other kind, full tuning or an adapter, adapters last."""
-    own = Variant("this run", "", cfg, advised=True)
+    this_run = Variant("this run", "", cfg, advised=True)
     stage = stage_name(cfg)
     trains_words = cfg.stage.get("words") is not None
     if not networks_of_base_model(cfg) or stage not in ("b", "c") or trains_words:
-        return [own]
+        return [this_run]
     other = copy.deepcopy(cfg)
     with open_dict(other):
         if cfg.stage.get("adapter") is not None:
             other.stage.adapter = other.stage.preservation = None
-            return [Variant("experiment=finetune", "experiment=finetune", other, False), own]
-        recipe = OmegaConf.load(Path(conf_dir(), "experiment/lora", f"{stage}.yaml"))
-        other.stage.adapter = recipe.stage.adapter
-    return [own, Variant("experiment=lora", "experiment=lora", other, True)]
+            return [Variant("experiment=finetune", "experiment=finetune", other, False), this_run]
+        experiment = OmegaConf.load(Path(conf_dir(), "experiment/lora", f"{stage}.yaml"))
+        other.stage.adapter = experiment.stage.adapter
+    return [this_run, Variant("experiment=lora", "experiment=lora", other, True)]
 
 
 def settings_of(variant: Variant) -> Iterator[Setting]:
