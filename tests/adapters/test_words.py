@@ -21,13 +21,15 @@ def test_vectors_start_from_a_phrase_or_the_mean_of_a_pattern(encoder: TextEncod
     red, dog = (int(encoder.tokenizer.encode(word)[0]) for word in ("red", "dog"))
     phrase, mean = tokens[[red, dog]], tokens[[red, dog]].mean(dim=0)
     corgi = tokens[encoder.tokenizer.encode("corgi")[0]]
-    vocabulary = [i for i in range(49408) if i not in (49406, 49407)]
+    terrier = tokens[encoder.tokenizer.encode("terrier terriers")].mean(dim=0)
+    ends_word = [i for i, token in encoder.tokenizer.bpe.decoder.items() if "</w>" in token]
     cases: list[tuple[str, int, Any]] = [
         ("red dog", 2, phrase),
         ("red dog", 1, [mean]),
         ("red dog", 3, [mean] * 3),
         ("*corgi*", 1, [corgi]),
-        ("*", 2, [tokens[vocabulary].mean(dim=0)] * 2),
+        ("terrier*", 2, [terrier] * 2),
+        ("*", 2, [tokens[ends_word].mean(dim=0)] * 2),
     ]
     for init, number, expected in cases:
         words = NewWords(text="<rex>", init=init, num_vectors=number)
@@ -37,10 +39,11 @@ def test_vectors_start_from_a_phrase_or_the_mean_of_a_pattern(encoder: TextEncod
         encoder.set_words([])
 
 
-def test_a_pattern_matches_whole_tokens_and_no_special_ones(encoder: TextEncoder) -> None:
+def test_a_pattern_matches_whole_words_and_no_special_tokens(encoder: TextEncoder) -> None:
     tokenizer = encoder.tokenizer
-    matching = {tokenizer.decode([i]) for i in tokenizer.matching("Dog*")}
-    assert {"dog", "dogs"} <= matching
+    matching = [tokenizer.decode([i]) for i in tokenizer.matching("Dog*")]
+    assert {"dog", "dogs"} <= set(matching)
+    assert len(matching) == len(set(matching)), "beginnings of longer words do not match"
     assert all(token.startswith("dog") for token in matching)
     assert not {tokenizer.start, tokenizer.end} & set(tokenizer.matching("*"))
 
@@ -48,10 +51,12 @@ def test_a_pattern_matches_whole_tokens_and_no_special_ones(encoder: TextEncoder
 @torch.no_grad()
 def test_a_new_word_is_read_like_what_it_starts_from(encoder: TextEncoder) -> None:
     expected = encoder(["a red dog runs", "a cat"])
+    NewWords(text="<old>", init="snow").add_to(encoder)
     words = NewWords(text=["<rex>", "<max>"], init=["red dog", "*cat*"], num_vectors=2)
     words.add_to(encoder)
     assert torch.equal(encoder(["a <rex> runs", "a cat"]), expected)
     assert not torch.equal(encoder(["a <max> runs", "a cat"])[0], expected[0])
+    assert torch.equal(*encoder(["a snow", "a <old>"]))
     encoder.set_words([])
 
 

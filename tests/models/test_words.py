@@ -29,6 +29,8 @@ def test_a_new_word_is_found_wherever_it_is_a_word(encoder: TextEncoder) -> None
     assert encode(CAPTIONS[0]) == [*a, *bracketed, *and_, *plain]
     assert encode(CAPTIONS[1]) == [*a, *bracketed, *comma, *azorp, *ampersand, *zorpes]
     assert encode(CAPTIONS[2]) == [*longer, *bracketed, *y, *plain, *two]
+    encoder.set_words([word("zorp"), word("zorp2", 2)])
+    assert encode(CAPTIONS[2])[-2:] == [first + 1, first + 2]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ class NewWords(nn.ModuleList):
     Args:
         text: a word that captions contain, such as ``<rex>``, or a list of them.
         init: what the vectors of each word start from: a word or a phrase, or with ``*`` a pattern
-            such as ``*dog*``, for the mean of all tokens of the vocabulary that match it. A phrase
+            such as ``*dog*``, for the mean of all words of the vocabulary that match it. A phrase
             of ``num_vectors`` tokens gives a token to each vector, and another one its mean to all.
         num_vectors: n, the tokens that each word takes in a caption.
 

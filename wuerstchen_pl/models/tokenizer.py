@@ -125,9 +125,9 @@ class Tokenizer:
         return self._new_ids[_clean(word)][-1] in self([caption])[0]
 
     def matching(self, pattern: str) -> list[int]:
-        """The tokens of the vocabulary that match a pattern such as ``*cat*``; see ``fnmatch``."""
-        ids = self._decoder.keys() - {self.start, self.end}
-        return sorted(i for i in ids if fnmatchcase(self.decode([i]), pattern.lower()))
+        """The tokens that are whole words and match a pattern such as ``*cat*`` (``fnmatch``)."""
+        words = (i for i, token in self._decoder.items() if token.endswith("</w>"))
+        return sorted(i for i in words if fnmatchcase(self.decode([i]), pattern.lower()))
 
     def encode(self, caption: str) -> list[int]:
         """All tokens of a caption, without the start and end tokens that ``__call__`` adds."""
