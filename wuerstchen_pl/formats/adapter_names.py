@@ -45,16 +45,13 @@ def external_names(layers: Iterable[str], networks: nn.ModuleDict) -> dict[str, 
 
 
 def _config(network: nn.Module) -> dict[str, Any]:
-    """What ``key_mappings`` reads of a network's config."""
+    """What ``key_mappings`` reads of a network's config for linear layers."""
     if not isinstance(network, DiffNeXt):
         return {"_target_": TEXT_ENCODER if isinstance(network, TextEncoder) else PRIOR}
-    blocks: list[Any] = [level.blocks for level in network.down]
-    attention = [level[0].attn for level in blocks]
-    return {
-        "_target_": DIFFNEXT,
-        "num_blocks": [len(level) for level in blocks],
-        "num_heads": [None if a is None else a.attention.num_heads for a in attention],
-    }
+    levels: Any = network.down
+    attention = [level.blocks[0].attn for level in levels]
+    heads = [None if a is None else a.attention.num_heads for a in attention]
+    return {"_target_": DIFFNEXT, "num_heads": heads}
 
 
 def layers_by_name(networks: nn.ModuleDict) -> dict[tuple[str, str], str]:
