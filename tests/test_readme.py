@@ -109,8 +109,8 @@ def test_the_commands_that_tune_a_model_run_one_after_the_other(
         pairs = [a.partition("=")[::2] for a in arguments]
         return [f"{key}={base.get(key, value)}" for key, value in pairs]
 
-    trained, exported = finetuning_commands("train"), finetuning_commands("export")
-    sampled = finetuning_commands("sample")
+    trained = [one for one in finetuning_commands("train") if "dry_run=true" not in one]
+    exported, sampled = finetuning_commands("export"), finetuning_commands("sample")
     assert [len(group) for group in (trained, exported, sampled)] == [4, 4, 3]
     for arguments in trained:
         arguments = with_local_data(local(arguments), workdir)
