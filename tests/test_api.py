@@ -42,6 +42,7 @@ def test_training_returns_the_folder_of_a_run_like_that_of_the_command(
     assert not GlobalHydra.instance().is_initialized()
 
 
+@pytest.mark.slow
 def test_several_stages_return_the_folder_of_the_last(tmp_path: Path) -> None:
     common = [key for key in small("a", tmp_path, 1) if not key.startswith("stage")]
     assert api.train(["stage=ab", *common]) == tmp_path / "default/b"

@@ -62,6 +62,7 @@ def test_training_from_a_cache_equals_training_on_images(
     assert max_difference(online, shifted) > 1e-4  # another order gives another result
 
 
+@pytest.mark.slow
 def test_cached_text_is_dropped_as_captions_are(cascade: Path, tmp_path: Path, clip: Path) -> None:
     text = frozen_text(clip)
     online = train("c", tmp_path / "online", cascade, "data.crop=center", *text)
@@ -209,6 +210,7 @@ def test_a_stale_cache_is_an_error_that_names_the_difference(
     assert "is stale" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_text_encoder_is_refused(
     cascade: Path, tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture
 ) -> None:

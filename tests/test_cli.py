@@ -162,6 +162,7 @@ def finished(folder: Path) -> bool:
     return json.loads((folder / "run.json").read_text())["steps"] == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_numbers_its_runs_and_keeps_them_apart(
     program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

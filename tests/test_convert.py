@@ -59,6 +59,7 @@ def test_ema_weights_are_exported_or_raw_weights(
     assert_bit_equal(load_file(tmp_path / "raw" / decoder), load_file(exported / decoder))
 
 
+@pytest.mark.slow
 def test_the_tokenizer_of_a_run_is_exported(
     program: Program, cascade: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from tests.test_config import composed
 from wuerstchen_pl.evaluation.datasets import run_data
 
 
+@pytest.mark.slow
 def test_the_page_shows_images_curves_and_metrics(
     program: Callable[..., int], cascade: Path, tmp_path: Path
 ) -> None:

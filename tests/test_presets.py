@@ -53,6 +53,7 @@ def test_the_compressor_has_the_published_latent_sizes() -> None:
     assert compressor.latent_size(1024, 1536) == (24, 36)  # ceil(px / 42.67)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", pytest.param("v2", marks=pytest.mark.slow), "tiny"])
 def test_the_third_phase_of_stage_c_has_the_papers_positions(preset: str) -> None:
     """Appendix E.3: the compressor's input is 768 x 768, 768 x 1280 or 1280 x 768 px."""

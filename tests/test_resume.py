@@ -78,7 +78,9 @@ def test_the_comparison_detects_another_seed(cascade: Path, tmp_path: Path) -> N
     assert differing(whole, train("c", tmp_path / "other", cascade, "seed=1"))
 
 
-@pytest.mark.parametrize("saved", ["during the last step", "at the end"])
+@pytest.mark.parametrize(
+    "saved", ["during the last step", pytest.param("at the end", marks=pytest.mark.slow)]
+)
 def test_the_log_of_a_resumed_run_has_each_step_once(
     saved: str, cascade: Path, tmp_path: Path
 ) -> None:
@@ -113,9 +115,10 @@ def test_a_run_is_not_overwritten(
     "end",
     [
         "trainer.max_steps=3",
-        "trainer.max_epochs=1",
+        pytest.param("trainer.max_epochs=1", marks=pytest.mark.slow),
         "trainer.max_time={milliseconds: 1}",  # after the first step
-        "callbacks.checkpoints.every_steps=4",  # an end at which a checkpoint was just saved
+        # an end at which a checkpoint was just saved
+        pytest.param("callbacks.checkpoints.every_steps=4", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_saves_at_every_normal_end_and_can_be_trained_further(

@@ -52,7 +52,7 @@ def test_a_signal_ends_a_working_program_with_one_line_at_most(
     ("name", "hook"),
     [
         ("SIGTERM", "prepare_data"),
-        ("SIGINT", "setup"),
+        pytest.param("SIGINT", "setup", marks=pytest.mark.slow),
         ("SIGTERM", "on_fit_end"),
         pytest.param("SIGINT", "prepare_data", marks=pytest.mark.slow),
         pytest.param("SIGTERM", "setup", marks=pytest.mark.slow),

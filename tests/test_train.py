@@ -150,6 +150,7 @@ def test_a_step_has_its_whole_global_batch_and_validation_follows_steps(
     assert [int(step) for step, name, _ in rows if name == "train/grad_norm"] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_accumulated_steps_resume_bit_for_bit_and_save_nothing_between(
     cascade: Path, tmp_path: Path
 ) -> None:
@@ -186,6 +187,7 @@ def test_an_impossible_global_batch_is_an_error_that_names_a_possible_one() -> N
         accumulation(1536, 24, 256)
 
 
+@pytest.mark.slow
 def test_a_run_requires_the_clip_that_it_was_trained_with(
     cascade: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -148,6 +148,7 @@ def test_only_many_skipped_steps_in_a_row_end_the_run(every_steps: int) -> None:
     assert recovering.logged["train/skipped_steps"][-1] == 5
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_names_its_last_checkpoint(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

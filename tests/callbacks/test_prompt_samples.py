@@ -56,6 +56,7 @@ def test_prompts_are_drawn_with_the_ema_weights_and_change_no_weight(
                 assert np.array_equal(column, np.asarray(image))
 
 
+@pytest.mark.slow
 def test_a_signal_draws_after_its_step_and_changes_no_weight(
     cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

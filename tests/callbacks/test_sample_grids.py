@@ -42,6 +42,7 @@ def test_grids_change_no_weight(stage: str, cascade: Path, tmp_path: Path) -> No
     assert not differing(checkpoints["with"], checkpoints["without"])
 
 
+@pytest.mark.slow
 def test_grids_and_validations_are_also_at_the_ends_of_a_run(cascade: Path, tmp_path: Path) -> None:
     more = ["trainer.log_every_n_steps=1", "trainer.max_steps=4", "global_batch=8"]
     usual = [a for a in command("c", tmp_path, cascade) if a != NO_PLOT]
@@ -91,6 +92,7 @@ def test_a_run_always_draws_the_same_samples_of_validation_or_else_of_training(
     assert set(drawn[0]).isdisjoint(trained) == (split == "val")
 
 
+@pytest.mark.slow
 def test_the_time_for_grids_is_not_training_time(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

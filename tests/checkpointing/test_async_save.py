@@ -22,6 +22,7 @@ ASYNC_SAVE = "callbacks.checkpoints.async_save=true"
 KEEP_ALL = f"callbacks.checkpoints.keep={STEPS}"
 
 
+@pytest.mark.slow
 def test_training_continues_while_the_checkpoint_of_an_earlier_step_is_written(
     cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

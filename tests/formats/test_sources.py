@@ -99,6 +99,7 @@ def test_training_starts_with_the_same_weights_from_every_source(
     assert all(torch.equal(state[name], expected[name]) for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FEW)
 def test_every_source_is_evaluated_with_the_same_result(
     kind: str, runs: Path, sources: Sources, tmp_path: Path
@@ -149,6 +150,7 @@ def other(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FEW)
 def test_a_prior_of_another_compressor_is_refused_with_both_hashes(
     kind: str, runs: Path, other: Path, sources: Sources

@@ -59,6 +59,7 @@ def events(logged: tuple[Path, FakeWandb]) -> EventAccumulator:
     return accumulator.Reload()
 
 
+@pytest.mark.slow
 def test_both_loggers_get_the_grids_of_the_folder(
     logged: tuple[Path, FakeWandb], events: EventAccumulator
 ) -> None:

@@ -106,6 +106,7 @@ CASES = {
 FAST = ("as on the hub",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow) for c in CASES]
 )
@@ -147,7 +148,7 @@ def forward(model: Model) -> Tensor:
         return network.eval()(*inputs())
 
 
-@pytest.mark.parametrize("stage", "ab")
+@pytest.mark.parametrize("stage", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_stages_a_and_b_start_from_a_model_too(
     stage: str, base: Model, published: Path, tmp_path: Path
 ) -> None:
@@ -209,7 +210,7 @@ ADAPTERS: dict[str, tuple[str, list[str], str]] = {
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=[] if c in ("c", "text alone") else pytest.mark.slow) for c in ADAPTERS],
+    [pytest.param(c, marks=[] if c == "c" else pytest.mark.slow) for c in ADAPTERS],
 )
 def test_an_adapter_is_all_that_changes_and_resumes_bit_for_bit(
     case: str, base: Model, published: Path, tmp_path: Path
@@ -238,6 +239,7 @@ def test_an_adapter_is_all_that_changes_and_resumes_bit_for_bit(
 SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("b", "text too", "text alone")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["c", *SLOW])
 def test_an_exported_adapter_gives_the_images_of_its_run(
     case: str, published: Path, tmp_path: Path
@@ -303,6 +305,7 @@ def test_a_word_is_all_that_changes_and_resumes_bit_for_bit(
     assert torch.equal(vectors, a["ema"]["shadow"]["words.0.vectors"])
 
 
+@pytest.mark.slow
 def test_an_exported_word_gives_the_images_of_its_run(published: Path, tmp_path: Path) -> None:
     keys = [*CASES["as on the hub"], *WORD, TRIGGER]
     keys += ["stage.optimizer.lr=3", "stage.lr_schedule.warmup_steps=0"]
@@ -379,6 +382,7 @@ def test_an_adapter_is_trained_with_a_word_that_a_run_learned(
     assert torch.equal(first.encode_prompt("a <rex>")[0], second.encode_prompt("a <rex>")[0])
 
 
+@pytest.mark.slow
 def test_a_tuned_prior_draws_with_the_published_decoder(
     base: Model, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -96,6 +96,7 @@ def test_the_lora_of_a_merged_lora_has_its_change(
     assert "cannot have" not in printed
 
 
+@pytest.mark.slow
 def test_the_report_adds_up_to_the_change_of_the_model(
     base: Path, tuned: Path, program: Program, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(find_checkpoint(run))["state_dict"]
 
 
+@pytest.mark.slow
 def test_training_equals_that_on_a_cache_of_the_program(
     cascade: Path, program: Program, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_wrong_number_of_up_levels_is_refused() -> None:
              text_dim=4)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command_generates_the_same_image_as_the_stage(baseline: Path, tmp_path: Path) -> None:
     overrides = [f"model={baseline}", f"output_dir={tmp_path}", "prompt=red apple", "seed=5"]
     overrides += ["sample.prior_steps=3", "height=64", "width=48"]
@@ -72,6 +73,7 @@ def test_the_command_generates_the_same_image_as_the_stage(baseline: Path, tmp_p
     assert np.abs(image - expected[0].permute(1, 2, 0).numpy() * 255).max() < 1
 
 
+@pytest.mark.slow
 def test_a_sweep_evaluates_the_baseline_and_the_cascade(
     baseline: Path, cascade: Path, tmp_path: Path
 ) -> None:

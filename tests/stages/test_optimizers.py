@@ -52,7 +52,9 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor) and v.numel() > 1]
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in RATES]
+)
 def test_the_loss_falls(name: str, batch: Batch) -> None:
     """With gradient clipping, for the weights that validation uses."""
 

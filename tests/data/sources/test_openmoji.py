@@ -103,12 +103,8 @@ def test_holdout_keeps_groups_together_and_is_stable() -> None:
     assert group_key("woman") == "woman"
     group_keys = {group_key(d.caption) for d in drawings()}
     few, more = (
-        {
-            key
-            for key in group_keys
-            if fake_sample("s", 0, group_key=key) in Holdout(fraction, [sorted(group_keys)])
-        }
-        for fraction in (0.1, 0.2)
+        {key for key in group_keys if fake_sample("s", 0, group_key=key) in held_out}
+        for held_out in (Holdout(fraction, [sorted(group_keys)]) for fraction in (0.1, 0.2))
     )
     assert 0.07 < len(few) / len(group_keys) < 0.13
     assert few < more
