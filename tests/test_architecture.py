@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"signatures"},
     **{name: set() for name in ("signals", "signatures", "programs")},
     "programs.next_steps": set(),
-    "programs.base_model": PROGRAM | {"formats"},
+    "programs.base_model": PROGRAM | {"formats", "checkpointing"},
     "programs.training_cache": PROGRAM
     | {"programs.cache", "data", "distributed", "formats", "models"},
     "programs.run_length": {"data", "distributed"},
@@ -91,7 +91,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "programs.extract": PROGRAM | {"adapters", "formats"},
     "programs.resize": PROGRAM | {"adapters", "formats"},
     "programs.interpolate": PROGRAM | {"formats", "programs.convert"},
-    "programs.export": PROGRAM | {"adapters", "formats", "checkpointing", "programs.convert"},
+    "programs.export": PROGRAM
+    | {"adapters", "formats", "models", "checkpointing", "programs.convert"},
     "programs.build": PROGRAM | {"data"},
     "programs.check": PROGRAM | {"programs.base_model", "data", "train"},
     "callbacks": {

@@ -9,7 +9,7 @@ from wuerstchen_pl.formats import FormatName
 KNOWN_KEYS: Mapping[str, Any] = {
     "ckpt": str,
     "to": str,
-    "format": FormatName | Literal["adapter", "words"],
+    "format": FormatName | Literal["adapter", "words", "controlnet"],
     "ema": bool,
     "push": str | None,
     "license": str | None,

@@ -13,6 +13,9 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "allow_mismatch": bool,
     "lora": list[str],
     "words": list[str],
+    "controlnet": str | None,
+    "control_image": str | None,
+    "control_scale": float,
     "prompt": Any,  # text, a number, or a list
     "prompts": str | None,
     "num_images_per_prompt": int,

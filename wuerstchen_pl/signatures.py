@@ -24,6 +24,7 @@ KWARGS_TARGETS = {
         f"wuerstchen_pl.data.factories.{name}": "wuerstchen_pl.data.datamodule.ImageTextDataModule"
         for name in ("shards", "folder", "hf", "openmoji", "mix")
     },
+    "wuerstchen_pl.stages.controlnet.ControlNetStage": "wuerstchen_pl.stages.c.StageC",
 }
 """Constructor -> the callable that it passes its ``**kwargs`` to, whose signature is checked."""
 

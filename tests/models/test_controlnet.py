@@ -28,7 +28,12 @@ def prior() -> Prior:
 
 def controlnet(**options: Any) -> ControlNet:
     torch.manual_seed(1)
-    arguments = {"width": WIDTH, "depth": DEPTH, "blocks": [0, 2], "resize": 1.0} | options
+    arguments = {
+        "prior_width": WIDTH,
+        "prior_depth": DEPTH,
+        "blocks": [0, 2],
+        "resize": 1.0,
+    } | options
     backbone = arguments.pop("backbone", None) or ConvBackbone(width=4, depth=3)
     return ControlNet(backbone=backbone, control_images=Edges(), **arguments)
 
@@ -183,5 +188,5 @@ def test_blocks_that_the_prior_does_not_have_are_refused(blocks: list[int]) -> N
 
 def test_a_prior_of_other_sizes_is_refused() -> None:
     with pytest.raises(ValueError, match="for a prior with 8 blocks of 16 channels, but this one"):
-        controlnet(depth=8).check_prior(prior())
+        controlnet(prior_depth=8).check_prior(prior())
     controlnet().check_prior(prior())

@@ -71,6 +71,11 @@ class PromptSamples(DrawingCallback):
                 f"sample_prompts={self.prompts} needs Stage C with Stages B and A (or ldm), but "
                 f"this is stage={stage.name} without them; remove it"
             )
+        if self.prompts and hasattr(stage, "controlnet"):
+            raise ValueError(
+                f"sample_prompts={self.prompts} has no control images for the ControlNet; remove "
+                "it, as grids show its images"
+            )
 
     def can_draw(self, stage: Stage) -> bool:
         """Whether there are prompts."""

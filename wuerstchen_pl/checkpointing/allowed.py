@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 STAGE_TARGETS = frozenset(
     f"wuerstchen_pl.stages.{name}"
-    for name in ("a.StageA", "b.StageB", "b_tokens.TokenStageB", "c.StageC", "ldm.StageLDM")
+    for name in (
+        "a.StageA",
+        "b.StageB",
+        "b_tokens.TokenStageB",
+        "c.StageC",
+        "controlnet.ControlNetStage",
+        "ldm.StageLDM",
+    )
 )
 COMPRESSOR_ONLY = "wuerstchen_pl.stages.compressor_only.CompressorOnly"
 NETWORK_TARGETS = frozenset(
@@ -22,6 +29,11 @@ NETWORK_TARGETS = frozenset(
         "compressor.ConvBackbone",
         "compressor.EfficientNet",
         "compressor.SemanticCompressor",
+        "control_images.Edges",
+        "control_images.Files",
+        "control_images.LowResolution",
+        "control_images.Masked",
+        "controlnet.ControlNet",
         "diffnext.DiffNeXt",
         "paella.Paella",
         "discriminator.Discriminator",

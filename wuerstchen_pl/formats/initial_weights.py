@@ -57,7 +57,8 @@ def load_initial_weights(stage: "Stage", source: str, *, allow_mismatch: bool = 
     else:
         weights = _from_model(read_model(str(path)), path, stage)
     origin = f"init_from={path}"
-    is_base = bool(stage.adapters or stage.words)  # which has these weights already
+    # whose networks have these weights already
+    is_base = any(getattr(part, "source", None) is not None for part in stage.children())
     if not is_base:
         checkpoint = {"stage": weights.config, "state_dict": weights.tensors}
         stage.check_checkpoint(checkpoint, origin=origin)

@@ -24,6 +24,7 @@ SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", DECODER_SETTING, "im
 V1_SCALING = {"semantic_scale": 1.0, SHIFT: 0.0}
 """Version 1's prior works on the compressor's latents as they are."""
 PARTS = ("prior_text_encoder", "prior", "text_encoder", "decoder", "vqgan", "compressor")
+"""The networks of a cascade; a model may also have a ``controlnet``."""
 SCALE = "scale_factor"
 """Stage A's tensor that other formats store in a config, or not at all."""
 
@@ -61,6 +62,7 @@ PRIOR = "wuerstchen_pl.models.prior.Prior"
 DIFFNEXT = "wuerstchen_pl.models.diffnext.DiffNeXt"
 PAELLA = "wuerstchen_pl.models.paella.Paella"
 VQGAN = "wuerstchen_pl.models.vqgan.VQGAN"
+CONTROLNET = "wuerstchen_pl.models.controlnet.ControlNet"
 COMPRESSOR = "wuerstchen_pl.models.compressor.SemanticCompressor"
 EFFICIENTNET = "wuerstchen_pl.models.compressor.EfficientNet"
 TEXT_ENCODER = "wuerstchen_pl.models.text.TextEncoder"
@@ -71,6 +73,7 @@ PART_TARGETS = {
     "compressor": (COMPRESSOR,),
     "text_encoder": (TEXT_ENCODER,),
     "prior_text_encoder": (TEXT_ENCODER,),
+    "controlnet": (CONTROLNET,),
 }
 """Part -> its possible ``_target_``."""
 COUNTS = ("depth", "num_blocks", "bottleneck_blocks", "levels")

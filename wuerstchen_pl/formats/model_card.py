@@ -46,6 +46,8 @@ LOAD = {
     'pipe.load_lora("this folder")',
     "words": 'pipe = WuerstchenPipeline.from_pretrained("the base model")\n'
     'pipe.load_words("this folder")',
+    "controlnet": 'pipe = WuerstchenPipeline.from_pretrained("the base model")\n'
+    'pipe.load_controlnet("this folder")  # and pipe(..., control_image="image.png")',
 }
 """How an export is used."""
 
@@ -66,7 +68,7 @@ def render_card(
     *,
     license: str | None,
     ema: bool,
-    usage: Literal["model", "adapter", "words"] = "model",
+    usage: Literal["model", "adapter", "words", "controlnet"] = "model",
 ) -> str:
     """The card in Markdown, with the front matter that hubs read.
 
@@ -74,7 +76,7 @@ def render_card(
         sources: checkpoints of the stages, the last stage first; see ``checkpoint_chain``.
         license: license of the weights, as hubs spell it (``mit``).
         ema: whether the first checkpoint's EMA weights were exported.
-        usage: what was exported: the model, the adapter alone, or new words.
+        usage: what was exported: the model, or only what a run added to it.
     """
     rows = [_row(source, with_ema=ema or i > 0) for i, source in enumerate(sources)]
     return CARD.format(

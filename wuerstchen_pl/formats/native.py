@@ -11,7 +11,7 @@ from typing import Any
 
 from wuerstchen_pl.formats.lazy_tensors import read_safetensors, write_safetensors
 from wuerstchen_pl.formats.model import (
-    PARTS,
+    PART_TARGETS,
     Model,
     Part,
     check_tensors,
@@ -58,7 +58,7 @@ def read(path: Path) -> Model:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     model = Model(settings=settings, card=text)
     for name in manifest["parts"]:
-        if name not in PARTS:
+        if name not in PART_TARGETS:
             raise ValueError(f"{path / MANIFEST} has an unknown part {name!r}; update the package")
         model.parts[name] = _read_part(path / name)
     return model

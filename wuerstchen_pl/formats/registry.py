@@ -46,7 +46,7 @@ def detect_format(path: Path) -> FormatName:
     )
 
 
-STAGE_C_PARTS = ("prior", "prior_text_encoder")
+STAGE_C_PARTS = ("prior", "prior_text_encoder", "controlnet")
 
 
 def read_model(
@@ -90,7 +90,8 @@ def read_model(
             check_version(other, model, f"prior={prior}")
         parts = {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
         settings = {k: v for k, v in other.settings.items() if k != DECODER_SETTING}
-        return replace(model, parts=model.parts | parts, settings=model.settings | settings)
+        kept = {name: part for name, part in model.parts.items() if name != "controlnet"}
+        return replace(model, parts=kept | parts, settings=model.settings | settings)
     return model
 
 
@@ -163,6 +164,11 @@ def write_model(model: Model, path: Path, format: FormatName) -> None:
         OSError: if it cannot be written, or is not empty; the message names the folder.
         ValueError: if the format does not support the model.
     """
+    if format != "native" and "controlnet" in model.parts:
+        raise ValueError(
+            f"format={format} has no ControlNet; use format=native, or format=controlnet for the "
+            "ControlNet alone"
+        )
     with atomic_folder(path) as folder:
         FORMATS[format].write(model, folder)
         if model.card is not None:

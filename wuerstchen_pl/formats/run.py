@@ -103,6 +103,9 @@ def _parts(stage: "Stage") -> dict[str, Part]:
             adapter = stage.adapters.get(attribute)
             state = network.state_dict() if adapter is None else adapter.merged_state(network)
             parts[name] = _part(name, network, state, arguments or config[attribute])
+    if (controlnet := getattr(stage, "controlnet", None)) is not None:
+        state = controlnet.state_dict()
+        parts["controlnet"] = _part("controlnet", controlnet, state, config["controlnet"])
     return parts
 
 

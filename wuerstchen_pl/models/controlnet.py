@@ -12,17 +12,21 @@ from torch import Tensor, nn
 from wuerstchen_pl.models.compressor import ConvBackbone, EfficientNet, ImageFeatures
 from wuerstchen_pl.models.conditioning import Residuals
 from wuerstchen_pl.models.control_images import ControlImages
+from wuerstchen_pl.models.pretrained import Pretrained
 from wuerstchen_pl.models.prior import Prior
 
+MAX_DEPTH = 1000
+"""Limit on the number of a prior's blocks, which a file may state."""
 
-class ControlNet(ImageFeatures):
+
+class ControlNet(ImageFeatures, Pretrained):
     """Control images -> residuals, which are added to the inputs of some of a prior's blocks.
 
     Args:
         backbone: see ``ImageFeatures``.
         control_images: what the control images show.
-        width: channels of the prior's blocks.
-        depth: number of the prior's blocks.
+        prior_width: channels of the prior's blocks.
+        prior_depth: number of the prior's blocks.
         blocks: numbers of the blocks, from 0, that get a residual; None is ``default_blocks``.
         resize: see ``ImageFeatures``.
 
@@ -35,20 +39,25 @@ class ControlNet(ImageFeatures):
         *,
         backbone: EfficientNet | ConvBackbone,
         control_images: ControlImages,
-        width: int,
-        depth: int,
+        prior_width: int,
+        prior_depth: int,
         blocks: Sequence[int] | None = None,
         resize: float = 0.75,
     ) -> None:
         super().__init__(backbone=backbone, resize=resize)
-        self.control_images, self.width, self.depth = control_images, width, depth
-        self.blocks = default_blocks(depth) if blocks is None else list(blocks)
-        if not self.blocks or sorted({*self.blocks} & {*range(depth)}) != sorted(self.blocks):
+        if not 1 <= prior_depth <= MAX_DEPTH:
+            raise ValueError(f"prior_depth={prior_depth} is out of range; use 1 to {MAX_DEPTH}")
+        self.control_images, self.prior_depth = control_images, prior_depth
+        self.prior_width = prior_width
+        self.blocks = default_blocks(prior_depth) if blocks is None else list(blocks)
+        if not self.blocks or sorted({*self.blocks} & {*range(prior_depth)}) != sorted(self.blocks):
             raise ValueError(
-                f"controlnet.blocks={self.blocks} are not those of a prior with {depth}; use "
-                f"different numbers from 0 to {depth - 1}"
+                f"controlnet.blocks={self.blocks} are not those of a prior with {prior_depth}; use "
+                f"different numbers from 0 to {prior_depth - 1}"
             )
-        self.projections = nn.ModuleList(_projection(backbone.channels, width) for _ in self.blocks)
+        self.projections = nn.ModuleList(
+            _projection(backbone.channels, prior_width) for _ in self.blocks
+        )
         self.backbone.eval()
 
     def train(self, mode: bool = True) -> "ControlNet":
@@ -77,11 +86,11 @@ class ControlNet(ImageFeatures):
             ValueError: with the sizes of both.
         """
         actual = (len(prior.blocks), prior.stem.out_channels)
-        if actual != (self.depth, self.width):
+        if actual != (self.prior_depth, self.prior_width):
             raise ValueError(
-                f"the ControlNet is for a prior with {self.depth} blocks of {self.width} channels, "
-                f"but this one has {actual[0]} of {actual[1]}; use the prior that it was trained "
-                "with"
+                f"the ControlNet is for a prior with {self.prior_depth} blocks of "
+                f"{self.prior_width} channels, but this one has {actual[0]} of {actual[1]}; use "
+                "the prior that it was trained with"
             )
 
     def forward(self, images: Tensor, size: tuple[int, int]) -> Residuals:
@@ -92,7 +101,7 @@ class ControlNet(ImageFeatures):
             size: (h, w) of the latents.
 
         Returns:
-            The number of each block -> (B, width, h, w).
+            The number of each block -> (B, prior_width, h, w).
         """
         features = self.features(images, next(self.projections.parameters()).dtype)
         projected = zip(self.blocks, self.projections, strict=True)

@@ -65,14 +65,19 @@ def network_fingerprint(network: nn.Module, *, extra: str = "") -> str:
     return hasher.hexdigest()
 
 
-def weights_fingerprint(networks: Iterable[nn.Module]) -> str:
+def weights_fingerprint(networks: Iterable[nn.Module], dtype: torch.dtype | None = None) -> str:
     """Hash only the parameters and buffers of networks, on any device.
 
     It avoids ``state_dict``, for which FSDP would reshard gathered weights.
+
+    Args:
+        networks: the networks.
+        dtype: that the tensors are rounded to first; None is their own.
     """
     hasher = hashlib.sha256()
     for number, network in enumerate(networks):
-        for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        for name, stored in [*network.named_parameters(), *network.named_buffers()]:
+            tensor = stored if dtype is None else stored.detach().to(dtype)
             hasher.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             # copied: a numpy view would keep FSDP from freeing the gathered tensor
             flat = tensor.detach().to("cpu", copy=True).contiguous().flatten()

@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.sampler import Generator, SamplerName, resolve_generator
@@ -13,14 +14,18 @@ from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.sampling.config import SamplingConfig
+from wuerstchen_pl.sampling.control import Control
 from wuerstchen_pl.sampling.decoder import DecoderSampler
 from wuerstchen_pl.sampling.diffusers_arguments import denoise_params
 from wuerstchen_pl.sampling.images import (
     OUTPUT_TYPES,
+    ImageInput,
     ImageOutput,
     OutputType,
     check_output_type,
     convert_output,
+    pad_to,
+    to_tensor,
 )
 from wuerstchen_pl.sampling.loop import DenoiseParams, LegacyCallback, StepCallback
 from wuerstchen_pl.sampling.prior import PriorSampler
@@ -62,8 +67,8 @@ class CascadePipeline(TextToImage):
     def modules(self) -> list[torch.nn.Module]:
         """The networks, in the order of their use."""
         parts = (
-            self.prior.text_encoder, self.prior.prior, self.decoder.text_encoder,
-            self.decoder.decoder, self.vqgan, self.compressor,
+            self.prior.text_encoder, self.prior.controlnet, self.prior.prior,
+            self.decoder.text_encoder, self.decoder.decoder, self.vqgan, self.compressor,
         )  # fmt: skip
         return [part for part in parts if part is not None]
 
@@ -117,6 +122,8 @@ class CascadePipeline(TextToImage):
         image_embeddings: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
+        control_image: ImageInput | Sequence[ImageInput] | None = None,
+        control_scale: float = 1.0,
         progress: bool = True,
     ) -> Any:
         """Generate images; extends the arguments of diffusers' ``WuerstchenCombinedPipeline``.
@@ -132,6 +139,8 @@ class CascadePipeline(TextToImage):
             width: see ``height``.
             seed: alternative to ``generator``: one per image, or s for s, s + 1, ...
             image_embeddings: see ``PriorSampler``, as for ``strength`` and ``mask``.
+            control_image: see ``control``.
+            control_scale: see ``control``.
 
         Returns:
             N x ``num_images_per_prompt`` images.
@@ -185,6 +194,7 @@ class CascadePipeline(TextToImage):
             image_embeddings=image_embeddings,
             strength=strength,
             mask=mask,
+            control=self.control(control_image, control_scale, height, width),
         )
         texts = Prompts(prompt or "", negative_prompt)
         output = self.decoder.sample(semantic, texts, padded_height, padded_width, decoder_params)
@@ -193,12 +203,42 @@ class CascadePipeline(TextToImage):
         images = convert_output(output, output_type)
         return ImageOutput(images) if return_dict else images
 
+    def control(
+        self,
+        image: ImageInput | Sequence[ImageInput] | None,
+        scale: float,
+        height: int,
+        width: int,
+    ) -> Control | None:
+        """What the ControlNet reads for images of a size.
+
+        Args:
+            image: one for all, or one per prompt or image, of any size. Edges and low resolutions
+                are computed from it; other control images are used as they are.
+            scale: strength; 1 is as trained, 0 changes nothing and needs no image.
+            height: height of the generated images in pixels.
+            width: width of the generated images in pixels.
+
+        Raises:
+            ValueError: if there is an image, but no ControlNet.
+        """
+        if scale == 0:
+            return Control(None, scale)
+        if image is None:
+            return None
+        images = to_tensor(image)
+        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        if (controlnet := self.prior.controlnet) is not None:
+            images = controlnet.control_images(images)
+        return Control(pad_to(images, *self.padded_size(height, width)), scale)
+
     def _generate(
-        self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig, generator: Generator
-    ) -> Tensor:
+        self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig,
+        generator: Generator, control: Control | None,
+    ) -> Tensor:  # fmt: skip
         prior_params = DenoiseParams(config=config.prior, generator=generator)
         decoder_params = DenoiseParams(config=config.decoder, generator=generator)
-        semantic = self.prior.sample(prompts, *size, prior_params)
+        semantic = self.prior.sample(prompts, *size, prior_params, control=control)
         latents = self.decoder.sample(semantic, prompts, *size, decoder_params)
         return self.decoder.decode_latents(latents, *size)
 

@@ -59,12 +59,17 @@ def build_components(model: Model, where: str) -> Components:
                 f"{where}: the {net} reads text of {nets[net].text_dim} channels, but the "
                 f"{encoder} gives {nets[encoder].width}; use the one it was trained with"
             )
+    if "controlnet" in nets:
+        nets["controlnet"].arguments = model.parts["controlnet"].config
     settings: dict[str, Any] = dict(model.settings)
     image_size: float | None = settings.pop("image_size", None)
     scale = {key: settings.pop(key) for key in (DECODER_SETTING,) if key in settings}
     return {
         "prior": PriorSampler(
-            prior=nets["prior"], text_encoder=nets["prior_text_encoder"], **settings
+            prior=nets["prior"],
+            text_encoder=nets["prior_text_encoder"],
+            controlnet=nets.get("controlnet"),
+            **settings,
         ),
         "decoder": DECODER_SAMPLERS[model.parts["decoder"].config["_target_"]](
             decoder=nets["decoder"],

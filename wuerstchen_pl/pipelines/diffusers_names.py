@@ -14,6 +14,7 @@ from wuerstchen_pl.formats.hub import upload
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import Model, Part
 from wuerstchen_pl.formats.registry import write_model
+from wuerstchen_pl.models.controlnet import ControlNet
 from wuerstchen_pl.models.tokenizer import Tokenizer
 from wuerstchen_pl.pipelines.words import WithWords
 from wuerstchen_pl.sampling.prompts import Prompts, encode_prompts
@@ -33,6 +34,7 @@ class DiffusersNames(WithWords):
         networks = {
             "prior_text_encoder": self.prior.text_encoder,
             "prior": self.prior.prior,
+            "controlnet": self.prior.controlnet,
             "text_encoder": self.decoder.text_encoder,
             "decoder": self.decoder.decoder,
             "vqgan": self.vqgan,
@@ -107,14 +109,7 @@ class DiffusersNames(WithWords):
                 training.
         """
         model = self._described()
-        parts = {
-            name: Part(
-                model.parts[name].config,
-                {key: in_memory(tensor) for key, tensor in network.state_dict().items()},
-                model.parts[name].tokenizer,
-            )
-            for name, network in self.components.items()
-        }
+        parts = {name: _part(network, model, name) for name, network in self.components.items()}
         write_model(replace(model, parts=parts), Path(path), format)
 
     def push_to_hub(
@@ -150,3 +145,10 @@ class DiffusersNames(WithWords):
         """Keep the configs and settings of a model, not its tensors."""
         parts = {name: Part(part.config, {}, part.tokenizer) for name, part in model.parts.items()}
         self._model = replace(model, parts=parts)
+
+
+def _part(network: nn.Module, described: Model, name: str) -> Part:
+    tensors = {key: in_memory(tensor) for key, tensor in network.state_dict().items()}
+    if isinstance(network, ControlNet):  # which may have been loaded from a file
+        return Part(network.arguments or {}, tensors)
+    return Part(described.parts[name].config, tensors, described.parts[name].tokenizer)

@@ -6,14 +6,16 @@ from time import perf_counter
 from wuerstchen_pl.diffusion.sampler import generators_from_seeds
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.sampling.config import SamplingConfig
+from wuerstchen_pl.sampling.control import Control
 
 PROBE_MULTIPLES = 2
 """Side of the timed images in multiples of ``size_multiple``: 256 px as published."""
 
 
 def estimate_seconds(
-    pipeline: TextToImage, num_images: int, height: int, width: int, config: SamplingConfig
-) -> float:
+    pipeline: TextToImage, num_images: int, height: int, width: int, config: SamplingConfig,
+    control: Control | None = None,
+) -> float:  # fmt: skip
     """Estimate the time of ``num_images`` images of a size, in seconds.
 
     The time is assumed to be proportional to the number of pixels. Attention grows faster, so the
@@ -25,6 +27,7 @@ def estimate_seconds(
         height: in pixels.
         width: in pixels.
         config: sampling settings.
+        control: what a ControlNet reads.
     """
     side = PROBE_MULTIPLES * pipeline.size_multiple
 
@@ -34,8 +37,9 @@ def estimate_seconds(
         )
         start = perf_counter()
         images = pipeline.generate(
-            [""], side, side, config=steps, generator=generators_from_seeds([0])
-        )
+            [""], side, side,
+            config=steps, generator=generators_from_seeds([0]), control=control,
+        )  # fmt: skip
         images.cpu()  # waits for the device
         return perf_counter() - start
 

@@ -9,6 +9,7 @@ from wuerstchen_pl.diffusion.sampler import generators_from_seeds
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
 from wuerstchen_pl.sampling.config import SamplingConfig
+from wuerstchen_pl.sampling.control import Control
 
 
 @torch.no_grad()
@@ -20,6 +21,7 @@ def generate_images(
     height: int,
     width: int,
     settings: SamplingConfig | None = None,
+    control: Control | None = None,
 ) -> Iterator[Tensor]:
     """Generate one image per prompt, in order.
 
@@ -30,6 +32,7 @@ def generate_images(
         height: height in pixels.
         width: width in pixels.
         settings: steps, guidance, sampler.
+        control: what a ControlNet reads, with one image for all.
 
     Yields:
         (3, height, width) float32 in [0, 1].
@@ -43,6 +46,7 @@ def generate_images(
             width,
             config=config,
             generator=generators_from_seeds(seeds[batch]),
+            control=control,
         )
         yield from images.float().cpu()
 

@@ -10,6 +10,7 @@ from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.sampling.config import SamplingConfig
+from wuerstchen_pl.sampling.control import Control
 from wuerstchen_pl.sampling.loop import DenoiseParams
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.sampling.prompts import Prompts
@@ -52,10 +53,11 @@ class LatentDiffusionPipeline(TextToImage):
         return self
 
     def _generate(
-        self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig, generator: Generator
-    ) -> Tensor:
+        self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig,
+        generator: Generator, control: Control | None,
+    ) -> Tensor:  # fmt: skip
         params = DenoiseParams(config=config.prior, generator=generator)
-        latents = self.prior.sample(prompts, *size, params)
+        latents = self.prior.sample(prompts, *size, params, control=control)
         with self.placement.on_device(self.vqgan):
             return self.vqgan.decode(latents).clamp(0, 1)
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from wuerstchen_pl.adapters.merged import MergedAdapters
 from wuerstchen_pl.formats.adapter_files import read_adapter
-from wuerstchen_pl.pipelines.cascade import CascadePipeline
+from wuerstchen_pl.pipelines.controlnet import WithControlNet
 
 
-class WithAdapters(CascadePipeline):
+class WithAdapters(WithControlNet):
     """The cascade with LoRAs and their relatives.
 
     They are merged into the weights, so that sampling takes no longer. ``save_pretrained`` saves

@@ -14,6 +14,7 @@ from wuerstchen_pl.diffusion.sampler import Generator
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.vqgan import VQGAN
 from wuerstchen_pl.sampling.config import SamplingConfig
+from wuerstchen_pl.sampling.control import Control
 from wuerstchen_pl.sampling.device import DevicePlacement, cast_weights
 from wuerstchen_pl.sampling.images import center_crop
 from wuerstchen_pl.sampling.prior import PriorSampler
@@ -62,6 +63,7 @@ class TextToImage(ABC):
         *,
         config: SamplingConfig,
         generator: Generator,
+        control: Control | None = None,
     ) -> Tensor:
         """Generate one image per prompt.
 
@@ -71,6 +73,7 @@ class TextToImage(ABC):
             width: see ``height``.
             config: sampling settings; those of stages that the model lacks are not used.
             generator: a list with one generator per image makes images independent of the batch.
+            control: what a ControlNet reads.
 
         Returns:
             (N, 3, height, width) in [0, 1].
@@ -79,13 +82,14 @@ class TextToImage(ABC):
             ValueError: if an argument is invalid.
         """
         size = self.padded_size_with_warning(height, width)
-        images = self._generate(Prompts(prompts), size, config, generator)
+        images = self._generate(Prompts(prompts), size, config, generator, control)
         return center_crop(images, height, width)
 
     @abstractmethod
     def _generate(
-        self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig, generator: Generator
-    ) -> Tensor:
+        self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig,
+        generator: Generator, control: Control | None,
+    ) -> Tensor:  # fmt: skip
         """Images (N, 3, *size) in [0, 1], of a size that the model supports."""
 
     @property

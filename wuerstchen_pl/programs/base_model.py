@@ -1,11 +1,15 @@
 """Completes the config of a training whose networks are those of a base model (``preset=base``)."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from wuerstchen_pl.checkpointing.load import drop_weight_paths
+from wuerstchen_pl.config import conf_dir
 from wuerstchen_pl.formats.model import Model
 from wuerstchen_pl.formats.registry import is_hub_id, read_model
 from wuerstchen_pl.formats.run import STAGE_PARTS
@@ -34,6 +38,7 @@ def use_base_model(cfg: DictConfig) -> None:
     if not partial:
         return
     stage = stage_name(cfg)
+    check_experiment(stage)
     base = _read_base(cfg, stage)
     if cfg.image_size == AUTO:
         cfg.image_size = int(base.settings.get("image_size", IMAGE_SIZE))
@@ -53,6 +58,22 @@ def use_base_model(cfg: DictConfig) -> None:
         if stage == "c":
             _use_scaling(cfg, base.settings)
             _use_stage_b(cfg, base)
+        if "controlnet" in cfg.stage:
+            _complete_controlnet(cfg.stage.controlnet, cfg, base)
+
+
+def check_experiment(stage: str) -> None:
+    """Refuse an experiment for other stages.
+
+    Raises:
+        ValueError: with the stages that it is for.
+    """
+    name = HydraConfig.get().runtime.choices.get("experiment")
+    folder = Path(conf_dir(), "experiment", str(name))
+    stages = sorted(path.stem for path in folder.glob("*.yaml"))
+    if stages and stage not in stages:
+        choices = " or ".join(f"stage={choice}" for choice in stages)
+        raise ValueError(f"experiment={name} is not for stage={stage}; use {choices}")
 
 
 def networks_of_base_model(cfg: DictConfig) -> list[str]:
@@ -115,7 +136,7 @@ def _arguments(model: Model, key: str, cfg: DictConfig, part: str) -> Mapping[st
 
 def _complete(cfg: DictConfig, name: str, part: str, base: Mapping[str, Any]) -> None:
     """Merge the arguments of a base network with those of the config, or load it as it is."""
-    kept = ("adapter", "text_adapter", "words")  # with one of them, its weights stay
+    kept = ("adapter", "text_adapter", "words", "controlnet")  # with one of them, its weights stay
     if any(cfg.stage.get(key) is not None for key in kept):
         cfg.stage[name] = {"_target_": LOAD_NETWORK, "source": cfg.init_from, "part": part}
         return
@@ -127,6 +148,16 @@ def _complete(cfg: DictConfig, name: str, part: str, base: Mapping[str, Any]) ->
             f"{chosen['_target_']} is needed; use another model"
         )
     cfg.stage[name] = {**base, **chosen}
+
+
+def _complete_controlnet(node: DictConfig, cfg: DictConfig, base: Model) -> None:
+    """Give a ControlNet the sizes of the prior, and the layers of the compressor's backbone."""
+    del node["_partial_"]
+    prior = base.parts["prior"].config
+    compressor = _model_of("compressor", cfg.compressor, cfg, base).parts["compressor"].config
+    node.prior_width, node.prior_depth = prior["width"], prior["depth"]
+    node.resize = compressor["resize"]
+    node.backbone = drop_weight_paths(compressor["backbone"])
 
 
 def _use_text_encoder(cfg: DictConfig, base: Model) -> None:

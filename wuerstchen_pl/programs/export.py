@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import get_token
 from omegaconf import DictConfig
@@ -10,15 +11,17 @@ from torch import nn
 from wuerstchen_pl.adapters.weights import AdapterWeights
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.allowed import stage_class
-from wuerstchen_pl.formats import model_card
+from wuerstchen_pl.formats import controlnet_files, model_card
 from wuerstchen_pl.formats.adapter_files import FILE, write_adapter
 from wuerstchen_pl.formats.hub import upload
+from wuerstchen_pl.formats.model import build_network
 from wuerstchen_pl.formats.native import CARD
 from wuerstchen_pl.formats.run import STAGE_PARTS, read_run
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.formats.word_files import write_words
 from wuerstchen_pl.io.atomic import atomic_folder
 from wuerstchen_pl.io.output_folder import claimed
+from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.programs.convert import write
 
@@ -32,12 +35,10 @@ def run(cfg: DictConfig) -> None:
             model_card.checkpoint_chain(path),
             license=cfg.license,
             ema=cfg.ema,
-            usage=cfg.format if cfg.format in ("adapter", "words") else "model",
+            usage=cfg.format if cfg.format in ADDITIONS else "model",
         )
-        if cfg.format == "adapter":
-            export_adapter(path, folder, ema=cfg.ema, card=card)
-        elif cfg.format == "words":
-            export_words(path, folder, ema=cfg.ema, card=card)
+        if cfg.format in ADDITIONS:
+            ADDITIONS[cfg.format](path, folder, ema=cfg.ema, card=card)
         else:
             write(replace(read_run(path, ema=cfg.ema), card=card), folder, cfg.format)
     if cfg.push is not None:
@@ -102,3 +103,30 @@ def export_words(checkpoint: Path, folder: Path, *, ema: bool, card: str) -> Non
         files = write_words(temporary, stage.words, "clip_g" if name == "c" else "clip_h")
         (temporary / CARD).write_text(card, encoding="utf-8")
     print(*(folder / file.name for file in files), sep="\n")
+
+
+def export_controlnet(checkpoint: Path, folder: Path, *, ema: bool, card: str) -> None:
+    """Write the ControlNet of a checkpoint, and its card.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    parts = read_run(checkpoint, ema=ema).parts
+    if "controlnet" not in parts:
+        raise ValueError(
+            f"format=controlnet: {checkpoint} has no ControlNet, which experiment=controlnet "
+            "trains; use another format"
+        )
+    prior = cast(Prior, build_network(parts["prior"]))
+    with atomic_folder(folder) as temporary:
+        controlnet_files.write_controlnet(
+            temporary / controlnet_files.FILE, parts["controlnet"], prior
+        )
+        (temporary / CARD).write_text(card, encoding="utf-8")
+    print(folder / controlnet_files.FILE)
+
+
+ADDITIONS = {
+    "adapter": export_adapter, "words": export_words, "controlnet": export_controlnet,
+}  # fmt: skip
+"""Formats that have only what a run added to its model."""

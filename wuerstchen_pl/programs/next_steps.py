@@ -22,6 +22,7 @@ def describe_end(
     caption: str,
     default_folder: Path,
     is_cached: bool = False,
+    has_controlnet: bool = False,
 ) -> str:
     """Lines that name the images of a run and the next command.
 
@@ -32,6 +33,7 @@ def describe_end(
         caption: a caption of the training images, which the model knows.
         default_folder: the folder in which the next stage expects this run.
         is_cached: whether the run read a cache, which has the data of one stage only.
+        has_controlnet: whether the run trained a ControlNet, which needs a control image.
     """
     lines = []
     if any(run.glob("grids/*.png")):
@@ -39,6 +41,7 @@ def describe_end(
         lines.append(f"images: {run / 'grids'}{plot}")
     if stage in ("c", "ldm"):
         command = ["python", "-m", "wuerstchen_pl.sample", f"model={run}", f"prompt={caption}"]
+        command += ["control_image=IMAGE"] * has_controlnet
         lines.append(f"next: {shlex.join(command)}")
     elif starts_a_cascade(typed) and not is_cached:
         following = NEXT_STAGE[stage]

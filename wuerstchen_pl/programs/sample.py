@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -17,6 +17,7 @@ from wuerstchen_pl.io.image_files import GRID, slug
 from wuerstchen_pl.io.images import write_png
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
+from wuerstchen_pl.pipelines.controlnet import WithControlNet
 from wuerstchen_pl.pipelines.duration import estimate_seconds
 from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.loading import load_pipeline
@@ -61,6 +62,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
         device=device,
         dtype=dtype,
     )
+    load_controlnet(pipeline, cfg)
     load_adapters(pipeline, cfg.lora)
     load_words(pipeline, cfg.words)
     requests = [
@@ -71,8 +73,11 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
         pipeline.prior.text_encoder.check(prompt)
     height, width = pipeline.size(cfg.height, cfg.width)
     pipeline.padded_size(height, width)
+    control = None
+    if isinstance(pipeline, WithControlNet):
+        control = pipeline.control(cfg.control_image, cfg.control_scale, height, width)
     log_dtype(dtype, device)
-    seconds = estimate_seconds(pipeline, len(requests), height, width, settings)
+    seconds = estimate_seconds(pipeline, len(requests), height, width, settings, control)
     if seconds > LONG:
         print(
             f"{plural(len(requests), 'image')} of {height} x {width} px: about "
@@ -80,10 +85,12 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
         )
 
     images = generate_images(
-        pipeline, texts, seeds=seeds, height=height, width=width, settings=settings
+        pipeline, texts, seeds=seeds, height=height, width=width, settings=settings, control=control
     )
     metadata: dict[str, Any] = {"model": str(cfg.model), **_sha256(pipeline)}
-    metadata |= {key: cfg[key] for key in ("prior", "variant") if cfg[key] is not None}
+    optional = ("prior", "variant", "controlnet", "control_image")
+    metadata |= {key: cfg[key] for key in optional if cfg[key] is not None}
+    metadata |= {} if control is None else {"control_scale": cfg.control_scale}
     metadata |= {key: list(cfg[key]) for key in ("lora", "words") if cfg[key]}
     metadata |= {"height": height, "width": width, "dtype": dtype_name(dtype)}
     metadata |= asdict(settings)
@@ -97,6 +104,22 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     if len(grid_images) > 1:
         write_png(folder / GRID, tile(grid_images, columns=cfg.num_images_per_prompt), {})
     print(f"{plural(len(requests), 'image')} in {folder}")
+
+
+def load_controlnet(pipeline: TextToImage, cfg: DictConfig) -> None:
+    """Load the ControlNet of ``controlnet``, if it is set.
+
+    Raises:
+        ValueError: if the model cannot have one, or it cannot be read.
+    """
+    for key in ("controlnet", "control_image"):
+        if cfg[key] is not None and not isinstance(pipeline, WithControlNet):
+            raise ValueError(
+                f"{key}={cfg[key]} needs a cascade, but the model is a baseline; remove it"
+            )
+    if cfg.controlnet is not None:
+        cascade = cast(WithControlNet, pipeline)
+        cascade.load_controlnet(cfg.controlnet, allow_mismatch=cfg.allow_mismatch)
 
 
 def load_adapters(pipeline: TextToImage, adapters: Sequence[str]) -> None:

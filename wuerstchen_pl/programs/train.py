@@ -37,6 +37,7 @@ from wuerstchen_pl.programs.training_cache import with_cache
 from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
 from wuerstchen_pl.stages.data_checks import (
     check_cache,
+    check_control,
     check_mask,
     check_sizes,
     check_words,
@@ -73,6 +74,7 @@ def run(cfg: DictConfig) -> float:
     torch.set_float32_matmul_precision("high")
 
     stage = build_stage(cfg)
+    check_control(stage, data, cache=cfg.cache)
     if cfg.cache:
         data = with_cache(cfg, stage, data)
     if cfg.activation_checkpointing is True:
@@ -95,6 +97,7 @@ def run(cfg: DictConfig) -> float:
         caption=data.captions.plain(data.splits.first_window["train"][0].captions[0]),
         default_folder=Path(cfg.paths.root, cfg.name, stage.name),
         is_cached=hasattr(data, "made_with") and not cfg.cache,
+        has_controlnet=hasattr(stage, "controlnet"),
     )
     rank_zero_only(print)(end)
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))

@@ -17,9 +17,11 @@ from wuerstchen_pl.diffusion.sampler import (
     resolve_generator,
 )
 from wuerstchen_pl.diffusion.schedule import CosineSchedule
-from wuerstchen_pl.models.conditioning import CachedConditioning
+from wuerstchen_pl.models.conditioning import CachedConditioning, Residuals
+from wuerstchen_pl.models.controlnet import ControlNet
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.sampling.control import Control, control_residuals
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.diffusers_arguments import denoise_params
 from wuerstchen_pl.sampling.images import OutputTuple, check_output_type
@@ -66,6 +68,7 @@ class PriorSampler(StepState):
         semantic_shift: ``shift`` of ``LatentScaling`` (v2: 1).
         resolution_multiple: pixels per semantic position (v1, v2: 42.67).
         placement: the device to run on; the CPU if None.
+        controlnet: then every run needs control images; None without one.
     """
 
     part = "prior"
@@ -80,8 +83,9 @@ class PriorSampler(StepState):
         semantic_shift: float = 1.0,
         resolution_multiple: float = 42.67,
         placement: DevicePlacement | None = None,
+        controlnet: ControlNet | None = None,
     ) -> None:
-        self.prior, self.text_encoder = prior, text_encoder
+        self.prior, self.text_encoder, self.controlnet = prior, text_encoder, controlnet
         self.scaling = LatentScaling(scale=semantic_scale, shift=semantic_shift)
         self.resolution_multiple = resolution_multiple
         self.schedule = CosineSchedule()
@@ -123,6 +127,7 @@ class PriorSampler(StepState):
         image_embeddings: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
+        control: Control | None = None,
         callback: LegacyCallback | None = None,
         callback_steps: int = 1,
         progress: bool = True,
@@ -155,6 +160,7 @@ class PriorSampler(StepState):
                 the time ``strength``.
             strength: in [0, 1]; 0 returns ``image_embeddings`` unchanged.
             mask: (B, 1, h, w) or (1, 1, h, w), 1 where ``image_embeddings`` are generated again.
+            control: what the ControlNet reads.
             callback: diffusers' deprecated callback (step, time, latents).
             callback_steps: steps between two calls of ``callback``.
             progress: show a progress bar.
@@ -192,6 +198,7 @@ class PriorSampler(StepState):
             image_embeddings=image_embeddings,
             strength=strength,
             mask=mask,
+            control=control,
         )
         output = semantic.cpu().numpy() if output_type == "np" else semantic
         return PriorOutput(output) if return_dict else (output,)
@@ -209,6 +216,7 @@ class PriorSampler(StepState):
         image_embeddings: Tensor | None = None,
         strength: float = 1.0,
         mask: Tensor | None = None,
+        control: Control | None = None,
     ) -> Tensor:
         """Generate semantic latents; see ``__call__`` for the arguments.
 
@@ -234,7 +242,10 @@ class PriorSampler(StepState):
             if mask is not None:
                 mask = expand_rows(mask.to(noise), (rows, 1, *shape[2:]), "mask")
             init = InitLatents(self.scaling.normalize(start), mask)
-        return self.scaling.denormalize(self._denoise(noise, text, init, params))
+        residuals = control_residuals(
+            self.controlnet, control, rows=rows, size=(shape[2], shape[3]), placement=self.placement
+        )
+        return self.scaling.denormalize(self._denoise(noise, text, init, residuals, params))
 
     def _text(self, prompts: Prompts, repeats: int, *, guided: bool) -> Tensor:
         with self.placement.on_device(self.text_encoder):
@@ -242,13 +253,14 @@ class PriorSampler(StepState):
         return text.to(self.placement.device)
 
     def _denoise(
-        self, noise: Tensor, text: Tensor, init: InitLatents | None, params: DenoiseParams
-    ) -> Tensor:
+        self, noise: Tensor, text: Tensor, init: InitLatents | None, residuals: Residuals | None,
+        params: DenoiseParams,
+    ) -> Tensor:  # fmt: skip
         """Latents at the last time, from noise or from initial latents noised to the first time."""
         steps = torch.tensor(params.config.times[:-1], device=noise.device)
 
         def cache_conditioning(tensors: Mapping[str, Tensor]) -> list[CachedConditioning]:
-            return self.prior.cache_conditioning(steps, tensors[TEXT])
+            return self.prior.cache_conditioning(steps, tensors[TEXT], residuals)
 
         def keep_unmasked(x: Tensor, t: float) -> Tensor:
             if init is None or init.mask is None:

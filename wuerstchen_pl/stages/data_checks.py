@@ -37,6 +37,33 @@ def check_mask(stage: Stage, data: L.LightningDataModule) -> None:
         )
 
 
+def check_control(stage: Stage, data: L.LightningDataModule, *, cache: bool) -> None:
+    """Refuse data without the control images that a ControlNet is trained with.
+
+    Args:
+        stage: any stage.
+        data: its data.
+        cache: whether they are going to be cached.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    controlnet = getattr(stage, "controlnet", None)
+    reads_files = controlnet is not None and controlnet.control_images.from_files
+    if controlnet is not None and (cache or hasattr(data, "made_with")):
+        raise ValueError(
+            "a ControlNet reads the images, which a cache of Stage C does not have; set "
+            "cache=false, and data to images, such as data=folder"
+        )
+    if reads_files and not getattr(data, "control", False):
+        raise ValueError("control images from files are read with data.control=true; set it")
+    if getattr(data, "control", False) and not reads_files:
+        raise ValueError(
+            "data.control=true has no effect without a ControlNet that reads files; set "
+            "experiment=controlnet and control_images=file, or data.control=false"
+        )
+
+
 def check_cache(stage: Stage, data: L.LightningDataModule) -> None:
     """Refuse a cache that was made with other frozen networks than this stage's.
 

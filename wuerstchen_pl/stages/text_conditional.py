@@ -17,9 +17,10 @@ from wuerstchen_pl.diffusion.schedule import CosineSchedule, sample_timesteps
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.unet import UNet
+from wuerstchen_pl.sampling.control import Control
 from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.prior import PriorSampler
-from wuerstchen_pl.stages.batch_rng import validation_losses
+from wuerstchen_pl.stages.batch_rng import BatchRNG, validation_losses
 from wuerstchen_pl.stages.captions import encode_captions
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
@@ -187,15 +188,10 @@ class TextConditionalStage(Stage):
 
     @torch.no_grad()
     def sample(
-        self,
-        captions: Sequence[str],
-        *,
-        size: tuple[int, int],
-        seeds: Sequence[int],
-        num_steps: int = 60,
-        guidance_scale: float = 4.0,
-        method: SamplerName = "ddpm",
-    ) -> Tensor:
+        self, captions: Sequence[str], *, size: tuple[int, int], seeds: Sequence[int],
+        num_steps: int = 60, guidance_scale: float = 4.0, method: SamplerName = "ddpm",
+        control: Control | None = None,
+    ) -> Tensor:  # fmt: skip
         """Generate latents from captions.
 
         Args:
@@ -205,19 +201,15 @@ class TextConditionalStage(Stage):
             num_steps: denoising steps (paper: 60).
             guidance_scale: guidance away from the empty caption; 1 or less disables it (paper: 4).
             method: name of the sampler.
+            control: what a ControlNet reads.
 
         Returns:
             (B, S, h, w) in the frozen stage's scale, for ``decode_semantic``.
         """
         return self.prior_sampler()(
-            captions,
-            *size,
-            num_inference_steps=num_steps,
-            guidance_scale=guidance_scale,
-            generator=generators_from_seeds(seeds),
-            sampler=method,
-            progress=False,
-        )[0]
+            captions, *size, num_inference_steps=num_steps, guidance_scale=guidance_scale,
+            generator=generators_from_seeds(seeds), sampler=method, control=control, progress=False,
+        )[0]  # fmt: skip
 
     def prior_sampler(self) -> PriorSampler:
         """The sampler that uses this stage's weights."""
@@ -238,11 +230,20 @@ class TextConditionalStage(Stage):
         if self.preservation is not None:
             self.preservation.draw_class_images(self)
 
+    def control(self, batch: Batch, rng: BatchRNG | None = None) -> Control | None:
+        """What a ControlNet reads, in training with the batch's ``rng``; None without one."""
+        return None
+
+    def predict(self, xt: Tensor, t: Tensor, text: Tensor, control: Control | None) -> Tensor:
+        """The prediction of the noise."""
+        return self.prior(xt, t, text)
+
     def loss(
-        self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+        self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor,
+        mask: Tensor | None = None, control: Control | None = None,
+    ) -> Tensor:  # fmt: skip
         """p2(t) |noise - prediction|^2 of each sample, (B,) (section 3.3); see ``noise_error``."""
-        pred = self.prior(self.schedule.add_noise(x0, t, noise), t, text)
+        pred = self.predict(self.schedule.add_noise(x0, t, noise), t, text, control)
         return p2_weight(self.schedule, t, self.p2) * noise_error(pred, noise, mask)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -251,7 +252,8 @@ class TextConditionalStage(Stage):
         rng = self.batch_rng(len(x0), batch_idx)
         text = encode_captions(batch, self.text, rng.uniform() < self.caption_drop_prob)
         t = to_device(sample_timesteps(rng.uniform()), x0.device)
-        losses = self.loss(x0, t, rng.noise(x0), cast(Tensor, text), batch.get("mask"))
+        noise, control = rng.noise(x0), self.control(batch, rng)
+        losses = self.loss(x0, t, noise, cast(Tensor, text), batch.get("mask"), control)
         self.timestep_bins.add(t, losses)
         loss = weighted_mean(losses, batch.get("weight"))
         if self.preservation is None:
@@ -267,9 +269,10 @@ class TextConditionalStage(Stage):
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, 4) times in (0, 1), derived from ``batch["key"]``, and the losses at these times."""
         x0, text = self.latents(batch), cast(Tensor, encode_captions(batch, self.text))
+        control = self.control(batch)
 
         def loss(t: Tensor, noise: Tensor) -> Tensor:
-            return self.loss(x0, t, noise, text, batch.get("mask"))
+            return self.loss(x0, t, noise, text, batch.get("mask"), control)
 
         return validation_losses(loss, batch["key"], x0)
 

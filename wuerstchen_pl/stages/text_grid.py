@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def text_grid(stage: "TextConditionalStage", batch: Batch) -> dict[str, Tensor]:
     """Original, noised, one-step x0 prediction (EMA), samples with raw and EMA weights.
 
-    With a cache, which has no images, the first column shows the decoded latents.
+    With a cache, which has no images, the first column shows the decoded latents. With a
+    ControlNet, its control images come first.
     """
-    captions, x0 = batch["caption"], stage.latents(batch)
+    captions, x0, control = batch["caption"], stage.latents(batch), stage.control(batch)
     size = tuple(batch["image"].shape[-2:]) if "image" in batch else batch["size"]
     seeds = range(len(x0))
     t = torch.full((len(x0),), 0.5, device=x0.device)
@@ -32,17 +33,19 @@ def text_grid(stage: "TextConditionalStage", batch: Batch) -> dict[str, Tensor]:
         )
 
     def sampled() -> Tensor:
+        shape = cast(tuple[int, int], size)
         return decoded(
-            stage.sample(captions, size=cast(tuple[int, int], size), seeds=seeds, num_steps=20)
+            stage.sample(captions, size=shape, seeds=seeds, num_steps=20, control=control)
         )
 
     with unsharded(stage):
         raw = sampled()
     with stage.ema.applied(stage):
-        pred = stage.prior(xt, t, stage.text(captions))
+        pred = stage.predict(xt, t, stage.text(captions), control)
         with_ema = sampled()
     denoised = stage.schedule.predict_x0(xt, t, pred)
-    return {
+    control_images = {} if control is None else {"control": cast(Tensor, control.images)}
+    return control_images | {
         "original": (
             batch["image"] if "image" in batch else decoded(stage.scaling.denormalize(x0))
         ),
