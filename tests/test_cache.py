@@ -245,7 +245,8 @@ def test_a_stage_that_trains_on_images_is_refused(
         ("c", ["stage.optimizer.lr=1"], "cache does not read stage.optimizer.lr"),
         ("c", ["optimizer@stage.optimizer=adamw"], "cache does not read stage.optimizer"),
         ("c", ["dtype=int8"], "dtype is 'int8'"),
-        ("b", ["data.mask=alpha"], "data.mask='alpha' needs the images; set data.mask=null, or"),
+        ("b", ["data.mask=alpha"], "data.mask='alpha' needs the images; remove it, or"),
+        ("b", ["data.control=true"], "data.control=True needs the images; remove it, or"),
         ("c", ["text=true"], "stage.train_text_encoder=true; set text=false"),
         ("b", ["text=true"], "stage=b has none"),
         (

@@ -112,7 +112,8 @@ def test_a_stage_outside_the_package_is_refused_and_not_imported(
 def test_the_class_of_a_stage_has_its_name(target: str) -> None:
     stage = stage_class({"_target_": target})
     assert f"{stage.__module__}.{stage.__qualname__}" == target
-    assert stage.__module__.endswith(f".{stage.name}")
+    module = stage.__module__.rpartition(".")[2]
+    assert stage.name == {"controlnet": "c"}.get(module, module)
 
 
 @pytest.mark.parametrize("kind", ["value", "list", "tuple"])

@@ -252,8 +252,8 @@ def test_damaged_files_are_named(copy: Path) -> None:
 
 
 def test_later_versions_and_unknown_parts_are_rejected(copy: Path) -> None:
-    change_json(copy / "wuerstchen_pl.json", parts=["controlnet"])
-    with pytest.raises(ValueError, match="has an unknown part 'controlnet'"):
+    change_json(copy / "wuerstchen_pl.json", parts=["upscaler"])
+    with pytest.raises(ValueError, match="has an unknown part 'upscaler'"):
         registry.read_model(str(copy))
     change_json(copy / "wuerstchen_pl.json", format=2)
     with pytest.raises(ValueError, match="has format 2, but this release reads 1"):

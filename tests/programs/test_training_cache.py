@@ -46,7 +46,6 @@ def test_training_equals_that_on_a_cache_of_the_program(
     [
         ("a", [], "stage=a trains on images, not on a cache"),
         ("c", ["data.mask=alpha"], "data.mask='alpha' needs the images"),
-        ("c", ["data.control=true"], "data.control=True needs the images"),
     ],
 )
 def test_what_cannot_be_cached_is_refused(

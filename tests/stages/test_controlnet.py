@@ -108,8 +108,8 @@ def test_activation_checkpointing_changes_no_gradient(batch: Batch) -> None:
 def test_the_backbone_starts_as_the_compressors() -> None:
     stage = controlled()
     compressor = stage.stage_b.compressor.backbone.state_dict()
-    own = stage.controlnet.backbone.state_dict()
-    assert all(torch.equal(own[key], compressor[key]) for key in compressor)
+    backbone = stage.controlnet.backbone.state_dict()
+    assert all(torch.equal(backbone[key], compressor[key]) for key in compressor)
     fresh = controlnet().backbone.state_dict()
     assert any(not torch.equal(fresh[key], compressor[key]) for key in compressor)
 
@@ -163,11 +163,11 @@ def test_sampling_computes_the_residuals_once_for_both_halves(
     calls: list[Tensor] = []
     forward = ControlNet.forward
 
-    def counted(self: ControlNet, images: Tensor, size: tuple[int, int]) -> Any:
+    def counting_forward(self: ControlNet, images: Tensor, size: tuple[int, int]) -> Any:
         calls.append(images)
         return forward(self, images, size)
 
-    monkeypatch.setattr(ControlNet, "forward", counted)
+    monkeypatch.setattr(ControlNet, "forward", counting_forward)
     control = stage.control(batch)
     options: dict[str, Any] = {"size": (32, 32), "num_steps": 3, "guidance_scale": 4.0}
     together = stage.sample(batch["caption"], seeds=range(4), control=control, **options)

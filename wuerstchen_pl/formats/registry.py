@@ -46,7 +46,7 @@ def detect_format(path: Path) -> FormatName:
     )
 
 
-STAGE_C_PARTS = ("prior", "prior_text_encoder", "controlnet")
+STAGE_C_PARTS = ("prior", "prior_text_encoder")
 
 
 def read_model(
@@ -88,7 +88,8 @@ def read_model(
         if not allow_mismatch:
             check_encoder(encoder_of(other, "c"), encoder_of(model, "c"), f"prior={prior}")
             check_version(other, model, f"prior={prior}")
-        parts = {name: other.parts[name] for name in STAGE_C_PARTS if name in other.parts}
+        names = (*STAGE_C_PARTS, "controlnet")
+        parts = {name: other.parts[name] for name in names if name in other.parts}
         settings = {k: v for k, v in other.settings.items() if k != DECODER_SETTING}
         kept = {name: part for name, part in model.parts.items() if name != "controlnet"}
         return replace(model, parts=kept | parts, settings=model.settings | settings)

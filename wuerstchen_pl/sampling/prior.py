@@ -260,6 +260,8 @@ class PriorSampler(StepState):
         steps = torch.tensor(params.config.times[:-1], device=noise.device)
 
         def cache_conditioning(tensors: Mapping[str, Tensor]) -> list[CachedConditioning]:
+            if residuals is None:
+                return self.prior.cache_conditioning(steps, tensors[TEXT])
             return self.prior.cache_conditioning(steps, tensors[TEXT], residuals)
 
         def keep_unmasked(x: Tensor, t: float) -> Tensor:
