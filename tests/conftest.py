@@ -172,6 +172,27 @@ def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_base(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose prior has random weights, as an untrained one predicts almost nothing."""
+    import torch
+
+    from wuerstchen_pl.formats import registry
+    from wuerstchen_pl.formats.lazy_tensors import in_memory
+    from wuerstchen_pl.formats.run import read_run
+
+    model = read_run(cascade / "c")
+    torch.manual_seed(0)
+    for name, lazy in model.parts["prior"].tensors.items():
+        std = 0.01 if name.startswith("head") else 0.1  # as the prior divides by one of its heads
+        tensor = lazy.load()
+        changed = tensor + std * torch.randn_like(tensor)
+        model.parts["prior"].tensors[name] = in_memory(changed)
+    folder = tmp_path_factory.mktemp("base") / "model"
+    registry.write_model(model, folder, "native")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a small CLIP with random weights."""
     import open_clip

@@ -23,9 +23,6 @@ from tests.distributed.test_parallel import (
 )
 from tests.test_resume import differing
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.formats import registry
-from wuerstchen_pl.formats.lazy_tensors import in_memory
-from wuerstchen_pl.formats.run import read_run
 
 pytestmark = pytest.mark.slow
 BF16, ACCUMULATED = "trainer.precision=bf16-mixed", ["data.batch_size=2", "global_batch=8"]
@@ -42,18 +39,8 @@ FSDP, DDP = [*TWO, "trainer=fsdp"], [*TWO, "trainer=ddp"]
 
 
 @pytest.fixture(scope="module")
-def base(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose prior has random weights, as an untrained one predicts almost nothing."""
-    model = read_run(cascade / "c")
-    torch.manual_seed(0)
-    for name, lazy in model.parts["prior"].tensors.items():
-        std = 0.01 if name.startswith("head") else 0.1  # as the prior divides by one of its heads
-        tensor = lazy.load()
-        changed = tensor + std * torch.randn_like(tensor)
-        model.parts["prior"].tensors[name] = in_memory(changed)
-    folder = tmp_path_factory.mktemp("base") / "model"
-    registry.write_model(model, folder, "native")
-    return folder
+def base(random_base: Path) -> Path:
+    return random_base
 
 
 def arguments(root: Path, base: Path, cascade: Path, *more: str) -> list[str]:
