@@ -45,6 +45,7 @@ CASES = {
     "dora": ("lora", ["cache=false", "stage.adapter.method=dora", "trainer.precision=bf16-mixed"]),
     "cached": ("lora", ["activation_checkpointing=true", "stage.ema.device=cpu"]),
     "dreambooth": ("dreambooth", ["stage.preservation.captions=[a]"]),
+    "controlnet": ("controlnet", ["control_images=mask"]),
     "word": ("token", ["stage.words.text='<rex>'", "data.captions.trigger='<rex>'"]),
 }
 

@@ -68,8 +68,8 @@ def variants(cfg: DictConfig) -> list[Variant]:
     """The run; and of a base model its other kind, full tuning or an adapter, adapters last."""
     this_run = Variant("this run", "", cfg, advised=True)
     stage = stage_name(cfg)
-    trains_words = cfg.stage.get("words") is not None
-    if not networks_of_base_model(cfg) or stage not in ("b", "c") or trains_words:
+    is_other = any(cfg.stage.get(key) is not None for key in ("words", "controlnet"))
+    if not networks_of_base_model(cfg) or stage not in ("b", "c") or is_other:
         return [this_run]
     other = copy.deepcopy(cfg)
     with open_dict(other):
