@@ -42,7 +42,8 @@ def all_commands(name: str, text: str) -> list[list[str]]:
 
 
 def tunes(arguments: list[str]) -> bool:
-    return any(a.startswith("init_from=") or "style" in a or "rex" in a for a in arguments)
+    names = ("style", "rex", "edges")
+    return any(a.startswith("init_from=") or any(n in a for n in names) for a in arguments)
 
 
 def test_the_readme_is_short_and_has_every_command() -> None:
@@ -111,7 +112,7 @@ def test_the_commands_that_tune_a_model_run_one_after_the_other(
 
     trained = [one for one in finetuning_commands("train") if "dry_run=true" not in one]
     exported, sampled = finetuning_commands("export"), finetuning_commands("sample")
-    assert [len(group) for group in (trained, exported, sampled)] == [4, 4, 3]
+    assert [len(group) for group in (trained, exported, sampled)] == [5, 5, 4]
     for arguments in trained:
         arguments = with_local_data(local(arguments), workdir)
         assert run_program("train", [*arguments, *few]) == 0
@@ -127,6 +128,7 @@ def test_the_commands_that_tune_a_model_run_one_after_the_other(
         assert run_program("sample", [*arguments, *steps]) == 0
     assert (workdir / "style/pytorch_lora_weights.safetensors").is_file()
     assert (workdir / "rex/learned_embeds.safetensors").is_file()
+    assert (workdir / "edges/controlnet.safetensors").is_file()
 
 
 ON_GPUS = [c for c in commands("train") if "trainer=fsdp_a100" in c]

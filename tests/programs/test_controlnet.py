@@ -105,6 +105,14 @@ def test_a_run_resumes_bit_for_bit(run: Path, base: Path, tmp_path: Path) -> Non
     assert any(not torch.equal(half[name], whole["state_dict"][name]) for name in half)
 
 
+def test_a_run_with_other_control_images_is_refused(
+    run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    keys = [f"ckpt={find_checkpoint(run)}", "stage.controlnet.control_images.threshold=0.2"]
+    assert train(base, tmp_path, *keys, steps=6) == 1
+    assert "was trained with control_images {" in capsys.readouterr().err
+
+
 def test_a_base_that_changed_is_refused(base: Path, tmp_path: Path) -> None:
     model = registry.read_model(str(base))
     registry.write_model(model, tmp_path / "base", "native")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 NUM_UNIFORM = 5
 """Random numbers per image that control images of training may use."""
-GRAY = 0.5
+GRAY = 128 / 255
+"""The region to generate."""
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 

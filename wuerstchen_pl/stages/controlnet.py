@@ -1,5 +1,6 @@
 """Stage C with a ControlNet: the prior is that of a base model, and stays as it is."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,20 @@ class ControlNetStage(StageC):
         controlnet.check_prior(prior)
         controlnet.copy_backbone(self.stage_b.compressor)
         self.controlnet = controlnet
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], *, origin: str = "ckpt") -> None:
+        """See ``Stage``; also refuse a checkpoint that was trained on other control images."""
+        super().check_checkpoint(checkpoint, origin=origin)
+        key = "control_images"
+        saved, now = (
+            ((config or {}).get("controlnet") or {}).get(key)
+            for config in (checkpoint["stage"], self.provenance.config)
+        )
+        if saved != now:
+            raise ValueError(
+                f"{origin} was trained with {key} {saved}, and now they are {now}; use the former, "
+                "or start a new run"
+            )
 
     def control(self, batch: Batch, rng: BatchRNG | None = None) -> Control:
         """Control images of a batch; random ones depend on its ``rng``, or else on its keys.
