@@ -151,6 +151,7 @@ def test_a_pattern_without_adaptable_layers_is_refused(
         ({"rank": 0}, "rank=0 is out of range"),
         ({"dropout": 1.0}, "dropout=1.0 is out of range"),
         ({"method": "ia3"}, "method='ia3' is unknown"),
+        ({"base_dtype": "float16"}, "base_dtype='float16' is unknown"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:

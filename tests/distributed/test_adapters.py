@@ -75,6 +75,7 @@ def runs(base: Path, cascade: Path, tmp_path_factory: pytest.TempPathFactory) ->
             run("fsdp_then_ddp", *DDP, from_fsdp),
             run("fsdp_accumulated", *FSDP, *ACCUMULATED),
             run("fsdp_bf16", *FSDP, BF16),
+            run("fsdp_bf16_base", *FSDP, BF16, "stage.adapter.base_dtype=bfloat16"),
             run("ddp_preserving", *DDP, *PRESERVING),
             run("fsdp_preserving", *FSDP, *PRESERVING),
             run("fsdp_b", *FSDP, *STAGE_B),
@@ -125,10 +126,13 @@ def test_the_comparison_detects_ten_missing_steps(runs: Path) -> None:
     assert max_difference(half, last_checkpoint(run))[0] > 1000 * TOLERANCE
 
 
-def test_two_sharded_processes_train_an_adapter_in_bfloat16_like_one(runs: Path) -> None:
+@pytest.mark.parametrize("sharded", ["fsdp_bf16", "fsdp_bf16_base"])
+def test_two_sharded_processes_train_an_adapter_in_bfloat16_like_one(
+    sharded: str, runs: Path
+) -> None:
     """The factors B are zero at first, so that they are the updates."""
     updates = []
-    for name in ("one_bf16", "fsdp_bf16"):
+    for name in ("one_bf16", sharded):
         state = last_checkpoint(runs / name / "default/c")["state_dict"]
         factors = [tensor.flatten() for key, tensor in state.items() if "lora_B" in key]
         updates.append(torch.cat(factors))

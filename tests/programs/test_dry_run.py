@@ -92,7 +92,7 @@ def test_neither_is_a_weight_read_nor_a_file_written(
     assert [row.split("  ")[0] for row in rows] == [
         "experiment=finetune", "+ activation_checkpointing=true", "+ stage.ema.device=cpu",
         "+ optimizer@stage.optimizer=adamw_8bit",
-        "this run", "+ activation_checkpointing=true",
+        "this run", "+ activation_checkpointing=true", "+ stage.adapter.base_dtype=bfloat16",
     ]  # fmt: skip
     assert sentence == "This run fits 8, 12, 16, 24 and 80 GB as it is."
 
@@ -116,6 +116,10 @@ def test_settings_need_less_and_less(method: Method, model: Path, tmp_path: Path
     assert 0 < adapter < weights / 4
     assert adapted[0].state["weights"] == weights + adapter
     assert adapted[1].per_sample < 0.7 * adapted[0].per_sample
+    assert adapted[2].state["weights"] == weights / 2 + adapter
+    assert adapted[2].overrides == (
+        "stage.adapter.base_dtype=bfloat16 trainer.precision=bf16-mixed"
+    )
 
 
 def setting(label: str, overrides: str, gb: float, *, advised: bool = True) -> Setting:

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.adapters.targets import choose_layers, fuse_projections, split_projections
 from wuerstchen_pl.adapters.weights import AdapterWeights, from_tensors, merged_tensors
 
 Method = Literal["lora", "dora", "loha", "lokr"]
+BaseDtype = Literal["float32", "bfloat16"]
 DEFAULT_TARGETS = ("*.attention.*", "*.cond_mapper")
 NAME = "default"
 """The name of the adapter in peft."""
@@ -28,6 +30,8 @@ class Adapter:
         dropout: probability; of the inputs for LoRA and DoRA, of ranks for the others.
         targets: patterns of layers; see ``choose_layers``. By default attention, and the maps from
             text to its keys and values.
+        base_dtype: of the frozen weights while the adapter is trained; in bfloat16 they take half
+            the memory. A trained model has the weights of the base model, which are not rounded.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -41,6 +45,7 @@ class Adapter:
         alpha: float | None = None,
         dropout: float = 0.0,
         targets: Sequence[str] = DEFAULT_TARGETS,
+        base_dtype: BaseDtype = "float32",
     ) -> None:
         if rank < 1:
             raise ValueError(f"rank={rank} is out of range; use 1 or more")
@@ -48,9 +53,12 @@ class Adapter:
             raise ValueError(f"dropout={dropout} is out of range; use 0 <= dropout < 1")
         if method not in ("lora", "dora", "loha", "lokr"):
             raise ValueError(f"method={method!r} is unknown; use lora, dora, loha or lokr")
+        if base_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"base_dtype={base_dtype!r} is unknown; use float32 or bfloat16")
         self.method, self.rank, self.dropout = method, rank, dropout
         self.alpha = rank if alpha is None else alpha
         self.targets = list(targets)
+        self.base_dtype: torch.dtype = getattr(torch, base_dtype)
 
     @property
     def scale(self) -> float:
@@ -97,6 +105,12 @@ class Adapter:
         inject_adapter_in_model(self._config(layers), network, NAME)
         network.register_state_dict_post_hook(_keep_adapter)
         network.register_load_state_dict_post_hook(_ignore_base)
+
+    def cast_base(self, network: nn.Module) -> None:
+        """Cast the frozen weights of a network that has the adapter to ``base_dtype``, in place."""
+        for parameter in network.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(self.base_dtype)
 
     @contextmanager
     def disabled(self, network: nn.Module) -> Iterator[None]:

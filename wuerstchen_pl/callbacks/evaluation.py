@@ -29,7 +29,8 @@ class EvaluationCallback(L.Callback):
     """Periodically save and evaluate Stage C, and log ``eval/...``.
 
     The results equal those of ``python -m wuerstchen_pl.evaluate dtype=float32`` for the checkpoint
-    of the same step, as both use the same code. Training is not affected.
+    of the same step, as both use the same code, unless the base of an adapter is in bfloat16 during
+    training. Training is not affected.
 
     Args:
         folder: folder of the reports, one folder ``step0001000`` each.

@@ -8,7 +8,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import hydra
 import lightning as L
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from wuerstchen_pl.data.datamodule import ImageTextDataModule
     from wuerstchen_pl.stages.stage import Stage
 
+MIXED: Literal["bf16-mixed"] = "bf16-mixed"
 ROWS = 4
 """Samples of the step, as many as the estimate of a run profiles."""
 
@@ -88,7 +89,7 @@ def settings_of(variant: Variant) -> Iterator[Setting]:
     with fake_cuda(FakeCUDA()), FlashAttention():
         stage.setup("fit")  # frozen networks stay where they are until the step uses them
         stage.to_empty(device=DEVICE)
-        stage.trainer = _trainer(cfg)
+        stage.trainer = _trainer(cfg.trainer.precision)
         batch, optimizer = _batch(cfg, stage, data), stage.configure_optimizers()["optimizer"]
 
         def setting(label: str, override: str = "") -> Setting:
@@ -106,6 +107,13 @@ def settings_of(variant: Variant) -> Iterator[Setting]:
             override = "activation_checkpointing=true"  # which auto chooses itself
             is_auto = cfg.activation_checkpointing == "auto"
             yield setting(f"+ {override}", "" if is_auto else override)
+        if any(adapter.base_dtype == torch.float32 for adapter in stage.adapters.values()):
+            override = _cast_bases(stage)
+            if cfg.trainer.precision != MIXED:
+                stage.trainer = _trainer(MIXED)
+                override += f" trainer.precision={MIXED}"
+            forget_profile(stage)
+            yield setting(f"+ {override}", override)
         if plain.state["gradients"] < 0.1 * plain.state["weights"]:
             return  # the rest would save little
         if override := ema_on_host(stage):
@@ -130,13 +138,21 @@ def _without_weights(cfg: DictConfig) -> "tuple[Stage, ImageTextDataModule]":
     return stage, data
 
 
-def _trainer(cfg: DictConfig) -> L.Trainer:
-    """A trainer of one process in the precision of the run."""
-    is_mixed = cfg.trainer.precision == "bf16-mixed"
+def _cast_bases(stage: "Stage") -> str:
+    """Cast the bases of adapters to bfloat16; returns the overrides that do so."""
+    for name, adapter in stage.adapters.items():
+        adapter.base_dtype = torch.bfloat16
+        adapter.cast_base(getattr(stage, name))
+    keys = ("text_adapter" if name == "text_encoder" else "adapter" for name in stage.adapters)
+    return " ".join(f"stage.{key}.base_dtype=bfloat16" for key in keys)
+
+
+def _trainer(precision: str) -> L.Trainer:
+    """A trainer of one process."""
     return L.Trainer(
         accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        plugins=[MixedPrecision("bf16-mixed", "cuda")] if is_mixed else [],
+        plugins=[MixedPrecision(MIXED, "cuda")] if precision == MIXED else [],
     )  # fmt: skip
 
 

@@ -203,6 +203,13 @@ def check_ranges(cfg: DictConfig) -> None:
             f"trainer.precision={precision} overflows or mixes types in these networks; use "
             "bf16-mixed or 32-true"
         )
+    for name in ("adapter", "text_adapter"):
+        base_dtype = OmegaConf.select(cfg, f"stage.{name}.base_dtype")
+        if base_dtype == "bfloat16" and precision != "bf16-mixed":
+            raise ValueError(
+                f"stage.{name}.base_dtype=bfloat16 needs trainer.precision=bf16-mixed, not "
+                f"{precision}; set it, or stage.{name}.base_dtype=float32"
+            )
     needs_gpu = cfg.trainer.accelerator in ("gpu", "cuda") and not cfg.dry_run
     if needs_gpu and not torch.cuda.is_available():
         raise ValueError(

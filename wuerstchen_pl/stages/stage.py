@@ -214,8 +214,10 @@ class Stage(L.LightningModule):
         reshard(self)
 
     def setup(self, stage: str) -> None:
-        """Leave frozen networks on the CPU until they are used."""
+        """Leave frozen networks on the CPU until they are used; cast the bases of adapters."""
         self.frozen.on_demand = True
+        for name, adapter in self.adapters.items():
+            adapter.cast_base(getattr(self, name))
 
     def teardown(self, stage: str) -> None:
         """Restore the raw weights if validation was interrupted."""
