@@ -36,14 +36,14 @@ class Casts(TorchDispatchMode):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         frozen = {n: p for n, p in network.named_parameters() if not p.requires_grad and p.ndim > 1}
-        self.addresses = {p.data_ptr(): name for name, p in frozen.items()}
+        self.name_of = {p.data_ptr(): name for name, p in frozen.items()}
         self.names: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.addresses:
-            self.names.append(self.addresses[args[0].data_ptr()])
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.name_of:
+            self.names.append(self.name_of[args[0].data_ptr()])
         return func(*args, **(kwargs or {}))
 
 
