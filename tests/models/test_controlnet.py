@@ -11,6 +11,7 @@ from wuerstchen_pl.models.compressor import ConvBackbone, EfficientNet, Semantic
 from wuerstchen_pl.models.conditioning import Residuals
 from wuerstchen_pl.models.control_images import Edges
 from wuerstchen_pl.models.controlnet import ControlNet, default_blocks
+from wuerstchen_pl.models.meta import on_meta
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
 
@@ -165,6 +166,23 @@ def test_the_backbone_can_start_as_that_of_the_compressor() -> None:
     assert all(torch.equal(copied[k], t) for k, t in compressor.backbone.state_dict().items())
     with pytest.raises(ValueError, match="has other layers than the compressor's"):
         control.copy_backbone(SemanticCompressor(backbone=ConvBackbone(width=4, depth=2)))
+
+
+def test_v2_gets_residuals_of_24_x_24_positions() -> None:
+    with on_meta():
+        backbone = EfficientNet(size="s")
+        control = ControlNet(
+            backbone=backbone, control_images=Edges(), prior_width=1536, prior_depth=32
+        ).to("meta")
+    images = torch.empty(1, 3, 1024, 1024, device="meta")
+    assert control.features(images, torch.float32).shape[2:] == (24, 24)
+    residuals = control(images, (24, 24))
+    assert {tuple(residual.shape) for residual in residuals.values()} == {(1, 1536, 24, 24)}
+    assert sorted(residuals) == [0, 2, 4, 6, 25, 27, 29, 31]
+    projections = sum(p.numel() for p in control.parameters()) - sum(
+        p.numel() for p in backbone.parameters()
+    )
+    assert projections == 8 * 1280 * (1280 + 1536)
 
 
 def test_names_of_weights_are_those_of_stable_cascade() -> None:
