@@ -82,12 +82,13 @@ def test_latents_that_overflow_are_an_error(
 ) -> None:
     pipeline = WuerstchenPipeline.from_pretrained(cascade / "c")
     sampler = getattr(pipeline, part)
-    predict = sampler.predict_noise
+    name = "predict_noise" if part == "prior" else "predict"
+    predict = getattr(sampler, name)
 
     def overflowing(*args: Any, **kwargs: Any) -> Tensor:
         return predict(*args, **kwargs) * torch.inf
 
-    monkeypatch.setattr(sampler, "predict_noise", overflowing)
+    monkeypatch.setattr(sampler, name, overflowing)
     message = f"the {part} computed latents that are not finite in torch.float32; use float32"
     with pytest.raises(ValueError, match=message):
         pipeline("x", num_inference_steps=2, prior_num_inference_steps=2)

@@ -123,7 +123,7 @@ def test_an_evaluation_during_training_has_float32_weights(mesh_of_one: DeviceMe
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_gathering_in_bfloat16_changes_gradients_less_than_autocast_does(
+def test_gradients_with_gathering_in_bfloat16_are_as_exact_as_with_autocast(
     name: str, mesh_of_one: DeviceMesh
 ) -> None:
     float32 = gradients(name, mesh=None, precision="32-true")
@@ -131,7 +131,7 @@ def test_gathering_in_bfloat16_changes_gradients_less_than_autocast_does(
     sharded = gradients(name, mesh=mesh_of_one, precision="bf16-mixed")
     error = (autocast - float32).norm()
     assert 0 < error < 0.05 * float32.norm()
-    assert (sharded - autocast).norm() < error
+    assert (sharded - float32).norm() < 1.2 * error
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
