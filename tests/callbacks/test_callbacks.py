@@ -208,8 +208,8 @@ def test_an_unusual_update_ratio_is_warned_of_once_with_the_key(
             p.grad = p.detach().clone()
 
     fit(Scheduled(optimizer=scaled_step), 12, WeightNormMonitor(every_steps=2))
-    ours = (record for record in caplog.records if record.name.startswith("wuerstchen_pl"))
-    warned = [record.getMessage() for record in ours]
+    records = (r for r in caplog.records if r.name.startswith("wuerstchen_pl"))
+    warned = [record.getMessage() for record in records]
     assert len(warned) == (advice is not None)
     if advice:
         assert f"{advice} stage.optimizer.lr={ratio:g}" in warned[0]
