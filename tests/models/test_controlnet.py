@@ -135,7 +135,7 @@ def test_wrapped_blocks_have_the_same_gradients(wrap: Any) -> None:
     expected = gradients(prior(), trained())[1]
     network = prior()
     wrap(network)
-    torch.testing.assert_close(gradients(network, trained())[1], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(network, trained())[1], expected, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
