@@ -135,6 +135,7 @@ def test_what_was_trained_is_merged_into_the_float32_base(run: Path, model: Path
     assert any(not torch.equal(base[name], base[name].bfloat16().float()) for name in base)
 
 
+@pytest.mark.slow
 def test_the_recorded_hash_is_of_the_base_in_its_own_precision(
     run: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def test_the_recorded_hash_is_of_the_base_in_its_own_precision(
     assert recorded[0] == recorded[1]
 
 
+@pytest.mark.slow
 def test_class_images_are_drawn_with_a_bfloat16_base(model: Path, tmp_path: Path) -> None:
     keys = ["stage.preservation.captions=[a]", "stage.preservation.num_class_images=2"]
     keys = [*keys, *BFLOAT16, "trainer.max_steps=1"]

@@ -50,7 +50,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c == "finetune" else pytest.mark.slow) for c in CASES],
+)
 def test_the_row_of_the_run_is_what_the_run_reports(
     case: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +101,7 @@ def test_neither_is_a_weight_read_nor_a_file_written(
 
 
 @pytest.mark.parametrize(
-    "method", ["dora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "loha", "lokr"))]
+    "method", [pytest.param(m, marks=pytest.mark.slow) for m in ("dora", "lora", "loha", "lokr")]
 )
 def test_settings_need_less_and_less(method: Method, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="a setting is its optimizer")
