@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -98,12 +98,36 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     def overrides(name: str) -> list[str]:
         return [*arguments(tmp_path / name, data, workers), *stage_paths]
 
+    check_kills(overrides, tmp_path, processes)
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
+def test_a_killed_run_of_an_adapter_ends_with_the_weights_of_an_undisturbed_one(
+    base_dtype: str, cascade: Path, tmp_path: Path
+) -> None:
+    """With a cache that the run makes, as in the recipe."""
+    left_out = ("stage.prior", "stage.text_encoder", "validate_")
+    adapter = [f"stage.adapter.base_dtype={base_dtype}", "trainer.precision=bf16-mixed"]
+
+    def overrides(name: str) -> list[str]:
+        usual = [a for a in small("c", tmp_path / name, STEPS) if not a.startswith(left_out)]
+        return [
+            *usual, "experiment=lora", "name=default", f"init_from={cascade / 'c'}", *adapter,
+            "data=openmoji", "image_size=64", "bucket_multiple=16", "checkpoint_every_steps=1",
+            "validate_every_steps=10",
+        ]  # fmt: skip
+
+    check_kills(overrides, tmp_path)
+
+
+def check_kills(overrides: Callable[[str], list[str]], root: Path, processes: int = 1) -> None:
+    """Train a run in one piece, and one that is killed twice; compare all their tensors."""
     assert start(overrides("whole"), processes).wait(timeout=300) == 0
-    run = tmp_path / "parts/default/c"
+    run = root / "parts/default/c"
     for step in (5, 17):
         kill_at(start([*overrides("parts"), "ckpt=auto"], processes), run, step)
     assert start([*overrides("parts"), "ckpt=auto"], processes).wait(timeout=300) == 0
-    whole = load.read_checkpoint(load.find_checkpoint(tmp_path / "whole/default/c"))
+    whole = load.read_checkpoint(load.find_checkpoint(root / "whole/default/c"))
     parts = load.read_checkpoint(load.find_checkpoint(run))
     assert whole["global_step"] == parts["global_step"] == STEPS
     assert not differing(whole, parts)

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wuerstchen_pl.models.compressor import EfficientNet
 from wuerstchen_pl.models.meta import on_meta
+from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.models.vqgan import VQGAN
 
 
@@ -41,3 +43,10 @@ def test_initializers_work_again_after_the_block() -> None:
     with on_meta():
         pass
     assert torch.equal(torch.nn.init.ones_(torch.zeros(2)), torch.ones(2))
+
+
+def test_weight_files_are_not_read_on_meta() -> None:
+    with on_meta():
+        encoder = TextEncoder(width=16, depth=1, num_heads=2, weights="missing.pt")
+        EfficientNet(weights="missing.pt")
+    assert not encoder.is_random  # a dry run is not refused

@@ -97,7 +97,7 @@ def test_neither_is_a_weight_read_nor_a_file_written(
         "+ optimizer@stage.optimizer=adamw_8bit",
         "this run", "+ activation_checkpointing=true", "+ stage.adapter.base_dtype=bfloat16",
     ]  # fmt: skip
-    assert sentence == "This run fits 8, 12, 16, 24 and 80 GB as it is."
+    assert sentence == "On 8, 12, 16, 24 and 80 GB, this run fits as it is."
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,13 @@ def test_settings_need_less_and_less(method: Method, model: Path, tmp_path: Path
     )
 
 
+def test_an_adapter_of_stage_b_has_its_settings_too(model: Path, tmp_path: Path) -> None:
+    keys = [a for a in command(tmp_path, model) if a != "stage=c"]
+    tuned, adapted = settings("stage=b", *keys, "stage.adapter.rank=1").values()
+    assert tuned[0].state["weights"] > adapted[0].state["weights"]  # with the compressor
+    assert adapted[0].state["gradients"] < tuned[0].state["gradients"] / 10
+
+
 def setting(label: str, overrides: str, gb: float, *, advised: bool = True) -> Setting:
     """Of ``gb`` GB and 1 GB per image."""
     state = {"weights": round((gb - 1) * 1e9)}
@@ -149,6 +156,6 @@ def test_the_advice_is_the_first_setting_that_fits_then_a_smaller_batch() -> Non
         setting("own", "", 17), setting("+", "ckpt", 10), setting("lora", "lora", 7),
     ]  # fmt: skip
     assert advice(rows, rows=4, rows_per_step=12) == (
-        "This run fits 8 GB with no setting above; 12 GB with lora data.batch_size=3 "
-        "global_batch=12; 16 GB with ckpt; 24 and 80 GB as it is."
+        "On 8 GB, no setting fits; on 12 GB, set lora data.batch_size=3 global_batch=12; "
+        "on 16 GB, set ckpt; on 24 and 80 GB, this run fits as it is."
     )

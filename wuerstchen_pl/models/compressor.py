@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.distributed.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.models.meta import is_building_on_meta
 from wuerstchen_pl.models.pretrained import Pretrained
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -100,6 +101,8 @@ class EfficientNet(nn.Module):
         import torchvision  # slow, and the tiny preset does not use it
 
         super().__init__()
+        if is_building_on_meta():
+            weights = None
         build = getattr(torchvision.models, f"efficientnet_v2_{size}")
         net = build(weights="DEFAULT" if weights == "imagenet" else None)
         if weights is not None and weights != "imagenet":

@@ -75,7 +75,8 @@ def variants(cfg: DictConfig) -> list[Variant]:
     other = copy.deepcopy(cfg)
     with open_dict(other):
         if cfg.stage.get("adapter") is not None:
-            other.stage.adapter = other.stage.preservation = None
+            for key in {"adapter", "text_adapter", "preservation"} & cfg.stage.keys():
+                other.stage[key] = None
             return [Variant("experiment=finetune", "experiment=finetune", other, False), this_run]
         experiment = OmegaConf.load(Path(conf_dir(), "experiment/lora", f"{stage}.yaml"))
         other.stage.adapter = experiment.stage.adapter

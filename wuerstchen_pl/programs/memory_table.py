@@ -70,20 +70,21 @@ def advice(settings: Sequence[Setting], *, rows: int, rows_per_step: int) -> str
         rows_per_step: samples of an optimizer step, which do not change.
     """
     advised = [setting for setting in settings if setting.advised]
-    needed = [(_needed(advised, card, rows, rows_per_step), card) for card in CARDS]
+    ways = [(_way_to_fit(advised, card, rows, rows_per_step), card) for card in CARDS]
     parts = []
-    for overrides, group in groupby(needed, key=lambda pair: pair[0]):
+    for way, group in groupby(ways, key=lambda pair: pair[0]):
         *first, last = (str(card) for _, card in group)
         cards = f"{', '.join(first)} and {last}" if first else last
-        parts.append(f"{cards} GB {overrides}")
-    return f"This run fits {'; '.join(parts)}."
+        parts.append(f"on {cards} GB, {way}")
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _needed(settings: Sequence[Setting], card: float, rows: int, rows_per_step: int) -> str:
+def _way_to_fit(settings: Sequence[Setting], card: float, rows: int, rows_per_step: int) -> str:
     for setting in settings:
         if setting.largest_batch(card) >= rows:
-            return f"with {setting.overrides}" if setting.overrides else "as it is"
+            return f"set {setting.overrides}" if setting.overrides else "this run fits as it is"
     for setting in settings:
         if smaller := smaller_batch(rows, rows_per_step, setting.largest_batch(card)):
-            return f"with {setting.overrides} {smaller}".replace("  ", " ")
-    return "with no setting above"
+            return f"set {setting.overrides} {smaller}".replace("  ", " ")
+    return "no setting fits"
