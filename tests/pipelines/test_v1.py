@@ -16,7 +16,9 @@ from wuerstchen_pl.diffusion.tokens import draw_tokens, random_tokens, sample_to
 from wuerstchen_pl.formats import registry
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import PAELLA, V1_SCALING, Model, Part, with_defaults
+from wuerstchen_pl.pipelines.generate import generate_images
 from wuerstchen_pl.pipelines.wuerstchen import WuerstchenPipeline
+from wuerstchen_pl.sampling.config import SamplingConfig
 from wuerstchen_pl.sampling.images import to_tensor
 
 PAELLA_CONFIG: dict[str, Any] = {
@@ -141,11 +143,20 @@ def test_images_are_inputs_too(pipe: WuerstchenPipeline) -> None:
     assert not torch.equal(to_tensor(filled)[..., 32:], image[..., 32:])
 
 
-def test_what_the_other_version_reads_is_refused(pipe: WuerstchenPipeline, folder: Path) -> None:
+def test_what_the_other_version_reads_is_refused(
+    pipe: WuerstchenPipeline, cascade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="starts from tokens of shape \\(1, 16, 16\\)"):
         pipe.decoder(torch.zeros(1, 16, 4, 4), "", latents=torch.zeros(1, 4, 16, 16))
     with pytest.raises(ValueError, match=r"temperature=\(0, 1\) is invalid; use two positive"):
         pipe("a fox", 64, 64, **FEW, decoder_temperature=(0, 1))
+    v2 = WuerstchenPipeline.from_pretrained(cascade / "c")
+    monkeypatch.setattr(v2.prior, "sample", None)  # refused before Stage C runs
+    with pytest.raises(ValueError, match=r"decoder_temperature=\(1, 0.5\) is for version 1's"):
+        v2("a fox", 64, 64, **FEW, decoder_temperature=(1, 0.5))
+    settings = SamplingConfig(decoder_temperature=[1.0, 0.6])
+    with pytest.raises(ValueError, match=r"decoder_temperature=\(1.0, 0.6\) is for version 1's"):
+        list(generate_images(v2, ["a fox"], seeds=[0], height=64, width=64, settings=settings))
 
 
 def test_saved_pipelines_and_upstream_files_draw_the_same(

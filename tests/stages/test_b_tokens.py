@@ -1,6 +1,5 @@
 """Version 1's Stage B: the authors' loss, its validation, and sampling of its own tokens."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -97,14 +96,10 @@ def test_a_perfect_classifier_reconstructs_the_tokens(
         return 100.0 * one_hot
 
     monkeypatch.setattr(stage.paella, "predict_logits", perfect)
-    images = stage.reconstruct(batch["image"], seeds=seeds(4))
+    images = stage.reconstruct(batch["image"], seeds=range(4))
     vqgan = stage.stage_a.vqgan
     expected = vqgan.decode_features(vqgan.quantizer.lookup(tokens)).clamp(0, 1)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
-
-
-def seeds(count: int) -> Sequence[int]:
-    return range(count)
 
 
 def test_a_codebook_of_another_size_is_refused() -> None:

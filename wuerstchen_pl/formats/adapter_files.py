@@ -11,14 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wuerstchen_pl.adapters.weights import AdapterWeights, LayerAdapter, LowRank, from_tensors
-from wuerstchen_pl.checkpointing.finite import check_finite
 from wuerstchen_pl.formats.adapter_names import LABELS, PREFIXES, external_names, layers_by_name
-from wuerstchen_pl.formats.lazy_tensors import LazyTensor, in_memory, write_safetensors
-from wuerstchen_pl.formats.registry import resolve_source
+from wuerstchen_pl.formats.lazy_tensors import (
+    LazyTensor,
+    in_memory,
+    read_small_file,
+    write_safetensors,
+)
+from wuerstchen_pl.formats.registry import resolve_file
 from wuerstchen_pl.io.atomic import atomic_write
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -124,13 +127,8 @@ def read_adapter(
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, of another network, or has tensors of an unknown kind.
     """
-    path = resolve_source(str(path))
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"lora={path} does not exist; use a .safetensors file of an adapter"
-        )
-    tensors, metadata = _read(file)
+    file = resolve_file(path, FILE, key="lora", use="a .safetensors file of an adapter")
+    tensors, metadata = read_small_file(file)
     names, header = layers_by_name(networks), _header(metadata)
     by_layer: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float | None] = {}
@@ -152,17 +150,6 @@ def read_adapter(
     return {
         layer: _layer(kinds, alphas[layer], f"{file}, {layer}") for layer, kinds in by_layer.items()
     }
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, "pt") as content:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            metadata = content.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
-    check_finite(tensors, str(file))
-    return tensors, metadata
 
 
 def _parse(key: str, file: Path) -> _Entry:

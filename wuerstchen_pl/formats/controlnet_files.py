@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from wuerstchen_pl.formats.lazy_tensors import checked, read_safetensors, write_safetensors
 from wuerstchen_pl.formats.model import Part, build_network, check_tensors, validate_config
-from wuerstchen_pl.formats.registry import resolve_source
+from wuerstchen_pl.formats.registry import resolve_file
 from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.models.controlnet import ControlNet
@@ -50,12 +50,8 @@ def read_controlnet(path: str | Path, prior: Prior, *, allow_mismatch: bool = Fa
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or for another prior.
     """
-    source = resolve_source(str(path))
-    file = source / FILE if source.is_dir() else source
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"controlnet={path} does not exist; use a file that was exported with format=controlnet"
-        )
+    use = "a file that was exported with format=controlnet"
+    file = resolve_file(path, FILE, key="controlnet", use=use)
     tensors = {k: checked(lazy, k, str(file)) for k, lazy in read_safetensors(file).items()}
     with contents_of(file), safe_open(file, "pt") as content:
         header = content.metadata() or {}

@@ -51,6 +51,22 @@ def checked(lazy: LazyTensor, name: str, where: str) -> LazyTensor:
     return lazy._replace(load=load)
 
 
+def read_small_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its header.
+
+    Raises:
+        ValueError: if it is damaged, or has values that are not finite.
+    """
+    try:
+        with safe_open(path, "pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            metadata = content.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    check_finite(tensors, str(path))
+    return tensors, metadata
+
+
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file, or of the shards that a JSON index lists.
 

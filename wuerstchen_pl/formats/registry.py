@@ -151,6 +151,25 @@ def resolve_source(source: str, variant: str | None = None, revision: str | None
         ) from error
 
 
+def resolve_file(path: str | Path, name: str, *, key: str, use: str) -> Path:
+    """A local file: the path itself, or the file ``name`` of a folder or of a hub repository.
+
+    Args:
+        path: a file, a folder or a hub id.
+        name: of the file in a folder.
+        key: that named the path, for messages.
+        use: what to use instead of a file that does not exist.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    source = resolve_source(str(path))
+    file = source / name if source.is_dir() else source
+    if not file.is_file():
+        raise FileNotFoundError(f"{key}={path} does not exist; use {use}")
+    return file
+
+
 def _download(source: str, revision: str | None, ignore: list[str] | None = None) -> Path:
     folder = snapshot_download(
         source, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=ignore

@@ -9,12 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wuerstchen_pl.checkpointing.finite import check_finite
-from wuerstchen_pl.formats.lazy_tensors import in_memory, write_safetensors
-from wuerstchen_pl.formats.registry import resolve_source
+from wuerstchen_pl.formats.lazy_tensors import in_memory, read_small_file, write_safetensors
+from wuerstchen_pl.formats.registry import resolve_file
 from wuerstchen_pl.models.words import Word
 
 FILE = "learned_embeds.safetensors"
@@ -61,11 +59,9 @@ def read_words(path: str | Path, text: str | None = None) -> list[StoredWord]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or has no vectors of a word, or several words and ``text``.
     """
-    path = resolve_source(str(path))
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"words={path} does not exist; use a .safetensors file of a word")
-    tensors, name = _read(file)
+    file = resolve_file(path, FILE, key="words", use="a .safetensors file of a word")
+    tensors, header = read_small_file(file)
+    name = header.get(WORD, file.stem)
     if not tensors or not all(map(_is_vectors, tensors.values())):
         raise ValueError(f"{file} has no vectors of a word; use another file")
     if tensors.keys() <= set(TOWERS):
@@ -85,15 +81,3 @@ def _word(text: str, vectors: Tensor) -> Word:
     word = Word(text, vectors.reshape(-1, vectors.shape[-1]))
     word.requires_grad_(False)
     return word
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file, and the word of its header, or of its name."""
-    try:
-        with safe_open(file, "pt") as content:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            name = (content.metadata() or {}).get(WORD, file.stem)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
-    check_finite(tensors, str(file))
-    return tensors, name

@@ -183,7 +183,7 @@ class CascadePipeline(TextToImage):
             callback_steps=callback_steps,
             progress_label="Stage B" if progress and self.show_progress else None,
         )
-        decoder_params.check(self.decoder.CALLBACK_INPUTS)  # before Stage C runs
+        self.decoder.check(decoder_params)  # before Stage C runs
         semantic = self.prior.sample(
             prompts,
             padded_height,
@@ -238,6 +238,7 @@ class CascadePipeline(TextToImage):
     ) -> Tensor:  # fmt: skip
         prior_params = DenoiseParams(config=config.prior, generator=generator)
         decoder_params = DenoiseParams(config=config.decoder, generator=generator)
+        self.decoder.check(decoder_params)  # before Stage C runs
         semantic = self.prior.sample(prompts, *size, prior_params, control=control)
         latents = self.decoder.sample(semantic, prompts, *size, decoder_params)
         return self.decoder.decode_latents(latents, *size)

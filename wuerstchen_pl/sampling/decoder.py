@@ -172,6 +172,15 @@ class DecoderSampler(StepState, ABC):
         images = convert_output(output, output_type)
         return ImageOutput(images) if return_dict else images
 
+    def check(self, params: DenoiseParams) -> None:
+        """Reject parameters that would otherwise fail only when they are used.
+
+        Raises:
+            ValueError: if a callback asks for an unknown tensor, or a parameter is for the other
+                version of Stage B.
+        """
+        params.check(self.CALLBACK_INPUTS)
+
     @torch.no_grad()
     def sample(
         self,
@@ -199,7 +208,7 @@ class DecoderSampler(StepState, ABC):
         Raises:
             ValueError: if an argument is invalid.
         """
-        params.check(self.CALLBACK_INPUTS)
+        self.check(params)
         tensors, guided = {"image_embeddings": semantic}, params.config.guidance.on
         if self.text_encoder is not None:
             text = self._text(prompts, len(semantic), guided=guided)
@@ -225,7 +234,7 @@ class DecoderSampler(StepState, ABC):
         """Stage A's latents of size ``grid``, from conditioning tensors by name.
 
         Raises:
-            ValueError: if ``params`` or ``latents`` are for the other kind of Stage B.
+            ValueError: if ``latents`` are for the other version of Stage B.
         """
 
     def guided_semantic(self, tensors: Mapping[str, Tensor], params: DenoiseParams) -> Tensor:

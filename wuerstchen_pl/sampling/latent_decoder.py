@@ -24,6 +24,15 @@ class LatentDecoderSampler(DecoderSampler):
         self.schedule = CosineSchedule()
         self.predict = decoder.predict_noise
 
+    def check(self, params: DenoiseParams) -> None:
+        """See ``DecoderSampler``; refuse a temperature."""
+        super().check(params)
+        if params.config.temperature is not None:
+            raise ValueError(
+                f"decoder_temperature={params.config.temperature} is for version 1's Stage B, "
+                "which samples tokens; set it to null"
+            )
+
     def _generate(
         self,
         grid: tuple[int, int],
@@ -31,11 +40,6 @@ class LatentDecoderSampler(DecoderSampler):
         params: DenoiseParams,
         latents: Tensor | None,
     ) -> Tensor:
-        if params.config.temperature is not None:
-            raise ValueError(
-                f"temperature={params.config.temperature} is of version 1's Stage B, which samples "
-                "tokens; set it to null"
-            )
         semantic = tensors["image_embeddings"]
         shape = (len(semantic), self.decoder.latent_channels, *grid)
         noise = initial_noise(shape, latents, params.generator, semantic.device)

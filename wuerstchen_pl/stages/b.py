@@ -16,7 +16,6 @@ from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.plural import plural
-from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.latent_decoder import LatentDecoderSampler
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.batch_rng import BatchRNG, validation_losses
@@ -40,6 +39,7 @@ class StageB(DecoderStage):
     """
 
     NETWORK = "diffnext"
+    SAMPLER = LatentDecoderSampler
     NUM_STEPS = 12
     diffnext: DiffNeXt
 
@@ -84,17 +84,6 @@ class StageB(DecoderStage):
                 f"{plural(stage_a.latent_channels, 'channel')}; set them equal"
             )
         self.p2: P2Form = p2
-
-    def decoder_sampler(self) -> LatentDecoderSampler:
-        """The sampler that uses this stage's weights and Stage A's."""
-        vqgan = self.stage_a.vqgan
-        return LatentDecoderSampler(
-            decoder=self.diffnext,
-            vqgan=vqgan,
-            text_encoder=self.text_encoder,
-            latent_dim_scale=self.compressor.resolution_multiple / vqgan.factor,
-            placement=DevicePlacement(self.device),
-        )
 
     # Objective
 

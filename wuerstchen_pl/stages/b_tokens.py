@@ -24,7 +24,6 @@ from wuerstchen_pl.distributed.fsdp2 import unsharded
 from wuerstchen_pl.models.compressor import SemanticCompressor
 from wuerstchen_pl.models.paella import Paella
 from wuerstchen_pl.models.text import TextEncoder
-from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.sampling.token_decoder import TokenDecoderSampler
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.batch_rng import BatchRNG, validation_losses
@@ -46,6 +45,7 @@ class TokenStageB(DecoderStage):
     """
 
     NETWORK = "paella"
+    SAMPLER = TokenDecoderSampler
     NUM_STEPS = 8
     paella: Paella
 
@@ -88,17 +88,6 @@ class TokenStageB(DecoderStage):
                 f"paella.codebook_size={paella.codebook_size}, but Stage A has {codes} codes; set "
                 "them equal"
             )
-
-    def decoder_sampler(self) -> TokenDecoderSampler:
-        """The sampler that uses this stage's weights and Stage A's."""
-        vqgan = self.stage_a.vqgan
-        return TokenDecoderSampler(
-            decoder=self.paella,
-            vqgan=vqgan,
-            text_encoder=self.text_encoder,
-            latent_dim_scale=self.compressor.resolution_multiple / vqgan.factor,
-            placement=DevicePlacement(self.device),
-        )
 
     # Objective
 

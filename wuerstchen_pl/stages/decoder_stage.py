@@ -22,18 +22,20 @@ from wuerstchen_pl.models.diffnext import DiffNeXt
 from wuerstchen_pl.models.paella import Paella
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.sampling.decoder import DecoderSampler
+from wuerstchen_pl.sampling.device import DevicePlacement
 from wuerstchen_pl.stages.a import StageA
 from wuerstchen_pl.stages.batch_rng import BatchRNG
 from wuerstchen_pl.stages.captions import encode_captions
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenPrecision
-from wuerstchen_pl.stages.stage import OptimizerFactory, Stage
+from wuerstchen_pl.stages.semantic_encoder import SemanticEncoder
+from wuerstchen_pl.stages.stage import OptimizerFactory
 from wuerstchen_pl.stages.textual_inversion import learn_words
 from wuerstchen_pl.stages.timestep_bins import TimestepBins
 from wuerstchen_pl.transfer import to_device
 
 
-class DecoderStage(Stage):
+class DecoderStage(SemanticEncoder):
     """Base of both versions of Stage B; a subclass defines objective and sampling.
 
     Args:
@@ -57,10 +59,11 @@ class DecoderStage(Stage):
     name = "b"
     NETWORK: ClassVar[str]
     """The attribute and the argument of the network that decodes."""
+    SAMPLER: ClassVar[Callable[..., DecoderSampler]]
+    """The class of its sampler."""
     NUM_STEPS: ClassVar[int]
     """Steps of sampling in grids."""
     stage_a: StageA
-    compressor: SemanticCompressor
     text_encoder: TextEncoder | None
 
     def __init__(
@@ -121,25 +124,7 @@ class DecoderStage(Stage):
         """Stage A's factor times the network's."""
         return self.stage_a.size_multiple * self.network.size_multiple
 
-    def semantic_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Semantic positions (h, w) of an image of (height, width) pixels."""
-        return self.compressor.latent_size(height, width)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the semantic latents."""
-        return self.compressor.latent_channels
-
-    # Interface for Stage C
-
-    @property
-    def encoding(self) -> SemanticCompressor:
-        """The network that ``encode`` runs; caches are keyed by its fingerprint."""
-        return self.compressor
-
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, S, h, w) semantic latents."""
-        return self.compressor(images)
+    # Sampling
 
     @torch.no_grad()
     def decode(
@@ -180,9 +165,16 @@ class DecoderStage(Stage):
             progress=False,
         ).images
 
-    @abstractmethod
     def decoder_sampler(self) -> DecoderSampler:
         """The sampler that uses this stage's weights and Stage A's."""
+        vqgan = self.stage_a.vqgan
+        return self.SAMPLER(
+            decoder=self.network,
+            vqgan=vqgan,
+            text_encoder=self.text_encoder,
+            latent_dim_scale=self.compressor.resolution_multiple / vqgan.factor,
+            placement=DevicePlacement(self.device),
+        )
 
     @torch.no_grad()
     def reconstruct(
