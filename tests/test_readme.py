@@ -185,7 +185,8 @@ def on_several_devices() -> list[list[str]]:
     """The training commands of the README and docs/training.md that need several devices."""
     lines = re.findall(r"^(?:torchrun .*|python) -m wuerstchen_pl\.train (.*)$", TRAINING, re.M)
     all_arguments = [*ON_GPUS, *map(shlex.split, lines)]
-    singles = [one for arguments in all_arguments for one in swept(arguments)]
+    by_stage = [one for arguments in all_arguments for one in train.for_each_stage(arguments)]
+    singles = [one for arguments in by_stage for one in swept(arguments)]
     return [one for i, one in enumerate(singles) if one not in singles[:i]]
 
 
