@@ -69,6 +69,7 @@ def test_evaluation_returns_the_scores(cascade: Path, tmp_path: Path) -> None:
     assert scores["stage_c/loss"]["low"] <= scores["stage_c/loss"]["value"]
 
 
+@pytest.mark.slow
 def test_data_are_checked_built_and_cached(cascade: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(4):

@@ -121,7 +121,8 @@ def test_a_cached_module_samples_among_the_crops(cascade: Path, tmp_path: Path) 
     assert all(torch.equal(a["latents"], b["latents"]) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("stop", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [3, 5])
 def test_training_from_a_cache_resumes_bit_for_bit(
     stop: int, cascade: Path, tmp_path: Path
 ) -> None:

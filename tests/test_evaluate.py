@@ -434,6 +434,7 @@ def test_validation_losses_equal_those_of_training(cascade: Path, tmp_path: Path
     assert not list(tmp_path.glob("*_losses.csv"))  # of the earlier evaluation
 
 
+@pytest.mark.slow
 def test_a_yaml_selects_other_data(cascade: Path, tmp_path: Path) -> None:
     """Prompts and reference of a YAML: here another config of the model's own data."""
     overrides = ["metric=[kid]", "num_prompts=4"]
@@ -538,6 +539,7 @@ def test_images_are_in_natural_order(tmp_path: Path) -> None:
     assert names == [f"image {number}.png" for number in range(12)]
 
 
+@pytest.mark.slow
 def test_reconstructions_do_not_depend_on_the_batch_size(cascade: Path, tmp_path: Path) -> None:
     shutil.copytree(cascade, tmp_path, dirs_exist_ok=True)
     config, values = tmp_path / "c/config.yaml", []

@@ -37,7 +37,7 @@ TO_TRY: dict[type, Any] = {
     str: 3, int: "text", float: "text", bool: "text", list: 5, dict: "text", type(None): [{}],
 }  # fmt: skip
 """Type -> a value of another one."""
-SAMPLE = 2
+SAMPLE = 1
 """Number of changes of a kind in the fast test."""
 
 

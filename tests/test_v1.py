@@ -76,7 +76,7 @@ def test_a_run_is_evaluated(v1: Path, tmp_path: Path) -> None:
     assert 0.5 * untrained < scores["stage_b/loss"]["value"] < untrained
 
 
-@pytest.mark.parametrize("experiment", ["finetune", "lora"])
+@pytest.mark.parametrize("experiment", [pytest.param("finetune", marks=pytest.mark.slow), "lora"])
 def test_the_prior_is_tuned(experiment: str, v1: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     assert run_program("export", [f"ckpt={v1 / 'c'}", f"to={model}"]) == 0

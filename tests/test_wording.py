@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ FILES = [
     ).stdout.splitlines()
     if (path := ROOT / name).suffix in TEXT and path.is_file() and path != Path(__file__)
 ]
+PYTHON = [path for path in FILES if path.suffix == ".py"]
 RENAMINGS = ROOT / "CHANGELOG.md"  # which names the old words beside the new
 
 BANNED = {
@@ -88,10 +90,9 @@ def relative(path: Path) -> str:
 def hits(text: str) -> list[str]:
     """``line: word (write: replacement)`` for every banned word of a text."""
     return [
-        f"{number}: {match[0]!r} (write: {instead})"
-        for number, line in enumerate(text.splitlines(), 1)
+        f"{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r} (write: {instead})"
         for pattern, instead in BANNED.items()
-        for match in re.finditer(pattern, line, re.IGNORECASE if pattern.islower() else 0)
+        for match in re.finditer(pattern, text, re.IGNORECASE if pattern.islower() else 0)
     ]
 
 
@@ -121,27 +122,30 @@ def single_backticks(source: str) -> list[str]:
     return re.findall(r"(?<!`)`[^`\n]+`(?!`)", "\n".join(docstrings))
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p != RENAMINGS], ids=relative)
-def test_a_file_uses_the_words_of_the_field(path: Path) -> None:
-    assert hits(path.read_text(encoding="utf-8")) == []
+def failures(
+    check: Callable[[str], Collection[str]], files: Iterable[Path]
+) -> dict[str, Collection[str]]:
+    """What a check finds in the text of files, by their names."""
+    by_file = {relative(path): check(path.read_text(encoding="utf-8")) for path in files}
+    return {name: problems for name, problems in by_file.items() if problems}
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if p.is_relative_to(ROOT / "wuerstchen_pl")], ids=relative
-)
-def test_nouns_in_messages_agree_with_their_numbers(path: Path) -> None:
+def test_files_use_the_words_of_the_field() -> None:
+    assert failures(hits, [p for p in FILES if p != RENAMINGS]) == {}
+
+
+def test_nouns_in_messages_agree_with_their_numbers() -> None:
     """By ``wuerstchen_pl.plural``."""
-    assert UNCOUNTED.findall(path.read_text(encoding="utf-8")) == []
+    package = [p for p in FILES if p.is_relative_to(ROOT / "wuerstchen_pl")]
+    assert failures(UNCOUNTED.findall, package) == {}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".py"], ids=relative)
-def test_a_name_says_what_it_holds(path: Path) -> None:
-    assert bound_names(path.read_text(encoding="utf-8")) & VAGUE == set()
+def test_names_say_what_they_hold() -> None:
+    assert failures(lambda text: bound_names(text) & VAGUE, PYTHON) == {}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".py"], ids=relative)
-def test_docstrings_mark_code_with_double_backticks(path: Path) -> None:
-    assert single_backticks(path.read_text(encoding="utf-8")) == []
+def test_docstrings_mark_code_with_double_backticks() -> None:
+    assert failures(single_backticks, PYTHON) == {}
 
 
 def test_single_backticks_are_found() -> None:

@@ -8,6 +8,7 @@ required argument, a value of the wrong type, and an unused key at the root or i
 import re
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,25 @@ def check_config(cfg: DictConfig, known_keys: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is not used; remove it")
     for key, hint in known_keys.items():
         check_value(key, OmegaConf.select(cfg, key), hint)
-    check_objects(OmegaConf.to_container(_without_auto(cfg, known_keys), resolve=True))
+    with _without_auto(cfg, known_keys):
+        check_objects(OmegaConf.to_container(cfg, resolve=True))
 
 
-def _without_auto(cfg: DictConfig, known_keys: Mapping[str, Any]) -> DictConfig:
-    """A copy of a config with a number for each ``auto`` that the program will replace by one."""
-    copy = cfg.copy()
-    for key, hint in known_keys.items():
-        if int in typing.get_args(hint) and OmegaConf.select(cfg, key) == "auto":
-            OmegaConf.update(copy, key, 1)
-    return copy
+@contextmanager
+def _without_auto(cfg: DictConfig, known_keys: Mapping[str, Any]) -> Iterator[None]:
+    """Within the block, a number for each ``auto`` that the program will replace by one."""
+    replaced = [
+        key
+        for key, hint in known_keys.items()
+        if int in typing.get_args(hint) and OmegaConf.select(cfg, key) == "auto"
+    ]
+    for key in replaced:
+        OmegaConf.update(cfg, key, 1)
+    try:
+        yield
+    finally:
+        for key in replaced:
+            OmegaConf.update(cfg, key, "auto")
 
 
 def _references(node: Any) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """What a program does within Hydra: one job, or the jobs of a sweep."""
 
-import copy
 import importlib
 import logging
 import os
@@ -99,9 +98,8 @@ def composed(name: str, overrides: Sequence[str]) -> Iterator[DictConfig]:
     before = HydraConfig.instance().cfg
     try:
         with initialize_config_dir(conf_dir(), version_base="1.3", job_name=name):
-            whole = compose(name, list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(whole)
-        cfg = copy.deepcopy(whole)
+            cfg = compose(name, list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)  # which keeps a copy of its part
         with read_write(cfg), open_dict(cfg):
             del cfg["hydra"]
         yield cfg

@@ -42,7 +42,7 @@ def trained(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("during"), cascade, *EVALUATED)
 
 
-@pytest.mark.parametrize("step", [2, STEPS])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), STEPS])
 def test_the_command_gives_the_same_results_for_the_same_checkpoint(
     trained: Path, step: int, tmp_path: Path
 ) -> None:

@@ -65,7 +65,9 @@ def own_images(folder: Path, number: int) -> list[str]:
     return [*data, "data.max_upscale=null"]
 
 
-@pytest.mark.parametrize(("val_fraction", "split"), [(0.3, "val"), (0.0, "train")])
+@pytest.mark.parametrize(
+    ("val_fraction", "split"), [(0.3, "val"), pytest.param(0.0, "train", marks=pytest.mark.slow)]
+)
 def test_a_run_always_draws_the_same_samples_of_validation_or_else_of_training(
     val_fraction: float, split: str, cascade: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -103,7 +103,13 @@ def text_key(key: str, layout: str) -> str:
     return f"text_encoder.{'text_model.' * (layout == 'diffusers')}{key}"
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "transformers 5", "kohya", "OneTrainer"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "diffusers", "kohya",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("transformers 5", "OneTrainer")),
+    ],
+)  # fmt: skip
 def test_text_encoders_have_the_adapters_of_all_layouts(
     layout: str, pipe: WuerstchenPipeline, reference: Any, tmp_path: Path
 ) -> None:

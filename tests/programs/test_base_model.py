@@ -276,7 +276,8 @@ WORD = ["stage.words.text='<rex>'", "stage.words.init=face", "stage.words.num_ve
 TRIGGER = "data.captions.trigger='<rex>'"
 
 
-@pytest.mark.parametrize("stage", ["c", pytest.param("b", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", "bc")
 def test_a_word_is_all_that_changes_and_resumes_bit_for_bit(
     stage: str, base: Model, published: Path, tmp_path: Path
 ) -> None:

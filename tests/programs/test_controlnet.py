@@ -309,7 +309,9 @@ def test_wrong_arguments_of_train_are_one_sentence(
     assert message in error
 
 
-@pytest.mark.parametrize("kind", ["low_resolution", "mask", "file"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("low_resolution", "mask")), "file"]
+)
 def test_every_kind_of_control_images_is_trained(kind: str, base: Path, tmp_path: Path) -> None:
     keys = [f"control_images={kind}"]
     if kind == "file":

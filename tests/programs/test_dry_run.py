@@ -75,7 +75,7 @@ def test_the_row_of_the_run_is_what_the_run_reports(
     assert activations == pytest.approx(reported["activations"], rel=0.1)  # by flash attention
 
 
-@pytest.mark.parametrize("kind", ["model", "run"])
+@pytest.mark.parametrize("kind", ["model", pytest.param("run", marks=pytest.mark.slow)])
 def test_neither_is_a_weight_read_nor_a_file_written(
     kind: str, model: Path, cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
@@ -125,6 +125,7 @@ def test_settings_need_less_and_less(method: Method, model: Path, tmp_path: Path
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_of_stage_b_has_its_settings_too(model: Path, tmp_path: Path) -> None:
     keys = [a for a in command(tmp_path, model) if a != "stage=c"]
     tuned, adapted = settings("stage=b", *keys, "stage.adapter.rank=1").values()

@@ -40,7 +40,7 @@ def num_graphs(stage: Stage, batches: list[Batch], monkeypatch: pytest.MonkeyPat
     return len(graphs)
 
 
-@pytest.mark.parametrize("name", "bc")
+@pytest.mark.parametrize("name", [pytest.param("b", marks=pytest.mark.slow), "c"])
 def test_a_profiled_stage_is_still_compiled(
     name: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,7 @@ def before_forward(modules: list[nn.Module], hook: Any) -> Iterator[None]:
         pytest.param("b", "auto", marks=pytest.mark.slow),
         ("c", "auto"),
         pytest.param("ldm", "auto", marks=pytest.mark.slow),
-        ("b", "fsdp"),
+        pytest.param("b", "fsdp", marks=pytest.mark.slow),
         pytest.param("c", "fsdp", marks=pytest.mark.slow),
     ],
 )

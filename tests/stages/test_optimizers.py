@@ -28,7 +28,7 @@ RATES = {"prodigy": 1.0, SCHEDULE_FREE: 3e-3, "adafactor": 0.1, "lion": 1e-3}
 FIRST_ESTIMATE = 1e-4
 """Of Prodigy; from 1e-6, its default, it takes a hundred steps to the usual learning rates."""
 STEPS, HALF = 6, 3
-FAST = ("prodigy", SCHEDULE_FREE)
+FAST = (SCHEDULE_FREE,)
 """Whose state is not only tensors; resuming with the others is a slow test."""
 
 

@@ -72,7 +72,7 @@ def test_captions_must_be_set_and_need_an_adapter(
     )
 
 
-@pytest.mark.parametrize("text_too", [False, True])
+@pytest.mark.parametrize("text_too", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_class_images_are_those_of_the_base_model(text_too: bool, cascade: Path) -> None:
     base: Any = load_stage(source=cascade / "c", stage="c")
     captions, seeds = [CAPTION, "red heart", CAPTION], [0, 1, 2]
@@ -85,7 +85,7 @@ def test_class_images_are_those_of_the_base_model(text_too: bool, cascade: Path)
     assert not torch.allclose(tuned.sample(captions, size=(64, 64), seeds=seeds), expected)
 
 
-@pytest.mark.parametrize("text_too", [False, True])
+@pytest.mark.parametrize("text_too", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_loss_is_that_of_class_images_with_their_captions(
     text_too: bool, cascade: Path
 ) -> None:

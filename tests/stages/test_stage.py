@@ -119,7 +119,9 @@ def test_gradients_are_accumulated_before_a_step_and_an_ema_update(name: str, ba
     assert num_batches in (5, 6)  # the last step of an epoch of three batches has one batch
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("a", "c") else pytest.mark.slow) for n in STAGES]
+)
 def test_the_grid_shows_the_original_and_both_weights(name: str, batch: Batch) -> None:
     stage = STAGES[name]()
     fit(stage, batch, 3)
