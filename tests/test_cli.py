@@ -84,7 +84,11 @@ def test_help_names_every_key_and_choice(
     assert f"python -m wuerstchen_pl.{name}" in shown
     assert "hydra" not in shown
     expected = {
-        "train": ["stage=a|b|c|ldm", "|demo|dreambooth|finetune|laion|", "init_from: null # "],
+        "train": [
+            "stage=a|b|c|ldm",
+            "|distill|dreambooth|finetune|laion|",
+            "init_from: null # ",
+        ],
         "sample": ["prompt: null # one, or a list", "num_images_per_prompt: 1 # images per prompt"],
         "evaluate": ["metric: [", "model: outputs/demo/c # "],
         "convert": ["from: ??? # a model of any format", "format: native"],

@@ -62,7 +62,7 @@ def test_an_image_can_be_reproduced_from_its_metadata(
             "num_images_per_prompt=2",
             "seed=7",
             "width=48",
-            "sample.sampler=ddim",
+            "sample.prior_sampler=ddim",
         )
         == 0
     )
@@ -166,8 +166,8 @@ def test_an_awkward_prompt_reaches_the_metadata(sample: Sample, out: Path) -> No
 
 
 def test_a_sweeps_images_do_not_overwrite_each_other(sample: Sample, out: Path) -> None:
-    assert sample("-m", "prompt=frog", "sample.sampler=ddpm,ddim") == 0
-    samplers = [png_text(path)["sampler"] for path in sorted(out.glob("*/*.png"))]
+    assert sample("-m", "prompt=frog", "sample.prior_sampler=ddpm,ddim") == 0
+    samplers = [png_text(path)["prior_sampler"] for path in sorted(out.glob("*/*.png"))]
     assert samplers == ["ddpm", "ddim"]
 
 
@@ -202,7 +202,7 @@ BAD = {
     "steps": (["prompt=a", "sample.prior_steps=0"], "prior_steps=0 is out of range"),
     "nan": (["prompt=a", "sample.prior_guidance_scale=nan"], "prior_guidance_scale=nan is out"),
     "negative": (["prompt=a", "sample.decoder_guidance_scale=-1"], "decoder_guidance_scale=-1"),
-    "sampler": (["prompt=a", "sample.sampler=euler"], "sampler is 'euler', and must be"),
+    "sampler": (["prompt=a", "sample.prior_sampler=euler"], "prior_sampler is 'euler'"),
     "key": (["prompt=a", "sample.steps=3"], "sample.steps is not a key"),
     "no model": (["model=/no/such", "prompt=a"], "/no/such does not exist; train Stage C first"),
     "no words": (["words=[/no/such]", "prompt=a"], "words=/no/such does not exist"),

@@ -25,6 +25,7 @@ KWARGS_TARGETS = {
         for name in ("shards", "folder", "hf", "openmoji", "mix")
     },
     "wuerstchen_pl.stages.controlnet.ControlNetStage": "wuerstchen_pl.stages.c.StageC",
+    "wuerstchen_pl.stages.distillation.DistillationStage": "wuerstchen_pl.stages.c.StageC",
 }
 """Constructor -> the callable that it passes its ``**kwargs`` to, whose signature is checked."""
 

@@ -113,7 +113,9 @@ def test_the_class_of_a_stage_has_its_name(target: str) -> None:
     stage = stage_class({"_target_": target})
     assert f"{stage.__module__}.{stage.__qualname__}" == target
     module = stage.__module__.rpartition(".")[2]
-    assert stage.name == {"b_tokens": "b", "controlnet": "c"}.get(module, module)
+    assert stage.name == {"b_tokens": "b", "controlnet": "c", "distillation": "c"}.get(
+        module, module
+    )
 
 
 @pytest.mark.parametrize("kind", ["value", "list", "tuple"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.formats.conftest import SETTINGS, assert_bit_equal, random_model, tensors
 from wuerstchen_pl.formats import registry
-from wuerstchen_pl.formats.model import Model, Part
+from wuerstchen_pl.formats.model import STUDENT, Model, Part
 from wuerstchen_pl.models.tokenizer import Tokenizer, write_vocabulary
 
 TEXT = ("text_encoder", "prior_text_encoder")
@@ -23,6 +23,7 @@ def test_folder_formats_round_trip(
     format: registry.FormatName, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = random_model(dtype)
+    model.settings = {**model.settings, STUDENT: 4.0}
     registry.write_model(model, tmp_path / "there", format)
     there = registry.read_model(str(tmp_path / "there"))
     registry.write_model(there, tmp_path / "back", "native")

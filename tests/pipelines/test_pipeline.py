@@ -64,7 +64,9 @@ def test_an_image_does_not_depend_on_its_batch(pipeline: WuerstchenPipeline) -> 
 
 
 def test_ddim_depends_on_the_seed_only(pipeline: WuerstchenPipeline) -> None:
-    ddim = SamplingConfig(prior_steps=3, decoder_steps=2, sampler="ddim")
+    ddim = SamplingConfig(
+        prior_steps=3, decoder_steps=2, prior_sampler="ddim", decoder_sampler="ddim"
+    )
     first, again = (generate(pipeline, ["frog"], [3], ddim) for _ in range(2))
     assert torch.equal(first, again)
 

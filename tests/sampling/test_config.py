@@ -34,7 +34,8 @@ def test_settings_are_accepted_in_their_range_only(
 def test_each_stage_has_its_own_settings() -> None:
     config = SamplingConfig(
         prior_steps=2, prior_guidance_scale=3.0, guidance_rescale=0.25,
-        guidance_interval=[0.1, 0.9], decoder_steps=4, decoder_guidance_scale=5.0, sampler="ddim",
+        guidance_interval=[0.1, 0.9], decoder_steps=4, decoder_guidance_scale=5.0,
+        prior_sampler="ddim", decoder_sampler="dpmpp_2m",
     )  # fmt: skip
     prior, decoder = config.prior, config.decoder
     assert prior.times == [1.0, 0.5, 0.0]
@@ -42,7 +43,7 @@ def test_each_stage_has_its_own_settings() -> None:
     assert (prior.guidance.scale, decoder.guidance.scale) == (3.0, 5.0)
     assert (prior.guidance.rescale, decoder.guidance.rescale) == (0.25, 0.0)
     assert (prior.guidance.interval, decoder.guidance.interval) == ((0.1, 0.9), (0.0, 1.0))
-    assert prior.method == decoder.method == "ddim"
+    assert (prior.method, decoder.method) == ("ddim", "dpmpp_2m")
     assert not SamplingConfig().decoder.guidance.on
     assert all(SamplingConfig().prior.guidance.at(t) for t in (0.0, 0.5, 1.0))
     listed = SamplingConfig(prior_timesteps=[0.9, 0.3, 0.0])
@@ -62,7 +63,7 @@ def test_the_defaults_are_those_of_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "euler"}, "sampler='euler' is unknown"),
+        ({"prior_sampler": "euler"}, "sampler='euler' is unknown"),
         ({"prior_timesteps": [0.1, 0.5]}, "are not decreasing"),
         ({"guidance_interval": [0.5, 0.5]}, "is empty"),
     ],

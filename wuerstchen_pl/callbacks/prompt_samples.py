@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -31,8 +31,8 @@ class PromptSamples(DrawingCallback):
         prompts: none by default.
         every_steps: steps between two images; the first is before training, the last at its end.
         size: height and width in pixels.
-        num_steps: denoising steps.
-        guidance_scale: guidance away from the empty caption.
+        num_steps: denoising steps; None for those of the grids.
+        guidance_scale: guidance away from the empty caption; None likewise.
         seed: of the first prompt; the next has the next one.
     """
 
@@ -43,18 +43,20 @@ class PromptSamples(DrawingCallback):
         prompts: Sequence[str],
         every_steps: int,
         size: int,
-        num_steps: int = 20,
-        guidance_scale: float = 4.0,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
         seed: int = 0,
     ) -> None:
-        if every_steps < 1 or num_steps < 1:
+        if every_steps < 1 or (num_steps is not None and num_steps < 1):
             raise ValueError(
                 f"every_steps={every_steps} and num_steps={num_steps} are out of range; use 1 or "
                 "more"
             )
         super().__init__(every_steps=every_steps)
         self.prompts, self.size = list(prompts), size
-        self.num_steps, self.guidance_scale, self.seed = num_steps, guidance_scale, seed
+        chosen = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+        self.chosen = {name: value for name, value in chosen.items() if value is not None}
+        self.seed = seed
         names = [f"{number:02d}-{slug(prompt)}" for number, prompt in enumerate(self.prompts)]
         self.folders = [Path(folder, name) for name in names]
 
@@ -88,10 +90,8 @@ class PromptSamples(DrawingCallback):
         size = (self.size, self.size)
         seeds = range(self.seed, self.seed + len(self.prompts))
         with stage.ema.applied(stage):
-            semantic = stage.sample(
-                self.prompts, size=size, seeds=seeds,
-                num_steps=self.num_steps, guidance_scale=self.guidance_scale,
-            )  # fmt: skip
+            options: Any = {**stage.grid_sampling, **self.chosen}
+            semantic = stage.sample(self.prompts, size=size, seeds=seeds, **options)
             return stage.decode_semantic(semantic, size=size, seeds=seeds, captions=self.prompts)
 
     def write(self, trainer: L.Trainer, images: Tensor) -> None:

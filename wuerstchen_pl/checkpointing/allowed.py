@@ -19,6 +19,7 @@ STAGE_TARGETS = frozenset(
         "b_tokens.TokenStageB",
         "c.StageC",
         "controlnet.ControlNetStage",
+        "distillation.DistillationStage",
         "ldm.StageLDM",
     )
 )

@@ -146,6 +146,8 @@ def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "St
 def _build(path: Path, content: dict[str, Any], *, ema: bool) -> "Stage":
     config = _sampling_config(content)
     for name, recorded in content["frozen"].items():
+        if name not in config:  # only training needs it
+            continue
         source = str(find_frozen(path, name, recorded))
         config[name] = {**config[name], "source": source, "sha256": recorded["sha256"]}
     module: Stage = instantiate_allowed(config, "stage")

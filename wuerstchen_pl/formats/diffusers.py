@@ -50,7 +50,7 @@ CLASSES = {
 SETTINGS = {
     "semantic_scale": "latent_mean", "semantic_shift": "latent_std",
     "resolution_multiple": "resolution_multiple", "latent_dim_scale": "latent_dim_scale",
-    "image_size": "_image_size",
+    "image_size": "_image_size", "student_steps": "_student_steps",
 }  # fmt: skip
 """Native name -> name in the index, of which diffusers ignores those with an underscore."""
 

@@ -20,7 +20,9 @@ SHIFT = "semantic_shift"
 """The only setting that may be 0 or negative."""
 DECODER_SETTING = "latent_dim_scale"
 """The only setting that is Stage B's, not Stage C's."""
-SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", DECODER_SETTING, "image_size")
+STUDENT = "student_steps"
+"""The only setting that a prior may have or not; see ``stages.distillation``."""
+SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", DECODER_SETTING, "image_size", STUDENT)
 V1_SCALING = {"semantic_scale": 1.0, SHIFT: 0.0}
 """Version 1's prior works on the compressor's latents as they are."""
 PARTS = ("prior_text_encoder", "prior", "text_encoder", "decoder", "vqgan", "compressor")
@@ -51,7 +53,8 @@ class Model:
     parts: dict[str, Part] = field(default_factory=dict)
     settings: dict[str, float] = field(default_factory=dict)
     """semantic_scale, semantic_shift, resolution_multiple and latent_dim_scale of the pipeline, and
-    the image_size that it was trained for; a missing one has its published value."""
+    the image_size that it was trained for; a missing one has its published value. student_steps of
+    a distilled prior."""
     source: Source | None = None
     """The checkpoint that the model was read from."""
     card: str | None = None

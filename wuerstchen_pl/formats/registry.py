@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from wuerstchen_pl.formats import FormatName, diffusers, native, run, upstream
 from wuerstchen_pl.formats.compatibility import check_encoder, check_version, encoder_of
 from wuerstchen_pl.formats.lazy_tensors import checked
-from wuerstchen_pl.formats.model import DECODER_SETTING, Model
+from wuerstchen_pl.formats.model import DECODER_SETTING, STUDENT, Model
 from wuerstchen_pl.io.atomic import atomic_folder
 
 FORMATS = {"native": native, "diffusers": diffusers, "upstream": upstream}
@@ -92,7 +92,8 @@ def read_model(
         parts = {name: other.parts[name] for name in names if name in other.parts}
         settings = {k: v for k, v in other.settings.items() if k != DECODER_SETTING}
         kept = {name: part for name, part in model.parts.items() if name != "controlnet"}
-        return replace(model, parts=kept | parts, settings=model.settings | settings)
+        rest = {k: v for k, v in model.settings.items() if k != STUDENT}
+        return replace(model, parts=kept | parts, settings=rest | settings)
     return model
 
 

@@ -16,7 +16,7 @@ from wuerstchen_pl.checkpointing.load import (
     read_checkpoint,
 )
 from wuerstchen_pl.formats.lazy_tensors import in_memory
-from wuerstchen_pl.formats.model import Model, Part, with_defaults
+from wuerstchen_pl.formats.model import STUDENT, Model, Part, with_defaults
 from wuerstchen_pl.models.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def image_size(checkpoint: Path) -> int | None:
 def _settings(stage: "Stage") -> dict[str, float]:
     """The settings of a pipeline that follow from a stage's arguments and networks."""
     if stage.name == "c":
-        return {"semantic_scale": stage.scaling.scale, "semantic_shift": stage.scaling.shift}
+        scaling = {"semantic_scale": stage.scaling.scale, "semantic_shift": stage.scaling.shift}
+        steps = getattr(stage, STUDENT, None)
+        return scaling if steps is None else {**scaling, STUDENT: steps}
     if stage.name == "compressor":
         return {"resolution_multiple": stage.compressor.resolution_multiple}
     if stage.name == "b":

@@ -69,7 +69,7 @@ def variants(cfg: DictConfig) -> list[Variant]:
     """The run; and of a base model its other kind, full tuning or an adapter, adapters last."""
     this_run = Variant("this run", "", cfg, advised=True)
     stage = stage_name(cfg)
-    is_other = any(cfg.stage.get(key) is not None for key in ("words", "controlnet"))
+    is_other = any(cfg.stage.get(key) is not None for key in ("words", "controlnet", "teacher"))
     if not networks_of_base_model(cfg) or stage not in ("b", "c") or is_other:
         return [this_run]
     other = copy.deepcopy(cfg)

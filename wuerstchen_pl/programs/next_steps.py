@@ -23,6 +23,7 @@ def describe_end(
     default_folder: Path,
     is_cached: bool = False,
     has_controlnet: bool = False,
+    student_steps: int | None = None,
 ) -> str:
     """Lines that name the images of a run and the next command.
 
@@ -34,6 +35,7 @@ def describe_end(
         default_folder: the folder in which the next stage expects this run.
         is_cached: whether the run read a cache, which has the data of one stage only.
         has_controlnet: whether the run trained a ControlNet, which needs a control image.
+        student_steps: of a distilled Stage C.
     """
     lines = []
     if any(run.glob("grids/*.png")):
@@ -42,6 +44,8 @@ def describe_end(
     if stage in ("c", "ldm"):
         command = ["python", "-m", "wuerstchen_pl.sample", f"model={run}", f"prompt={caption}"]
         command += ["control_image=IMAGE"] * has_controlnet
+        if student_steps is not None:
+            command += ["sample=distilled", f"sample.prior_steps={student_steps}"]
         lines.append(f"next: {shlex.join(command)}")
     elif starts_a_cascade(typed) and not is_cached:
         following = NEXT_STAGE[stage]

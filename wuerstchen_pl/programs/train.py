@@ -98,6 +98,7 @@ def run(cfg: DictConfig) -> float:
         default_folder=Path(cfg.paths.root, cfg.name, stage.name),
         is_cached=hasattr(data, "made_with") and not cfg.cache,
         has_controlnet=hasattr(stage, "controlnet"),
+        student_steps=getattr(stage, "student_steps", None),
     )
     rank_zero_only(print)(end)
     return float(trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan)))

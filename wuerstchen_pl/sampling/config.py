@@ -50,6 +50,8 @@ class SamplingConfig:
 
     prior_steps: int = 30
     """Denoising steps of Stage C (paper: 60)."""
+    prior_sampler: SamplerName = "ddpm"
+    """``ddpm``, ``ddim``, ``dpmpp_2m`` or ``dpmpp_2m_sde``."""
     prior_timesteps: Sequence[float] | None = None
     """Decreasing times of Stage C in [0, 1] instead of equal steps."""
     prior_guidance_scale: float = 4.0
@@ -60,12 +62,12 @@ class SamplingConfig:
     """Times of Stage C, [lowest, highest], at which to guide."""
     decoder_steps: int = 12
     """Denoising steps of Stage B (paper: 12)."""
+    decoder_sampler: SamplerName = "ddpm"
+    """See ``prior_sampler``; version 1's Stage B has one of its own."""
     decoder_guidance_scale: float = 0.0
     """Guidance toward the semantic latents; values up to 1 turn it off."""
     decoder_temperature: Sequence[float] | None = None
     """Of version 1's Stage B at the first and at the last step; None is (1, 0.6)."""
-    sampler: SamplerName = "ddpm"
-    """``ddpm``, ``ddim``, ``dpmpp_2m`` or ``dpmpp_2m_sde``, in both stages."""
     batch_size: int = 16
     """Images per batch; it affects speed but not the images."""
 
@@ -94,7 +96,7 @@ class SamplingConfig:
                 rescale=self.guidance_rescale,
                 interval=interval,
             ),
-            method=self.sampler,
+            method=self.prior_sampler,
         )
 
     @cached_property
@@ -104,7 +106,7 @@ class SamplingConfig:
         return DenoiseConfig(
             times=timesteps(self.decoder_steps),
             guidance=Guidance(scale=self.decoder_guidance_scale),
-            method=self.sampler,
+            method=self.decoder_sampler,
             temperature=temperature,
         )
 

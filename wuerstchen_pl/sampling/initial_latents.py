@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wuerstchen_pl.diffusion.sampler import Generator, randn
+from wuerstchen_pl.diffusion.schedule import CosineSchedule
 
 
 class InitLatents(NamedTuple):
@@ -55,3 +56,10 @@ def times_from(strength: float, times: Sequence[float]) -> Sequence[float]:
     if strength >= times[0]:
         return times
     return [strength, *(t for t in times if t < strength)]
+
+
+def noised(schedule: CosineSchedule, latents: Tensor, t: float, noise: Tensor) -> Tensor:
+    """Latents at time ``t``; exactly themselves at 0, where the schedule leaves a little noise."""
+    if t == 0:
+        return latents
+    return schedule.add_noise(latents, torch.full((len(latents),), t, device=latents.device), noise)

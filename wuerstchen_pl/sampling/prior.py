@@ -29,6 +29,7 @@ from wuerstchen_pl.sampling.initial_latents import (
     InitLatents,
     expand_rows,
     initial_noise,
+    noised,
     times_from,
 )
 from wuerstchen_pl.sampling.loop import (
@@ -42,6 +43,7 @@ from wuerstchen_pl.sampling.loop import (
     denoise,
 )
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, count_prompts, encode_prompts
+from wuerstchen_pl.sampling.student import warn_if_unsuitable
 
 DEFAULT_STAGE_C_TIMESTEPS: list[float] = [
     *(1 - i / 57 for i in range(20)),
@@ -69,6 +71,7 @@ class PriorSampler(StepState):
         resolution_multiple: pixels per semantic position (v1, v2: 42.67).
         placement: the device to run on; the CPU if None.
         controlnet: then every run needs control images; None without one.
+        student_steps: of a distilled prior; None for another one.
     """
 
     part = "prior"
@@ -84,7 +87,9 @@ class PriorSampler(StepState):
         resolution_multiple: float = 42.67,
         placement: DevicePlacement | None = None,
         controlnet: ControlNet | None = None,
+        student_steps: float | None = None,
     ) -> None:
+        self.student_steps = None if student_steps is None else round(student_steps)
         self.prior, self.text_encoder, self.controlnet = prior, text_encoder, controlnet
         self.scaling = LatentScaling(scale=semantic_scale, shift=semantic_shift)
         self.resolution_multiple = resolution_multiple
@@ -229,6 +234,8 @@ class PriorSampler(StepState):
         if image_embeddings is None and (strength != 1 or mask is not None):
             raise ValueError("strength and mask need image_embeddings; give them")
         params.check(self.CALLBACK_INPUTS)
+        if self.student_steps is not None:
+            warn_if_unsuitable(self.student_steps, params.config)
         times = times_from(strength, params.config.times)
         params = replace(params, config=replace(params.config, times=times))
         guided = params.config.guidance.on
@@ -268,12 +275,13 @@ class PriorSampler(StepState):
             if init is None or init.mask is None:
                 return x
             fresh = randn(x.shape, params.generator, x.device)
-            return torch.lerp(self._noised(init.latents, t, fresh), x, init.mask)
+            return torch.lerp(noised(self.schedule, init.latents, t, fresh), x, init.mask)
 
         tensors = {TEXT: text}
         if params.config.guidance.on:
             tensors[NEGATIVE] = text[len(noise) :]
-        x = noise if init is None else self._noised(init.latents, params.config.times[0], noise)
+        start = params.config.times[0]
+        x = noise if init is None else noised(self.schedule, init.latents, start, noise)
         with self.placement.on_device(self.prior):
             return denoise(
                 self.predict_noise, cache_conditioning, x, tensors, params,
@@ -290,9 +298,3 @@ class PriorSampler(StepState):
     def mask_for(self, mask: Tensor, height: int, width: int) -> Tensor:
         """(B, 1, H, W) in [0, 1] -> (B, 1, h, w), the maximum over each position's pixels."""
         return F.adaptive_max_pool2d(mask, self.latent_size(height, width))
-
-    def _noised(self, latents: Tensor, t: float, noise: Tensor) -> Tensor:
-        if t == 0:  # the clamped schedule would leave a little noise
-            return latents
-        times = torch.full((len(latents),), t, device=latents.device)
-        return self.schedule.add_noise(latents, times, noise)

@@ -1,7 +1,7 @@
 """Text-conditional noise prediction in the latents of a frozen stage: Stage C and the baseline."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -62,6 +62,7 @@ class TextConditionalStage(Stage):
     """
 
     TRAINING_ONLY = (*Stage.TRAINING_ONLY, "preservation")
+    grid_sampling: Mapping[str, Any] = {"num_steps": 20}  # arguments of ``sample``
     text_encoder: TextEncoder
 
     def __init__(

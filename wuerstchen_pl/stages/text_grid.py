@@ -1,6 +1,6 @@
 """The sample grid of a text-conditional stage."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -34,9 +34,8 @@ def text_grid(stage: "TextConditionalStage", batch: Batch) -> dict[str, Tensor]:
 
     def sampled() -> Tensor:
         shape = cast(tuple[int, int], size)
-        return decoded(
-            stage.sample(captions, size=shape, seeds=seeds, num_steps=20, control=control)
-        )
+        options: Any = stage.grid_sampling
+        return decoded(stage.sample(captions, size=shape, seeds=seeds, control=control, **options))
 
     with unsharded(stage):
         raw = sampled()
