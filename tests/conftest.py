@@ -137,6 +137,11 @@ def run_program(name: str, arguments: list[str]) -> int:
     return 0
 
 
+def pytest_sessionstart() -> None:
+    """Collect no garbage while tests are imported, which would take a third of that time."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Collect garbage less often, which takes a sixth of the time of the tests.
 
@@ -144,6 +149,7 @@ def pytest_collection_finish() -> None:
     """
     gc.freeze()
     gc.set_threshold(10_000, 10, 20)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
