@@ -47,6 +47,24 @@ SIZES = {
 }  # fmt: skip
 
 
+class Mode(NamedTuple):
+    """How both implementations compute."""
+
+    dtype: torch.dtype
+    compiled: bool
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        return f"{str(self.dtype).removeprefix('torch.')}{', compiled' * self.compiled}"
+
+
+MODES = {
+    "cpu": [Mode(dtype, c) for dtype in (torch.float32, torch.bfloat16) for c in (False, True)],
+    "cuda": [Mode(torch.bfloat16, compiled) for compiled in (False, True)],
+}
+
+
 class Case(NamedTuple):
     """A computation to time in both implementations; each returns the output to compare."""
 
@@ -64,32 +82,23 @@ def run(size: str, rounds: int) -> Path:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = SIZES[size]
-    with tempfile.TemporaryDirectory() as folder:
-        decoder = {**reference_models.PUBLISHED_DECODER, **networks.decoder}
-        reference = reference_models.combined(Path(folder), networks.prior, decoder, networks.vqgan)
-        paths = reference_models.save_pair(reference, Path(folder))
-        package = WuerstchenPipeline.from_pretrained(str(paths[0]), prior=str(paths[1]))
-    reference.to(device, dtype)
-    package.to(device, dtype)
     rows = []
     print(HEADER)
-    for compiled in (False, True) if cuda else (False,):
-        if compiled:
-            _compile(reference, package)
+    for mode in MODES[device]:
+        reference, package = build_pair(networks, device, mode)
         for batch in networks.batches:
-            steps = step_cases(reference, package, networks.side, batch, device, dtype)
+            steps = step_cases(reference, package, networks.side, batch, device, mode.dtype)
             # chained, because attention is replaced while the generator waits
             for case in chain(steps, [whole_run(reference, package, networks, batch)]):
-                rows.append(_row(case, batch, compiled, rounds, dtype))
+                rows.append(_row(case, batch, mode, rounds))
                 print(rows[-1], flush=True)
     return write_table(
         f"inference_{size}",
         f"python scripts/bench.py inference --size {size} --rounds {rounds}"
-        + ("" if cuda else f" --threads {torch.get_num_threads()}"),
-        f"Against diffusers {reference_models.VERSION}, in {dtype}: milliseconds, medians of "
+        + ("" if device == "cuda" else f" --threads {torch.get_num_threads()}"),
+        f"Against diffusers {reference_models.VERSION} in the same mode: milliseconds, medians of "
         f"{rounds} alternating rounds; ratio is the median of the per-round ratios, above 1 where "
         "this package is faster. \"SDPA\" is diffusers with AttnProcessor2_0 in its prior. A run "
         f"is {networks.prior_steps} steps of Stage C with guidance 4, 12 of Stage B, and Stage A, "
@@ -99,28 +108,42 @@ def run(size: str, rounds: int) -> Path:
     )  # fmt: skip
 
 
-def _row(case: Case, batch: int, compiled: bool, rounds: int, dtype: torch.dtype) -> str:
+def build_pair(size: Size, device: str, mode: Mode) -> tuple[Any, WuerstchenPipeline]:
+    """diffusers' pipeline and ours, with the same random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        decoder = {**reference_models.PUBLISHED_DECODER, **size.decoder}
+        reference = reference_models.combined(Path(folder), size.prior, decoder, size.vqgan)
+        paths = reference_models.save_pair(reference, Path(folder))
+        package = WuerstchenPipeline.from_pretrained(str(paths[0]), prior=str(paths[1]))
+    reference.to(device, mode.dtype)
+    package.to(device, mode.dtype)
+    if mode.compiled:
+        # frozen weights are packed for the CPU's matrix products
+        _compile(reference, package, options={"freezing": True} if device == "cpu" else None)
+    return reference, package
+
+
+def _row(case: Case, batch: int, mode: Mode, rounds: int) -> str:
     reference, package = case.reference().float(), case.package().float()
     difference = float((reference - package).abs().max())
-    if dtype != torch.float32:
+    if mode.dtype != torch.float32:
         difference /= float(reference.std())
     # in bfloat16, diffusers samples the initial noise in bfloat16 too, which gives another image
-    comparable = dtype == torch.float32 or case.name != WHOLE
-    if comparable and not difference < TOLERANCE[dtype]:
+    comparable = mode.dtype == torch.float32 or case.name != WHOLE
+    if comparable and not difference < TOLERANCE[mode.dtype]:
         raise RuntimeError(f"{case.name}: outputs differ by {difference}; nothing was timed")
     timing = side_by_side(case.reference, case.package, rounds)
-    mode = "compiled" if compiled else "eager"
     return (
-        f"| {case.name} | {batch} | {mode} | {timing.reference_ms:.1f} | {timing.package_ms:.1f} "
-        f"| {timing.ratio:.2f} | {difference:.1e} |"
+        f"| {case.name} | {batch} | {mode.name} | {timing.reference_ms:.1f} "
+        f"| {timing.package_ms:.1f} | {timing.ratio:.2f} | {difference:.1e} |"
     )
 
 
-def _compile(reference: Any, package: WuerstchenPipeline) -> None:
+def _compile(reference: Any, package: WuerstchenPipeline, **options: Any) -> None:
     for net in (reference.prior_prior, reference.decoder):
-        net.forward = torch.compile(net.forward)
-    reference.vqgan.decode = torch.compile(reference.vqgan.decode)
-    package.compile()
+        net.forward = torch.compile(net.forward, **options)
+    reference.vqgan.decode = torch.compile(reference.vqgan.decode, **options)
+    package.compile(**options)
 
 
 @torch.no_grad()
@@ -180,7 +203,7 @@ def step_cases(
     ]
     yield Case(
         "Stage B step", without_grad(lambda: reference.decoder(z, t[:batch], semantic, clip)),
-        without_grad(lambda: package.decoder.predict_noise(z, decoder)),
+        without_grad(lambda: package.decoder.predict(z, decoder)),
     )  # fmt: skip
     scale = reference.vqgan.config.scale_factor
     yield Case(
