@@ -382,3 +382,16 @@ def test_the_pipeline_refuses_sizes_and_prompts_as_the_program_does(cascade: Pat
             pipe("frog", size, 64)
     with pytest.raises(ValueError, match="contains no word"):
         pipe("...", 32, 32)
+
+
+@pytest.mark.slow
+def test_compiled_networks_draw_the_same_images(sample: Sample, out: Path, tmp_path: Path) -> None:
+    keys = ["prompt=frog", "num_images_per_prompt=2", "grid=false"]
+    assert sample(*keys) == 0
+    assert sample(*keys, "compile=true", f"output_dir={tmp_path / 'compiled'}") == 0
+    for path in images(out):
+        eager, compiled = (
+            np.asarray(Image.open(file), dtype=int)
+            for file in (path, tmp_path / "compiled" / path.name)
+        )
+        assert np.abs(eager - compiled).max() <= 1  # of 255

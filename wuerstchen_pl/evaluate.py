@@ -31,6 +31,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "cache_dir": str | None,
     "device": str | None,
     "dtype": Literal["bfloat16", "float32"] | None,
+    "compile": bool,
 }
 
 main = Command(name="evaluate", description=__doc__, known_keys=KNOWN_KEYS)

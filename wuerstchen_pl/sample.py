@@ -27,6 +27,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "sample": dict,
     "device": str | None,
     "dtype": Literal["bfloat16", "float32"] | None,
+    "compile": bool,
 }
 
 
