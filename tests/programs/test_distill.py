@@ -1,7 +1,9 @@
 """``experiment=distill``: trained, resumed, exported and sampled."""
 
+import json
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -97,19 +99,42 @@ def test_another_prior_is_not_taken_for_the_student(run: Path, cascade: Path) ->
     assert swapped.settings[STUDENT] == 2
 
 
-def test_the_next_command_samples_the_student(
+def test_a_student_is_used_without_its_teacher(
     cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Without a warning; and without its teacher's file, which only training needs."""
-    base = Path(shutil.copytree(cascade, tmp_path / "base")) / "c"
-    assert train(base, tmp_path, "+stage.teacher.sha256=null", steps=1) == 0
+    """The next command samples it without a warning; the export's card has its settings."""
+    base = Path(shutil.copytree(cascade / "c", tmp_path / "base/c"))
+    networks = [f"{key}={cascade / 'c'}" for key in ("decoder", "compressor", "encoders")]
+    assert train(base, tmp_path, *networks, steps=1) == 0
     following = capsys.readouterr().out.strip().splitlines()[-1]
+    shutil.rmtree(base)
     python, _, module, *keys = shlex.split(following.removeprefix("next: "))
     assert (python, module) == ("python", "wuerstchen_pl.sample")
     assert "sample=distilled" in keys
     out = tmp_path / "images"
-    assert run_program("sample", [*keys, "sample.decoder_steps=1", f"output_dir={out}"]) == 0
+    with warnings.catch_warnings(action="error"):
+        assert run_program("sample", [*keys, "sample.decoder_steps=1", f"output_dir={out}"]) == 0
     assert len(list(out.glob("*.png"))) == 1
+    keys = [f"ckpt={tmp_path / 'distill/c'}", f"to={tmp_path / 'model'}", "license=mit"]
+    assert run_program("export", keys) == 0
+    card = (tmp_path / "model/README.md").read_text()
+    assert "seed=0, prior_num_inference_steps=2, prior_guidance_scale=0)" in card
+
+
+def test_a_student_is_evaluated_without_a_loss_of_its_own(run: Path, tmp_path: Path) -> None:
+    keys = [f"model={run}", "metric=[validation_loss,retrieval]", "num_prompts=2"]
+    keys += ["sample=distilled", "sample.decoder_steps=1", f"output_dir={tmp_path}"]
+    assert run_program("evaluate", keys) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert {"stage_b/loss", "retrieval/top1"} <= metrics.keys()
+    assert not any(name.startswith("stage_c") for name in metrics)
+
+
+def test_a_student_is_not_tuned_further(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train(run, tmp_path) == 1
+    assert "is a distilled Stage C, which no longer predicts noise" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -80,6 +80,30 @@ def test_training_changes_the_student_and_no_bit_of_its_teacher(batch: Batch) ->
     assert {name.partition(".")[0] for name in stage.state_dict()} == {"prior"}
 
 
+def test_cached_captions_need_no_text_encoder(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, cached = distilled(), distilled()
+    losses = encoded.validation_losses(batch)[1]
+    with_cache: Any = {
+        **batch, "text": cached.text(batch["caption"]),
+        "empty_text": cached.text([""]).repeat(4, 1, 1),
+    }  # fmt: skip
+    monkeypatch.setattr(cached, "text", None)
+    torch.testing.assert_close(cached.validation_losses(with_cache)[1], losses)
+
+
+def test_masked_positions_do_not_count(batch: Batch) -> None:
+    stage = distilled(teacher_steps=2)
+    t, noise = torch.full((4,), 0.6), torch.randn(4, 16, 4, 4)
+    text, x0 = stage.text(batch["caption"]), torch.randn(4, 16, 4, 4)
+    mask = torch.zeros(4, 1, 32, 32)
+    assert float(stage.loss(x0, t, noise, text, mask).detach().abs().max()) == 0
+    mask[:, :, :16] = 1
+    halves = [stage.loss(x0, t, noise, text, m) for m in (mask, 1 - mask)]
+    assert not torch.allclose(*halves)
+
+
 @pytest.mark.slow
 def test_few_steps_of_the_student_approach_many_guided_ones_of_the_teacher(batch: Batch) -> None:
     trained = stage_c(prior=prior(), caption_drop_prob=0.2)

@@ -1,5 +1,6 @@
 """Run an evaluation plan: used by the command and by the training callback."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.ldm import StageLDM
 
+logger = logging.getLogger(__name__)
+
+
 IMAGES = "images"
 """Subfolder of the report for generated images."""
 
@@ -41,10 +45,17 @@ class EvalTarget:
 
 
 def stages_with_loss(stage: StageC | StageLDM) -> dict[str, StageWithLoss]:
-    """Stages with a loss: ``b``, if it is present, and ``c`` for Stage C; ``ldm`` for itself."""
+    """Stages with a loss: ``b``, if it is present, and ``c`` for Stage C; ``ldm`` for itself.
+
+    The loss of a distilled Stage C needs its teacher, which is present in training only.
+    """
     if isinstance(stage, StageLDM):
         return {"ldm": stage}
-    return {**({"b": stage.drawing_stage_b} if stage.can_draw else {}), "c": stage}
+    with_loss: dict[str, StageWithLoss] = {"b": stage.drawing_stage_b} if stage.can_draw else {}
+    if stage.frozen.get("teacher", stage) is None:
+        logger.info("validation_loss: Stage C has none, as it was distilled and has no teacher")
+        return with_loss
+    return {**with_loss, "c": stage}
 
 
 def check_plan(plan: EvaluationPlan, inputs: EvaluationInputs) -> None:

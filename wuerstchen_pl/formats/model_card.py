@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.allowed import DATA_TARGETS, stage_class
+from wuerstchen_pl.formats.model import STUDENT
 from wuerstchen_pl.formats.run import is_run
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.io.atomic import Source
@@ -37,7 +38,7 @@ wuerstchen_pl. License of the weights: {stated}.
 from wuerstchen_pl import WuerstchenPipeline
 
 {load}
-pipe("a red heart", height={side}, width={side}, seed=0).images[0].save("heart.png")
+pipe("a red heart", height={side}, width={side}, seed=0{options}).images[0].save("heart.png")
 ```
 """
 LOAD = {
@@ -55,7 +56,10 @@ LOAD = {
 def checkpoint_chain(path: Path) -> list[Source]:
     """A checkpoint, and the checkpoints or the model of the frozen stages below it."""
     chain = [Source(path=str(path), sha256=atomic.sha256(path))]
-    for name, recorded in load.read_checkpoint(path, tensors="none")["frozen"].items():
+    content = load.read_checkpoint(path, tensors="none")
+    for name, recorded in content["frozen"].items():
+        if name in stage_class(content["stage"]).TRAINING_ONLY:  # a teacher, whose file may be gone
+            continue
         frozen = load.find_frozen(path, name, recorded)
         is_checkpoint = is_run(frozen)
         model = Source(path=str(frozen), sha256=recorded["sha256"])
@@ -79,7 +83,13 @@ def render_card(
         usage: what was exported: the model, or only what a run added to it.
     """
     rows = [_row(source, with_ema=ema or i > 0) for i, source in enumerate(sources)]
+    options = ""
+    if is_run(Path(sources[0]["path"])):
+        stage = load.read_checkpoint(Path(sources[0]["path"]), tensors="none")["stage"]
+        if STUDENT in stage:
+            options = f", prior_num_inference_steps={stage[STUDENT]}, prior_guidance_scale=0"
     return CARD.format(
+        options=options,
         license=license or "other",
         stated=license or "not stated",
         rows="\n".join(rows),

@@ -37,7 +37,7 @@ def estimate_seconds(
             config, prior_steps=prior_steps, prior_timesteps=None, decoder_steps=decoder_steps
         )
         start = perf_counter()
-        with warnings.catch_warnings(action="ignore"):  # a student warns about so few steps
+        with warnings.catch_warnings(action="ignore"):  # the run itself will repeat them
             images = pipeline.generate(
                 [""], side, side,
                 config=steps, generator=generators_from_seeds([0]), control=control,

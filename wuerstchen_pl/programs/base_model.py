@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from wuerstchen_pl.checkpointing.load import drop_weight_paths
 from wuerstchen_pl.config import conf_dir
-from wuerstchen_pl.formats.model import Model
+from wuerstchen_pl.formats.model import STUDENT, Model
 from wuerstchen_pl.formats.registry import is_hub_id, read_model
 from wuerstchen_pl.formats.run import STAGE_PARTS
 from wuerstchen_pl.jobs import typed_keys
@@ -40,6 +40,11 @@ def use_base_model(cfg: DictConfig) -> None:
     stage = stage_name(cfg)
     check_experiment(stage)
     base = _read_base(cfg, stage)
+    if stage == "c" and STUDENT in base.settings:
+        raise ValueError(
+            f"init_from={cfg.init_from} is a distilled Stage C, which no longer predicts noise; "
+            "train its teacher, and distill that again"
+        )
     if cfg.image_size == AUTO:
         cfg.image_size = int(base.settings.get("image_size", IMAGE_SIZE))
     if "resolution_multiple" in base.settings:

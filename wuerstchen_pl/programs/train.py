@@ -81,6 +81,8 @@ def run(cfg: DictConfig) -> float:
         checkpoint_activations(stage)
     if cfg.compile:
         compile_blocks(stage)
+        if (teacher := stage.frozen.get("teacher")) is not None:
+            compile_blocks(teacher)
     check_schedule(stage.lr_schedule, cfg.trainer.max_steps)
     check_sizes(stage, data)
     check_cache(stage, data)

@@ -77,7 +77,7 @@ def compile_options(device: torch.device) -> dict[str, Any]:
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16: AMX or AVX-512 BF16.
 
-    It is not chosen by itself, so that images of CPUs are as equal as float32 is.
+    It is not chosen by itself, so that images agree across CPUs to float32 accuracy.
     """
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.diffusion.distillation import (
     MAX_STEPS,
     jump_loss,
@@ -75,6 +76,21 @@ class DistillationStage(StageC):
         sampler = super().prior_sampler()
         sampler.student_steps = self.student_steps
         return sampler
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """See ``TextConditionalStage``."""
+        self._read_empty_text(batch)
+        return super().training_step(batch, batch_idx)
+
+    def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See ``TextConditionalStage``."""
+        self._read_empty_text(batch)
+        return super().validation_losses(batch)
+
+    def _read_empty_text(self, batch: Batch) -> None:
+        """Use a cached embedding, so that the text encoder is not needed."""
+        if "empty_text" in batch:
+            self._empty_text = batch["empty_text"][:1]
 
     def loss(
         self, x0: Tensor, t: Tensor, noise: Tensor, text: Tensor,
