@@ -6,6 +6,7 @@ imports this module before it starts the others.
 
 import atexit
 import gc
+import os
 import shutil
 import sys
 import tempfile
@@ -152,14 +153,24 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+GROUP_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
 @pytest.fixture(autouse=True)
 def no_group() -> Iterator[None]:
-    """No test inherits the process group that a trainer of an earlier one leaves behind."""
+    """No test inherits the process group that a trainer of an earlier one leaves behind.
+
+    Nor do its processes inherit the variables, with a port that is in use.
+    """
     import torch.distributed as dist
 
+    before = {name: os.environ.get(name) for name in GROUP_VARIABLES}
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        os.environ |= {} if value is None else {name: value}
 
 
 @pytest.fixture
