@@ -14,6 +14,7 @@ from diffusers.utils import logging
 from scripts import reference_models
 from scripts.timing import Work, side_by_side, write_table
 from wuerstchen_pl import WuerstchenPipeline
+from wuerstchen_pl.sampling.device import compile_options
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest allowed absolute difference; in bfloat16, in standard deviations of the output."""
@@ -60,7 +61,7 @@ class Mode(NamedTuple):
 
     @property
     def time(self) -> float:
-        """At which steps are compared: 0 unless diffusers computes the embeddings of all exactly.
+        """Of the compared steps: 0, unless diffusers computes the embeddings of others exactly.
 
         It computes them in bfloat16, and if compiled by sines that are not exact at 10,000 t.
         """
@@ -128,8 +129,7 @@ def build_pair(size: Size, device: str, mode: Mode) -> tuple[Any, WuerstchenPipe
     reference.to(device, mode.dtype)
     package.to(device, mode.dtype)
     if mode.compiled:
-        # frozen weights are packed for the CPU's matrix products
-        _compile(reference, package, options={"freezing": True} if device == "cpu" else None)
+        _compile(reference, package, **compile_options(torch.device(device)))
     return reference, package
 
 

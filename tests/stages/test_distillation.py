@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.stages.conftest import fit, stage_b, stage_c, training
 from wuerstchen_pl.adapters.adapter import Adapter
+from wuerstchen_pl.diffusion.distillation import HUBER
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
@@ -100,8 +101,11 @@ def test_masked_positions_do_not_count(batch: Batch) -> None:
     mask = torch.zeros(4, 1, 32, 32)
     assert float(stage.loss(x0, t, noise, text, mask).detach().abs().max()) == 0
     mask[:, :, :16] = 1
-    halves = [stage.loss(x0, t, noise, text, m) for m in (mask, 1 - mask)]
-    assert not torch.allclose(*halves)
+    with torch.no_grad():
+        losses = [stage.loss(x0, t, noise, text, m) for m in (mask, 1 - mask, None)]
+    upper, lower, whole = ((loss + HUBER).square() - HUBER**2 for loss in losses)  # the errors
+    assert not torch.allclose(upper, lower)
+    torch.testing.assert_close(whole, (upper + lower) / 2)
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "St
 def _build(path: Path, content: dict[str, Any], *, ema: bool) -> "Stage":
     config = _sampling_config(content)
     for name, recorded in content["frozen"].items():
-        if name not in config:  # only training needs it
+        if name in stage_class(content["stage"]).TRAINING_ONLY:
             continue
         source = str(find_frozen(path, name, recorded))
         config[name] = {**config[name], "source": source, "sha256": recorded["sha256"]}

@@ -15,12 +15,12 @@ from wuerstchen_pl.diffusion.sampler import ddim_step
 from wuerstchen_pl.diffusion.schedule import CosineSchedule, expand_like
 
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
-"""X at t and t, (B, ...) and (B,) -> the predicted noise."""
+"""Noised latents (B, ...) and their times (B,) -> the predicted noise."""
 MAX_WEIGHT = 25.0
 HUBER = 0.03
 """Root mean square errors of x_0 below it count as squares."""
-MAX_STEPS = 256
-"""Steps of a teacher; with more, the clamped schedule does not change in the last one."""
+MAX_TEACHER_STEPS = 256
+"""From t = 1 to 0; with more, the clamped schedule does not change in the last one."""
 
 
 class JumpTimes(NamedTuple):

@@ -21,7 +21,7 @@ SHIFT = "semantic_shift"
 DECODER_SETTING = "latent_dim_scale"
 """The only setting that is Stage B's, not Stage C's."""
 STUDENT = "student_steps"
-"""The only setting that a prior may have or not; see ``stages.distillation``."""
+"""Setting of a distilled prior; others lack it. See ``stages.distillation``."""
 SETTINGS = ("semantic_scale", SHIFT, "resolution_multiple", DECODER_SETTING, "image_size", STUDENT)
 V1_SCALING = {"semantic_scale": 1.0, SHIFT: 0.0}
 """Version 1's prior works on the compressor's latents as they are."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.diffusion.distillation import (
-    MAX_STEPS,
+    MAX_TEACHER_STEPS,
     jump_loss,
     jump_target,
     jump_times,
@@ -18,6 +18,7 @@ from wuerstchen_pl.diffusion.objective import noise_error
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.sampling.control import Control
 from wuerstchen_pl.sampling.prior import PriorSampler
+from wuerstchen_pl.sampling.student import MAX_STUDENT_STEPS
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.frozen import is_on
 
@@ -57,12 +58,14 @@ class DistillationStage(StageC):
                 raise ValueError(f"distillation trains the prior alone; remove stage.{key}")
         if (p2 := arguments.setdefault("p2", "none")) != "none":
             raise ValueError(f"p2={p2} is not a weight of distillation; set stage.p2=none")
-        if not 1 <= student_steps <= 8:
-            raise ValueError(f"student_steps={student_steps} is out of range; use 1 to 8")
-        if not 1 <= teacher_steps <= MAX_STEPS // student_steps:
+        if not 1 <= student_steps <= MAX_STUDENT_STEPS:
+            raise ValueError(
+                f"student_steps={student_steps} is out of range; use 1 to {MAX_STUDENT_STEPS}"
+            )
+        if not 1 <= teacher_steps <= MAX_TEACHER_STEPS // student_steps:
             raise ValueError(
                 f"teacher_steps={teacher_steps} is out of range; with student_steps="
-                f"{student_steps}, use 1 to {MAX_STEPS // student_steps}"
+                f"{student_steps}, use 1 to {MAX_TEACHER_STEPS // student_steps}"
             )
         super().__init__(**arguments)
         self.frozen.register("teacher", teacher)
