@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from wuerstchen_pl.models.activations import SavedActivations, checkpoint_activations
 from wuerstchen_pl.models.fake_cuda import DEVICE, FakeCUDA, FlashAttention, fake_cuda
-from wuerstchen_pl.models.wrapping import checkpoint_activations
 
 Build = Callable[[], tuple[list[nn.Module], Callable[[int], Any]]]
 """Makes the networks of a step, and its forward pass as a function of the batch size."""
@@ -37,20 +37,14 @@ def _per_sample(build: Build, *, checkpoint: bool) -> float:
             network.to_empty(device=DEVICE)
             if checkpoint:
                 checkpoint_activations(network)
-        weights = {p.untyped_storage()._cdata for net in networks for p in net.parameters()}
+        weights = [p for network in networks for p in network.parameters()]
         # what does not grow with the batch, such as weights in bfloat16, cancels out
         return (_saved(forward, 4, weights) - _saved(forward, 2, weights)) / 2
 
 
-def _saved(forward: Callable[[int], Any], batch_size: int, weights: set[int]) -> int:
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage  # kept, so that no other gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+def _saved(forward: Callable[[int], Any], batch_size: int, weights: list[nn.Parameter]) -> int:
+    saved = SavedActivations()
+    with saved.collect():
         output = forward(batch_size)
     del output
-    return sum(s.nbytes() for address, s in storages.items() if address not in weights)
+    return saved.nbytes(weights)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scripts import reference_models
 from scripts.timing import Work, side_by_side, write_table
 from wuerstchen_pl import WuerstchenPipeline
-from wuerstchen_pl.models.wrapping import checkpoint_activations
+from wuerstchen_pl.models.activations import SavedActivations, checkpoint_activations
 
 SMALL = {"c": 512, "c_cond": 512, "depth": 8, "nhead": 8}
 PUBLISHED = {"c": 1536, "c_cond": 1280, "depth": 32, "nhead": 24}
@@ -49,16 +49,10 @@ def priors(config: dict[str, int]) -> tuple[Any, nn.Module]:
 
 def saved_bytes(net: nn.Module, forward: Forward) -> int:
     """Bytes that a forward pass saves for the backward pass, not counting weights."""
-    sizes: dict[int, int] = {}
-
-    def record(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+    saved = SavedActivations()
+    with saved.collect():
         loss = forward()
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    total = sum(size for data_ptr, size in sizes.items() if data_ptr not in weights)
+    total = saved.nbytes(net.parameters())
     del loss
     return total
 

@@ -105,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluation",
         "pipelines",
         "stages",
-        "models.wrapping",
+        "models.activations",
         "checkpointing",
         "io",
     },

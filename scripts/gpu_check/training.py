@@ -22,7 +22,8 @@ from wuerstchen_pl.callbacks.memory_estimate import estimate_bytes
 from wuerstchen_pl.callbacks.step_profile import profile_step_once
 from wuerstchen_pl.callbacks.throughput import peak_tflops
 from wuerstchen_pl.distributed.launch import resolve_device
-from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
+from wuerstchen_pl.models.activations import checkpoint_activations
+from wuerstchen_pl.models.wrapping import compile_blocks
 
 WARM_UP = 3
 """Training steps before the timed ones."""

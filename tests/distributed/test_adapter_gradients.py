@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from tests.adapters.test_adapter import METHODS, build, randomize
 from wuerstchen_pl.adapters.adapter import Adapter, Method
 from wuerstchen_pl.distributed.fsdp2 import full_tensor
-from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks, find_blocks
+from wuerstchen_pl.models.activations import checkpoint_activations
+from wuerstchen_pl.models.wrapping import compile_blocks, find_blocks
 
 
 def gradients(method: Method, wrap: Callable[[nn.Module], None]) -> dict[str, Tensor]:

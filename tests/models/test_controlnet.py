@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wuerstchen_pl.models.activations import checkpoint_activations
 from wuerstchen_pl.models.compressor import ConvBackbone, EfficientNet, SemanticCompressor
 from wuerstchen_pl.models.conditioning import Residuals
 from wuerstchen_pl.models.control_images import Edges
 from wuerstchen_pl.models.controlnet import ControlNet, default_blocks
 from wuerstchen_pl.models.meta import on_meta
 from wuerstchen_pl.models.prior import Prior
-from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
+from wuerstchen_pl.models.wrapping import compile_blocks
 
 DEPTH, WIDTH = 4, 16
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.stages.conftest import fit, stage_b, training
 from wuerstchen_pl.adapters.adapter import Adapter
 from wuerstchen_pl.io.atomic import Source
+from wuerstchen_pl.models.activations import checkpoint_activations
 from wuerstchen_pl.models.compressor import ConvBackbone
 from wuerstchen_pl.models.control_images import (
     GRAY,
@@ -21,7 +22,6 @@ from wuerstchen_pl.models.control_images import (
 from wuerstchen_pl.models.controlnet import ControlNet
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.models.text import TextEncoder
-from wuerstchen_pl.models.wrapping import checkpoint_activations
 from wuerstchen_pl.sampling.control import Control
 from wuerstchen_pl.stages.batch_rng import BatchRNG
 from wuerstchen_pl.stages.c import StageC

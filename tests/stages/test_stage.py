@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.stages.conftest import STAGES, fit
 from wuerstchen_pl.batch import num_unique_samples
-from wuerstchen_pl.models.wrapping import checkpoint_activations, find_blocks
+from wuerstchen_pl.models.activations import checkpoint_activations
+from wuerstchen_pl.models.wrapping import find_blocks
 from wuerstchen_pl.pipelines.loading import pipeline_from_stage
 from wuerstchen_pl.stages.captions import encode_captions
 from wuerstchen_pl.stages.stage import Batch, Stage, WarmupCosine

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.step_profile import forget_profile, profile_step_once
-from wuerstchen_pl.models.wrapping import checkpoint_activations
+from wuerstchen_pl.models.activations import checkpoint_activations
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.stages import schedule_free
 from wuerstchen_pl.stages.stage import Stage

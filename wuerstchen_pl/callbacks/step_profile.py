@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from wuerstchen_pl.batch import Batch
+from wuerstchen_pl.models.activations import SavedActivations
 from wuerstchen_pl.stages.stage import Stage
 
 UNBATCHED_KEYS = ("size", "empty_text", "is_unique")
@@ -63,14 +64,7 @@ def profile_step(module: L.LightningModule, batch: Batch) -> StepProfile:
 
 def _profile(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
     """Operations and saved bytes of one training step."""
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def record(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage  # kept, so that no other gets its address
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
+    saved = SavedActivations()
     precision = module.trainer.precision_plugin.train_step_context()
     with (
         # Dynamo skips code for good that it first meets under a dispatch mode (torch 2.11)
@@ -78,14 +72,12 @@ def _profile(module: L.LightningModule, batch: Batch) -> tuple[int, int]:
         _without_side_effects(module),
         precision,
         torch.enable_grad(),
-        hooks,
+        saved.collect(),
         _OperationCounter() as counter,
     ):
         loss = module.training_step(_cloned(batch), 0)
-    for p in module.parameters():
-        saved.pop(_storage(p)._cdata, None)
     # only now, when the storage of weights that FSDP had gathered for a block is empty again
-    saved_bytes = sum(storage.nbytes() for storage in saved.values())
+    saved_bytes = saved.nbytes(module.parameters())
     del loss
     return counter.number, saved_bytes
 
@@ -140,7 +132,3 @@ def _without_side_effects(module: L.LightningModule) -> Iterator[None]:
             bins.pop()
         if isinstance(module, Stage):
             module.reset_step_losses()
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return getattr(tensor, "to_local", lambda: tensor)().untyped_storage()

@@ -63,18 +63,14 @@ class FlashAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _Attend.apply(*args[:3])
+            q, k, v = (_autocast(x) for x in args[:3])
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
         return func(*args, **kwargs or {})
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(q.device.type):
-            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q[..., 0].float())  # and the sums of exponentials
-        return out
+def _autocast(tensor: Tensor) -> Tensor:
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def is_on(kind: str, value: Any) -> bool:

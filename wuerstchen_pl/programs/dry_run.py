@@ -20,9 +20,9 @@ from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.memory_estimate import ema_on_host, estimate_bytes
 from wuerstchen_pl.callbacks.step_profile import forget_profile, profile_step_once
 from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.models.activations import checkpoint_activations
 from wuerstchen_pl.models.fake_cuda import DEVICE, FakeCUDA, FlashAttention, fake_cuda
 from wuerstchen_pl.models.meta import on_meta
-from wuerstchen_pl.models.wrapping import checkpoint_activations
 from wuerstchen_pl.programs.base_model import networks_of_base_model, stage_name, use_base_model
 from wuerstchen_pl.programs.memory_table import Setting, advice, memory_table
 from wuerstchen_pl.programs.training_cache import cached_text_encoder

@@ -26,7 +26,8 @@ from wuerstchen_pl.formats.initial_weights import load_initial_weights
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.io.output_folder import claimed
 from wuerstchen_pl.jobs import check_output_dir
-from wuerstchen_pl.models.wrapping import checkpoint_activations, compile_blocks
+from wuerstchen_pl.models.activations import checkpoint_activations
+from wuerstchen_pl.models.wrapping import compile_blocks
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.programs.base_model import use_base_model
 from wuerstchen_pl.programs.dry_run import describe_memory
