@@ -14,7 +14,6 @@ from diffusers.utils import logging
 from scripts import reference_models
 from scripts.timing import Work, side_by_side, write_table
 from wuerstchen_pl import WuerstchenPipeline
-from wuerstchen_pl.sampling.device import compile_options
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest allowed absolute difference; in bfloat16, in standard deviations of the output."""
@@ -129,7 +128,7 @@ def build_pair(size: Size, device: str, mode: Mode) -> tuple[Any, WuerstchenPipe
     reference.to(device, mode.dtype)
     package.to(device, mode.dtype)
     if mode.compiled:
-        _compile(reference, package, **compile_options(torch.device(device)))
+        _compile(reference, package)
     return reference, package
 
 
@@ -149,11 +148,11 @@ def _row(case: Case, batch: int, mode: Mode, rounds: int) -> str:
     )
 
 
-def _compile(reference: Any, package: WuerstchenPipeline, **options: Any) -> None:
+def _compile(reference: Any, package: WuerstchenPipeline) -> None:
     for net in (reference.prior_prior, reference.decoder):
-        net.forward = torch.compile(net.forward, **options)
-    reference.vqgan.decode = torch.compile(reference.vqgan.decode, **options)
-    package.compile(**options)
+        net.forward = torch.compile(net.forward)
+    reference.vqgan.decode = torch.compile(reference.vqgan.decode)
+    package.compile()
 
 
 @torch.no_grad()

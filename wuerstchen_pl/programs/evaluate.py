@@ -24,7 +24,7 @@ from wuerstchen_pl.jobs import check_output_dir, typed_keys
 from wuerstchen_pl.models.perceptual import LPIPS
 from wuerstchen_pl.pipelines.loading import load_pipeline, pipeline_from_stage, stage_of_run
 from wuerstchen_pl.pipelines.text_to_image import TextToImage
-from wuerstchen_pl.sampling.device import compile_options, dtype_name, log_dtype, sampling_dtype
+from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.ldm import StageLDM
 
@@ -153,7 +153,7 @@ def build_target(
         pipeline, stages = _load_model(cfg, plan, trained, device, dtype)
         log_dtype(dtype, device)
         if cfg.compile and pipeline is not None:
-            pipeline.compile(**compile_options(device))
+            pipeline.compile()
         metadata |= {"model": str(cfg.model), "dtype": dtype_name(dtype)}
         metadata |= {key: cfg[key] for key in ("prior", "variant") if cfg[key] is not None}
         if pipeline is not None and pipeline.source is not None:

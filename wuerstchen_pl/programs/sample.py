@@ -26,7 +26,7 @@ from wuerstchen_pl.pipelines.text_to_image import TextToImage
 from wuerstchen_pl.pipelines.words import WithWords
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.sampling.config import SamplingConfig
-from wuerstchen_pl.sampling.device import compile_options, dtype_name, log_dtype, sampling_dtype
+from wuerstchen_pl.sampling.device import dtype_name, log_dtype, sampling_dtype
 
 LONG = 120
 """A run that is estimated to take more seconds than this says so before it starts."""
@@ -66,7 +66,7 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     load_adapters(pipeline, cfg.lora)
     load_words(pipeline, cfg.words)
     if cfg.compile:
-        pipeline.compile(**compile_options(device))
+        pipeline.compile()
     requests = [
         (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)
     ]

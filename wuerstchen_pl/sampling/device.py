@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -64,14 +63,6 @@ def log_dtype(dtype: torch.dtype, device: torch.device) -> None:
     if (device.type, dtype) == ("cpu", torch.float32) and cpu_has_bfloat16():
         advice = "dtype=bfloat16 is faster for large networks, as this CPU computes in it"
     logger.info("sampling on %s in %s; %s", device, dtype_name(dtype), advice)
-
-
-def compile_options(device: torch.device) -> dict[str, Any]:
-    """Arguments of ``compile`` for a pipeline whose weights stay as they are.
-
-    On a CPU, weights become constants, which are packed for its matrix products.
-    """
-    return {"options": {"freezing": True}} if device.type == "cpu" else {}
 
 
 def cpu_has_bfloat16() -> bool:
