@@ -10,16 +10,16 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 
 from wuerstchen_pl.plural import plural
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
 
 REST = "rest.pt"
 SEPARATOR = "|"  # not a dot, as parameter names contain dots
@@ -54,7 +54,11 @@ def write_sharded(
         dist.broadcast_object_list(failure, group=group)
     if failure[0] is not None:
         raise failure[0]
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    # takes 0.8 s, which programs that read a single file do without
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
     except CheckpointException as error:  # a BaseException, not an Exception
@@ -71,7 +75,7 @@ def _create_folder(folder: Path, content: dict[str, Any]) -> None:
         torch.save(content, file)
 
 
-def _reason(error: CheckpointException) -> str:
+def _reason(error: "CheckpointException") -> str:
     """The error message of the first process that failed."""
     first = next(iter(error.failures.values()))[0]
     return getattr(first, "strerror", None) or str(first)
@@ -92,7 +96,10 @@ def read_sharded(
         OSError: if a file is missing.
         ValueError: if a tensor is missing or incomplete.
     """
-    reader = HuggingFaceStorageReader(str(folder))
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
     content = torch.load(folder / REST, map_location="cpu", weights_only=True)
     stored = reader.read_metadata().state_dict_metadata
     complete = {
