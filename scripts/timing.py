@@ -72,6 +72,18 @@ def hardware() -> str:
     return f"{(names or [platform.machine()])[0]} CPU {plural(threads, 'thread')}"
 
 
+INSTRUCTION_SETS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+"""Those that matter to matrix products."""
+
+
+def instruction_sets() -> str:
+    """Those of the CPU, in brackets; empty with a GPU."""
+    if torch.cuda.is_available():
+        return ""
+    capabilities = torch.cpu.get_capabilities()
+    return f" ({', '.join(each for each in INSTRUCTION_SETS if capabilities.get(each))})"
+
+
 def write_table(
     benchmark: str,
     command: str,
@@ -83,7 +95,7 @@ def write_table(
     """Write ``<folder>/<benchmark>_<hardware>_<date>.md``, with the command that produced it."""
     lines = [
         f"# {benchmark.replace('_', ' ').capitalize()}", "",
-        f"{hardware()}, torch {torch.__version__}, {date.today()}.",
+        f"{hardware()}{instruction_sets()}, torch {torch.__version__}, {date.today()}.",
         f"`{command}`", "", notes, "", header, "|" + "---|" * (header.count("|") - 1), *rows, "",
     ]  # fmt: skip
     slug = "-".join(hardware().lower().replace("(r)", "").replace("(tm)", "").split())
