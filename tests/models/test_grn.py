@@ -1,5 +1,7 @@
 """GELU with the global response norm: its gradients and the memory that it saves."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,3 +72,20 @@ def test_it_saves_one_tensor_of_the_size_of_its_input() -> None:
     ):
         reference(u, norm.gamma, norm.beta)
     assert fused < 1.5 * u.numel() < 2.5 * u.numel() < sum(saved)
+
+
+def test_compiled_for_sampling_on_a_cpu_it_is_one_operation() -> None:
+    norm, u = norm_and_input(torch.float32)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled = torch.compile(norm, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(u), norm(u))
+    torch.testing.assert_close(compiled(u), norm(u))
+    sampling, training = graphs
+    assert "wuerstchen_pl.gelu_grn" in sampling
+    assert "wuerstchen_pl.gelu_grn" not in training

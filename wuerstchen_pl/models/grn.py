@@ -25,16 +25,20 @@ class GeluGRN(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
+        # Inductor's loops for a CPU compute GELU twice, more slowly than oneDNN, and sum over
+        # positions with a stride: on a Xeon, 7 ms instead of 1.4 ms for 32 x 32 x 512.
+        for_sampling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        if for_sampling and u.device.type == "cpu":
+            return _uncompiled_gelu_grn(u, self.gamma, self.beta)
         return _GeluGRNFunction.apply(u, self.gamma, self.beta)
 
 
 class _GeluGRNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        x = F.gelu(u)
-        norm, scale = _norm_and_scale(x, gamma)
+        y, norm = _gelu_grn(u, gamma, beta)
         ctx.save_for_backward(u, gamma, norm)
-        return torch.addcmul(beta.to(x.dtype), x, scale)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -53,6 +57,23 @@ class _GeluGRNFunction(torch.autograd.Function):
         grad_u = torch.ops.aten.gelu_backward(grad_x, u)
         grad_beta = grad.sum(dim=(0, 1, 2), dtype=norm.dtype).to(gamma.dtype)
         return grad_u, (grad_dot_x * response).sum(dim=(0, 1, 2)).to(gamma.dtype), grad_beta
+
+
+@torch.library.custom_op("wuerstchen_pl::gelu_grn", mutates_args=())
+def _uncompiled_gelu_grn(u: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return _gelu_grn(u, gamma, beta)[0]
+
+
+@_uncompiled_gelu_grn.register_fake
+def _(u: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return torch.empty_like(u)
+
+
+def _gelu_grn(u: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and |x|_HW of x = GELU(u)."""
+    x = F.gelu(u)
+    norm, scale = _norm_and_scale(x, gamma)
+    return torch.addcmul(beta.to(x.dtype), x, scale), norm
 
 
 EPS = 1e-6
