@@ -62,14 +62,17 @@ def test_activations_are_counted_as_by_hand() -> None:
     assert saved_bytes(attention).plain == 2 * 5 * (8 + 24 + 8) + 4 * 5 * 2
 
 
-def test_a_checkpointed_block_keeps_its_input_and_what_takes_long_to_compute() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_checkpointed_block_keeps_what_takes_long_to_compute(dropout: float) -> None:
     def prior(depth: int) -> Any:
-        net = Prior(width=32, depth=depth, num_heads=2, text_dim=8)
+        net = Prior(width=32, depth=depth, num_heads=2, text_dim=8, dropout=dropout)
         return [net], lambda n: net(torch.rand(n, 16, 6, 6), torch.rand(n), torch.rand(n, 3, 8))
 
     two, three = (saved_bytes(lambda d=d: prior(d)) for d in (2, 3))
-    # its input, the last product and the output of attention, and a float32 sum for each query
-    assert three.checkpointed - two.checkpointed == 3 * 2 * 32 * 36 + 4 * 2 * 36
+    # its input and the output of its MLP; without dropout also that of attention, and for this a
+    # float32 sum for each query
+    attention = 0 if dropout else 2 * 32 * 36 + 4 * 2 * 36
+    assert three.checkpointed - two.checkpointed == 2 * 2 * 32 * 36 + attention
     assert three.plain - two.plain > 10 * 2 * 32 * 36
 
 

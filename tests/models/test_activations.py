@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from tests.models.test_wrapping import gradients, prior
 from wuerstchen_pl.models.activations import (
     ATTENTION,
     PRODUCTS,
     SavedActivations,
+    _policy,
     checkpoint_activations,
 )
 
@@ -54,16 +56,16 @@ def operations(*, checkpoint: bool) -> Counter[Any]:
     return operations.counts
 
 
-def test_a_checkpointed_block_recomputes_neither_attention_nor_its_last_product() -> None:
+def test_a_checkpointed_block_recomputes_neither_attention_nor_the_output_of_its_mlp() -> None:
     plain, checkpointed = operations(checkpoint=False), operations(checkpoint=True)
     assert plain["attention"] == checkpointed["attention"] == DEPTH
-    last, first = (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)
-    assert plain[last] == checkpointed[last]
-    assert checkpointed[first] == plain[first] + DEPTH  # recomputed, so that the test can fail
+    out, hidden = (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)
+    assert plain[out] == checkpointed[out]
+    assert checkpointed[hidden] == plain[hidden] + DEPTH  # recomputed, so that the test can fail
 
 
 def test_what_a_checkpointed_block_keeps_is_counted_once() -> None:
-    """Its input, the outputs of the last product and of attention with a sum for each query.
+    """Its input, the outputs of its MLP and of attention with a sum for each query.
 
     And the modulation, as this width is so small that its product halves the time's 64 channels.
     """
@@ -81,3 +83,43 @@ def test_what_a_checkpointed_block_keeps_is_counted_once() -> None:
         return saved.nbytes(net.parameters())
 
     assert nbytes(4) - nbytes(2) == 2 * per_block
+
+
+@pytest.mark.parametrize("first", ["gradients", "no gradients"])
+def test_a_second_forward_pass_under_autocast_has_the_same_gradients(first: str) -> None:
+    """A student of distillation, for example, predicts twice; autocast caches weights it casts."""
+    plain, checkpointed = prior(0.0), prior(0.0)
+    checkpoint_activations(checkpointed)
+    x, text, t = torch.randn(2, 16, 4, 4), torch.randn(2, 3, 8), torch.tensor([0.2, 0.7])
+    for net in (plain, checkpointed):
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.set_grad_enabled(first == "gradients"):
+                loss = net(2 * x, t, text).square().mean()
+            (loss + net(x, t, text).square().mean()).backward()
+    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        # without checkpointing, the gradients of both passes are added in bfloat16
+        assert float((a.grad - b.grad).norm()) <= 0.01 * float(a.grad.norm())
+
+
+def test_a_frozen_block_keeps_nothing() -> None:
+    net = prior(0.0).requires_grad_(False)
+    checkpoint_activations(net)
+    saved = SavedActivations()
+    with saved.collect():
+        net(torch.randn(2, 16, 4, 4), torch.rand(2), torch.randn(2, 3, 8))
+    assert saved.nbytes(net.parameters()) == 0
+
+
+@pytest.mark.parametrize("op", ATTENTION, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_with_dropout_is_recomputed_for_its_random_numbers(
+    op: Any, dropout: float
+) -> None:
+    names = [argument.name for argument in op._schema.arguments]
+    arguments = [None] * names.index("dropout_p") + [dropout]
+    kept = CheckpointPolicy.MUST_SAVE
+    assert (_policy(None, op, *arguments) == kept) == (dropout == 0)
+    assert (_policy(None, op, dropout_p=dropout) == kept) == (dropout == 0)
+    assert _policy(None, op) == kept

@@ -33,18 +33,32 @@ def checkpoint_activations(module: nn.Module) -> None:
     """Make each block recompute most of its activations in the backward pass.
 
     A block keeps its inputs, and what is small but takes long to compute: the outputs of attention
-    and of matrix products to half as many channels or fewer. The gradients do not change, dropout
-    included (Chen et al. 2016, arXiv 1604.06174; Korthikanti et al. 2022, arXiv 2205.05198).
+    without dropout, and of matrix products to half as many channels or fewer. The gradients do not
+    change, dropout included (Chen et al. 2016, arXiv 1604.06174; Korthikanti et al. 2022, arXiv
+    2205.05198).
     """
     for block in find_blocks(module):
-        block.forward = _checkpointed(block.forward)
+        block.forward = _checkpointed(block, block.forward)
 
 
-def _checkpointed(forward: Callable) -> Callable:
+def _checkpointed(block: nn.Module, forward: Callable) -> Callable:
     def checkpointed(*args: Any) -> Any:  # not functools.partial, which torch.compile skips
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=_contexts)
+        if not _needs_gradients(block, args):
+            return forward(*args)
+        # Autocast would cast a weight that another forward pass has cast once less than the
+        # recomputation does, and kept outputs are found by the number of operations before.
+        kind = args[0].device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=_contexts)
 
     return checkpointed
+
+
+def _needs_gradients(block: nn.Module, args: tuple) -> bool:
+    inputs = (each for each in tree_leaves(args) if isinstance(each, Tensor))
+    tensors = (*block.parameters(), *inputs)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -55,15 +69,25 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = _is_kept(op, args)
+    kept = _is_kept(op, args, kwargs)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _is_kept(op: Any, args: tuple) -> bool:
+def _is_kept(op: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     if op in PRODUCTS:
         channels, out_channels = args[-1].shape
         return 2 * out_channels <= channels
-    return op in ATTENTION
+    # with dropout, the recomputation must draw its random numbers, or later ones would differ
+    return op in ATTENTION and _argument(op, "dropout_p", args, kwargs) == 0
+
+
+def _argument(op: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The value of an operation's argument, or its default."""
+    declared = op._schema.arguments
+    index = next(i for i, argument in enumerate(declared) if argument.name == name)
+    if index < len(args):
+        return args[index]
+    return kwargs.get(name, declared[index].default_value)
 
 
 class SavedActivations:
@@ -120,7 +144,7 @@ class _KeptOutputs(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = func(*args, **kwargs or {})
-        if _is_kept(func, args):
+        if _is_kept(func, args, kwargs or {}):
             for each in tree_leaves(out):
                 if isinstance(each, Tensor):
                     self.counter.add(each)

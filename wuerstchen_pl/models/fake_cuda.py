@@ -62,10 +62,12 @@ class FlashAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             q, k, v = (_autocast(x) for x in args[:3])
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-        return func(*args, **kwargs or {})
+            dropout = kwargs.get("dropout_p", 0.0)
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout)[0]
+        return func(*args, **kwargs)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
