@@ -112,7 +112,7 @@ def test_a_frozen_block_keeps_nothing() -> None:
     assert saved.nbytes(net.parameters()) == 0
 
 
-@pytest.mark.parametrize("op", ATTENTION, ids=str)
+@pytest.mark.parametrize("op", sorted(ATTENTION, key=str), ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_attention_with_dropout_is_recomputed_for_its_random_numbers(
     op: Any, dropout: float
