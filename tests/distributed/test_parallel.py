@@ -59,7 +59,7 @@ def arguments(stage: str, root: Path, cascade: Path, *more: str) -> list[str]:
     paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
     return [
         *kept, *paths, f"paths.data={cascade.parent / 'data'}", *STAGE_OVERRIDES[stage], *more,
-        f"checkpoint_every_steps={HALF}", f"validate_every_steps={STEPS}", "ckpt=auto",
+        f"checkpoint_every_steps={HALF}", f"validate_every_steps={HALF}", "ckpt=auto",
         "trainer.log_every_n_steps=1", "trainer.gradient_clip_val=0.1",
     ]  # fmt: skip
 
