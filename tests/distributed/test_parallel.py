@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import NO_GRIDS, NO_PROFILE, run_program, small
+from tests.conftest import NO_GRIDS, run_program, small
 from tests.data.factories import image
 from tests.distributed.launch import launch
 from wuerstchen_pl.checkpointing import load
@@ -53,8 +53,7 @@ STRATEGIES = {
 
 
 def arguments(stage: str, root: Path, cascade: Path, *more: str) -> list[str]:
-    # the profile is a first forward pass of the whole stage, which FSDP needs before the grids
-    dropped = ("validate", "data.batch", NO_GRIDS, *NO_PROFILE)
+    dropped = ("validate", "data.batch", NO_GRIDS)
     kept = [a for a in small(stage, root, STEPS) if not a.startswith(dropped)]
     paths = [f"paths.stage_{s}={cascade / s}" for s in "ab"]
     return [

@@ -48,6 +48,9 @@ def shard_stage(
     fully_shard(stage, mesh=mesh)
     register_fsdp_forward_method(stage, "training_step")
     register_fsdp_forward_method(stage, "validation_step")
+    # The first unit that runs becomes the root of those inside it, so a block must not be first.
+    stage.find_root = lambda: None  # type: ignore[assignment]
+    register_fsdp_forward_method(stage, "find_root")
 
 
 def reshard(module: nn.Module) -> None:
@@ -64,6 +67,8 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     Changes to the gathered weights are lost.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    if parts:
+        module.find_root()  # type: ignore[operator]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
