@@ -101,6 +101,18 @@ def test_a_program_that_does_not_train_imports_neither_lightning_nor_open_clip()
     assert not {"torch._dynamo", "torch.distributed.checkpoint"} & modules
 
 
+@pytest.mark.parametrize("stage", "abc")
+def test_a_run_is_read_without_lightning(cascade: Path, stage: str) -> None:
+    script = (
+        "import sys; from wuerstchen_pl.formats.run import read_run; "
+        f"read_run({str(cascade / stage)!r}); print(*sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    modules = set(process.stdout.split())
+    assert "wuerstchen_pl.models.vqgan" in modules
+    assert not {"lightning", "torchmetrics", "peft", "wuerstchen_pl.stages"} & modules
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Started processes handle Ctrl-C, even if a shell runs the tests in the background."""

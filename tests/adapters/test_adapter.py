@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from wuerstchen_pl.adapters.adapter import DEFAULT_TARGETS, Adapter, Method
 from wuerstchen_pl.adapters.targets import (
     adaptable_layers,
-    fuse_projections,
     layer_names,
     split_projections,
 )
@@ -86,16 +85,12 @@ def difference(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_split_projections_compute_the_same_with_the_same_weights(kind: str) -> None:
+def test_split_projections_compute_the_same(kind: str) -> None:
     network = build(kind)
-    before, state = outputs(network, kind), copy.deepcopy(network.state_dict())
-    names = layer_names(network)
+    before, names = outputs(network, kind), layer_names(network)
     split_projections(network)
     assert difference(outputs(network, kind), before) < 1e-6
     assert sorted(adaptable_layers(network)) == sorted(names)
-    fused = fuse_projections(network.state_dict())
-    assert fused.keys() == state.keys()
-    assert all(torch.equal(fused[name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize("method", METHODS)

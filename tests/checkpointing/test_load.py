@@ -291,16 +291,16 @@ def test_ema_or_raw_weights_are_loaded_as_requested(cascade: Path, ema: bool) ->
 def test_pretrained_weights_are_needed_only_for_networks_that_the_checkpoint_lacks() -> None:
     backbone = {"_target_": "wuerstchen_pl.models.compressor.EfficientNet", "weights": "imagenet"}
     config = {
-        "_target_": "wuerstchen_pl.stages.b.StageB",
         "compressor": {"_target_": "x", "backbone": backbone},
         "text_encoder": {"_target_": "y", "weights": "clip.pt"},
-        "optimizer": {"_target_": "torch.optim.AdamW"},
     }
     state_dict = {"compressor.backbone.features.0": torch.ones(1)}
-    result = load._sampling_config({"stage": config, "state_dict": state_dict})
-    assert result["compressor"]["backbone"]["weights"] is None
-    assert result["text_encoder"]["weights"] == "clip.pt"
-    assert "optimizer" not in result
+    content = {"stage": config, "state_dict": state_dict, "frozen": {}}
+    compressor, text_encoder = (
+        load.argument_config(Path("x.ckpt"), content, name) for name in config
+    )
+    assert compressor["backbone"]["weights"] is None
+    assert text_encoder["weights"] == "clip.pt"
     assert config["compressor"]["backbone"]["weights"] == "imagenet", "the input is not modified"
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from tests.conftest import run_program, small
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.formats import registry, upstream
+from wuerstchen_pl.formats import hub, registry, upstream
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import PARTS
 from wuerstchen_pl.formats.run import read_run
@@ -208,7 +208,7 @@ def test_upstream_files_are_a_frozen_stage_a_and_initial_weights(
 
 def test_a_hub_id_is_a_frozen_stage(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(sources("diffusers", "b"))
-    monkeypatch.setattr(registry, "snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(folder))
     from_hub = load_stage(source="someone/a-cascade", stage="b")
     assert from_hub.provenance.source == load_stage(source=folder, stage="b").provenance.source
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.formats.conftest import random_model, tensors
-from wuerstchen_pl.formats import registry
+from wuerstchen_pl.formats import hub, registry
 
 Program = Callable[..., int]
 
@@ -133,7 +133,7 @@ def test_a_hub_repository_with_only_fp16_weights_is_downloaded(
         ignored.append(ignore_patterns)
         return str(target)
 
-    monkeypatch.setattr(registry, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert dtypes(Path("someone/fp16-only"), variant) == {torch.float16}
     assert len(ignored) == (2 if variant is None else 1)
 

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from scripts import reference_models
 from wuerstchen_pl import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenPipeline
-from wuerstchen_pl.formats import registry
+from wuerstchen_pl.formats import hub, registry
 from wuerstchen_pl.models.tokenizer import Tokenizer, write_vocabulary
 from wuerstchen_pl.sampling.latent_decoder import LatentDecoderSampler
 from wuerstchen_pl.sampling.prior import PriorSampler
@@ -366,7 +366,7 @@ def test_hub_ids_are_downloaded_without_pickles(
         assert not {"*.bin", "*.pt", "*", "*.pkl", "*.py"} & set(allow_patterns)
         return str(folder / name.removeprefix("warp-ai/"))
 
-    monkeypatch.setattr(registry, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     prior = None if alone else "warp-ai/wuerstchen-prior"
     pipe = WuerstchenPipeline.from_pretrained("warp-ai/wuerstchen", prior=prior, revision="main")
     assert torch.equal(generate(pipe), generate(pipeline))

@@ -43,7 +43,7 @@ def distilled(**options: Any) -> DistillationStage:
     teacher = prior()
     arguments: Any = {
         "stage_b": stage_b(), "prior": copy.deepcopy(teacher), "text_encoder": text,
-        "teacher": teacher, **training(1e-3), **options,
+        "teacher": teacher, "student_steps": 4, **training(1e-3), **options,
     }  # fmt: skip
     return DistillationStage(**arguments)
 

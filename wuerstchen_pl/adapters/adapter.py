@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wuerstchen_pl.adapters.targets import choose_layers, fuse_projections, split_projections
-from wuerstchen_pl.adapters.weights import AdapterWeights, from_tensors, merged_tensors
+from wuerstchen_pl.adapters.targets import choose_layers, split_projections
+from wuerstchen_pl.adapters.weights import AdapterWeights, from_tensors
 
 Method = Literal["lora", "dora", "loha", "lokr"]
 BaseDtype = Literal["float32", "bfloat16"]
@@ -155,13 +155,6 @@ class Adapter:
         for layer, name, tensor in _tensors(state):
             layers.setdefault(layer, {})[name] = tensor
         return {layer: from_tensors(ts, scale=self.scale) for layer, ts in layers.items()}
-
-    def merged_state(self, network: nn.Module) -> dict[str, Tensor]:
-        """The state dict of the base network with the adapter merged into it."""
-        tensors = [*network.named_parameters(), *network.named_buffers()]
-        base = {name.replace(".base_layer.", "."): t.detach() for name, t in tensors}
-        base = {name: t for name, t in base.items() if not _TENSOR.fullmatch(name)}
-        return merged_tensors(fuse_projections(base), [(self.weights(network.state_dict()), 1.0)])
 
 
 def _tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:

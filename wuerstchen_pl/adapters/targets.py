@@ -1,12 +1,10 @@
 """The layers of a network that can have an adapter, and their choice by patterns."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from wuerstchen_pl.adapters.weights import weight_rows
 from wuerstchen_pl.models.layers import Attention, ResBlock
 from wuerstchen_pl.models.qkv import FusedQKV, SplitQKV
 from wuerstchen_pl.models.text_attention import SplitAttention
@@ -20,20 +18,6 @@ def split_projections(network: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.MultiheadAttention):
                 setattr(module, name, SplitAttention(child))
-
-
-def fuse_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the network before ``split_projections``."""
-    fused = {}
-    for name, tensor in state.items():
-        layer, _, kind = name.rpartition(".")
-        key, third = weight_rows(layer)
-        if third is None:
-            fused[name] = tensor
-        elif third == 0:
-            parts = [state[f"{layer.removesuffix('q')}{which}.{kind}"] for which in "qkv"]
-            fused[key.removesuffix("weight") + kind] = torch.cat(parts)
-    return fused
 
 
 def adaptable_layers(network: nn.Module) -> dict[str, nn.Linear]:

@@ -11,18 +11,17 @@ from wuerstchen_pl.signatures import check_objects
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
 
-STAGE_TARGETS = frozenset(
-    f"wuerstchen_pl.stages.{name}"
-    for name in (
-        "a.StageA",
-        "b.StageB",
-        "b_tokens.TokenStageB",
-        "c.StageC",
-        "controlnet.ControlNetStage",
-        "distillation.DistillationStage",
-        "ldm.StageLDM",
-    )
-)
+STAGE_NAMES = {
+    "wuerstchen_pl.stages.a.StageA": "a",
+    "wuerstchen_pl.stages.b.StageB": "b",
+    "wuerstchen_pl.stages.b_tokens.TokenStageB": "b",
+    "wuerstchen_pl.stages.c.StageC": "c",
+    "wuerstchen_pl.stages.controlnet.ControlNetStage": "c",
+    "wuerstchen_pl.stages.distillation.DistillationStage": "c",
+    "wuerstchen_pl.stages.ldm.StageLDM": "ldm",
+}
+"""The class of a stage -> its ``name``, for programs that need not import it."""
+STAGE_TARGETS = frozenset(STAGE_NAMES)
 COMPRESSOR_ONLY = "wuerstchen_pl.stages.compressor_only.CompressorOnly"
 NETWORK_TARGETS = frozenset(
     f"wuerstchen_pl.models.{name}"
@@ -121,6 +120,12 @@ def stage_class(config: Mapping[str, Any]) -> "type[Stage]":
     """
     check_stage(config)
     return hydra.utils.get_class(config["_target_"])
+
+
+def stage_name(config: Mapping[str, Any]) -> str:
+    """The name of a stage's config, such as ``c``; see ``stage_class``, but nothing is imported."""
+    check_stage(config)
+    return STAGE_NAMES[config["_target_"]]
 
 
 def check_stage(config: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from wuerstchen_pl.checkpointing import sharded
 from wuerstchen_pl.checkpointing.allowed import (
@@ -22,6 +23,7 @@ from wuerstchen_pl.checkpointing.allowed import (
     stage_class,
 )
 from wuerstchen_pl.checkpointing.finite import check_finite
+from wuerstchen_pl.checkpointing.weight_files import check_weight_files
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.signatures import check_entries
@@ -144,27 +146,17 @@ def build_stage(path: Path, content: dict[str, Any], *, ema: bool = True) -> "St
 
 
 def _build(path: Path, content: dict[str, Any], *, ema: bool) -> "Stage":
-    config = _sampling_config(content)
-    for name, recorded in content["frozen"].items():
-        if name in stage_class(content["stage"]).TRAINING_ONLY:
-            continue
-        source = str(find_frozen(path, name, recorded))
-        config[name] = {**config[name], "source": source, "sha256": recorded["sha256"]}
+    training_only = stage_class(content["stage"]).TRAINING_ONLY
+    names = [name for name in content["stage"] if name not in training_only]
+    config = {name: argument_config(path, content, name) for name in names}
     module: Stage = instantiate_allowed(config, "stage")
     if any(weight.is_meta for weight in module.parameters()):
         return module  # built without weights
-    module.check_weight_files(content.get("files", {}))
-    shadow = content["ema"]["shadow"]
-    if ema and not shadow:
-        logger.warning(
-            "%s has no EMA weights yet (stage.ema.start_step is %s): using raw weights",
-            path, content["stage"].get("ema", {}).get("start_step", "later"),
-        )  # fmt: skip
+    check_weight_files(module.frozen.present(), content.get("files", {}))
     try:
         # ``assign`` frees the new module's memory; a single file's tensors stay memory-mapped, so
         # that the processes of a machine share them
-        weights = {**content["state_dict"], **(shadow if ema else {})}
-        module.load_state_dict(weights, assign=True)
+        module.load_state_dict(trained_weights(path, content, ema=ema), assign=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not contain the weights of its networks") from error
     check_finite(module.state_dict(), str(path))
@@ -172,15 +164,39 @@ def _build(path: Path, content: dict[str, Any], *, ema: bool) -> "Stage":
     return module
 
 
-def _sampling_config(content: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint's stage, without the arguments that only training needs."""
-    config = content["stage"]
-    trained = {key.partition(".")[0] for key in content["state_dict"]}
-    return {
-        key: drop_weight_paths(value) if key in trained else value
-        for key, value in config.items()
-        if key not in stage_class(config).TRAINING_ONLY
-    }
+def trained_weights(path: Path, content: dict[str, Any], *, ema: bool) -> dict[str, Tensor]:
+    """The weights that a checkpoint's stage trained, by their names in the stage.
+
+    Args:
+        path: the checkpoint.
+        content: its contents.
+        ema: use the EMA weights of those that have some; False uses the raw weights of all.
+    """
+    shadow = content["ema"]["shadow"]
+    if ema and not shadow:
+        logger.warning(
+            "%s has no EMA weights yet (stage.ema.start_step is %s): using raw weights",
+            path, content["stage"].get("ema", {}).get("start_step", "later"),
+        )  # fmt: skip
+    return {**content["state_dict"], **(shadow if ema else {})}
+
+
+def argument_config(path: Path, content: dict[str, Any], name: str) -> Any:
+    """The config of an argument of a checkpoint's stage, such as a network, to sample with it.
+
+    A network in the checkpoint needs no pretrained weights. A frozen stage or network has the path
+    at which it was found, and the recorded hash.
+
+    Raises:
+        FileNotFoundError: if a frozen stage is missing.
+    """
+    config = content["stage"][name]
+    if any(key.startswith(f"{name}.") for key in content["state_dict"]):
+        config = drop_weight_paths(config)
+    if (recorded := content["frozen"].get(name)) is not None:
+        source = str(find_frozen(path, name, recorded))
+        config = {**config, "source": source, "sha256": recorded["sha256"]}
+    return config
 
 
 def drop_weight_paths(node: Any) -> Any:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from wuerstchen_pl.adapters.weights import AdapterWeights, LayerAdapter, LowRank, from_tensors
 from wuerstchen_pl.formats.adapter_names import LABELS, PREFIXES, external_names, layers_by_name
+from wuerstchen_pl.formats.hub import resolve_file
 from wuerstchen_pl.formats.lazy_tensors import (
     LazyTensor,
     in_memory,
     read_small_file,
     write_safetensors,
 )
-from wuerstchen_pl.formats.registry import resolve_file
 from wuerstchen_pl.io.atomic import atomic_write
 
 FILE = "pytorch_lora_weights.safetensors"

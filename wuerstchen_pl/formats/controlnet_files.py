@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from safetensors import safe_open
 
+from wuerstchen_pl.formats.hub import resolve_file
 from wuerstchen_pl.formats.lazy_tensors import checked, read_safetensors, write_safetensors
 from wuerstchen_pl.formats.model import Part, build_network, check_tensors, validate_config
-from wuerstchen_pl.formats.registry import resolve_file
 from wuerstchen_pl.io.atomic import atomic_write
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.models.controlnet import ControlNet

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from wuerstchen_pl.checkpointing.load import find_checkpoint, read_checkpoint
 from wuerstchen_pl.formats.compatibility import ENCODERS, check_encoder, check_scaling, encoder_of
+from wuerstchen_pl.formats.detection import find_format
+from wuerstchen_pl.formats.hub import resolve_source
 from wuerstchen_pl.formats.model import Model
-from wuerstchen_pl.formats.registry import find_format, read_model, resolve_source
-from wuerstchen_pl.formats.run import STAGE_PARTS
+from wuerstchen_pl.formats.registry import read_model
+from wuerstchen_pl.formats.stage_parts import STAGE_PARTS
 from wuerstchen_pl.io.contents import contents_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.checkpointing.allowed import DATA_TARGETS, stage_class
+from wuerstchen_pl.checkpointing.allowed import DATA_TARGETS, stage_class, stage_name
 from wuerstchen_pl.formats.model import STUDENT
 from wuerstchen_pl.formats.run import is_run
 from wuerstchen_pl.io import atomic
@@ -107,7 +107,7 @@ def _row(source: Source, *, with_ema: bool) -> str:
     stage, trained = content["stage"], _config(path)
     data, record = trained.get("data", {}), _record(path)
     cells = [
-        f"Stage {stage_class(stage).name.upper()}",
+        f"Stage {stage_name(stage).upper()}",
         f"{content['global_step']:,}" if "global_step" in content else UNKNOWN,
         data.get("batch_size", UNKNOWN),
         stage.get("optimizer", {}).get("lr", UNKNOWN),

@@ -1,18 +1,14 @@
 """Frozen networks with the weights of a run or of a model of any format."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, cast
 
-from torch import nn
-
 from wuerstchen_pl.checkpointing.load import find_checkpoint
+from wuerstchen_pl.formats.hub import resolve_source
 from wuerstchen_pl.formats.model import build_network
-from wuerstchen_pl.formats.registry import read_model, resolve_source
+from wuerstchen_pl.formats.registry import read_model
 from wuerstchen_pl.formats.run import is_run
-from wuerstchen_pl.io.atomic import Source
-from wuerstchen_pl.models.fingerprint import weights_fingerprint
-from wuerstchen_pl.models.meta import is_building_on_meta
+from wuerstchen_pl.formats.sources import checked_source
 from wuerstchen_pl.models.pretrained import Pretrained
 
 
@@ -58,29 +54,3 @@ def resolve_weights(source: str | Path) -> Path:
     """
     path = resolve_source(str(source))
     return find_checkpoint(path) if is_run(path) else path
-
-
-def checked_source(path: Path, networks: Iterable[nn.Module], recorded: str | None) -> Source:
-    """A model, with the hash of the weights that were read from it; "" if none were.
-
-    Raises:
-        ValueError: see ``check_sha256``.
-    """
-    if is_building_on_meta():
-        return Source(path=str(path), sha256="")
-    actual = weights_fingerprint(networks)
-    check_sha256(path, actual, recorded)
-    return Source(path=str(path), sha256=actual)
-
-
-def check_sha256(path: Path, actual: str, recorded: str | None) -> None:
-    """Refuse weights that have changed since a training; ``recorded`` is None in a new one.
-
-    Raises:
-        ValueError: with both hashes.
-    """
-    if recorded is not None and actual != recorded:
-        raise ValueError(
-            f"{path} had sha256 {recorded[:12]} in training, which has changed to {actual[:12]}; "
-            "restore the old weights, or train again"
-        )

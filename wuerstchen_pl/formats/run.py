@@ -1,39 +1,45 @@
-"""Read a training run as a model: the stage of a checkpoint and its frozen stages."""
+"""Read a training run as a model: the networks of its checkpoint and of its frozen stages.
+
+No LightningModule is built, as Lightning takes seconds to import, and a model needs none.
+"""
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from omegaconf import OmegaConf
-from torch import Tensor, nn
 
-from wuerstchen_pl.checkpointing.allowed import stage_class
+from wuerstchen_pl.checkpointing.allowed import stage_name
+from wuerstchen_pl.checkpointing.finite import check_finite
 from wuerstchen_pl.checkpointing.load import (
-    build_stage,
-    drop_weight_paths,
     find_checkpoint,
     read_checkpoint,
+    trained_weights,
 )
+from wuerstchen_pl.formats.checkpoint_parts import Checkpoint, read_part
+from wuerstchen_pl.formats.detection import read_files
+from wuerstchen_pl.formats.hub import resolve_source
 from wuerstchen_pl.formats.lazy_tensors import in_memory
-from wuerstchen_pl.formats.model import STUDENT, Model, Part, with_defaults
-from wuerstchen_pl.models.text import TextEncoder
+from wuerstchen_pl.formats.model import (
+    DECODER_SETTING,
+    STUDENT,
+    V1_SCALING,
+    Model,
+    Part,
+    build_network,
+    build_on_meta,
+)
+from wuerstchen_pl.formats.sources import check_sha256, checked_source
+from wuerstchen_pl.formats.stage_parts import STAGE_PARTS, compressor_of, parts_of_stage
+from wuerstchen_pl.io import atomic
+from wuerstchen_pl.io.contents import contents_of
+from wuerstchen_pl.models.meta import is_building_on_meta
 
-if TYPE_CHECKING:
-    from wuerstchen_pl.stages.stage import Stage
-
-STAGE_PARTS = {
-    "a": {"vqgan": "vqgan"},
-    "b": {
-        "diffnext": "decoder",
-        "paella": "decoder",  # of version 1
-        "compressor": "compressor",
-        "text_encoder": "text_encoder",
-    },
-    "compressor": {"compressor": "compressor"},
-    "c": {"prior": "prior", "text_encoder": "prior_text_encoder"},
-}
-"""Stage -> attribute of the network -> name of the part."""
+FROZEN_STAGES = {"stage_b": "b", "stage_a": "a"}
+"""Argument of a stage -> the frozen stage that it is."""
+COMPRESSOR_ONLY = "wuerstchen_pl.formats.trained_stage.load_compressor"
 
 
 def is_run(path: Path) -> bool:
@@ -50,26 +56,33 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
             always have EMA weights, with which the stage was trained.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is damaged, or not of Stage A, B or C.
+        FileNotFoundError: if there is no checkpoint, or a frozen stage is missing.
+        ValueError: if it is damaged, or not of Stage A, B or C, or a frozen stage has changed.
     """
     path = find_checkpoint(run)
     content = read_checkpoint(path, tensors="ema" if ema else "raw")
-    if (name := stage_class(content["stage"]).name) not in STAGE_PARTS:
+    if (name := stage_name(content["stage"])) not in STAGE_PARTS:
         raise ValueError(
             f"{run} is a run of stage={name}, which no model format supports; use it with sample "
             "and evaluate only"
         )
-    trained = build_stage(path, content, ema=ema)
-    parts: dict[str, Part] = {}
-    settings: dict[str, float] = {}
-    stage: Stage | None = trained
-    while stage is not None:
-        parts |= _parts(stage)
-        settings |= _settings(stage)
-        stage = cast("Stage | None", stage.frozen.get("stage_b") or stage.frozen.get("stage_a"))
+    with contents_of(path, "use another checkpoint"):
+        weights = trained_weights(path, content, ema=ema)
+        if not is_building_on_meta():
+            check_finite(weights, str(path))
+        checkpoint = Checkpoint(path, content, weights)
+        parts = {
+            part: read_part(checkpoint, attribute)
+            for attribute, part in {**STAGE_PARTS[name], "controlnet": "controlnet"}.items()
+            if checkpoint.config(attribute) is not None
+        }
+        for key, frozen in FROZEN_STAGES.items():
+            if (config := checkpoint.config(key)) is not None:
+                parts |= _frozen_stage(config, frozen)
+        settings = _scaling(content["stage"]) if name == "c" else {}
+        settings |= _decoder_settings(parts)
     settings |= {} if (size := image_size(path)) is None else {"image_size": size}
-    return Model(parts, settings, trained.provenance.source)
+    return Model(parts, settings, atomic.Source(path=str(path), sha256=atomic.sha256(path)))
 
 
 def image_size(checkpoint: Path) -> int | None:
@@ -80,47 +93,62 @@ def image_size(checkpoint: Path) -> int | None:
     return None
 
 
-def _settings(stage: "Stage") -> dict[str, float]:
-    """The settings of a pipeline that follow from a stage's arguments and networks."""
-    if stage.name == "c":
-        scaling = {"semantic_scale": stage.scaling.scale, "semantic_shift": stage.scaling.shift}
-        steps = getattr(stage, STUDENT, None)
-        return scaling if steps is None else {**scaling, STUDENT: steps}
-    if stage.name == "compressor":
-        return {"resolution_multiple": stage.compressor.resolution_multiple}
-    if stage.name == "b":
-        pixels = stage.compressor.resolution_multiple
-        scale = pixels / stage.stage_a.vqgan.factor
-        return {"resolution_multiple": pixels, "latent_dim_scale": scale}
-    return {}
+def _scaling(config: Mapping[str, Any]) -> dict[str, float]:
+    """The settings in a Stage C's config; the defaults of its constructor are version 1's."""
+    return V1_SCALING | {key: config[key] for key in (*V1_SCALING, STUDENT) if key in config}
 
 
-def _parts(stage: "Stage") -> dict[str, Part]:
-    config = stage.provenance.config or {}
-    parts = {}
-    for attribute, name in STAGE_PARTS[stage.name].items():
-        network: nn.Module | None = getattr(stage, attribute, None)
-        if network is not None:
-            arguments = getattr(network, "arguments", None)  # of a network from a model
-            adapter = stage.adapters.get(attribute)
-            state = network.state_dict() if adapter is None else adapter.merged_state(network)
-            parts[name] = _part(name, network, state, arguments or config[attribute])
-    if (controlnet := getattr(stage, "controlnet", None)) is not None:
-        state = controlnet.state_dict()
-        parts["controlnet"] = _part("controlnet", controlnet, state, config["controlnet"])
-    return parts
+def _decoder_settings(parts: Mapping[str, Part]) -> dict[str, float]:
+    """The settings that follow from the networks."""
+    networks: dict[str, Any] = {
+        name: parts[name].network or build_on_meta(parts[name].config)
+        for name in ("compressor", "vqgan")
+        if name in parts
+    }
+    if "compressor" not in networks:
+        return {}
+    pixels = networks["compressor"].resolution_multiple
+    if "vqgan" not in networks:
+        return {"resolution_multiple": pixels}
+    return {"resolution_multiple": pixels, DECODER_SETTING: pixels / networks["vqgan"].factor}
 
 
-def _part(
-    name: str, network: nn.Module, state: Mapping[str, Tensor], stage_config: dict[str, Any]
-) -> Part:
-    config = with_defaults(drop_weight_paths(stage_config))
-    tokenizer = config.get("tokenizer")
-    if isinstance(network, TextEncoder):
-        config |= {"tokenizer": None, "vocab_size": network.tower.vocab_size}
-    if name == "vqgan" and not state["scale_factor"].is_meta:
-        config["scale_factor"] = float(state["scale_factor"])
-    tensors = {key: in_memory(tensor) for key, tensor in state.items()}
-    is_merged = state.keys() != network.state_dict().keys()
-    built = None if is_merged else network
-    return Part(config, tensors, Path(tokenizer) if tokenizer else None, built)
+# Frozen stages
+
+
+def _frozen_stage(config: dict[str, Any], name: str) -> dict[str, Part]:
+    """The parts of a frozen stage, or of its compressor.
+
+    Args:
+        config: see ``argument_config``.
+        name: ``a`` or ``b``.
+    """
+    path, recorded = resolve_source(str(config["source"])), config.get("sha256")
+    if config["_target_"] == COMPRESSOR_ONLY:
+        return _frozen_parts({"compressor": compressor_of(_read(path), path)}, path, recorded)
+    if is_run(path):
+        path = find_checkpoint(path)
+        check_sha256(path, atomic.sha256(path), recorded)  # before a changed file is interpreted
+    parts = dict(_read(path).parts)
+    if "compressor" not in parts and (source := config.get("compressor")) is not None:
+        parts["compressor"] = compressor_of(_read(resolve_source(str(source))), source)
+    parts = parts_of_stage(parts, name, path)
+    return parts if is_run(path) else _frozen_parts(parts, path, recorded)
+
+
+def _read(path: Path) -> Model:
+    return read_run(path) if is_run(path) else read_files(path)
+
+
+def _frozen_parts(parts: Mapping[str, Part], path: Path, recorded: str | None) -> dict[str, Part]:
+    """Parts of a model in float32, whose weights must be those of the training."""
+    networks = {name: build_network(part).float() for name, part in parts.items()}
+    checked_source(path, networks.values(), recorded)
+    return {
+        name: replace(
+            parts[name],
+            tensors={key: in_memory(tensor) for key, tensor in network.state_dict().items()},
+            network=network,
+        )
+        for name, network in networks.items()
+    }

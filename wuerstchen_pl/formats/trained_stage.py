@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any, cast
 from hydra.utils import get_class
 from torch import nn
 
-from wuerstchen_pl.checkpointing.allowed import COMPRESSOR_ONLY, stage_class
+from wuerstchen_pl.checkpointing.allowed import COMPRESSOR_ONLY, stage_class, stage_name
 from wuerstchen_pl.checkpointing.load import (
     build_stage,
     find_checkpoint,
     find_frozen,
     read_checkpoint,
 )
+from wuerstchen_pl.formats.detection import find_format
+from wuerstchen_pl.formats.hub import resolve_source
 from wuerstchen_pl.formats.model import DIFFNEXT, PAELLA, VQGAN, Part, build_network
-from wuerstchen_pl.formats.pretrained import check_sha256, checked_source, resolve_weights
-from wuerstchen_pl.formats.registry import find_format, read_model, resolve_source
-from wuerstchen_pl.formats.run import STAGE_PARTS
+from wuerstchen_pl.formats.pretrained import resolve_weights
+from wuerstchen_pl.formats.registry import read_model
+from wuerstchen_pl.formats.sources import check_sha256, checked_source
+from wuerstchen_pl.formats.stage_parts import STAGE_PARTS, compressor_of, parts_of_stage
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.models.fingerprint import network_fingerprint
 from wuerstchen_pl.models.meta import is_building_on_meta
@@ -118,7 +121,7 @@ def _is_model(path: Path, stage: str) -> bool:
 def _from_checkpoint(path: Path, name: str, ema: bool, sha256: str | None) -> "Stage":
     check_sha256(path, atomic.sha256(path), sha256)  # before a changed file is interpreted
     content = read_checkpoint(path, tensors="ema" if ema else "raw")
-    trained = stage_class(content["stage"]).name
+    trained = stage_name(content["stage"])
     if trained == name:
         return build_stage(path, content, ema=ema)
     for frozen, recorded in content["frozen"].items() if name < trained else ():
@@ -136,36 +139,13 @@ def _from_model(path: Path, name: str, recorded: str | None, compressor: str | N
     parts = dict(read_model(str(path)).parts)
     if name == "b" and compressor is not None and "compressor" not in parts:
         parts |= {"compressor": _compressor(compressor)}
-    _check_parts(parts, name, path)
-    networks = {part: build_network(parts[part]).float() for part in _needed(parts, name)}
+    parts = parts_of_stage(parts, name, path)
+    networks = {key: build_network(part).float() for key, part in parts.items()}
     return _build(parts, networks, name, checked_source(path, networks.values(), recorded)).eval()
 
 
 def _compressor(source: str | Path) -> Part:
-    parts = read_model(str(source)).parts
-    if "compressor" not in parts:
-        raise ValueError(
-            f"compressor={source} has no compressor; use a model that has one (the published one "
-            "is in model_v2_stage_b.pt)"
-        )
-    return parts["compressor"]
-
-
-def _needed(parts: Mapping[str, Part], name: str) -> list[str]:
-    """The parts of Stage A or B, in an order that every format has."""
-    if name == "a":
-        return ["vqgan"]
-    decoder = parts.get("decoder")
-    has_text = decoder is not None and decoder.config.get("text_dim") is not None
-    return ["vqgan", "decoder", "compressor", *(["text_encoder"] if has_text else [])]
-
-
-def _check_parts(parts: Mapping[str, Part], name: str, path: Path) -> None:
-    if missing := [part for part in _needed(parts, name) if part not in parts]:
-        raise ValueError(
-            f"{path} lacks {' and '.join(missing)}, which a frozen Stage {name.upper()} needs; add "
-            "missing parts with python -m wuerstchen_pl.convert, or use another model"
-        )
+    return compressor_of(read_model(str(source)), source)
 
 
 def _build(

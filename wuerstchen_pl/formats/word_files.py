@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple, cast
 
 from torch import Tensor
 
+from wuerstchen_pl.formats.hub import resolve_file
 from wuerstchen_pl.formats.lazy_tensors import in_memory, read_small_file, write_safetensors
-from wuerstchen_pl.formats.registry import resolve_file
 from wuerstchen_pl.models.words import Word
 
 FILE = "learned_embeds.safetensors"

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.checkpointing.allowed import stage_class
+from wuerstchen_pl.checkpointing.allowed import stage_name
 from wuerstchen_pl.formats import run
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.pipelines.ldm import LatentDiffusionPipeline
@@ -67,9 +67,9 @@ def stage_of_run(model: str) -> str | None:
     folder = path.parent.parent if path.suffix == ".ckpt" else path
     # read first, as it is much smaller than a checkpoint; YAML can raise almost anything
     with suppress(Exception):
-        return stage_class(OmegaConf.load(folder / "config.yaml").stage).name
+        return stage_name(OmegaConf.load(folder / "config.yaml").stage)
     content = load.read_checkpoint(load.find_checkpoint(model), tensors="none")
-    return stage_class(content["stage"]).name
+    return stage_name(content["stage"])
 
 
 def pipeline_from_stage(stage: "StageC | StageLDM") -> TextToImage:

@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from wuerstchen_pl.formats.registry import is_hub_id, read_model
+from wuerstchen_pl.formats.hub import is_hub_id
+from wuerstchen_pl.formats.registry import read_model
 from wuerstchen_pl.pipelines.components import build_components
 from wuerstchen_pl.pipelines.diffusers_names import DiffusersNames
 from wuerstchen_pl.sampling.images import (

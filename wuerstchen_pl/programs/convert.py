@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from wuerstchen_pl.formats import FormatName, clip, registry
+from wuerstchen_pl.formats.hub import resolve_source
 from wuerstchen_pl.formats.merged_model import merge_adapters
 from wuerstchen_pl.formats.model import Model
 from wuerstchen_pl.io.output_folder import claimed
@@ -24,7 +25,7 @@ def run(cfg: DictConfig) -> None:
         )
         for name in ("text_encoder", "prior_text_encoder"):
             if cfg[name] is not None:
-                model.parts[name] = clip.read_text_encoder(registry.resolve_source(cfg[name]))
+                model.parts[name] = clip.read_text_encoder(resolve_source(cfg[name]))
         write(merge_adapters(model, cfg.lora), Path(cfg.to), cfg.format)
 
 

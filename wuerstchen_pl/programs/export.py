@@ -10,13 +10,14 @@ from torch import nn
 
 from wuerstchen_pl.adapters.weights import AdapterWeights
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.checkpointing.allowed import stage_class
+from wuerstchen_pl.checkpointing.allowed import stage_name
 from wuerstchen_pl.formats import controlnet_files, model_card
 from wuerstchen_pl.formats.adapter_files import FILE, write_adapter
 from wuerstchen_pl.formats.hub import upload
 from wuerstchen_pl.formats.model import build_network
 from wuerstchen_pl.formats.native import CARD
-from wuerstchen_pl.formats.run import STAGE_PARTS, read_run
+from wuerstchen_pl.formats.run import read_run
+from wuerstchen_pl.formats.stage_parts import STAGE_PARTS
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.formats.word_files import write_words
 from wuerstchen_pl.io.atomic import atomic_folder
@@ -65,7 +66,7 @@ def export_adapter(checkpoint: Path, folder: Path, *, ema: bool, card: str) -> N
     Raises:
         ValueError: if all weights were trained, and not an adapter.
     """
-    name = stage_class(load.read_checkpoint(checkpoint, tensors="none")["stage"]).name
+    name = stage_name(load.read_checkpoint(checkpoint, tensors="none")["stage"])
     stage = load_stage(source=checkpoint, stage=name, ema=ema)
     if not stage.adapters:
         raise ValueError(
@@ -92,7 +93,7 @@ def export_words(checkpoint: Path, folder: Path, *, ema: bool, card: str) -> Non
     Raises:
         ValueError: if it learned none.
     """
-    name = stage_class(load.read_checkpoint(checkpoint, tensors="none")["stage"]).name
+    name = stage_name(load.read_checkpoint(checkpoint, tensors="none")["stage"])
     stage = load_stage(source=checkpoint, stage=name, ema=ema)
     if stage.words is None:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wuerstchen_pl.checkpointing.allowed import stage_class
+from wuerstchen_pl.checkpointing.allowed import stage_name
 from wuerstchen_pl.plural import plural
 
 
@@ -29,7 +29,7 @@ def check_networks(
     Raises:
         ValueError: naming the first key that differs, with both values.
     """
-    saved = stage_class(checkpoint["stage"]).name
+    saved = stage_name(checkpoint["stage"])
     if saved != stage:
         raise ValueError(
             f"{origin} is a checkpoint of stage={saved}, but this is stage={stage}; use a run of "

@@ -32,8 +32,8 @@ class DistillationStage(StageC):
     The student is sampled in 1 to 8 equal steps without guidance: that of the teacher is built in.
 
     Args:
-        teacher: a trained prior, frozen; None for a student that is only sampled.
         student_steps: segments of the student, 1 to 8: the steps that it is trained for.
+        teacher: a trained prior, frozen; None for a student that is only sampled.
         teacher_steps: of the teacher in each step of the student.
         guidance_scale: of the teacher, away from the empty caption; up to 1: off.
         arguments: of ``StageC``; none that trains something else.
@@ -47,8 +47,8 @@ class DistillationStage(StageC):
     def __init__(
         self,
         *,
+        student_steps: int,
         teacher: Prior | None = None,
-        student_steps: int = 4,
         teacher_steps: int = 16,
         guidance_scale: float = 4.0,
         **arguments: Any,

@@ -24,7 +24,7 @@ from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.frozen import FrozenModules, FrozenPrecision
 from wuerstchen_pl.stages.hyperparameters import apply_configured
 from wuerstchen_pl.stages.lr_schedule import WarmupCosine
-from wuerstchen_pl.stages.provenance import Provenance, check_weight_files, not_in_checkpoints
+from wuerstchen_pl.stages.provenance import Provenance, not_in_checkpoints
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 """Parameters or parameter groups -> optimizer."""
@@ -231,10 +231,6 @@ class Stage(L.LightningModule):
     ) -> None:
         """Set the config that this stage was built from, and the checkpoint it was loaded from."""
         self.provenance = Provenance(config, source)
-
-    def check_weight_files(self, recorded: dict[str, Source]) -> None:
-        """Refuse frozen weights that differ from the recorded ones; see ``provenance``."""
-        check_weight_files(self.frozen.present(), recorded)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the EMA weights and the provenance."""
