@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scripts.timing import Work, median_seconds, write_table
-from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.cli.config import conf_dir
 
 
 def stage_step(stage: str, preset: str, batch: int, device: torch.device) -> tuple[nn.Module, Work]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.cli.config import conf_dir
 
 STEPS = 20
 """Steps of each stage, of which the second half counts: metrics are logged every tenth step."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.activation_memory import SavedBytes, saved_bytes
-from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.cli.config import conf_dir
 from wuerstchen_pl.data.ordering.buckets import Buckets
 from wuerstchen_pl.models.meta import on_meta
 

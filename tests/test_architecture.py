@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A layer is a folder or a file of the package.
-PROGRAM = {"jobs", "config", "signals", "io"}
+PROGRAM = {"cli", "io"}
 ANYWHERE = ("plural",)
 """Layers that all others may import."""
 # layer -> the layers that it may import besides itself
@@ -33,12 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "lora",
         "data.__main__",
     },
-    "cli": {"help", "jobs", "signals"},
-    "help": {"config"},
-    "jobs": {"config", "errors", "signals", "sweep"},
-    "errors": {"config", "signatures"},
-    "config": {"signatures"},
-    **{name: set() for name in ("signals", "signatures", "programs")},
+    "cli": {"signatures"},
+    **{name: set() for name in ("signatures", "programs")},
     "programs.next_steps": set(),
     "programs.base_model": PROGRAM | {"formats", "checkpointing"},
     "programs.training_cache": PROGRAM
@@ -99,7 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "batch",
         "data",
         "loggers",
-        "signals",
+        "cli.signals",
         "distributed",
         "sampling",
         "evaluation",
@@ -152,13 +148,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "io",
     },
     "loggers": {"io"},
-    **{name: set() for name in ("batch", "transfer", "distributed", "io", "plural", "sweep")},
+    **{name: set() for name in ("batch", "transfer", "distributed", "io", "plural")},
     "__init__": {"pipelines", "sampling"},
 }
 
 
 def layer_of(path: Path) -> str:
-    """wuerstchen_pl/data/ordering/stream.py -> data.ordering; wuerstchen_pl/cli.py -> cli."""
+    """wuerstchen_pl/data/ordering/stream.py -> data.ordering; wuerstchen_pl/train.py -> train."""
     if path.name == "__main__.py":  # a program, not part of its folder's layer
         return f"{path.parent.name}.__main__"
     relative = path.relative_to(PACKAGE).with_suffix("")

@@ -10,7 +10,7 @@ import pytest
 
 from scripts import demo_estimate
 from scripts.demo_page import NEW_CAPTIONS, write_page
-from tests.test_config import composed
+from tests.cli.test_config import composed
 from wuerstchen_pl.evaluation.datasets import run_data
 
 

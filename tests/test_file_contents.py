@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import run_program, small, what_cache_reads
 from tests.formats.conftest import random_model
+from wuerstchen_pl.cli.errors import explain
 from wuerstchen_pl.data.caches.cached_dataset import CachedDataModule
-from wuerstchen_pl.errors import explain
 from wuerstchen_pl.evaluation.datasets import data_from_yaml
 from wuerstchen_pl.evaluation.image_folder import ImageFolder
 from wuerstchen_pl.evaluation.prompt_sets import read_prompts

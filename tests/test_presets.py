@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from open_clip.model import CLIPTextCfg, _build_text_tower
 
-from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.cli.config import conf_dir
 from wuerstchen_pl.models.meta import on_meta
 from wuerstchen_pl.sampling.prior import PriorSampler
 from wuerstchen_pl.stages.ema import EMA

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_config import composed
 from tests.conftest import run_program, small, what_cache_reads
 from tests.data.factories import image, shards
-from tests.test_config import composed
 from wuerstchen_pl import WuerstchenPipeline, evaluate, train
-from wuerstchen_pl.config import check_config
+from wuerstchen_pl.cli.config import check_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -24,10 +24,10 @@ from tests.test_resume import differing
 from wuerstchen_pl import train
 from wuerstchen_pl.callbacks.signals import SignalHandler
 from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.cli.signals import REQUEUE, STOP_SIGNALS
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.programs.train import accumulation, build_stage
-from wuerstchen_pl.signals import REQUEUE, STOP_SIGNALS
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.data_checks import check_sizes
 from wuerstchen_pl.stages.stage import Batch

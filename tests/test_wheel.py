@@ -38,7 +38,7 @@ def test_an_installed_wheel_finds_its_configs(tmp_path: Path) -> None:
             else "_target_: wuerstchen_pl."
         )
         assert expected in shown.stdout
-    code = "import wuerstchen_pl.config as c; print(c.conf_dir())"
+    code = "import wuerstchen_pl.cli.config as c; print(c.conf_dir())"
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment,
         capture_output=True, text=True, check=True,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from wuerstchen_pl import train
-from wuerstchen_pl.cli import Command
+from wuerstchen_pl.cli.command import Command
 
 KNOWN_KEYS: Mapping[str, Any] = {
     **train.KNOWN_KEYS,

@@ -6,7 +6,7 @@ Processes launched together, such as by torchrun, share the image generation.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from wuerstchen_pl.cli import Command
+from wuerstchen_pl.cli.command import Command
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str | None,

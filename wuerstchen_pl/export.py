@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from wuerstchen_pl.cli import Command
+from wuerstchen_pl.cli.command import Command
 from wuerstchen_pl.formats import FormatName
 
 KNOWN_KEYS: Mapping[str, Any] = {

@@ -7,7 +7,7 @@ third and the fourth phase of training (paper, appendix E).
 from collections.abc import Mapping
 from typing import Any
 
-from wuerstchen_pl.cli import Command
+from wuerstchen_pl.cli.command import Command
 from wuerstchen_pl.formats import FormatName
 
 KNOWN_KEYS: Mapping[str, Any] = {

@@ -10,7 +10,7 @@ python -m wuerstchen_pl.lora resize lora=A base=B to=C rank=8
 from collections.abc import Mapping
 from typing import Any
 
-from wuerstchen_pl.cli import Command, run_command
+from wuerstchen_pl.cli.command import Command, run_command
 
 LIMIT: Mapping[str, Any] = {"to": str, "rank": int | None, "share": float | None}
 COMMANDS = {

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from wuerstchen_pl.cli import Command
+from wuerstchen_pl.cli.command import Command
 
 KNOWN_KEYS: Mapping[str, Any] = {
     "model": str,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from wuerstchen_pl.cli import Command
+from wuerstchen_pl.cli.command import Command
 
 KNOWN_KEYS: Mapping[str, Any] = {
     # read by the program itself

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from scripts.fault_injection.runs import Run, differing, last_line, wait_for
-from wuerstchen_pl.signals import INTERRUPTED, REQUEUE
+from wuerstchen_pl.cli.signals import INTERRUPTED, REQUEUE
 
 CODES = {signal.SIGTERM: REQUEUE, signal.SIGINT: INTERRUPTED}
 INTERPRETER_SECONDS = 0.1

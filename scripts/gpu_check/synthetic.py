@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from scripts.gpu_check.sizes import Size
 from wuerstchen_pl.batch import Batch
-from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.cli.config import conf_dir
 from wuerstchen_pl.models.discriminator import Discriminator
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.stages.a import StageA

@@ -10,9 +10,9 @@ from tests.conftest import NO_GRIDS, run_program, small
 from tests.test_resume import differing
 from tests.test_train import send_signals
 from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.cli.signals import DRAW_SIGNAL
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.sampling.images import to_tensor
-from wuerstchen_pl.signals import DRAW_SIGNAL
 
 PROMPTS = ["a red heart", "Frösche!"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.conftest import run_program
 from tests.data.factories import encode, image
-from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.cli.config import conf_dir
 from wuerstchen_pl.data import __main__ as program
 from wuerstchen_pl.data import build as building
 from wuerstchen_pl.data.histogram import plot_histograms

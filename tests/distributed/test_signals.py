@@ -10,7 +10,7 @@ from tests.conftest import NO_GRIDS, small
 from tests.distributed.launch import launch
 from tests.test_resume import differing
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.signals import DRAW_SIGNAL
+from wuerstchen_pl.cli.signals import DRAW_SIGNAL
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from tests.conftest import SMALL_DATA, run_program
 from wuerstchen_pl.adapters.adapter import Method
 from wuerstchen_pl.callbacks import memory_estimate
 from wuerstchen_pl.checkpointing import load
+from wuerstchen_pl.cli.jobs import composed
 from wuerstchen_pl.formats import lazy_tensors, registry
 from wuerstchen_pl.formats.run import read_run
-from wuerstchen_pl.jobs import composed
 from wuerstchen_pl.programs.dry_run import settings_of, variants
 from wuerstchen_pl.programs.memory_table import CARDS, USABLE, Setting, advice, memory_table
 

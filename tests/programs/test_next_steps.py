@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_config import composed
 from tests.conftest import run_program, small
-from tests.test_config import composed
 from wuerstchen_pl.programs.next_steps import describe_end
 
 RUN = Path("outputs/default/a")

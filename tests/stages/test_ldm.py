@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.cli.test_config import composed
 from tests.conftest import run_program, small
-from tests.test_config import composed
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.models.layers import Block
 from wuerstchen_pl.models.unet import UNet

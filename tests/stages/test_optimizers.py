@@ -18,7 +18,7 @@ from tests.test_resume import differing
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.memory_estimate import state_bytes_per_byte
 from wuerstchen_pl.checkpointing import load
-from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.cli.config import conf_dir
 from wuerstchen_pl.stages.ema import EMA
 from wuerstchen_pl.stages.schedule_free import averaged
 

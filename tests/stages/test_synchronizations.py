@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from tests.cli.test_config import composed
 from tests.fake_cuda import FakeCUDAStrategy, Synchronizations, reads_values
 from tests.stages.conftest import STAGES, fit
-from tests.test_config import composed
 from wuerstchen_pl.callbacks.step_profile import StepProfile
 from wuerstchen_pl.models.fake_cuda import fake_cuda
 from wuerstchen_pl.stages.stage import Batch

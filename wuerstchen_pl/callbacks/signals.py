@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from wuerstchen_pl.callbacks.checkpoints import Checkpoints
 from wuerstchen_pl.callbacks.drawing import DrawingCallback
-from wuerstchen_pl.signals import DRAW_SIGNAL, STOP_SIGNALS
+from wuerstchen_pl.cli.signals import DRAW_SIGNAL, STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ python -m wuerstchen_pl.data build from=my/images to=my/shards
 
 import re
 
-from wuerstchen_pl.cli import Command, run_command
+from wuerstchen_pl.cli.command import Command, run_command
 
 READ_KEYS = re.compile(
     r"(stage|preset|data|experiment|init_from|encoders|compressor|decoder|paths|seed|image_size|image_size_at_\d+"

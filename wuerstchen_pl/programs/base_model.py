@@ -9,12 +9,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from wuerstchen_pl.checkpointing.load import drop_weight_paths
-from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.cli.config import conf_dir
+from wuerstchen_pl.cli.jobs import typed_keys
 from wuerstchen_pl.formats.hub import is_hub_id
 from wuerstchen_pl.formats.model import STUDENT, Model
 from wuerstchen_pl.formats.registry import read_model
 from wuerstchen_pl.formats.stage_parts import STAGE_PARTS
-from wuerstchen_pl.jobs import typed_keys
 
 AUTO = "auto"
 IMAGE_SIZE = 1024

@@ -7,12 +7,12 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from wuerstchen_pl.config import check_config
+from wuerstchen_pl.cli.config import check_config
+from wuerstchen_pl.cli.jobs import check_output_dir
 from wuerstchen_pl.data.build import build
 from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
 from wuerstchen_pl.data.factories import folder
 from wuerstchen_pl.io.output_folder import claimed
-from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.plural import plural
 
 KNOWN_KEYS: Mapping[str, Any] = {

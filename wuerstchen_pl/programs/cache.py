@@ -9,13 +9,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from wuerstchen_pl.cli.jobs import check_output_dir
 from wuerstchen_pl.data.caches.build_cache import build_cache
 from wuerstchen_pl.data.caches.cache_files import MANIFEST, PREPROCESSING
 from wuerstchen_pl.data.datamodule import RUNTIME_KEYS, ImageTextDataModule
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device, use_tf32
 from wuerstchen_pl.io.images import to_float
 from wuerstchen_pl.io.output_folder import claimed
-from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.fingerprint import ImageEncoder, encoder_fingerprints
 from wuerstchen_pl.models.text import TextEncoder
 from wuerstchen_pl.plural import plural

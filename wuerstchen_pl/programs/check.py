@@ -8,12 +8,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from wuerstchen_pl import train
-from wuerstchen_pl.config import check_config
+from wuerstchen_pl.cli.config import check_config
+from wuerstchen_pl.cli.jobs import check_output_dir, typed_keys
 from wuerstchen_pl.data.datamodule import ImageTextDataModule
 from wuerstchen_pl.data.histogram import plot_histograms
 from wuerstchen_pl.data.inspect import format_report, inspect_data
 from wuerstchen_pl.io.output_folder import claimed
-from wuerstchen_pl.jobs import check_output_dir, typed_keys
 from wuerstchen_pl.programs.base_model import use_base_model
 
 UNREAD = {"stage", "trainer", "callbacks", "logger"}

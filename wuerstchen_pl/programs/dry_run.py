@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.memory_estimate import ema_on_host, estimate_bytes
 from wuerstchen_pl.callbacks.step_profile import forget_profile, profile_step_once
-from wuerstchen_pl.config import conf_dir
+from wuerstchen_pl.cli.config import conf_dir
 from wuerstchen_pl.models.activations import checkpoint_activations
 from wuerstchen_pl.models.fake_cuda import DEVICE, FakeCUDA, FlashAttention, fake_cuda
 from wuerstchen_pl.models.meta import on_meta

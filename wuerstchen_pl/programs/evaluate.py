@@ -10,6 +10,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from wuerstchen_pl.cli.jobs import check_output_dir, typed_keys
 from wuerstchen_pl.distributed.launch import DistInfo, resolve_device
 from wuerstchen_pl.evaluation import report
 from wuerstchen_pl.evaluation.datasets import run_data
@@ -20,7 +21,6 @@ from wuerstchen_pl.evaluation.plan import NETWORK_METRICS, NETWORKS, EvaluationP
 from wuerstchen_pl.evaluation.run import EvalTarget, check_plan, evaluate, stages_with_loss
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.io.output_folder import claimed
-from wuerstchen_pl.jobs import check_output_dir, typed_keys
 from wuerstchen_pl.models.perceptual import LPIPS
 from wuerstchen_pl.pipelines.loading import load_pipeline, pipeline_from_stage, stage_of_run
 from wuerstchen_pl.pipelines.text_to_image import TextToImage

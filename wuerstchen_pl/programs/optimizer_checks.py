@@ -3,7 +3,7 @@
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from wuerstchen_pl.jobs import typed_keys
+from wuerstchen_pl.cli.jobs import typed_keys
 
 GROUP = "optimizer@stage.optimizer"
 NOT_SHARDED = ("bitsandbytes.", "prodigyopt.", "torch.optim.Adafactor")

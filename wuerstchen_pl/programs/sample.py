@@ -10,13 +10,13 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from tqdm import tqdm
 
+from wuerstchen_pl.cli.jobs import check_output_dir
 from wuerstchen_pl.distributed.launch import resolve_device
 from wuerstchen_pl.evaluation import prompt_sets
 from wuerstchen_pl.formats.adapter_files import split_weight
 from wuerstchen_pl.io.image_files import GRID, slug
 from wuerstchen_pl.io.images import write_png
 from wuerstchen_pl.io.output_folder import claimed
-from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.pipelines.controlnet import WithControlNet
 from wuerstchen_pl.pipelines.duration import estimate_seconds
 from wuerstchen_pl.pipelines.generate import generate_images

@@ -21,11 +21,12 @@ from wuerstchen_pl.callbacks.config_file import ConfigFile
 from wuerstchen_pl.callbacks.signals import Preempted
 from wuerstchen_pl.checkpointing import load
 from wuerstchen_pl.checkpointing.single_file import SingleFileCheckpointIO
+from wuerstchen_pl.cli.jobs import check_output_dir
+from wuerstchen_pl.cli.signals import INTERRUPTED, REQUEUE, Exit
 from wuerstchen_pl.distributed.strategy import FSDP2Strategy
 from wuerstchen_pl.formats.initial_weights import load_initial_weights
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.io.output_folder import claimed
-from wuerstchen_pl.jobs import check_output_dir
 from wuerstchen_pl.models.activations import checkpoint_activations
 from wuerstchen_pl.models.wrapping import compile_blocks
 from wuerstchen_pl.plural import plural
@@ -35,7 +36,6 @@ from wuerstchen_pl.programs.next_steps import describe_end
 from wuerstchen_pl.programs.optimizer_checks import check_optimizer
 from wuerstchen_pl.programs.run_length import AUTO, INTERVALS, choose_run_length
 from wuerstchen_pl.programs.training_cache import with_cache
-from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, Exit
 from wuerstchen_pl.stages.data_checks import (
     check_cache,
     check_control,

@@ -16,7 +16,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from wuerstchen_pl.config import conf_dir, group_choices
+from wuerstchen_pl.cli.config import conf_dir, group_choices
 from wuerstchen_pl.signatures import accepts_argument
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from wuerstchen_pl.config import conf_dir, group_choices
+from wuerstchen_pl.cli.config import conf_dir, group_choices
 
 
 def help_text(config_name: str, description: str, read_keys: re.Pattern[str] | None = None) -> str:

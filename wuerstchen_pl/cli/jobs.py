@@ -18,12 +18,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from wuerstchen_pl.config import check_config, conf_dir
-from wuerstchen_pl.errors import explain, one_line_errors
-from wuerstchen_pl.signals import Exit
-from wuerstchen_pl.sweep import results_table
+from wuerstchen_pl.cli.config import check_config, conf_dir
+from wuerstchen_pl.cli.errors import explain, one_line_errors
+from wuerstchen_pl.cli.signals import Exit
+from wuerstchen_pl.cli.sweep import results_table
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _TRACEBACKS = "HYDRA_FULL_ERROR"
 _FOR_HYDRA = re.compile(r"-|[+~]*hydra[./=]")
 """Arguments such as ``-m`` and ``hydra.verbose=true``. Without any, a config is composed once;

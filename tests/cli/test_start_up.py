@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_program
-from wuerstchen_pl.signals import INTERRUPTED, REQUEUE, TERMINATED
+from wuerstchen_pl.cli.signals import INTERRUPTED, REQUEUE, TERMINATED
 
 COMMANDS = {
     "train": ["wuerstchen_pl.train", "stage=c"],
@@ -57,7 +57,7 @@ def imported(*arguments: str) -> set[str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_imports_no_library_but_omegaconf(name: str) -> None:
     modules = imported(*COMMANDS[name], "--help")
-    assert "wuerstchen_pl.help" in modules
+    assert "wuerstchen_pl.cli.help" in modules
     assert not {*HEAVY, "hydra", "tqdm", "wuerstchen_pl.programs"} & modules
     assert len(modules) < 300  # 214 on Python 3.11; 4,554 with Lightning and open_clip
 
@@ -70,7 +70,7 @@ def test_data_lists_its_commands(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_config_is_composed_without_torch(name: str) -> None:
     modules = imported(*COMMANDS[name], "--cfg", "job")
-    assert "wuerstchen_pl.jobs" in modules
+    assert "wuerstchen_pl.cli.jobs" in modules
     assert not {*HEAVY, "wuerstchen_pl.programs"} & modules
 
 
@@ -88,7 +88,7 @@ def test_a_config_is_composed_without_torch(name: str) -> None:
 )
 def test_what_needs_no_constructor_needs_no_torch(arguments: list[str]) -> None:
     modules = imported(*COMMANDS["train"], *arguments)
-    assert "wuerstchen_pl.jobs" in modules
+    assert "wuerstchen_pl.cli.jobs" in modules
     assert not {*HEAVY, "wuerstchen_pl.programs"} & modules
 
 

@@ -23,7 +23,7 @@ def conf_dir() -> str:
     Raises:
         FileNotFoundError: if neither exists.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return str(folder)

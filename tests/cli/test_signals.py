@@ -11,7 +11,14 @@ import lightning as L
 import pytest
 
 from tests.conftest import small
-from wuerstchen_pl.signals import DRAW_SIGNAL, INTERRUPTED, REQUEUE, TERMINATED, Exit, StopSignals
+from wuerstchen_pl.cli.signals import (
+    DRAW_SIGNAL,
+    INTERRUPTED,
+    REQUEUE,
+    TERMINATED,
+    Exit,
+    StopSignals,
+)
 from wuerstchen_pl.stages.stage import Stage
 
 Program = Any

@@ -16,8 +16,8 @@ from PIL import Image
 
 from tests.conftest import small
 from wuerstchen_pl import convert, evaluate, export, sample, train
-from wuerstchen_pl.config import check_config, conf_dir, group_choices
-from wuerstchen_pl.errors import is_typo
+from wuerstchen_pl.cli.config import check_config, conf_dir, group_choices
+from wuerstchen_pl.cli.errors import is_typo
 from wuerstchen_pl.programs import base_model
 from wuerstchen_pl.programs import train as train_program
 from wuerstchen_pl.signatures import _locate, _matches, _objects, _parameters

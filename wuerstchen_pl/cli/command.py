@@ -14,7 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from wuerstchen_pl.signals import INTERRUPTED, Exit, StopSignals
+from wuerstchen_pl.cli.signals import INTERRUPTED, Exit, StopSignals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class Command:
                 if isinstance(stream, TextIOWrapper):  # a terminal may not have every character
                     stream.reconfigure(errors="backslashreplace")
             if {"--help", "-h"} & set(sys.argv[1:]):
-                from wuerstchen_pl.help import help_text
+                from wuerstchen_pl.cli.help import help_text
 
                 print(help_text(self.name, self.description or "", self.read_keys))
                 return
-            from wuerstchen_pl.jobs import launch
+            from wuerstchen_pl.cli.jobs import launch
 
             sys.argv[1:] = self._rewritten(sys.argv[1:])
             try:
@@ -73,7 +73,7 @@ class Command:
         """
         if isinstance(overrides, str):
             raise ValueError(f"{overrides!r} is a single string; give a list of key=value strings")
-        from wuerstchen_pl.jobs import call
+        from wuerstchen_pl.cli.jobs import call
 
         return call(
             self.name, self.known_keys, self.read_keys, self._rewritten(overrides), output_key

@@ -19,15 +19,15 @@ from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from tests.cli.test_config import composed
 from tests.conftest import small
-from tests.test_config import composed
 from wuerstchen_pl.callbacks.signals import Preempted
-from wuerstchen_pl.cli import Command
-from wuerstchen_pl.config import conf_dir
-from wuerstchen_pl.errors import _with_full_key, explain
-from wuerstchen_pl.help import help_text
-from wuerstchen_pl.jobs import one_line_logs
-from wuerstchen_pl.signals import REQUEUE
+from wuerstchen_pl.cli.command import Command
+from wuerstchen_pl.cli.config import conf_dir
+from wuerstchen_pl.cli.errors import _with_full_key, explain
+from wuerstchen_pl.cli.help import help_text
+from wuerstchen_pl.cli.jobs import one_line_logs
+from wuerstchen_pl.cli.signals import REQUEUE
 
 Program = Any
 
@@ -157,7 +157,7 @@ def test_a_config_may_ask_for_a_sweep(
     sweep = {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": {"seed": "x,y"}}}}
     text = "# @package _global_\n" + yaml.dump(sweep)
     (tmp_path / "conf/experiment/seeds.yaml").write_text(text)
-    monkeypatch.setattr("wuerstchen_pl.jobs.conf_dir", lambda: str(tmp_path / "conf"))
+    monkeypatch.setattr("wuerstchen_pl.cli.jobs.conf_dir", lambda: str(tmp_path / "conf"))
     assert program("train", "stage=a", "experiment=seeds", f"paths.root={tmp_path / 'out'}") == 1
     assert capsys.readouterr().err.count("error: ") == 3  # two jobs and the sweep
 

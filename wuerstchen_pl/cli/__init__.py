@@ -1,0 +1,1 @@
+"""How a command runs: its help, its config, jobs and sweeps, errors and signals."""
