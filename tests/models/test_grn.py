@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wuerstchen_pl.models import grn
 from wuerstchen_pl.models.grn import EPS, GeluGRN
 
 
@@ -49,6 +51,25 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float64() -> None:
         assert expected.grad is not None
         scale = expected.grad.abs().max()
         assert float((actual.grad.double() - expected.grad).abs().max() / scale) < 2e-2
+
+
+@pytest.mark.parametrize("part", [1, 64 * 40 * 16, 2**18])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.float16, 1e-6), (torch.bfloat16, 1e-3)],
+)
+def test_norms_are_closer_than_a_rounding_whatever_the_parts(
+    dtype: torch.dtype, tolerance: float, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many positions, in which most squares are small beside their sum."""
+    monkeypatch.setattr(grn, "PART", part)
+    u = 3 * torch.randn(2, 48, 40, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kept = u.clone()
+    norm = grn._gelu_grn(u, torch.zeros(16), torch.zeros(16))[1]
+    exact = F.gelu(u).double().square().sum(dim=(1, 2), keepdim=True).sqrt()
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
+    assert ((norm - exact) / exact).abs().max() < tolerance
+    assert torch.equal(u, kept), "it is computed again in the backward pass"
 
 
 def test_a_channel_of_zeros_has_finite_gradients() -> None:

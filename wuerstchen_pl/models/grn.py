@@ -4,7 +4,7 @@ Between its two linear layers, a block is four times as wide as outside; in trai
 saves memory by not keeping activations of that width other than the input.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,22 +70,38 @@ def _(u: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def _gelu_grn(u: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and |x|_HW of x = GELU(u)."""
+    """The output, and |x|_HW (B, 1, 1, C) of x = GELU(u), in float32 or more."""
     x = F.gelu(u)
-    norm, scale = _norm_and_scale(x, gamma)
-    return torch.addcmul(beta.to(x.dtype), x, scale), norm
+    norm = (_sum_of_squares(x) + EPS_SQUARED).sqrt()
+    response = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
+    scale = (1 + gamma * response).to(x.dtype)
+    return torch.addcmul(beta.to(x.dtype), x, scale, out=x), norm
 
 
 EPS = 1e-6
+EPS_SQUARED = 1e-12
+"""Keeps the gradient of the square root finite for a channel of zeros."""
+PART = 2**18
+"""Elements whose squares stay in the cache of a core until they are summed."""
 
 
-def _norm_and_scale(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """|x|_HW (B, 1, 1, C) in float32 or more, and 1 + gamma N(x) in the dtype of x."""
-    # Squares are summed in float32, as bfloat16 would lose small ones. Squares of float16 are also
-    # computed in float32, as they would overflow from 256 on. The inner epsilon keeps the gradient
-    # of the square root finite for a channel of zeros.
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, 1, 1, C) in float32 or more.
+
+    On a CPU it goes part by part, as otherwise most of the time is spent on memory for the squares.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return _sum_of_squares_of_part(x)
+    rows = max(1, PART // x[:, 0].numel())
+    return cast(Tensor, sum(map(_sum_of_squares_of_part, x.split(rows, dim=1))))
+
+
+def _sum_of_squares_of_part(x: Tensor) -> Tensor:
+    # Squares of float16 are computed in float32, as they would overflow from 256 on.
     squares = (x.float() if x.dtype == torch.float16 else x).square()
-    sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = (squares.sum(dim=(1, 2), keepdim=True, dtype=sum_dtype) + 1e-12).sqrt()
-    response = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
-    return norm, (1 + gamma * response).to(x.dtype)
+    dtype = torch.promote_types(squares.dtype, torch.float32)  # bfloat16 would lose small ones
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # A sum in another dtype copies its input to that dtype first, unlike one in bfloat16,
+        # which also adds in float32, and rounds once.
+        squares = squares.sum(dim=2, keepdim=True)
+    return squares.sum(dim=(1, 2), keepdim=True, dtype=dtype)
