@@ -5,6 +5,7 @@ import pickle
 import shutil
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ def rewrite(run: Path, **changed: Any) -> Path:
     return path
 
 
+READERS: dict[str, Callable[[Path], Any]] = {
+    "stage": lambda run: load_stage(source=run, stage=run.name),
+    "model": read_run,
+}
+"""How the run of a stage is read: to sample in training, and by all other programs."""
+
+
+@pytest.fixture(params=READERS)
+def read(request: pytest.FixtureRequest) -> Callable[[Path], Any]:
+    return READERS[request.param]
+
+
 def config_of(run: Path) -> dict[str, Any]:
     return torch.load(find_checkpoint(run), weights_only=True)["stage"]
 
@@ -57,7 +70,10 @@ class Payload:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_checkpoint_with_a_pickle_payload_is_refused_and_runs_no_code(
-    moved: Path, tmp_path: Path, legacy: bool
+    moved: Path,
+    tmp_path: Path,
+    legacy: bool,
+    read: Callable[[Path], Any],
 ) -> None:
     proof = tmp_path / "it ran"
     path = find_checkpoint(moved / "a")
@@ -67,7 +83,7 @@ def test_a_checkpoint_with_a_pickle_payload_is_refused_and_runs_no_code(
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match="was not loaded"):
-        load_stage(source=moved / "a", stage="a")
+        read(moved / "a")
     assert not proof.exists()
     if legacy:
         pickle.loads(path.read_bytes())
@@ -81,28 +97,33 @@ def test_a_checkpoint_with_a_pickle_payload_is_refused_and_runs_no_code(
     ["os.system", "wuerstchen_pl.checkpointing.load.os.system", "wuerstchen_pl.stages.a", "", 3],
 )
 @pytest.mark.parametrize("inside", [dict, list, tuple, OrderedDict])
-def test_a_target_outside_the_package_is_refused(moved: Path, target: Any, inside: type) -> None:
+def test_a_target_outside_the_package_is_refused(
+    moved: Path, target: Any, inside: type, read: Callable[[Path], Any]
+) -> None:
     planted: Any = {"_target_": target, "command": "true"}
     planted = inside(planted if issubclass(inside, dict) else [planted])
     config = config_of(moved / "a")
     config["vqgan"] = {**config["vqgan"], "width": planted}
     rewrite(moved / "a", stage=config)
     with pytest.raises(ValueError, match="is not one of this package's"):
-        load_stage(source=moved / "a", stage="a")
+        read(moved / "a")
 
 
 @pytest.mark.parametrize(
     "target", ["planted_module.StageA", "os.system", "wuerstchen_pl.data.factories.folder", None]
 )
 def test_a_stage_outside_the_package_is_refused_and_not_imported(
-    moved: Path, target: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moved: Path,
+    target: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: Callable[[Path], Any],
 ) -> None:
     (tmp_path / "planted_module.py").write_text("class StageA:\n    name = 'a'\n")
     monkeypatch.syspath_prepend(tmp_path)
     rewrite(moved / "a", stage={"_target_": target})
-    for read in (lambda run: load_stage(source=run, stage="a"), read_run):
-        with pytest.raises(ValueError, match=r"is not a stage of this package"):
-            read(moved / "a")
+    with pytest.raises(ValueError, match=r"is not a stage of this package"):
+        read(moved / "a")
     assert "planted_module" not in sys.modules
     assert hydra.utils.get_class("planted_module.StageA").name == "a"
     del sys.modules["planted_module"]
@@ -119,14 +140,14 @@ def test_the_class_of_a_stage_has_its_name(target: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["value", "list", "tuple"])
-def test_an_interpolation_is_refused(moved: Path, kind: str) -> None:
+def test_an_interpolation_is_refused(moved: Path, kind: str, read: Callable[[Path], Any]) -> None:
     text = "${oc.env:HOME}"
     planted: Any = {"value": text, "list": ["a", text], "tuple": ("a", (text,))}[kind]
     config = config_of(moved / "a")
     config["vqgan"] = {**config["vqgan"], "levels": planted}
     rewrite(moved / "a", stage=config)
     with pytest.raises(ValueError, match="is an interpolation"):
-        load_stage(source=moved / "a", stage="a")
+        read(moved / "a")
 
 
 def test_allowed_targets_exist() -> None:
@@ -138,12 +159,14 @@ def test_allowed_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.02, 0.5, 0.999])
-def test_a_truncated_checkpoint_is_refused(moved: Path, share: float) -> None:
+def test_a_truncated_checkpoint_is_refused(
+    moved: Path, share: float, read: Callable[[Path], Any]
+) -> None:
     path = find_checkpoint(moved / "a")
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
-        load_stage(source=moved / "a", stage="a")
+        read(moved / "a")
 
 
 @pytest.mark.parametrize("content", [3, {"stage": {}}, {"state_dict": {}}, {"stage": "a"}])
@@ -208,12 +231,14 @@ def test_a_moved_cascade_loads_without_the_old_folder(cascade: Path, tmp_path: P
     assert Path(stage_a.provenance.source["path"]).parent.parent == second / "a"
 
 
-def test_a_stage_a_that_changed_since_stage_b_was_trained_is_refused(moved: Path) -> None:
+def test_a_stage_a_that_changed_since_stage_b_was_trained_is_refused(
+    moved: Path, read: Callable[[Path], Any]
+) -> None:
     weights = torch.load(find_checkpoint(moved / "a"), weights_only=True)["state_dict"]
     rewrite(moved / "a", state_dict={key: value + 1 for key, value in weights.items()})
     for stage in "bc":
         with pytest.raises(ValueError, match=r"had sha256 .* in training, which has changed to"):
-            load_stage(source=moved / stage, stage=stage)
+            read(moved / stage)
 
 
 def test_a_run_that_was_moved_alone_finds_stage_a_by_its_absolute_path(moved: Path) -> None:
@@ -222,7 +247,9 @@ def test_a_run_that_was_moved_alone_finds_stage_a_by_its_absolute_path(moved: Pa
     assert "moved" not in stage.frozen["stage_a"].provenance.source["path"]
 
 
-def test_the_error_for_a_missing_stage_a_names_its_path(moved: Path) -> None:
+def test_the_error_for_a_missing_stage_a_names_its_path(
+    moved: Path, read: Callable[[Path], Any]
+) -> None:
     shutil.rmtree(moved / "a")
     path = find_checkpoint(moved / "b")
     content = torch.load(path, weights_only=True)
@@ -230,7 +257,7 @@ def test_the_error_for_a_missing_stage_a_names_its_path(moved: Path) -> None:
     path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
     torch.save(content, path)
     with pytest.raises(FileNotFoundError, match=r"needs its stage_a at .*/moved/a/"):
-        load_stage(source=moved / "b", stage="b")
+        read(moved / "b")
 
 
 def test_a_moved_folder_is_read_from_any_working_directory(

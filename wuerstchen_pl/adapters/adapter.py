@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from wuerstchen_pl.adapters.targets import choose_layers, split_projections
-from wuerstchen_pl.adapters.weights import AdapterWeights, from_tensors
+from wuerstchen_pl.adapters.weights import AdapterWeights, Method, from_tensors, method_of
 
-Method = Literal["lora", "dora", "loha", "lokr"]
 BaseDtype = Literal["float32", "bfloat16"]
 DEFAULT_TARGETS = ("*.attention.*", "*.cond_mapper")
 NAME = "default"
@@ -129,7 +128,7 @@ class Adapter:
             for layer in layers:
                 layer.enable_adapters(True)
 
-    def _config(self, layers: Mapping[str, nn.Linear]) -> Any:
+    def _config(self, layers: Sequence[str]) -> Any:
         from peft import LoHaConfig, LoKrConfig, LoraConfig
 
         targets = "|".join(map(re.escape, layers))
@@ -155,6 +154,33 @@ class Adapter:
         for layer, name, tensor in _tensors(state):
             layers.setdefault(layer, {})[name] = tensor
         return {layer: from_tensors(ts, scale=self.scale) for layer, ts in layers.items()}
+
+    def check(self, weights: AdapterWeights, network: nn.Module, key: str) -> None:
+        """Refuse weights that are not those of this adapter.
+
+        Args:
+            weights: of an adapter.
+            network: that they are for, without an adapter.
+            key: of this adapter, for messages.
+
+        Raises:
+            ValueError: naming the first layer that is missing, unknown, or of another method or
+                rank.
+        """
+        expected = set(choose_layers(network, self.targets, key))
+        if differing := sorted(weights.keys() ^ expected):
+            what = "lacks" if differing[0] in expected else "has"
+            raise ValueError(
+                f"{key}: the adapter {what} {differing[0]}, unlike its targets; use another file"
+            )
+        for layer, adapter in weights.items():
+            method, rank = method_of(adapter), adapter.rank
+            # LoKr has no rank where the factors are small
+            if method != self.method or (method != "lokr" and rank != self.rank):
+                raise ValueError(
+                    f"{key} has method={self.method} and rank={self.rank}, but {layer} is of "
+                    f"{method} with rank {rank}; use another file"
+                )
 
 
 def _tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:

@@ -1,7 +1,7 @@
 """The layers of a network that can have an adapter, and their choice by patterns."""
 
+import fnmatch
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -51,34 +51,30 @@ def _sliced(network: nn.Module) -> Iterator[str]:
             yield f"{name}.expand"
 
 
-def choose_layers(network: nn.Module, patterns: Sequence[str], key: str) -> dict[str, nn.Linear]:
-    """The adaptable layers whose names match one of the patterns, such as ``*.attention.*``.
+def choose_layers(network: nn.Module, patterns: Sequence[str], key: str) -> list[str]:
+    """The names of adaptable layers that match one of the patterns, such as ``*.attention.*``.
 
     Args:
-        network: after ``split_projections``.
+        network: before or after ``split_projections``.
         patterns: as for ``fnmatch``, of names such as ``blocks.0.attn.attention.qkv.to_q``.
         key: of the adapter, for messages.
 
     Raises:
         ValueError: if a pattern matches no layer, or none that can have an adapter.
     """
-    layers = adaptable_layers(network)
+    layers = layer_names(network)
     for pattern in patterns:
-        if any(fnmatchcase(name, pattern) for name in layers):
+        if fnmatch.filter(layers, pattern):
             continue
-        unadaptable = [name for name, _ in network.named_modules() if fnmatchcase(name, pattern)]
+        unadaptable = fnmatch.filter((name for name, _ in network.named_modules()), pattern)
         if unadaptable:
             raise ValueError(
                 f"{key}.targets has {pattern!r}, which matches {unadaptable[0]}, but only linear "
                 "layers that read no semantic latents can have an adapter; choose such layers, for "
-                f"example {next(iter(layers))}"
+                f"example {layers[0]}"
             )
         raise ValueError(
             f"{key}.targets has {pattern!r}, which matches no layer; use patterns of names such as "
-            f"{next(iter(layers))}"
+            f"{layers[0]}"
         )
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    return [name for name in layers if any(fnmatch.fnmatchcase(name, p) for p in patterns)]

@@ -6,7 +6,7 @@ LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA (Liu et al. 2024, arXiv 2402.09353
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -108,8 +108,16 @@ class Kronecker:
         return dict(self.factors)
 
 
+Method = Literal["lora", "dora", "loha", "lokr"]
 AdapterWeights = dict[str, LowRank | Hadamard | Kronecker]
 """Name of a layer, after ``split_projections`` -> its adapter."""
+
+
+def method_of(adapter: LowRank | Hadamard | Kronecker) -> Method:
+    """The method of a layer's adapter."""
+    if isinstance(adapter, LowRank):
+        return "lora" if adapter.magnitude is None else "dora"
+    return "loha" if isinstance(adapter, Hadamard) else "lokr"
 
 
 def from_tensors(

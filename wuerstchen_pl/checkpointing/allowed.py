@@ -11,18 +11,21 @@ from wuerstchen_pl.signatures import check_objects
 if TYPE_CHECKING:
     from wuerstchen_pl.stages.stage import Stage
 
+DISTILLATION = "wuerstchen_pl.stages.distillation.DistillationStage"
 STAGE_NAMES = {
     "wuerstchen_pl.stages.a.StageA": "a",
     "wuerstchen_pl.stages.b.StageB": "b",
     "wuerstchen_pl.stages.b_tokens.TokenStageB": "b",
     "wuerstchen_pl.stages.c.StageC": "c",
     "wuerstchen_pl.stages.controlnet.ControlNetStage": "c",
-    "wuerstchen_pl.stages.distillation.DistillationStage": "c",
+    DISTILLATION: "c",
     "wuerstchen_pl.stages.ldm.StageLDM": "ldm",
 }
 """The class of a stage -> its ``name``, for programs that need not import it."""
 STAGE_TARGETS = frozenset(STAGE_NAMES)
 COMPRESSOR_ONLY = "wuerstchen_pl.stages.compressor_only.CompressorOnly"
+LOAD_STAGE = "wuerstchen_pl.formats.trained_stage.load_stage"
+LOAD_COMPRESSOR = "wuerstchen_pl.formats.trained_stage.load_compressor"
 NETWORK_TARGETS = frozenset(
     f"wuerstchen_pl.models.{name}"
     for name in (
@@ -65,10 +68,10 @@ ALLOWED_TARGETS = (
     | NETWORK_TARGETS
     | DATA_TARGETS
     | {
-        "wuerstchen_pl.formats.trained_stage.load_stage",
+        LOAD_STAGE,
+        LOAD_COMPRESSOR,
         "wuerstchen_pl.adapters.adapter.Adapter",
         "wuerstchen_pl.adapters.words.NewWords",
-        "wuerstchen_pl.formats.trained_stage.load_compressor",
         "wuerstchen_pl.formats.pretrained.load_network",
     }
 )

@@ -97,7 +97,8 @@ def read_checkpoint(path: Path, *, tensors: Tensors = "all") -> dict[str, Any]:
         if path.is_file():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         else:
-            content = sharded.read_sharded(path, select=partial(_select, tensors=tensors))
+            with torch.device("cpu"):  # also while networks are built on the meta device
+                content = sharded.read_sharded(path, select=partial(_select, tensors=tensors))
     except Exception as error:  # torch's own message advises loading it with weights_only=False
         raise ValueError(
             f"{path} is damaged, not a checkpoint, or contains more than tensors and plain values; "

@@ -12,7 +12,13 @@ from wuerstchen_pl.checkpointing.allowed import instantiate_allowed
 from wuerstchen_pl.checkpointing.load import argument_config, drop_weight_paths
 from wuerstchen_pl.checkpointing.weight_files import check_weight_files
 from wuerstchen_pl.formats.lazy_tensors import in_memory
-from wuerstchen_pl.formats.model import Part, build_on_meta, compare_shapes, with_defaults
+from wuerstchen_pl.formats.model import (
+    SCALE,
+    Part,
+    build_on_meta,
+    compare_shapes,
+    with_defaults,
+)
 from wuerstchen_pl.models.meta import is_building_on_meta
 from wuerstchen_pl.models.text import TextEncoder
 
@@ -31,9 +37,18 @@ class Checkpoint:
     weights: dict[str, Tensor]
 
     def config(self, name: str) -> dict[str, Any] | None:
-        """The config of an argument of the stage, or None."""
-        if self.content["stage"].get(name) is None:
+        """The config of an object that is an argument of the stage, or None.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        node = self.content["stage"].get(name)
+        if node is None:
             return None
+        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+            raise ValueError(
+                f"stage.{name} is {str(node)[:80]!r}, and must be an object; use another checkpoint"
+            )
         return argument_config(self.path, self.content, name)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -54,62 +69,95 @@ def read_part(checkpoint: Checkpoint, name: str) -> Part:
         name: its attribute.
 
     Raises:
-        FileNotFoundError: if the base model of an adapter is missing.
+        FileNotFoundError: if the model with its weights is missing.
         ValueError: if the checkpoint's tensors are not the network's, or frozen weights changed.
     """
-    adapter = checkpoint.config(ADAPTERS.get(name, ""))
-    tensors = checkpoint.tensors(name)
-    if adapter is None and tensors:
-        return _trained_part(checkpoint, name, tensors)
+    if name in ADAPTERS and checkpoint.config(ADAPTERS[name]) is not None:
+        return _adapted_part(checkpoint, name, ADAPTERS[name])
+    if checkpoint.tensors(name):
+        return _trained_part(checkpoint, name)
+    config, network = _frozen_network(checkpoint, name)
+    if name == "text_encoder":
+        _add_words(network, checkpoint)
+    return part_of(network, config, network.state_dict())
+
+
+def _trained_part(checkpoint: Checkpoint, name: str) -> Part:
+    config: Any = checkpoint.config(name)
+    network = build_on_meta(config, str(checkpoint.path), key=f"stage.{name}")
+    tensors, expected = checkpoint.tensors(name), network.state_dict()
+    compare_shapes(
+        {key: tuple(tensor.shape) for key, tensor in expected.items()},
+        {key: tuple(tensor.shape) for key, tensor in tensors.items()},
+        f"stage.{name} of {checkpoint.path}",
+    )
+    if is_building_on_meta():
+        return part_of(network.eval(), config, expected)
+    _load(network, tensors, checkpoint)
+    return part_of(network.eval(), config, tensors)
+
+
+def _adapted_part(checkpoint: Checkpoint, name: str, argument: str) -> Part:
+    """A frozen network, with the adapter that was trained merged into its weights."""
+    key = f"stage.{argument}"
+    adapter = instantiate_allowed(checkpoint.config(argument), key)
+    config, network = _frozen_network(checkpoint, name)
+    if network.source is None:
+        raise ValueError(f"{key} is of no base model; use another checkpoint")
+    weights = adapter.weights(checkpoint.tensors(name))
+    adapter.check(weights, network, key)
+    merged = merged_tensors(network.state_dict(), [(weights, 1.0)])
+    part = part_of(network, config, merged)
+    part.network = None  # it has other weights
+    return part
+
+
+def _frozen_network(checkpoint: Checkpoint, name: str) -> tuple[dict[str, Any], Any]:
+    """The config of a network that the checkpoint has no weights of, and the network."""
     config: Any = checkpoint.config(name)
     network = instantiate_allowed(config, f"stage.{name}")
+    if getattr(network, "source", None) is None and getattr(network, "weights", None) is None:
+        raise ValueError(
+            f"{checkpoint.path} does not contain the weights of stage.{name}; use another "
+            "checkpoint"
+        )
     if not is_building_on_meta():
         check_weight_files({name: network}, checkpoint.content.get("files", {}))
-    if name == "text_encoder" and (words := checkpoint.config("words")) is not None:
-        _add_words(network, instantiate_allowed(words, "stage.words"), checkpoint.tensors("words"))
-    if adapter is None:
-        return _part(config, network, network.state_dict(), network)
-    weights = instantiate_allowed(adapter, "stage.adapter").weights(tensors)
-    return _part(config, network, merged_tensors(network.state_dict(), [(weights, 1.0)]))
+    return config, network
 
 
-def _trained_part(checkpoint: Checkpoint, name: str, tensors: dict[str, Tensor]) -> Part:
-    config: Any = checkpoint.config(name)
-    network = build_on_meta(config, str(checkpoint.path))
-    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    compare_shapes(expected, shapes, f"stage.{name} of {checkpoint.path}")
-    if not is_building_on_meta():
+def _add_words(encoder: TextEncoder, checkpoint: Checkpoint) -> None:
+    if (config := checkpoint.config("words")) is not None:
+        words = instantiate_allowed(config, "stage.words")
+        words.add_to(encoder)
+        if not is_building_on_meta():
+            _load(words, checkpoint.tensors("words"), checkpoint)
+
+
+def _load(network: nn.Module, tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    try:  # assigned, so that tensors stay memory-mapped
         network.load_state_dict(tensors, assign=True)
-    return _part(config, network, tensors, network)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{checkpoint.path} does not contain the weights of its networks; use another "
+            "checkpoint"
+        ) from error
 
 
-def _add_words(encoder: TextEncoder, words: Any, tensors: Mapping[str, Tensor]) -> None:
-    words.add_to(encoder)
-    if not is_building_on_meta():
-        words.load_state_dict(tensors)
-
-
-def _part(
-    config: dict[str, Any],
-    network: Any,
-    state: Mapping[str, Tensor],
-    built: nn.Module | None = None,
-) -> Part:
+def part_of(network: Any, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Part:
     """The part of a network, which may be on the meta device.
 
     Args:
-        config: of the network, or of what loads it from a model.
         network: with its names and arguments.
+        config: of the network, or of what loads it from a model.
         state: its tensors.
-        built: the network with these tensors, if there is one.
     """
     arguments = getattr(network, "arguments", None)  # of a network from a model
-    config = with_defaults(drop_weight_paths(arguments or config))
+    config = with_defaults(drop_weight_paths(arguments or dict(config)))
     tokenizer = config.get("tokenizer")
     if isinstance(network, TextEncoder):
         config |= {"tokenizer": None, "vocab_size": network.tower.vocab_size}
-    if (scale := state.get("scale_factor")) is not None and not scale.is_meta:
-        config["scale_factor"] = float(scale)  # of Stage A
+    if SCALE in state and not state[SCALE].is_meta:
+        config[SCALE] = float(state[SCALE])
     tensors = {key: in_memory(tensor) for key, tensor in state.items()}
-    return Part(config, tensors, Path(tokenizer) if tokenizer else None, built)
+    return Part(config, tensors, Path(tokenizer) if tokenizer else None, network)

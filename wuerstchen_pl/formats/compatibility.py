@@ -1,6 +1,8 @@
 """Whether a network was trained on the latents that it is used with."""
 
-from wuerstchen_pl.formats.model import PAELLA, V1_SCALING, Model, build_network
+from collections.abc import Mapping
+
+from wuerstchen_pl.formats.model import PAELLA, V1_SCALING, Model, Part, build_network
 from wuerstchen_pl.models.fingerprint import network_fingerprint
 
 ENCODERS = {"b": "stage_a", "c": "stage_b", "ldm": "stage_a"}
@@ -75,3 +77,35 @@ def check_version(prior: Model, cascade: Model, origin: str) -> None:
             f"{origin} is a prior of version {prior_version}, but the model has Stage B of version "
             f"{version}; use both of one version, or set allow_mismatch=true"
         )
+
+
+CHANNELS = (
+    ("prior", "latent_channels", "compressor", "latent_channels"),
+    ("decoder", "semantic_channels", "compressor", "latent_channels"),
+    ("decoder", "latent_channels", "vqgan", "latent_channels"),
+    ("decoder", "codebook_size", "vqgan", "codebook_size"),
+)
+"""Arguments of networks that must be equal, as one network reads what the other writes."""
+
+
+def check_channels(parts: Mapping[str, Part], where: str) -> None:
+    """Refuse networks of a cascade that cannot read each other's latents.
+
+    Args:
+        parts: of a model.
+        where: where they were read from, for the message.
+
+    Raises:
+        ValueError: with both values.
+    """
+    for reader, its_argument, writer, argument in CHANNELS:
+        values = (
+            parts[part].config.get(name) if part in parts else None
+            for part, name in ((reader, its_argument), (writer, argument))
+        )
+        read, written = values
+        if read is not None and written is not None and read != written:
+            raise ValueError(
+                f"{where}: {reader}.{its_argument}={read}, but {writer}.{argument}={written}; use "
+                "networks that were trained together"
+            )

@@ -12,7 +12,7 @@ from wuerstchen_pl.checkpointing.load import find_checkpoint, read_checkpoint
 from wuerstchen_pl.formats.compatibility import ENCODERS, check_encoder, check_scaling, encoder_of
 from wuerstchen_pl.formats.detection import find_format
 from wuerstchen_pl.formats.hub import resolve_source
-from wuerstchen_pl.formats.model import Model
+from wuerstchen_pl.formats.model import V1_SCALING, Model
 from wuerstchen_pl.formats.registry import read_model
 from wuerstchen_pl.formats.stage_parts import STAGE_PARTS
 from wuerstchen_pl.io.contents import contents_of
@@ -75,8 +75,9 @@ def load_initial_weights(stage: "Stage", source: str, *, allow_mismatch: bool = 
 
 
 def _scaling(config: Mapping[str, Any]) -> tuple[float, float]:
-    """The shift and scale of a Stage C's latents, or the defaults of its constructor."""
-    return config.get("semantic_shift", 0.0), config.get("semantic_scale", 1.0)
+    """The shift and scale of a Stage C's latents; the constructor's defaults are version 1's."""
+    config = {**V1_SCALING, **config}
+    return config["semantic_shift"], config["semantic_scale"]
 
 
 def _from_checkpoint(path: Path, stage: "Stage") -> InitialWeights:

@@ -1,6 +1,7 @@
 """A model independent of its format: named parts, each a config and native tensors."""
 
 import inspect
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,11 @@ def validate_settings(settings: Any, where: str) -> dict[str, float]:
         ValueError: for an unknown name, a value that is not a number, or one that must be positive.
     """
     valid = isinstance(settings, dict) and all(
-        key in SETTINGS and isinstance(value, int | float) and (value > 0 or key == SHIFT)
+        key in SETTINGS
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (value > 0 or key == SHIFT)
         for key, value in settings.items()
     )
     if not valid:
@@ -147,18 +152,19 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return {"_target_": config["_target_"], **defaults, **config}
 
 
-def build_on_meta(config: dict[str, Any], where: str | None = None) -> nn.Module:
+def build_on_meta(config: dict[str, Any], where: str | None = None, key: str = "") -> nn.Module:
     """Build the network of a config on the meta device: names and shapes without memory.
 
     Args:
         config: a checked config; see ``validate_config``.
         where: the file it was read from, for error messages.
+        key: of ``config`` in that file, likewise.
 
     Raises:
         ValueError: if the config names a class outside this package, or cannot be built.
     """
     with contents_of(where or config["_target_"]), on_meta():
-        return instantiate_allowed(config)
+        return instantiate_allowed(config, key)
 
 
 def build_network(part: Part) -> nn.Module:
@@ -199,7 +205,7 @@ def check_tensors(part: Part, where: str, config_file: Path | None = None) -> No
         config_file: the file of its config, if that was read from another one.
 
     Raises:
-        ValueError: listing all tensors that are missing, unexpected or of the wrong shape.
+        ValueError: listing tensors that are missing, unexpected or of the wrong shape.
     """
     network = build_on_meta(part.config, str(config_file or where))
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
@@ -211,14 +217,17 @@ def compare_shapes(
     expected: dict[str, tuple[int, ...]], actual: dict[str, tuple[int, ...]], where: str
 ) -> None:
     """Check that names and shapes are as expected; see ``check_tensors``."""
-    errors = []
-    if missing := sorted(expected.keys() - actual.keys()):
-        errors.append(f"missing: {', '.join(missing)}")
-    if unexpected := sorted(actual.keys() - expected.keys()):
-        errors.append(f"unexpected: {', '.join(unexpected)}")
-    names = sorted(n for n in expected.keys() & actual.keys() if expected[n] != actual[n])
-    if names:
-        mismatches = (f"{name} is {actual[name]}, expected {expected[name]}" for name in names)
-        errors.append(f"wrong shape: {', '.join(mismatches)}")
+    wrong = sorted(n for n in expected.keys() & actual.keys() if expected[n] != actual[n])
+    differences = {
+        "missing": sorted(expected.keys() - actual.keys()),
+        "unexpected": sorted(actual.keys() - expected.keys()),
+        "wrong shape": [f"{name} is {actual[name]}, expected {expected[name]}" for name in wrong],
+    }
+    errors = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
     if errors:
         raise ValueError(f"{where} does not match the expected tensors; {'; '.join(errors)}")
+
+
+def _some(names: list[str], number: int = 5) -> str:
+    more = len(names) - number
+    return ", ".join(names[:number]) + (f" and {more} more" if more > 0 else "")

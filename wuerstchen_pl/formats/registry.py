@@ -5,7 +5,7 @@ from pathlib import Path
 
 from wuerstchen_pl.formats import FormatName, native, run
 from wuerstchen_pl.formats.compatibility import check_encoder, check_version, encoder_of
-from wuerstchen_pl.formats.detection import FORMATS, detect_format, read_files
+from wuerstchen_pl.formats.detection import FORMATS, detect_format
 from wuerstchen_pl.formats.hub import resolve_source
 from wuerstchen_pl.formats.model import DECODER_SETTING, STUDENT, Model
 from wuerstchen_pl.io.atomic import atomic_folder
@@ -44,9 +44,9 @@ def read_model(
             f"variant={variant} applies to the diffusers format, which {source} does not have; "
             "remove variant="
         )
-    model = _read(path, variant)
+    model = run.read_path(path, variant)
     if prior_path is not None:
-        other = _read(prior_path, variant)
+        other = run.read_path(prior_path, variant)
         if "prior" not in other.parts:
             raise ValueError(f"prior={prior} has no Stage C; use a model that has one")
         if not allow_mismatch:
@@ -63,10 +63,6 @@ def read_model(
 
 def _has_variants(path: Path) -> bool:
     return not run.is_run(path) and detect_format(path) == "diffusers"
-
-
-def _read(path: Path, variant: str | None) -> Model:
-    return run.read_run(path) if run.is_run(path) else read_files(path, variant)
 
 
 def write_model(model: Model, path: Path, format: FormatName) -> None:

@@ -3,25 +3,30 @@
 No LightningModule is built, as Lightning takes seconds to import, and a model needs none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
+from torch import Tensor
 
-from wuerstchen_pl.checkpointing.allowed import stage_name
+from wuerstchen_pl.checkpointing.allowed import (
+    DISTILLATION,
+    LOAD_COMPRESSOR,
+    LOAD_STAGE,
+    stage_name,
+)
 from wuerstchen_pl.checkpointing.finite import check_finite
 from wuerstchen_pl.checkpointing.load import (
     find_checkpoint,
     read_checkpoint,
     trained_weights,
 )
-from wuerstchen_pl.formats.checkpoint_parts import Checkpoint, read_part
-from wuerstchen_pl.formats.detection import read_files
+from wuerstchen_pl.formats.checkpoint_parts import Checkpoint, part_of, read_part
+from wuerstchen_pl.formats.detection import find_format, read_files
 from wuerstchen_pl.formats.hub import resolve_source
-from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import (
     DECODER_SETTING,
     STUDENT,
@@ -29,7 +34,7 @@ from wuerstchen_pl.formats.model import (
     Model,
     Part,
     build_network,
-    build_on_meta,
+    validate_settings,
 )
 from wuerstchen_pl.formats.sources import check_sha256, checked_source
 from wuerstchen_pl.formats.stage_parts import STAGE_PARTS, compressor_of, parts_of_stage
@@ -39,7 +44,14 @@ from wuerstchen_pl.models.meta import is_building_on_meta
 
 FROZEN_STAGES = {"stage_b": "b", "stage_a": "a"}
 """Argument of a stage -> the frozen stage that it is."""
-COMPRESSOR_ONLY = "wuerstchen_pl.formats.trained_stage.load_compressor"
+NEEDED = {
+    "a": ("vqgan",),
+    "b": ("vqgan", "decoder", "compressor"),
+    "c": ("prior", "prior_text_encoder", "compressor"),
+}
+"""Stage -> the parts that every run of it has."""
+TRAINING_ONLY = ("discriminator", "code_uses")
+"""Tensors of Stage A that a model does not have."""
 
 
 def is_run(path: Path) -> bool:
@@ -53,7 +65,7 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
     Args:
         run: a run's folder, or a checkpoint in it.
         ema: use EMA weights of the trained stage; False uses its raw weights. The frozen stages
-            always have EMA weights, with which the stage was trained.
+            have those with which the stage was trained.
 
     Raises:
         FileNotFoundError: if there is no checkpoint, or a frozen stage is missing.
@@ -68,21 +80,49 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
         )
     with contents_of(path, "use another checkpoint"):
         weights = trained_weights(path, content, ema=ema)
-        if not is_building_on_meta():
-            check_finite(weights, str(path))
+        _check_tensors(weights, path)
         checkpoint = Checkpoint(path, content, weights)
-        parts = {
-            part: read_part(checkpoint, attribute)
-            for attribute, part in {**STAGE_PARTS[name], "controlnet": "controlnet"}.items()
-            if checkpoint.config(attribute) is not None
-        }
+        networks = {**STAGE_PARTS[name], "controlnet": "controlnet"}
+        present = [key for key in networks if checkpoint.config(key) is not None]
+        _check_prefixes(checkpoint, present)
+        parts = {networks[key]: read_part(checkpoint, key) for key in present}
         for key, frozen in FROZEN_STAGES.items():
             if (config := checkpoint.config(key)) is not None:
                 parts |= _frozen_stage(config, frozen)
+        if missing := [part for part in NEEDED[name] if part not in parts]:
+            raise ValueError(
+                f"its stage={name} lacks {' and '.join(missing)}; use another checkpoint"
+            )
         settings = _scaling(content["stage"]) if name == "c" else {}
         settings |= _decoder_settings(parts)
+        settings = validate_settings(settings, str(path))
     settings |= {} if (size := image_size(path)) is None else {"image_size": size}
     return Model(parts, settings, atomic.Source(path=str(path), sha256=atomic.sha256(path)))
+
+
+def read_path(path: Path, variant: str | None = None) -> Model:
+    """Read a run, or a model in any format; see ``read_run`` and ``detection.read_files``."""
+    return read_run(path) if is_run(path) else read_files(path, variant)
+
+
+def _check_tensors(weights: Mapping[str, Any], path: Path) -> None:
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"state_dict.{name} is not a tensor; use another checkpoint")
+    if not is_building_on_meta():
+        check_finite(weights, str(path))
+
+
+def _check_prefixes(checkpoint: Checkpoint, networks: Sequence[str]) -> None:
+    """Refuse tensors that would be ignored."""
+    words = () if checkpoint.config("words") is None else ("words",)
+    known = {*networks, *words, *TRAINING_ONLY}
+    for key in checkpoint.weights:
+        if key.partition(".")[0] not in known:
+            raise ValueError(
+                f"state_dict has {key}, which is of none of the stage's networks; use another "
+                "checkpoint"
+            )
 
 
 def image_size(checkpoint: Path) -> int | None:
@@ -93,24 +133,21 @@ def image_size(checkpoint: Path) -> int | None:
     return None
 
 
-def _scaling(config: Mapping[str, Any]) -> dict[str, float]:
+def _scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a Stage C's config; the defaults of its constructor are version 1's."""
-    return V1_SCALING | {key: config[key] for key in (*V1_SCALING, STUDENT) if key in config}
+    student = {STUDENT: config[STUDENT]} if config["_target_"] == DISTILLATION else {}
+    return V1_SCALING | {key: config[key] for key in V1_SCALING if key in config} | student
 
 
-def _decoder_settings(parts: Mapping[str, Part]) -> dict[str, float]:
+def _decoder_settings(parts: Mapping[str, Part]) -> dict[str, Any]:
     """The settings that follow from the networks."""
-    networks: dict[str, Any] = {
-        name: parts[name].network or build_on_meta(parts[name].config)
-        for name in ("compressor", "vqgan")
-        if name in parts
-    }
-    if "compressor" not in networks:
+    if "compressor" not in parts:
         return {}
-    pixels = networks["compressor"].resolution_multiple
-    if "vqgan" not in networks:
+    pixels = cast(Any, parts["compressor"].network).resolution_multiple
+    if "vqgan" not in parts:
         return {"resolution_multiple": pixels}
-    return {"resolution_multiple": pixels, DECODER_SETTING: pixels / networks["vqgan"].factor}
+    factor = cast(Any, parts["vqgan"].network).factor
+    return {"resolution_multiple": pixels, DECODER_SETTING: pixels / factor}
 
 
 # Frozen stages
@@ -120,24 +157,29 @@ def _frozen_stage(config: dict[str, Any], name: str) -> dict[str, Part]:
     """The parts of a frozen stage, or of its compressor.
 
     Args:
-        config: see ``argument_config``.
+        config: that ``load_stage`` or ``load_compressor`` would be called with: the path, and the
+            hash that is recorded, if any.
         name: ``a`` or ``b``.
     """
     path, recorded = resolve_source(str(config["source"])), config.get("sha256")
-    if config["_target_"] == COMPRESSOR_ONLY:
-        return _frozen_parts({"compressor": compressor_of(_read(path), path)}, path, recorded)
-    if is_run(path):
+    if config["_target_"] == LOAD_COMPRESSOR:
+        return _frozen_parts({"compressor": compressor_of(read_path(path), path)}, path, recorded)
+    if (config["_target_"], config.get("stage")) != (LOAD_STAGE, name):
+        raise ValueError(
+            f"stage.stage_{name} is not a frozen Stage {name.upper()}; use another checkpoint"
+        )
+    is_model = find_format(path) is not None
+    if is_model:
+        model = read_files(path)
+    else:
         path = find_checkpoint(path)
         check_sha256(path, atomic.sha256(path), recorded)  # before a changed file is interpreted
-    parts = dict(_read(path).parts)
+        model = read_run(path, ema=config.get("ema", True))
+    parts = dict(model.parts)
     if "compressor" not in parts and (source := config.get("compressor")) is not None:
-        parts["compressor"] = compressor_of(_read(resolve_source(str(source))), source)
+        parts["compressor"] = compressor_of(read_path(resolve_source(str(source))), source)
     parts = parts_of_stage(parts, name, path)
-    return parts if is_run(path) else _frozen_parts(parts, path, recorded)
-
-
-def _read(path: Path) -> Model:
-    return read_run(path) if is_run(path) else read_files(path)
+    return _frozen_parts(parts, path, recorded) if is_model else parts
 
 
 def _frozen_parts(parts: Mapping[str, Part], path: Path, recorded: str | None) -> dict[str, Part]:
@@ -146,9 +188,8 @@ def _frozen_parts(parts: Mapping[str, Part], path: Path, recorded: str | None) -
     checked_source(path, networks.values(), recorded)
     return {
         name: replace(
-            parts[name],
-            tensors={key: in_memory(tensor) for key, tensor in network.state_dict().items()},
-            network=network,
+            part_of(network, parts[name].config, network.state_dict()),
+            tokenizer=parts[name].tokenizer,
         )
         for name, network in networks.items()
     }

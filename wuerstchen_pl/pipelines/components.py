@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypedDict
 
+from wuerstchen_pl.formats.compatibility import check_channels
 from wuerstchen_pl.formats.model import (
     DECODER_SETTING,
     DIFFNEXT,
@@ -52,6 +53,7 @@ def build_components(model: Model, where: str) -> Components:
             f"{where} lacks {', '.join(missing)}; use a complete cascade, such as Stage C's run, "
             "or set a separate Stage C with prior="
         )
+    check_channels(model.parts, where)
     nets: dict[str, Any] = {name: build_network(part) for name, part in model.parts.items()}
     for net, encoder in (("prior", "prior_text_encoder"), ("decoder", "text_encoder")):
         if encoder in nets and nets[net].text_dim != nets[encoder].width:

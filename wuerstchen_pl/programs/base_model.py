@@ -8,6 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from wuerstchen_pl.checkpointing.allowed import LOAD_COMPRESSOR
 from wuerstchen_pl.checkpointing.load import drop_weight_paths
 from wuerstchen_pl.cli.config import conf_dir
 from wuerstchen_pl.cli.jobs import typed_keys
@@ -21,7 +22,6 @@ IMAGE_SIZE = 1024
 """Side in pixels of the images if the base model does not state its own: that of v2."""
 SCALING = ("semantic_shift", "semantic_scale")
 LOAD_NETWORK = "wuerstchen_pl.formats.pretrained.load_network"
-LOAD_COMPRESSOR = "wuerstchen_pl.formats.trained_stage.load_compressor"
 
 
 def use_base_model(cfg: DictConfig) -> None:

@@ -43,7 +43,7 @@ from wuerstchen_pl.sampling.loop import (
     denoise,
 )
 from wuerstchen_pl.sampling.prompts import Prompts, check_num_images, count_prompts, encode_prompts
-from wuerstchen_pl.sampling.student import warn_if_unsuitable
+from wuerstchen_pl.sampling.student import check_student_steps, warn_if_unsuitable
 
 DEFAULT_STAGE_C_TIMESTEPS: list[float] = [
     *(1 - i / 57 for i in range(20)),
@@ -89,7 +89,7 @@ class PriorSampler(StepState):
         controlnet: ControlNet | None = None,
         student_steps: float | None = None,
     ) -> None:
-        self.student_steps = None if student_steps is None else round(student_steps)
+        self.student_steps = None if student_steps is None else check_student_steps(student_steps)
         self.prior, self.text_encoder, self.controlnet = prior, text_encoder, controlnet
         self.scaling = LatentScaling(scale=semantic_scale, shift=semantic_shift)
         self.resolution_multiple = resolution_multiple

@@ -7,6 +7,17 @@ from wuerstchen_pl.sampling.config import DenoiseConfig
 MAX_STUDENT_STEPS = 8
 
 
+def check_student_steps(steps: float) -> int:
+    """The steps that a student was trained for.
+
+    Raises:
+        ValueError: if they are no whole number from 1 to ``MAX_STUDENT_STEPS``.
+    """
+    if steps not in range(1, MAX_STUDENT_STEPS + 1):
+        raise ValueError(f"student_steps={steps} is out of range; use 1 to {MAX_STUDENT_STEPS}")
+    return int(steps)
+
+
 def warn_if_unsuitable(student_steps: int, config: DenoiseConfig) -> None:
     """Warn about guidance, or more steps than a student of ``student_steps`` benefits from."""
     steps = len(config.times) - 1

@@ -18,7 +18,7 @@ from wuerstchen_pl.diffusion.objective import noise_error
 from wuerstchen_pl.models.prior import Prior
 from wuerstchen_pl.sampling.control import Control
 from wuerstchen_pl.sampling.prior import PriorSampler
-from wuerstchen_pl.sampling.student import MAX_STUDENT_STEPS
+from wuerstchen_pl.sampling.student import check_student_steps
 from wuerstchen_pl.stages.c import StageC
 from wuerstchen_pl.stages.frozen import is_on
 
@@ -58,10 +58,7 @@ class DistillationStage(StageC):
                 raise ValueError(f"distillation trains the prior alone; remove stage.{key}")
         if (p2 := arguments.setdefault("p2", "none")) != "none":
             raise ValueError(f"p2={p2} is not a weight of distillation; set stage.p2=none")
-        if not 1 <= student_steps <= MAX_STUDENT_STEPS:
-            raise ValueError(
-                f"student_steps={student_steps} is out of range; use 1 to {MAX_STUDENT_STEPS}"
-            )
+        check_student_steps(student_steps)
         if not 1 <= teacher_steps <= MAX_TEACHER_STEPS // student_steps:
             raise ValueError(
                 f"teacher_steps={teacher_steps} is out of range; with student_steps="
