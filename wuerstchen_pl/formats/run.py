@@ -116,9 +116,9 @@ def _check_tensors(weights: Mapping[str, Any], path: Path) -> None:
 def _check_prefixes(checkpoint: Checkpoint, networks: Sequence[str]) -> None:
     """Refuse tensors that would be ignored."""
     words = () if checkpoint.config("words") is None else ("words",)
-    known = {*networks, *words, *TRAINING_ONLY}
+    prefixes = {*networks, *words, *TRAINING_ONLY}
     for key in checkpoint.weights:
-        if key.partition(".")[0] not in known:
+        if key.partition(".")[0] not in prefixes:
             raise ValueError(
                 f"state_dict has {key}, which is of none of the stage's networks; use another "
                 "checkpoint"

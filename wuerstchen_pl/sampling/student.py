@@ -11,7 +11,7 @@ def check_student_steps(steps: float) -> int:
     """The steps that a student was trained for.
 
     Raises:
-        ValueError: if they are no whole number from 1 to ``MAX_STUDENT_STEPS``.
+        ValueError: if this is not a whole number from 1 to ``MAX_STUDENT_STEPS``.
     """
     if steps not in range(1, MAX_STUDENT_STEPS + 1):
         raise ValueError(f"student_steps={steps} is out of range; use 1 to {MAX_STUDENT_STEPS}")
