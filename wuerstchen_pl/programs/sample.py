@@ -65,8 +65,6 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
     load_controlnet(pipeline, cfg)
     load_adapters(pipeline, cfg.lora)
     load_words(pipeline, cfg.words)
-    if cfg.compile:
-        pipeline.compile()
     requests = [
         (prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.num_images_per_prompt)
     ]
@@ -85,6 +83,8 @@ def generate(cfg: DictConfig, prompts: list[str], settings: SamplingConfig, fold
             f"{plural(len(requests), 'image')} of {height} x {width} px: about "
             f"{seconds / 60:.0f} minutes on {device}"
         )
+    if cfg.compile:  # not before, as it would also compile for the size that is timed
+        pipeline.compile()
 
     images = generate_images(
         pipeline, texts, seeds=seeds, height=height, width=width, settings=settings, control=control
