@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from tests.conftest import run_program, small
+from wuerstchen_pl.checkpointing import sharded
 from wuerstchen_pl.checkpointing.load import find_checkpoint
 from wuerstchen_pl.formats import registry
-from wuerstchen_pl.formats.model import build_network
+from wuerstchen_pl.formats.model import STUDENT, build_network
 from wuerstchen_pl.formats.run import read_run
 from wuerstchen_pl.formats.stage_parts import STAGE_PARTS
 from wuerstchen_pl.formats.trained_stage import load_stage
 from wuerstchen_pl.models.meta import on_meta
-from wuerstchen_pl.sampling.student import check_student_steps
+from wuerstchen_pl.pipelines.components import build_components
 
 Content = dict[str, Any]
 
@@ -95,6 +96,21 @@ def test_a_frozen_stage_is_found_whatever_the_name_of_its_checkpoint(
 
     change(run, rename)
     assert read_run(run).parts.keys() == read_run(runs["c"]).parts.keys()
+
+
+def test_a_sharded_run_is_read_on_the_meta_device_too(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    content = torch.load(find_checkpoint(runs["a"]), weights_only=True)
+    path = tmp_path / "run/checkpoints/step0000004.ckpt"
+    path.parent.mkdir(parents=True)
+    sharded.write_sharded(content, path)
+    expected = read_run(runs["a"]).parts["vqgan"].tensors
+    actual = read_run(path).parts["vqgan"].tensors
+    assert all(torch.equal(actual[name].load(), expected[name].load()) for name in expected)
+    with on_meta():
+        on_no_device = read_run(path).parts["vqgan"].tensors
+    assert {k: t.shape for k, t in on_no_device.items()} == {k: t.shape for k, t in actual.items()}
 
 
 # Damaged checkpoints. Their hashes could be forged, so they have none.
@@ -197,6 +213,28 @@ def test_a_damaged_run_is_refused(damage: str, runs: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("steps", [0, 9, 2.5, -1])
-def test_steps_that_no_student_has_are_refused(steps: float) -> None:
+def test_steps_that_no_student_has_are_refused(steps: float, runs: dict[str, Path]) -> None:
+    model = read_run(runs["c"])
+    model.settings[STUDENT] = 4
+    assert build_components(model, "x")["prior"].student_steps == 4
+    model.settings[STUDENT] = steps
     with pytest.raises(ValueError, match=f"student_steps={steps} is out of range; use 1 to 8"):
-        check_student_steps(steps)
+        build_components(model, "x")
+
+
+@pytest.mark.parametrize(
+    ("part", "argument"),
+    [
+        ("prior", "latent_channels"),
+        ("decoder", "semantic_channels"),
+        ("decoder", "latent_channels"),
+    ],
+)
+def test_networks_that_cannot_read_each_other_are_refused(
+    part: str, argument: str, runs: dict[str, Path]
+) -> None:
+    model = read_run(runs["c"])
+    build_components(model, "x")
+    model.parts[part].config[argument] = 7
+    with pytest.raises(ValueError, match=rf"x: {part}\.{argument}=7, but .*; use networks that"):
+        build_components(model, "x")

@@ -72,6 +72,10 @@ def test_norms_are_closer_than_a_rounding_whatever_the_parts(
     assert torch.equal(u, kept), "it is computed again in the backward pass"
 
 
+def test_an_empty_batch_gives_an_empty_batch() -> None:
+    assert GeluGRN(5)(torch.zeros(0, 2, 2, 5)).shape == (0, 2, 2, 5)
+
+
 def test_a_channel_of_zeros_has_finite_gradients() -> None:
     norm, _ = norm_and_input(torch.float32)
     u = torch.zeros(1, 2, 2, 5, requires_grad=True)

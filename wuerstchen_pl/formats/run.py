@@ -37,20 +37,14 @@ from wuerstchen_pl.formats.model import (
     validate_settings,
 )
 from wuerstchen_pl.formats.sources import check_sha256, checked_source
-from wuerstchen_pl.formats.stage_parts import STAGE_PARTS, compressor_of, parts_of_stage
+from wuerstchen_pl.formats.stage_parts import NEEDED, STAGE_PARTS, compressor_of, parts_of_stage
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.models.meta import is_building_on_meta
 
 FROZEN_STAGES = {"stage_b": "b", "stage_a": "a"}
 """Argument of a stage -> the frozen stage that it is."""
-NEEDED = {
-    "a": ("vqgan",),
-    "b": ("vqgan", "decoder", "compressor"),
-    "c": ("prior", "prior_text_encoder", "compressor"),
-}
-"""Stage -> the parts that every run of it has."""
-TRAINING_ONLY = ("discriminator", "code_uses")
+NOT_IN_MODELS = ("discriminator", "code_uses")
 """Tensors of Stage A that a model does not have."""
 
 
@@ -68,7 +62,7 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
             have those with which the stage was trained.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint, or a frozen stage is missing.
+        FileNotFoundError: if there is no checkpoint, or if that of a frozen stage is not found.
         ValueError: if it is damaged, or not of Stage A, B or C, or a frozen stage has changed.
     """
     path = find_checkpoint(run)
@@ -116,7 +110,7 @@ def _check_tensors(weights: Mapping[str, Any], path: Path) -> None:
 def _check_prefixes(checkpoint: Checkpoint, networks: Sequence[str]) -> None:
     """Refuse tensors that would be ignored."""
     words = () if checkpoint.config("words") is None else ("words",)
-    prefixes = {*networks, *words, *TRAINING_ONLY}
+    prefixes = {*networks, *words, *NOT_IN_MODELS}
     for key in checkpoint.weights:
         if key.partition(".")[0] not in prefixes:
             raise ValueError(

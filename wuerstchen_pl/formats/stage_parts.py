@@ -18,6 +18,14 @@ STAGE_PARTS = {
 """Stage -> attribute of the network -> name of the part."""
 
 
+NEEDED = {
+    "a": ("vqgan",),
+    "b": ("vqgan", "decoder", "compressor"),
+    "c": ("prior", "prior_text_encoder", "compressor"),
+}
+"""Stage -> the parts that it cannot do without, in an order that every format has."""
+
+
 def parts_of_stage(parts: Mapping[str, Part], name: str, where: str | Path) -> dict[str, Part]:
     """The parts that a frozen Stage A or B needs, in an order that every format has.
 
@@ -29,7 +37,7 @@ def parts_of_stage(parts: Mapping[str, Part], name: str, where: str | Path) -> d
     Raises:
         ValueError: if one is missing.
     """
-    needed = ["vqgan"] if name == "a" else ["vqgan", "decoder", "compressor"]
+    needed = list(NEEDED[name])
     if name == "b" and "decoder" in parts and parts["decoder"].config.get("text_dim") is not None:
         needed.append("text_encoder")
     if missing := [part for part in needed if part not in parts]:
