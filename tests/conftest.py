@@ -157,6 +157,12 @@ GROUP_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WOR
 
 
 @pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is in the test's own folder, not among files that a machine has or lacks."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def no_group() -> Iterator[None]:
     """No test inherits the process group that a trainer of an earlier one leaves behind.
 

@@ -1,6 +1,7 @@
 """The import rule of docs/architecture.md, the folders of tests, and the limit on file length."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -221,6 +222,12 @@ def test_a_type_checking_import_is_ignored() -> None:
 def test_folders_of_tests_are_those_of_the_package() -> None:
     folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
     assert [str(folder) for folder in folders if not (PACKAGE / folder).is_dir()] == []
+
+
+def test_tests_name_no_folder_that_others_write_to() -> None:
+    """A file that someone left there would change a result."""
+    shared = re.compile(r"[\"'=]/(tmp|var|home|root)\b")
+    assert [path.name for path in TESTS.rglob("*.py") if shared.search(path.read_text())] == []
 
 
 def test_files_are_short_and_none_is_a_catch_all() -> None:

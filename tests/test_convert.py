@@ -129,8 +129,8 @@ def test_convert_adds_text_encoders_to_upstream_files(program: Program, tmp_path
     ("arguments", "message"),
     [
         (["from=/no/such"], "to is missing; set to="),
-        (["from=/no/such", "to=/tmp/x"], "/no/such does not exist"),
-        (["from=/no/such", "to=/tmp/x", "format=onnx"], "format is 'onnx', and must be"),
+        (["from=/no/such", "to=x"], "/no/such does not exist"),
+        (["from=/no/such", "to=x", "format=onnx"], "format is 'onnx', and must be"),
     ],
 )
 def test_bad_conversions_end_with_one_line(

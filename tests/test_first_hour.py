@@ -40,10 +40,8 @@ def metric(run: Path, name: str) -> list[float]:
 
 @pytest.mark.slow
 def test_photographs_become_a_model_that_draws(
-    program: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
+    program: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     photographs = write_photographs(tmp_path / "images")
     data = ["data=folder", f"data.root={photographs}"]
     small = ["trainer.accelerator=cpu", "stage.optimizer.lr=3e-3", "data.num_workers=0"]

@@ -67,9 +67,8 @@ def test_paths_in_the_readme_exist() -> None:
 
 
 @pytest.fixture
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path) -> Path:
     """The working directory, with the images that the README's commands use."""
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "my/images").mkdir(parents=True)
     for i in range(12):
         (tmp_path / f"my/images/{i}.jpg").write_bytes(image(str(i), 64 + i, 64))
@@ -266,10 +265,7 @@ def keys(arguments: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("arguments", commands("sample"), ids=lambda a: " ".join(a)[:60])
-def test_sampling_commands(
-    arguments: list[str], cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_sampling_commands(arguments: list[str], cascade: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red heart\na blue bird\n")
     arguments = [a for a in arguments if not a.startswith("model=")]
     fewer = ["sample.decoder_steps=1"]
@@ -286,10 +282,7 @@ TO_DOWNLOAD = [c for c in commands("evaluate") if "metric=[fid,is,clip,pickscore
 @pytest.mark.parametrize(
     "arguments", long_ones_slow([c for c in commands("evaluate") if c not in TO_DOWNLOAD])
 )
-def test_evaluation_commands(
-    arguments: list[str], cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_evaluation_commands(arguments: list[str], cascade: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red heart\na blue bird\n")
     if "images=outputs/demo/evaluation/images" in arguments:
         images = tmp_path / "outputs/demo/evaluation/images"
