@@ -14,6 +14,8 @@ from scripts.fault_injection.kills import kills
 from scripts.fault_injection.runs import COMPARED, differing
 from scripts.fault_injection.startup import startup
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "times"), [(1, 4), (2, 2)])
@@ -30,7 +32,7 @@ def test_a_disk_fault_loses_no_checkpoint(kind: str, reason: str) -> None:
     if shutil.which("unshare") is None or subprocess.run(unshare, capture_output=True).returncode:
         pytest.skip("needs permission to mount in a user namespace")
     command = [sys.executable, "-m", "scripts.fault_injection", kind, "--steps", "30"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stdout + process.stderr
     assert f"could not be written: {reason}" in process.stdout
     assert "bit-equal" in process.stdout

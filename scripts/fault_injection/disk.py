@@ -1,7 +1,6 @@
 """A disk that fills up or becomes read-only during a run, and is then repaired."""
 
 import os
-import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,9 +15,10 @@ def disk_fault(root: Path, *, kind: str, steps: int, overrides: Sequence[str] = 
 
     Needs permission to mount, which ``main`` obtains with unshare.
     """
-    (root / "disk").mkdir()
+    disk = str(root / "disk")
+    os.mkdir(disk)
     size = "8m" if kind == "full-disk" else "200m"
-    mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(root / "disk"))
+    mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk)
     run = Run(root / "disk", steps, overrides=overrides)
     process = run.launch()
     if kind == "full-disk":
@@ -28,15 +28,18 @@ def disk_fault(root: Path, *, kind: str, steps: int, overrides: Sequence[str] = 
                 filler.write(bytes(4096))
     else:
         wait_for(partial(run.is_beyond, steps // 3), process)
-        os.kill(process.pid, signal.SIGSTOP)  # a remount fails while files are open for writing
-        mount("-o", "remount,ro", str(root / "disk"))
-        os.kill(process.pid, signal.SIGCONT)
+        # A remount of the disk itself would fail, as the run's lock is open for writing.
+        mount("--bind", disk, disk)
+        mount("-o", "remount,bind,ro", disk)
     _, stderr = process.communicate()
     print(f"exit code {process.returncode} at step {run.step()}: {last_line(stderr)}")
     if process.returncode != 1 or run.step() >= steps:
         return ["the run did not report the fault"]
     run.checkpoint()  # raises if it is damaged
-    mount("-o", "remount,rw,size=200m", str(root / "disk"))
+    if kind == "full-disk":
+        mount("-o", "remount,size=200m", disk)
+    else:
+        subprocess.run(["umount", disk], check=True)
     run.finish()
     undisturbed = Run(root / "undisturbed", steps, overrides=overrides)
     undisturbed.finish()
