@@ -6,6 +6,11 @@ from pathlib import Path
 from scripts.fault_injection.runs import Run, differing
 
 ONLY_AT_THE_END = "checkpoint_every_steps=1000000"
+SAME_FOR_ANY_LENGTH = (
+    "stage.lr_schedule.decay=none", "stage.lr_schedule.warmup_steps=4",
+    "stage.adversarial_start_step=20",
+)  # fmt: skip
+"""Schedules that the preset has in shares of the run."""
 
 
 def ends(root: Path, *, steps: int, overrides: Sequence[str] = ()) -> list[str]:
@@ -13,7 +18,7 @@ def ends(root: Path, *, steps: int, overrides: Sequence[str] = ()) -> list[str]:
 
     The run must take longer than 3 s, the time limit.
     """
-    rest = [ONLY_AT_THE_END, *overrides]
+    rest = [ONLY_AT_THE_END, *SAME_FOR_ANY_LENGTH, *overrides]
     undisturbed = Run(root / "undisturbed", steps, overrides=rest)
     undisturbed.finish()
     errors = []
