@@ -17,6 +17,7 @@ from tests.conftest import NO_PROFILE, SMALL_DATA, rendered_data, run_program
 from tests.formats.conftest import CONFIGS, SETTINGS, assert_bit_equal, random_part, tensors
 from wuerstchen_pl.checkpointing.allowed import instantiate_allowed
 from wuerstchen_pl.checkpointing.load import find_checkpoint, read_checkpoint
+from wuerstchen_pl.cli.config import conf_dir
 from wuerstchen_pl.formats import registry
 from wuerstchen_pl.formats.lazy_tensors import in_memory
 from wuerstchen_pl.formats.model import Model, Part, with_defaults
@@ -422,6 +423,23 @@ REFUSED = {
         ["init_from=whole", "preset=tiny", "paths.stage_b=PUBLISHED/whole"], "has other networks",
     ),
 }  # fmt: skip
+
+
+TUNING = [
+    path.stem
+    for path in Path(conf_dir(), "experiment").glob("*.yaml")
+    if path.stem == "finetune" or "- finetune\n" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("experiment", TUNING)
+def test_without_a_base_model_no_experiment_tunes_one(
+    experiment: str, capsys: pytest.CaptureFixture
+) -> None:
+    keys = ["stage=c", f"experiment={experiment}", "data=openmoji"]
+    keys += ["stage.words.text=x"] if experiment == "token" else []
+    assert run_program("train", keys) == 1
+    assert "init_from is not set; set it to the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", REFUSED)

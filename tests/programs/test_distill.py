@@ -74,9 +74,8 @@ def test_a_run_resumes_bit_for_bit(run: Path, cascade: Path, tmp_path: Path) -> 
 def test_another_teacher_is_refused(
     run: Path, cascade: Path, random_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    resume = f"ckpt={find_checkpoint(run)}"
-    keys = [resume, f"stage.teacher.source={random_base}"]
-    assert train(cascade / "c", tmp_path, *keys, steps=6) == 1
+    keys = [f"{key}={cascade / 'c'}" for key in ("encoders", "compressor", "decoder")]
+    assert train(random_base, tmp_path, *keys, f"ckpt={find_checkpoint(run)}", steps=6) == 1
     assert "the run was started with teacher sha256" in capsys.readouterr().err
 
 

@@ -66,6 +66,9 @@ def use_base_model(cfg: DictConfig) -> None:
             _use_stage_b(cfg, base)
         if "controlnet" in cfg.stage:
             _complete_controlnet(cfg.stage.controlnet, cfg, base)
+        if _is_partial(cfg.stage.get("teacher")):
+            del cfg.stage.teacher["_partial_"]
+            cfg.stage.teacher.source = cfg.init_from
 
 
 def check_experiment(stage: str) -> None:
