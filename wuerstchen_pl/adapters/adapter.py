@@ -149,7 +149,14 @@ class Adapter:
         )
 
     def weights(self, state: Mapping[str, Tensor]) -> AdapterWeights:
-        """The adapter's weights in the state dict of a network that has it."""
+        """The adapter's weights in the state dict of a network that has it.
+
+        Raises:
+            ValueError: if there are others, or integers.
+        """
+        for name, tensor in state.items():
+            if not _TENSOR.fullmatch(name) or not tensor.is_floating_point():
+                raise ValueError(f"{name} is not a weight of an adapter; use another file")
         layers: dict[str, dict[str, Tensor]] = {}
         for layer, name, tensor in _tensors(state):
             layers.setdefault(layer, {})[name] = tensor
@@ -169,9 +176,9 @@ class Adapter:
         """
         expected = set(choose_layers(network, self.targets, key))
         if differing := sorted(weights.keys() ^ expected):
-            what = "lacks" if differing[0] in expected else "has"
+            what = "lacks {}, which is one" if differing[0] in expected else "has {}, which is none"
             raise ValueError(
-                f"{key}: the adapter {what} {differing[0]}, unlike its targets; use another file"
+                f"{key}: the adapter {what.format(differing[0])} of its targets; use another file"
             )
         for layer, adapter in weights.items():
             method, rank = method_of(adapter), adapter.rank

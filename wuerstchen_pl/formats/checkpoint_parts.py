@@ -26,6 +26,8 @@ ADAPTERS = {
     "prior": "adapter", "diffnext": "adapter", "paella": "adapter", "text_encoder": "text_adapter",
 }  # fmt: skip
 """Attribute of a network -> argument of the adapter that may have been trained instead of it."""
+TRAINED_INSTEAD = ("adapter", "text_adapter", "words", "controlnet")
+"""Arguments of a stage, of which any one leaves the networks as they are in a base model."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,23 @@ def read_part(checkpoint: Checkpoint, name: str) -> Part:
     """
     if name in ADAPTERS and checkpoint.config(ADAPTERS[name]) is not None:
         return _adapted_part(checkpoint, name, ADAPTERS[name])
-    if checkpoint.tensors(name):
+    if bool(tensors := checkpoint.tensors(name)) != _is_trained(checkpoint.content["stage"], name):
+        raise ValueError(
+            f"{checkpoint.path} {'has' if tensors else 'does not contain'} the weights of "
+            f"stage.{name}{', which is frozen' if tensors else ''}; use another checkpoint"
+        )
+    if tensors:
         return _trained_part(checkpoint, name)
     config, network = _frozen_network(checkpoint, name)
     if name == "text_encoder":
         _add_words(network, checkpoint)
     return part_of(network, config, network.state_dict())
+
+
+def _is_trained(stage: Mapping[str, Any], name: str) -> bool:
+    if name == "text_encoder":
+        return bool(stage.get("train_text_encoder", False))
+    return name == "controlnet" or all(stage.get(key) is None for key in TRAINED_INSTEAD)
 
 
 def _trained_part(checkpoint: Checkpoint, name: str) -> Part:
@@ -103,7 +116,7 @@ def _adapted_part(checkpoint: Checkpoint, name: str, argument: str) -> Part:
     adapter = instantiate_allowed(checkpoint.config(argument), key)
     config, network = _frozen_network(checkpoint, name)
     if network.source is None:
-        raise ValueError(f"{key} is of no base model; use another checkpoint")
+        raise ValueError(f"{key} has no base model; use another checkpoint")
     weights = adapter.weights(checkpoint.tensors(name))
     adapter.check(weights, network, key)
     merged = merged_tensors(network.state_dict(), [(weights, 1.0)])

@@ -14,6 +14,7 @@ from wuerstchen_pl.formats.lazy_tensors import LazyTensor
 from wuerstchen_pl.io.atomic import Source
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.models.meta import is_building_on_meta, on_meta
+from wuerstchen_pl.models.prior import MAX_STUDENT_STEPS
 from wuerstchen_pl.plural import plural
 from wuerstchen_pl.signatures import check_objects
 
@@ -128,7 +129,7 @@ def validate_settings(settings: Any, where: str) -> dict[str, float]:
     """Check untrusted settings and convert them to float.
 
     Raises:
-        ValueError: for an unknown name, a value that is not a number, or one that must be positive.
+        ValueError: for an unknown name, a value that is not a number, or one that is out of range.
     """
     valid = isinstance(settings, dict) and all(
         key in SETTINGS
@@ -139,8 +140,15 @@ def validate_settings(settings: Any, where: str) -> dict[str, float]:
         for key, value in settings.items()
     )
     if not valid:
-        names = ", ".join(SETTINGS)
-        raise ValueError(f"{where} has settings={settings}; use positive numbers for {names}")
+        positive = ", ".join(key for key in SETTINGS if key != SHIFT)
+        raise ValueError(
+            f"{where} has settings={settings}; use positive numbers for {positive}, and any number "
+            f"for {SHIFT}"
+        )
+    if (steps := settings.get(STUDENT, 1)) not in range(1, MAX_STUDENT_STEPS + 1):
+        raise ValueError(
+            f"{where} has {STUDENT}={steps}; use a whole number from 1 to {MAX_STUDENT_STEPS}"
+        )
     return {key: float(value) for key, value in settings.items()}
 
 

@@ -24,6 +24,7 @@ from wuerstchen_pl.checkpointing.load import (
     read_checkpoint,
     trained_weights,
 )
+from wuerstchen_pl.checkpointing.stage_arguments import check_stage_arguments
 from wuerstchen_pl.formats.checkpoint_parts import Checkpoint, part_of, read_part
 from wuerstchen_pl.formats.detection import find_format, read_files
 from wuerstchen_pl.formats.hub import resolve_source
@@ -41,11 +42,12 @@ from wuerstchen_pl.formats.stage_parts import NEEDED, STAGE_PARTS, compressor_of
 from wuerstchen_pl.io import atomic
 from wuerstchen_pl.io.contents import contents_of
 from wuerstchen_pl.models.meta import is_building_on_meta
+from wuerstchen_pl.signatures import check_objects
 
 FROZEN_STAGES = {"stage_b": "b", "stage_a": "a"}
 """Argument of a stage -> the frozen stage that it is."""
-NOT_IN_MODELS = ("discriminator", "code_uses")
-"""Tensors of Stage A that a model does not have."""
+NOT_IN_MODELS = {"a": ("discriminator", "code_uses")}
+"""Stage -> its tensors that a model does not have."""
 
 
 def is_run(path: Path) -> bool:
@@ -73,20 +75,19 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
             "and evaluate only"
         )
     with contents_of(path, "use another checkpoint"):
+        check_stage_arguments(content["stage"])
         weights = trained_weights(path, content, ema=ema)
         _check_tensors(weights, path)
         checkpoint = Checkpoint(path, content, weights)
         networks = {**STAGE_PARTS[name], "controlnet": "controlnet"}
         present = [key for key in networks if checkpoint.config(key) is not None]
-        _check_prefixes(checkpoint, present)
+        _check_prefixes(checkpoint, [*present, *NOT_IN_MODELS.get(name, ())])
         parts = {networks[key]: read_part(checkpoint, key) for key in present}
         for key, frozen in FROZEN_STAGES.items():
             if (config := checkpoint.config(key)) is not None:
                 parts |= _frozen_stage(config, frozen)
         if missing := [part for part in NEEDED[name] if part not in parts]:
-            raise ValueError(
-                f"its stage={name} lacks {' and '.join(missing)}; use another checkpoint"
-            )
+            raise ValueError(f"stage={name} lacks {' and '.join(missing)}; use another checkpoint")
         settings = _scaling(content["stage"]) if name == "c" else {}
         settings |= _decoder_settings(parts)
         settings = validate_settings(settings, str(path))
@@ -107,14 +108,13 @@ def _check_tensors(weights: Mapping[str, Any], path: Path) -> None:
         check_finite(weights, str(path))
 
 
-def _check_prefixes(checkpoint: Checkpoint, networks: Sequence[str]) -> None:
+def _check_prefixes(checkpoint: Checkpoint, names: Sequence[str]) -> None:
     """Refuse tensors that would be ignored."""
     words = () if checkpoint.config("words") is None else ("words",)
-    prefixes = {*networks, *words, *NOT_IN_MODELS}
     for key in checkpoint.weights:
-        if key.partition(".")[0] not in prefixes:
+        if key.partition(".")[0] not in {*names, *words}:
             raise ValueError(
-                f"state_dict has {key}, which is of none of the stage's networks; use another "
+                f"state_dict has {key}, which belongs to none of the stage's networks; use another "
                 "checkpoint"
             )
 
@@ -155,13 +155,15 @@ def _frozen_stage(config: dict[str, Any], name: str) -> dict[str, Part]:
             hash that is recorded, if any.
         name: ``a`` or ``b``.
     """
-    path, recorded = resolve_source(str(config["source"])), config.get("sha256")
-    if config["_target_"] == LOAD_COMPRESSOR:
-        return _frozen_parts({"compressor": compressor_of(read_path(path), path)}, path, recorded)
-    if (config["_target_"], config.get("stage")) != (LOAD_STAGE, name):
+    is_compressor = config["_target_"] == LOAD_COMPRESSOR
+    if not is_compressor and (config["_target_"], config.get("stage")) != (LOAD_STAGE, name):
         raise ValueError(
             f"stage.stage_{name} is not a frozen Stage {name.upper()}; use another checkpoint"
         )
+    check_objects(config, f"stage.stage_{name}")
+    path, recorded = resolve_source(str(config["source"])), config.get("sha256")
+    if is_compressor:
+        return _frozen_parts({"compressor": compressor_of(read_path(path), path)}, path, recorded)
     is_model = find_format(path) is not None
     if is_model:
         model = read_files(path)

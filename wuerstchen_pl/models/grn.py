@@ -92,7 +92,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return _sum_of_squares_of_part(x)
-    rows = max(1, PART // max(1, x[:, 0].numel()))  # a batch may be empty
+    rows = max(1, PART * x.shape[1] // max(1, x.numel()))  # a batch may be empty
     return cast(Tensor, sum(map(_sum_of_squares_of_part, x.split(rows, dim=1))))
 
 

@@ -20,6 +20,9 @@ from wuerstchen_pl.models.conditioning import (
 from wuerstchen_pl.models.layers import Block, LayerNorm2d, time_embedding, xavier_init
 from wuerstchen_pl.models.pretrained import Pretrained
 
+MAX_STUDENT_STEPS = 8
+"""Most steps of sampling that a prior may be distilled for."""
+
 
 class Prior(Pretrained):
     """eps_hat = (x_t - A) / (|1 - B| + 1e-5), where A, B are the two heads of the network.

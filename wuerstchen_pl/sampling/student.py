@@ -2,9 +2,8 @@
 
 import warnings
 
+from wuerstchen_pl.models.prior import MAX_STUDENT_STEPS
 from wuerstchen_pl.sampling.config import DenoiseConfig
-
-MAX_STUDENT_STEPS = 8
 
 
 def check_student_steps(steps: float) -> int:
