@@ -399,9 +399,12 @@ def test_compiled_networks_draw_the_same_images(sample: Sample, out: Path, tmp_p
 
 @pytest.mark.parametrize("keys", [[], ["compile=true"]])
 def test_all_networks_that_draw_are_compiled_if_asked_for(
-    keys: list[str], sample: Sample, monkeypatch: pytest.MonkeyPatch
+    keys: list[str], sample: Sample, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And only for the size of the images, not for that by which their time is estimated."""
+    """And only for the size of the images, not for that by which their time is estimated.
+
+    Nor for a last batch that is smaller.
+    """
     shapes: dict[str, set[torch.Size]] = {}
 
     def recorded(function: Any) -> Callable:
@@ -414,5 +417,6 @@ def test_all_networks_that_draw_are_compiled_if_asked_for(
         return compiled
 
     monkeypatch.setattr(torch, "compile", recorded)
-    assert sample("prompt=frog", *keys) == 0
+    assert sample("prompt=frog", "num_images_per_prompt=3", "sample.batch_size=2", *keys) == 0
+    assert len(images(out)) == 3
     assert [len(of_network) for of_network in shapes.values()] == ([1, 1, 1] if keys else [])

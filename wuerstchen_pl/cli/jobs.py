@@ -38,8 +38,8 @@ def launch(
 ) -> None:
     """Compose the config of a program, check it, and only then import and run the program.
 
-    A sweeper minimizes what ``run`` of the program returns. See ``cli.Command`` for the arguments;
-    ``begin_work`` is called before each job.
+    A sweeper minimizes what ``run`` of the program returns. See ``cli.command.Command`` for the
+    arguments; ``begin_work`` is called before each job.
     """
 
     def run(cfg: DictConfig) -> float | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,11 +74,9 @@ class CascadePipeline(TextToImage):
 
     # Device, dtype and compilation
 
-    def compile(self, **options: Any) -> Self:
-        """Compile the denoisers and Stage A's decoder; ``options`` are ``torch.compile``'s."""
+    def _compile(self, **options: Any) -> None:
         self.prior.compile(**options)
         self.decoder.compile(**options)
-        return self
 
     # Text to images
 

@@ -1,5 +1,6 @@
 """Generation of many images in batches, for the commands and evaluation."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -38,17 +39,21 @@ def generate_images(
         (3, height, width) float32 in [0, 1].
     """
     config = settings or SamplingConfig()
-    for start in range(0, len(prompts), config.batch_size):
-        batch = slice(start, start + config.batch_size)
+    num_batches = max(1, math.ceil(len(prompts) / config.batch_size))
+    size = max(1, math.ceil(len(prompts) / num_batches))
+    for start in range(0, len(prompts), size):
+        batch = range(start, min(start + size, len(prompts)))
+        # compiled networks would be compiled again for a smaller last batch
+        padding = [start] * (size - len(batch)) if pipeline.is_compiled else []
         images = pipeline.generate(
-            prompts[batch],
+            [prompts[i] for i in (*batch, *padding)],
             height,
             width,
             config=config,
-            generator=generators_from_seeds(seeds[batch]),
+            generator=generators_from_seeds([seeds[i] for i in (*batch, *padding)]),
             control=control,
         )
-        yield from images.float().cpu()
+        yield from images[: len(batch)].float().cpu()
 
 
 @torch.no_grad()

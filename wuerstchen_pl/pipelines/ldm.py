@@ -1,6 +1,6 @@
 """Text to images with the paper's baseline: one latent diffusion model and Stage A."""
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,10 +47,8 @@ class LatentDiffusionPipeline(TextToImage):
         """The networks in the order of their use."""
         return [self.prior.text_encoder, self.prior.prior, self.vqgan]
 
-    def compile(self, **options: Any) -> Self:
-        """Compile the denoiser; ``options`` are ``torch.compile``'s."""
+    def _compile(self, **options: Any) -> None:
         self.prior.compile(**options)
-        return self
 
     def _generate(
         self, prompts: Prompts, size: tuple[int, int], config: SamplingConfig,

@@ -49,6 +49,7 @@ class TextToImage(ABC):
     ) -> None:
         self.prior, self.vqgan, self.source = prior, vqgan, source
         self.image_size = image_size
+        self.is_compiled = False
         self.placement = placement
         prior.share_placement(placement)
         for module in self.modules:
@@ -122,9 +123,14 @@ class TextToImage(ABC):
                 return int(side)
         raise ValueError(f"{key}={value!r} is not a whole number of pixels, such as 512; use one")
 
-    @abstractmethod
     def compile(self, **options: Any) -> Self:
-        """Compile the denoisers; ``options`` are those of ``torch.compile``."""
+        """Compile the networks that draw; ``options`` are those of ``torch.compile``."""
+        self._compile(**options)
+        self.is_compiled = True
+        return self
+
+    @abstractmethod
+    def _compile(self, **options: Any) -> None: ...
 
     def to(
         self,
