@@ -4,13 +4,14 @@ To import a stage takes seconds, as it imports Lightning, and a checkpoint can b
 """
 
 import ast
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from wuerstchen_pl.checkpointing.allowed import check_stage
 from wuerstchen_pl.signatures import KWARGS_TARGETS
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def check_stage_arguments(config: Mapping[str, Any]) -> None:
@@ -30,9 +31,9 @@ def check_stage_arguments(config: Mapping[str, Any]) -> None:
 
 
 def stage_arguments(target: str) -> tuple[set[str], set[str]]:
-    """Names of a stage's arguments, and of those without a default."""
+    """Names of the arguments of a class of this package, and of those without a default."""
     module, _, name = target.rpartition(".")
-    path = Path(cast(str, cast(Any, importlib.util.find_spec(module)).origin))
+    path = PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
     signature = _constructor(ast.parse(path.read_text(encoding="utf-8")), name).args
     accepted = {argument.arg for argument in signature.kwonlyargs}
     required = {
