@@ -5,6 +5,7 @@ imports this module before it starts the others.
 """
 
 import atexit
+import copy
 import gc
 import os
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,6 +179,24 @@ def no_group() -> Iterator[None]:
     for name, value in before.items():
         os.environ.pop(name, None)
         os.environ |= {} if value is None else {name: value}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configs_are_parsed_once() -> None:
+    """Copy what was read before from the same YAML: parsing is a third of a composition."""
+    from omegaconf import OmegaConf
+
+    load, parsed = OmegaConf.load, dict[str, Any]()
+
+    def load_or_copy(file: Any) -> Any:
+        if not hasattr(file, "seek"):
+            return load(file)
+        if (text := file.read()) not in parsed:
+            file.seek(0)
+            parsed[text] = load(file)
+        return copy.deepcopy(parsed[text])
+
+    OmegaConf.load = staticmethod(load_or_copy)
 
 
 @pytest.fixture

@@ -68,10 +68,22 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
         ValueError: if it is damaged, or not of Stage A, B or C, or a frozen stage has changed.
     """
     path = find_checkpoint(run)
+    parts, settings = _read_networks(path, ema=ema)
+    settings |= {} if (size := image_size(path)) is None else {"image_size": size}
+    return Model(parts, settings, atomic.Source(path=str(path), sha256=atomic.sha256(path)))
+
+
+def read_path(path: Path, variant: str | None = None) -> Model:
+    """Read a run, or a model in any format; see ``read_run`` and ``detection.read_files``."""
+    return read_run(path) if is_run(path) else read_files(path, variant)
+
+
+def _read_networks(path: Path, *, ema: bool) -> tuple[dict[str, Part], dict[str, Any]]:
+    """The networks of a checkpoint and of its frozen stages, and the settings that they imply."""
     content = read_checkpoint(path, tensors="ema" if ema else "raw")
     if (name := stage_name(content["stage"])) not in STAGE_PARTS:
         raise ValueError(
-            f"{run} is a run of stage={name}, which no model format supports; use it with sample "
+            f"{path} is a run of stage={name}, which no model format supports; use it with sample "
             "and evaluate only"
         )
     with contents_of(path, "use another checkpoint"):
@@ -90,14 +102,7 @@ def read_run(run: str | Path, *, ema: bool = True) -> Model:
             raise ValueError(f"stage={name} lacks {' and '.join(missing)}; use another checkpoint")
         settings = _scaling(content["stage"]) if name == "c" else {}
         settings |= _decoder_settings(parts)
-        settings = validate_settings(settings, str(path))
-    settings |= {} if (size := image_size(path)) is None else {"image_size": size}
-    return Model(parts, settings, atomic.Source(path=str(path), sha256=atomic.sha256(path)))
-
-
-def read_path(path: Path, variant: str | None = None) -> Model:
-    """Read a run, or a model in any format; see ``read_run`` and ``detection.read_files``."""
-    return read_run(path) if is_run(path) else read_files(path, variant)
+        return parts, validate_settings(settings, str(path))
 
 
 def _check_tensors(weights: Mapping[str, Any], path: Path) -> None:
@@ -166,12 +171,11 @@ def _frozen_stage(config: dict[str, Any], name: str) -> dict[str, Part]:
         return _frozen_parts({"compressor": compressor_of(read_path(path), path)}, path, recorded)
     is_model = find_format(path) is not None
     if is_model:
-        model = read_files(path)
+        parts = dict(read_files(path).parts)
     else:
         path = find_checkpoint(path)
         check_sha256(path, atomic.sha256(path), recorded)  # before a changed file is interpreted
-        model = read_run(path, ema=config.get("ema", True))
-    parts = dict(model.parts)
+        parts, _ = _read_networks(path, ema=config.get("ema", True))
     if "compressor" not in parts and (source := config.get("compressor")) is not None:
         parts["compressor"] = compressor_of(read_path(resolve_source(str(source))), source)
     parts = parts_of_stage(parts, name, path)
