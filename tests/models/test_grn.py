@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -99,18 +100,47 @@ def test_it_saves_one_tensor_of_the_size_of_its_input() -> None:
     assert fused < 1.5 * u.numel() < 2.5 * u.numel() < sum(saved)
 
 
-def test_compiled_for_sampling_on_a_cpu_it_is_one_operation() -> None:
-    norm, u = norm_and_input(torch.float32)
-    graphs: list[str] = []
+Graphs = list[torch.fx.GraphModule]
+
+
+def compiled_and_graphs(norm: GeluGRN) -> tuple[Callable[[Tensor], Tensor], Graphs]:
+    """The norm compiled to what is traced of it, and a list of that for every call's graph."""
+    graphs: Graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:
-        graphs.append(graph.code)
+        graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(norm, backend=backend, fullgraph=True)
+    torch._dynamo.reset()
+    return torch.compile(norm, backend=backend, fullgraph=True), graphs
+
+
+def test_compiled_for_sampling_on_a_cpu_it_is_one_operation() -> None:
+    norm, u = norm_and_input(torch.float32)
+    compiled, graphs = compiled_and_graphs(norm)
     with torch.no_grad():
         assert torch.equal(compiled(u), norm(u))
     torch.testing.assert_close(compiled(u), norm(u))
-    sampling, training = graphs
+    sampling, training = (graph.code for graph in graphs)
     assert "wuerstchen_pl.gelu_grn" in sampling
     assert "wuerstchen_pl.gelu_grn" not in training
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_compiled_for_training_it_has_the_same_gradients(dtype: torch.dtype) -> None:
+    """And returns no tensor that it wrote to, whose gradient would be zero in torch 2.11."""
+    norm, u = norm_and_input(dtype)
+    compiled, graphs = compiled_and_graphs(norm)
+    weight = torch.randn(u.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    inputs = (u, norm.gamma, norm.beta)
+    actual = torch.autograd.grad((compiled(u) * weight).sum(), inputs)
+    expected = torch.autograd.grad((norm(u) * weight).sum(), inputs)
+    torch.testing.assert_close(actual, expected)
+    nodes = [
+        node
+        for part in graphs[0].modules()
+        if isinstance(part, torch.fx.GraphModule)
+        for node in part.graph.nodes
+    ]
+    assert len(nodes) > 20  # of the forward and backward parts
+    assert not [node for node in nodes if node.kwargs.get("out") is not None]

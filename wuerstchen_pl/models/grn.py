@@ -75,7 +75,9 @@ def _gelu_grn(u: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     norm = (_sum_of_squares(x) + EPS_SQUARED).sqrt()
     response = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
     scale = (1 + gamma * response).to(x.dtype)
-    return torch.addcmul(beta.to(x.dtype), x, scale, out=x), norm
+    # Compiled by torch 2.11, a function with two names for one tensor has a gradient of zero.
+    out = None if torch.compiler.is_compiling() else x
+    return torch.addcmul(beta.to(x.dtype), x, scale, out=out), norm
 
 
 EPS = 1e-6
