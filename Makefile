@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TORCH := torch
+OLDEST_TORCH := $(shell sed -nE 's/^ *"torch>=([0-9.]+)",/torch==\1.*/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full demo-finetuning test test-all lint format bench gpu-prepare gpu-check
+.PHONY: help setup demo demo-full demo-finetuning test test-all test-oldest lint format bench gpu-prepare gpu-check
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(VENV)/.installed ## create .venv and install the package with its test dependencies
 
@@ -15,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	@echo 'Installing the package into $(VENV): two minutes and 6 GB, mostly torch.'
-	$(BIN)/pip install --quiet --editable '.[dev,sweep,compare,hf,slurm,8bit,optimizers,adapters]'
+	$(BIN)/pip install --quiet '$(TORCH)' --editable '.[dev,sweep,compare,hf,slurm,8bit,optimizers,adapters]'
 	@touch $@
 
 demo: setup ## train on 291 drawings, sample, evaluate: outputs/demo/index.html (15 minutes, 2 CPU cores)
@@ -35,6 +37,9 @@ test: setup ## the fast tests
 
 test-all: setup ## every test
 	$(PYTEST) -m ''
+
+test-oldest: ## the fast tests with the oldest supported torch, installed in .venv-oldest (6 GB)
+	$(MAKE) test VENV=.venv-oldest TORCH='$(OLDEST_TORCH)'
 
 lint: setup ## style and types
 	$(BIN)/ruff check .
