@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from scripts.gpu_check import (
+    compiled,
     environment,
     kernels,
     parity,
@@ -26,6 +27,7 @@ from scripts.gpu_check import (
 from scripts.gpu_check.rows import Row
 from scripts.gpu_check.sizes import TINY, Check
 from scripts.gpu_check.training import Measurement, Mode
+from wuerstchen_pl.models.wrapping import find_blocks
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +80,25 @@ def test_an_error_in_a_network_on_the_device_is_missed() -> None:
 
     rows = list(parity.compare("a", net, [torch.randn(4, 8)], forward))
     assert [row.verdict for row in rows] == ["MISSED", "MISSED", "ok", "ok"]
+
+
+@pytest.mark.slow
+def test_compiled_networks_agree_with_others(graphs_only: None, check: Check) -> None:
+    rows = list(compiled.rows(check))
+    assert len(rows) == 2 * 2
+    assert misses(rows) == []
+
+
+def test_gradients_that_compilation_loses_are_missed(
+    monkeypatch: pytest.MonkeyPatch, check: Check
+) -> None:
+    def without_one(module: torch.nn.Module) -> None:
+        for block in find_blocks(module):
+            block.res.grn.register_full_backward_hook(lambda _, g, h: (torch.zeros_like(g[0]),))
+
+    monkeypatch.setattr(compiled, "compile_blocks", without_one)
+    rows = list(compiled.rows(check))
+    assert [row.verdict for row in rows] == ["ok", "MISSED", "ok", "MISSED"]
 
 
 def test_depthwise_layouts_are_timed(check: Check) -> None:
