@@ -26,7 +26,7 @@ from wuerstchen_pl.plural import plural
 ROOT = Path(__file__).parents[2]
 PREPARED = ROOT / ".gpu"
 LIMITS = {
-    "environment": 30, "parity": 45, "compiled": 60, "programs": 170, "stage_c": 100,
+    "environment": 30, "parity": 45, "compiled": 90, "programs": 170, "stage_c": 100,
     "stage_c_fsdp": 80, "stage_b": 70, "sampling": 80, "kernels": 30, "profile_c": 30,
     "openmoji": 600,
 }  # fmt: skip
