@@ -14,44 +14,82 @@ from wuerstchen_pl.models.wrapping import compile_blocks
 from wuerstchen_pl.stages.stage import Stage
 
 
-def num_graphs(stage: Stage, batches: list[Batch], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Graphs that Dynamo compiles in steps of these batches, after a profile of the first one.
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What Dynamo traces of compiled modules, which run it as it is."""
+    traced: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        traced.append(graph)
+        return graph.forward
+
+    compiling = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    torch._dynamo.reset()
+    return traced
+
+
+def in_training(stage: Stage) -> Stage:
+    stage._trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    return stage.train()
+
+
+def run_compiled(stage: Stage, batches: list[Batch]) -> None:
+    """Steps of these batches with compiled blocks, after a profile of the first one.
 
     Raises:
         torch._dynamo.exc.FailOnRecompileLimitHit: if some of the code would run eagerly.
     """
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend)
-    )
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        compile_blocks(stage)
-        stage._trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        stage.train()
+        compile_blocks(in_training(stage))
         profile_step(stage, batches[0])
         for batch in batches:
             stage.training_step(batch, 0).backward()
-    return len(graphs)
 
 
 @pytest.mark.parametrize("name", [pytest.param("b", marks=pytest.mark.slow), "c"])
 def test_a_profiled_stage_is_still_compiled(
-    name: str, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    name: str, batch: Batch, graphs: list[torch.fx.GraphModule]
 ) -> None:
-    assert num_graphs(STAGES[name](), [batch], monkeypatch) > 0
+    run_compiled(STAGES[name](), [batch])
+    assert graphs
 
 
 @pytest.mark.slow
-def test_batches_of_many_sizes_stay_compiled(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_many_sizes_stay_compiled(
+    batch: Batch, graphs: list[torch.fx.GraphModule]
+) -> None:
     batches = [first_rows(batch, rows) for rows in (4, 3, 2, 1)]
-    one_size = num_graphs(STAGES["b"](), batches[:1], monkeypatch)
-    assert num_graphs(STAGES["b"](), batches, monkeypatch) > one_size > 0
+    run_compiled(STAGES["b"](), batches[:1])
+    of_one_size = len(graphs)
+    torch._dynamo.reset()
+    run_compiled(STAGES["b"](), batches)
+    assert len(graphs) - of_one_size > of_one_size > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["c", *(pytest.param(name, marks=pytest.mark.slow) for name in ("b", "b_tokens", "ldm"))],
+)
+def test_a_compiled_step_has_the_same_gradients(
+    name: str, batch: Batch, graphs: list[torch.fx.GraphModule]
+) -> None:
+    plain, compiled = in_training(STAGES[name]()), in_training(STAGES[name]())
+    with torch.no_grad():  # many weights are zero at first, and then so are gradients of others
+        for parameter in plain.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    compiled.load_state_dict(plain.state_dict())
+    compile_blocks(compiled)
+    for stage in (plain, compiled):
+        torch.manual_seed(0)
+        stage.training_step(batch, 0).backward()
+    assert graphs
+    actual, expected = (
+        {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+        for stage in (compiled, plain)
+    )
+    assert all(gradient.any() for gradient in expected.values())
+    torch.testing.assert_close(actual, expected)
 
 
 def test_ddp_does_not_split_the_graphs_of_blocks() -> None:
