@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch
-OLDEST_TORCH := $(shell sed -nE 's/^ *"torch>=([0-9.]+)",/torch==\1.*/p' pyproject.toml)
+OLDEST_TORCH = $(shell sed -nE 's/^ *"torch>=([0-9.]+)",/torch==\1.*/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-full demo-finetuning test test-all test-oldest lint format bench gpu-prepare gpu-check

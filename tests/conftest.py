@@ -12,14 +12,17 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partialmethod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from wuerstchen_pl import cache, convert, evaluate, export, interpolate, lora, sample, train
 from wuerstchen_pl.data import __main__ as data
+
+if TYPE_CHECKING:
+    import torch
 
 NO_GRIDS = "callbacks.sample_grids=null"
 NO_PLOT = "callbacks.loss_by_timestep=null"
@@ -197,6 +200,24 @@ def configs_are_parsed_once() -> None:
         return copy.deepcopy(parsed[text])
 
     OmegaConf.load = staticmethod(load_or_copy)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> "list[torch.fx.GraphModule]":
+    """What Dynamo traces of compiled modules, which is run as it is: inductor takes minutes."""
+    import torch
+    import torch._dynamo
+
+    traced: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:
+        traced.append(graph)
+        return graph.forward
+
+    compiling = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    torch._dynamo.reset()
+    return traced
 
 
 @pytest.fixture

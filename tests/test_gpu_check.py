@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,6 @@ def _restored_precision() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
-@pytest.fixture
-def graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are traced to graphs, but not compiled, which takes minutes on a CPU."""
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager")
-    )
-
-
 def misses(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row.verdict == "MISSED"]
 
@@ -83,7 +74,9 @@ def test_an_error_in_a_network_on_the_device_is_missed() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_networks_agree_with_others(graphs_only: None, check: Check) -> None:
+def test_compiled_networks_agree_with_others(
+    graphs: list[torch.fx.GraphModule], check: Check
+) -> None:
     rows = list(compiled.rows(check))
     assert len(rows) == 2 * 2
     assert misses(rows) == []
@@ -116,7 +109,7 @@ def test_a_step_is_measured() -> None:
 
 @pytest.mark.slow
 def test_blocks_that_would_run_eagerly_are_missed(
-    graphs_only: None, monkeypatch: pytest.MonkeyPatch
+    graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from wuerstchen_pl.models.wrapping import compile_blocks
 
@@ -163,7 +156,7 @@ def test_the_goals_of_speed_are_judged_at_full_size(
     ("section", "modes", "compiled"), [(stage_b, 5, 1), (stage_c, 6, 3), (stage_c_fsdp, 2, 1)]
 )
 def test_training_steps_are_measured_in_all_modes(
-    section: Any, modes: int, compiled: int, check: Check, graphs_only: None
+    section: Any, modes: int, compiled: int, check: Check, graphs: list[torch.fx.GraphModule]
 ) -> None:
     rows = list(section.rows(check))
     assert misses(rows) == []

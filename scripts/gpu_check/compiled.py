@@ -5,8 +5,14 @@ from collections.abc import Iterator
 
 import torch
 
-from scripts.gpu_check.parity import FLOAT32, networks, output_and_gradient
-from scripts.gpu_check.rows import Row, at_most
+from scripts.gpu_check.parity import (
+    FLOAT32,
+    errors,
+    exact_float32,
+    networks,
+    output_and_gradient,
+)
+from scripts.gpu_check.rows import Row
 from scripts.gpu_check.sizes import Check
 from wuerstchen_pl.distributed.launch import resolve_device
 from wuerstchen_pl.models.wrapping import compile_blocks
@@ -14,8 +20,7 @@ from wuerstchen_pl.models.wrapping import compile_blocks
 
 def rows(check: Check) -> Iterator[Row]:
     """Relative errors of compiled blocks against uncompiled ones on the device, in float32."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    exact_float32()
     torch.manual_seed(0)
     device = resolve_device()
     for name in ("prior", "DiffNeXt"):
@@ -25,6 +30,4 @@ def rows(check: Check) -> Iterator[Row]:
         compile_blocks(compiled)
         expected = output_and_gradient(net, inputs, forward)
         actual = output_and_gradient(compiled, inputs, forward)
-        for what, a, b in zip(("output", "gradient"), actual, expected, strict=True):
-            error = float((a - b).norm() / b.norm())
-            yield at_most(f"{name}, compiled, error of {what}", error, FLOAT32, "{:.1e}")
+        yield from errors(f"{name}, compiled", actual, expected, FLOAT32)

@@ -18,13 +18,14 @@ from wuerstchen_pl.stages.batch_rng import BatchRNG
 
 FLOAT32, BFLOAT16 = 1e-4, 3e-2
 """Largest relative errors of outputs and gradients."""
+Results = tuple[Tensor, Tensor]
+"""An output, and a gradient."""
 Forward = Callable[[nn.Module, list[Tensor]], Tensor]
 
 
 def rows(check: Check) -> Iterator[Row]:
     """Errors of outputs and gradients; equality of codes and random numbers."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    exact_float32()
     torch.manual_seed(0)
     for name, (net, inputs, forward) in networks().items():
         yield from compare(name, net, inputs, forward)
@@ -35,6 +36,12 @@ def rows(check: Check) -> Iterator[Row]:
         for device in (torch.device("cpu"), resolve_device())
     ]
     yield equal("random numbers are those of the CPU", torch.equal(*noise), True)
+
+
+def exact_float32() -> None:
+    """Compute products of float32 in float32, not in TF32."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def networks() -> dict[str, tuple[nn.Module, list[Tensor], Forward]]:
@@ -80,14 +87,17 @@ def compare(name: str, net: nn.Module, inputs: list[Tensor], forward: Forward) -
     for precision, bound in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             actual = output_and_gradient(net, inputs, forward)
-        for what, a, b in zip(("output", "gradient"), actual, expected, strict=True):
-            error = float((a - b).norm() / b.norm())
-            yield at_most(f"{name}, {precision}, error of {what}", error, bound, "{:.1e}")
+        yield from errors(f"{name}, {precision}", actual, expected, bound)
 
 
-def output_and_gradient(
-    net: nn.Module, inputs: list[Tensor], forward: Forward
-) -> tuple[Tensor, Tensor]:
+def errors(name: str, actual: Results, expected: Results, bound: float) -> Iterator[Row]:
+    """Relative errors of an output and a gradient."""
+    for what, a, b in zip(("output", "gradient"), actual, expected, strict=True):
+        error = float((a - b).norm() / b.norm())
+        yield at_most(f"{name}, error of {what}", error, bound, "{:.1e}")
+
+
+def output_and_gradient(net: nn.Module, inputs: list[Tensor], forward: Forward) -> Results:
     """The output, and the gradient of its mean square, on the CPU in float32."""
     net.zero_grad()
     output = forward(net, inputs).float()

@@ -1,7 +1,6 @@
 """Blocks with an adapter have the same gradients if they are sharded, recomputed or compiled."""
 
 from collections.abc import Callable
-from functools import partialmethod
 
 import pytest
 import torch
@@ -58,17 +57,8 @@ def test_recomputed_activations(method: Method) -> None:
 @pytest.mark.parametrize(
     "method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "lora")]
 )
-def test_compiled_blocks(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks(method: Method, graphs: list[torch.fx.GraphModule]) -> None:
     """One graph a block with LoRA. Dynamo cannot trace all of what peft does for the others."""
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    compiling = partialmethod(nn.Module.compile, backend=backend)
-    monkeypatch.setattr(nn.Module, "compile", compiling)
-    torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         compiled = gradients(method, compile_blocks)

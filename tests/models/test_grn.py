@@ -1,10 +1,7 @@
 """GELU with the global response norm: its gradients and the memory that it saves."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -103,21 +100,16 @@ def test_it_saves_one_tensor_of_the_size_of_its_input() -> None:
 Graphs = list[torch.fx.GraphModule]
 
 
-def compiled_and_graphs(norm: GeluGRN) -> tuple[Callable[[Tensor], Tensor], Graphs]:
-    """The norm compiled to what is traced of it, and a list of that for every call's graph."""
-    graphs: Graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    return torch.compile(norm, backend=backend, fullgraph=True), graphs
+def compiled_norm(dtype: torch.dtype) -> GeluGRN:
+    """The norm of ``norm_and_input``, in a single graph."""
+    norm, _ = norm_and_input(dtype)
+    norm.compile(fullgraph=True)
+    return norm
 
 
-def test_compiled_for_sampling_on_a_cpu_it_is_one_operation() -> None:
+def test_compiled_for_sampling_on_a_cpu_it_is_one_operation(graphs: Graphs) -> None:
     norm, u = norm_and_input(torch.float32)
-    compiled, graphs = compiled_and_graphs(norm)
+    compiled = compiled_norm(torch.float32)
     with torch.no_grad():
         assert torch.equal(compiled(u), norm(u))
     torch.testing.assert_close(compiled(u), norm(u))
@@ -127,20 +119,18 @@ def test_compiled_for_sampling_on_a_cpu_it_is_one_operation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_compiled_for_training_it_has_the_same_gradients(dtype: torch.dtype) -> None:
+def test_compiled_for_training_it_has_the_same_gradients(
+    dtype: torch.dtype, graphs: Graphs
+) -> None:
     """And returns no tensor that it wrote to, whose gradient would be zero in torch 2.11."""
     norm, u = norm_and_input(dtype)
-    compiled, graphs = compiled_and_graphs(norm)
     weight = torch.randn(u.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    inputs = (u, norm.gamma, norm.beta)
-    actual = torch.autograd.grad((compiled(u) * weight).sum(), inputs)
-    expected = torch.autograd.grad((norm(u) * weight).sum(), inputs)
+    actual, expected = (
+        torch.autograd.grad((net(u) * weight).sum(), (u, net.gamma, net.beta))
+        for net in (compiled_norm(dtype), norm)
+    )
     torch.testing.assert_close(actual, expected)
-    nodes = [
-        node
-        for part in graphs[0].modules()
-        if isinstance(part, torch.fx.GraphModule)
-        for node in part.graph.nodes
-    ]
+    parts = [part for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule)]
+    nodes = [node for part in parts for node in part.graph.nodes]
     assert len(nodes) > 20  # of the forward and backward parts
     assert not [node for node in nodes if node.kwargs.get("out") is not None]

@@ -1,7 +1,5 @@
 """``compile=true`` compiles the blocks of whole training steps; nothing silently runs eagerly."""
 
-from functools import partialmethod
-
 import lightning as L
 import pytest
 import torch
@@ -12,21 +10,6 @@ from wuerstchen_pl.batch import Batch
 from wuerstchen_pl.callbacks.step_profile import first_rows, profile_step
 from wuerstchen_pl.models.wrapping import compile_blocks
 from wuerstchen_pl.stages.stage import Stage
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """What Dynamo traces of compiled modules, which run it as it is."""
-    traced: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
-        traced.append(graph)
-        return graph.forward
-
-    compiling = partialmethod(torch.nn.Module.compile, backend=backend)
-    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
-    torch._dynamo.reset()
-    return traced
 
 
 def in_training(stage: Stage) -> Stage:
